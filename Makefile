@@ -1,0 +1,61 @@
+# The repository's commands. Everything runs in .venv, which the first command creates with the pinned versions of
+# constraints.txt and a later one refreshes when constraints.txt or pyproject.toml changed.
+#   make test ARGS="-k allocator"     hands ARGS to pytest
+#   make venv PYTHON=python3.12       picks the interpreter of a new .venv
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Only errors of pip are shown: this is one command of a longer output. The notice about a newer pip is noise too.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+# One thread per test process: the models are tiny, and 2 workers with a thread per core each would fight for the cores.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv check format test demo clean
+
+help:
+	@echo "make demo     profile tests/configs/baseline.yaml on whatever this machine has"
+	@echo "make check    formatting, lint, types, layers"
+	@echo "make test     the tests; those marked gpu only where CUDA is"
+	@echo "make format   let ruff rewrite the code"
+	@echo "make venv     create or refresh .venv"
+	@echo "make clean    remove .venv and the caches"
+
+venv: $(STAMP)
+	@:
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "make: '$(PYTHON)' is missing or older than Python 3.10; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	        echo "make: '$(PYTHON)' has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	    $(PYTHON) -m venv $(VENV); }
+	@echo "make: installing into $(VENV) (the first time about a minute, longer where PyTorch is downloaded)"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# loadgroup: tests/conftest.py puts all gpu tests into one group, so that two workers never measure one card at a time.
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/wanvram profile tests/configs/baseline.yaml --force -o profiler_logs/demo
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,55 @@
+"""Flags and endings that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from wanvram.record import RunRecord
+from wanvram.report.terminal import summarize
+
+__all__ = ["add_device_flags", "add_output_flags", "finish", "progress_printer"]
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cuda", "simulated", "cpu"), help="where to run (default: auto)")
+    parser.add_argument("--gpu", help="GPU to simulate, for example h200, rtx4090, rtx4060 (default: h200)")
+    parser.add_argument("--vram", help="memory the run may use, for example 8GiB; the answer says whether it fits")
+
+
+def add_output_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("-o", "--output", type=Path, help=f"run directory (default: {default})")
+    parser.add_argument("--force", action="store_true", help="replace the run that is already in the directory")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+
+
+def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:
+    """Progress on stderr with the time since the start; quiet under --json only if stderr is not a terminal."""
+    if args.json and not sys.stderr.isatty():
+        return None
+    start = time.monotonic()
+
+    def show(message: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) -> int:
+    """Prints the record; exit code 0, 1 for a failed run, 3 when it does not fit the memory given."""
+    if args.json:
+        print(json.dumps(record.to_json(), ensure_ascii=False))
+    else:
+        print(summarize(record), end="")
+        if directory is not None:
+            for path in sorted(p for p in directory.iterdir() if p.is_file()):
+                print(f"Wrote {path}")
+    if record.failure is not None and record.failure.kind != "oom":
+        return 1
+    if record.fits is False:
+        return 3
+    return 1 if record.failure is not None else 0

@@ -1,0 +1,33 @@
+"""Predict the memory of a run without a GPU and without weights.
+
+examples:
+  wanvram estimate --task t2v-1.3B --size 832*480
+  wanvram estimate --task t2v-14B --size 1280*720 --load_strategy full --gpu rtx4090 --vram 24GiB
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from wanvram.cli.common import add_output_flags, finish, progress_printer
+from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
+from wanvram.units import parse_bytes
+
+__all__ = ["prepare_parser", "run"]
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    add_request_flags(parser)
+    add_strategy_flags(parser)
+    parser.add_argument("--gpu", help="GPU to simulate (default: h200, the one whose figures are measured)")
+    parser.add_argument("--vram", help="memory the run may use, for example 8GiB; exit code 3 if it does not fit")
+    add_output_flags(parser, default="nothing is written")
+
+
+def run(args: argparse.Namespace) -> int:
+    limit = parse_bytes(args.vram) if args.vram else None
+    config = config_from_flags(args, device="simulated", weights="random", gpu=args.gpu, memory_limit_bytes=limit)
+    from wanvram.run.execute import Output, execute
+
+    record = execute(config, Output(args.output, args.force), progress_printer(args))
+    return finish(record, args, args.output)

@@ -1,0 +1,56 @@
+"""`wanvram VERB`: one file per verb, each with `prepare_parser` and `run`; errors become one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from wanvram import __version__
+from wanvram.cli import estimate, generate, profile
+from wanvram.errors import WanvramError
+
+__all__ = ["main"]
+
+VERBS = (profile, estimate, generate)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad flags exit with 2 and one sentence instead of a usage dump."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="wanvram", description=__doc__.split(":")[0] + ": GPU memory of Wan2.1, predicted and measured.")
+    parser.add_argument("--version", action="version", version=f"wanvram {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for module in VERBS:
+        name = module.__name__.rpartition(".")[2]
+        summary, _, details = (module.__doc__ or "").partition("\n")
+        verb = verbs.add_parser(
+            name, help=summary, description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        module.prepare_parser(verb)
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except WanvramError as error:
+        if args.debug:
+            raise
+        print(f"wanvram: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("wanvram: interrupted; what was recorded is kept", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The three kinds of device, and every movement of data between host and device.
+
+`cuda` and `cpu` hold real tensors, `simulated` holds meta tensors watched by simulate.memory. Models and stages use only
+this interface, so one pipeline runs on all three.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from wanvram.errors import DeviceError, OutOfMemory
+from wanvram.recorder.meters import CpuMeter, CudaMeter, Meter
+from wanvram.simulate.memory import SimulatedMemory
+from wanvram.units import human
+
+__all__ = ["CpuDevice", "CudaDevice", "Device", "SimulatedDevice"]
+
+
+class Device:
+    """What a pipeline needs of a device. `torch_device` is where tensors are created, `meter` measures it."""
+
+    kind: str
+    name: str
+    torch_device: torch.device
+    meter: Meter
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Everything that touches the device happens inside; meters that need a dispatch mode enter it here."""
+        with torch.no_grad():
+            yield
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.torch_device)
+
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
+        raise NotImplementedError
+
+    def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Host tensor -> new device tensor."""
+        raise NotImplementedError
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Device tensor -> new host tensor; blocks until the data are there."""
+        raise NotImplementedError
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies between host and device, ordered with the computation."""
+        destination.copy_(source)
+
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """Starts a host-to-device copy once `after` (a mark) has passed; returns the mark of its completion."""
+        self.copy(destination, source)
+        return None
+
+    def mark(self) -> Any:
+        """A mark in the computation's order, to give to `prefetch`."""
+        return None
+
+    def wait(self, mark: Any) -> None:
+        """Lets later computation wait for a mark returned by `prefetch`."""
+
+    def generator(self, seed: int) -> torch.Generator | None:
+        return torch.Generator(self.torch_device).manual_seed(seed)
+
+    def computing_on_host(self) -> AbstractContextManager[None]:
+        """Around computation on host tensors, so that a simulated device books them there."""
+        return nullcontext()
+
+    def empty_cache(self) -> None:
+        """Gives cached, unused memory back to the driver."""
+
+
+class CpuDevice(Device):
+    """Real tensors in RAM: tests and small demonstrations. Host and device are the same memory."""
+
+    kind = "cpu"
+    name = "cpu"
+    torch_device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.meter = CpuMeter()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with torch.no_grad(), self.meter:
+            yield
+
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return host.to(dtype or host.dtype, copy=True)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+
+class CudaDevice(Device):
+    """One CUDA GPU. `limit_bytes` caps what the allocator may reserve: more is an OutOfMemory, never a spill."""
+
+    kind = "cuda"
+
+    def __init__(self, index: int = 0, *, limit_bytes: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                "No CUDA device can be used by this PyTorch; "
+                "use --device simulated to predict without a GPU, or install a CUDA build of torch."
+            )
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(index)
+        self.name = "cuda:" + torch.cuda.get_device_name(index)
+        self.meter = CudaMeter(index)
+        if limit_bytes is not None:
+            total = torch.cuda.mem_get_info(index)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), index)
+        self.limit_bytes = limit_bytes
+        self._copies = torch.cuda.Stream(index)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        try:
+            with torch.no_grad():
+                yield
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
+        stats = torch.cuda.memory_stats(self.torch_device)
+        allocated, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
+        limit = self.limit_bytes or torch.cuda.mem_get_info(self.torch_device)[1]
+        message = str(error).split(". ")[0]
+        return OutOfMemory(
+            f"{message}: {human(allocated)} allocated, {human(reserved)} reserved of {human(limit)}.",
+            requested_bytes=_requested_bytes(message),
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
+            limit_bytes=limit,
+        )
+
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+
+    def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return host.to(dtype or host.dtype).to(self.torch_device)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu()
+
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                self._copies.wait_event(after)
+            destination.copy_(source, non_blocking=True)
+            return self._copies.record_event()
+
+    def mark(self) -> Any:
+        return torch.cuda.current_stream(self.torch_device).record_event()
+
+    def wait(self, mark: Any) -> None:
+        if mark is not None:
+            torch.cuda.current_stream(self.torch_device).wait_event(mark)
+
+    def empty_cache(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _requested_bytes(message: str) -> int:
+    """`... Tried to allocate 1.41 GiB` -> bytes; 0 when the driver's message has no figure."""
+    words = message.replace("Tried to allocate", "\0").split("\0")
+    if len(words) < 2:
+        return 0
+    amount, unit = words[1].split()[:2]
+    return int(float(amount) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}.get(unit.rstrip("."), 1))
+
+
+class SimulatedDevice(Device):
+    """Meta tensors and an allocator model: sizes and lifetimes without data. Host tensors are meta tensors too."""
+
+    kind = "simulated"
+    torch_device = torch.device("meta")
+
+    def __init__(self, memory: SimulatedMemory) -> None:
+        self.memory = memory
+        self.meter = memory
+        self.name = memory.device_name
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with torch.no_grad(), self.memory:
+            yield
+
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
+        with self.memory.on_host(pinned):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+    def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(host.shape, dtype=dtype or host.dtype, device="meta")
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.memory.on_host():
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if destination.shape != source.shape:
+            raise AssertionError(f"copy of {tuple(source.shape)} into {tuple(destination.shape)}")
+
+    def generator(self, seed: int) -> torch.Generator | None:
+        return None
+
+    def computing_on_host(self) -> AbstractContextManager[None]:
+        return self.memory.on_host()
+
+    def empty_cache(self) -> None:
+        gc.collect()
+        self.memory.allocator.empty_cache()

@@ -1,0 +1,145 @@
+"""Fused row-wise operations `wanvram::*`: norms, rotary embedding, gated add, GELU.
+
+Arithmetic is float32 whatever the storage dtype. Each operation has a plain PyTorch reference (CPU, and CUDA without
+Triton or with WANVRAM_KERNELS=reference) and a Triton kernel that allocates nothing but its output.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["gated_add_", "gelu_tanh_", "layer_norm_modulate", "rms_norm_", "rms_norm_rope_"]
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _uses_triton(x: Tensor) -> bool:
+    return x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference"
+
+
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype
+) -> Tensor:
+    """LayerNorm over the last dimension of x [L,D], times (scale + scale_offset), plus shift -> [L,D] in dtype.
+
+    scale, shift: float32 [D]. scale_offset is 1 for adaptive modulation and 0 for an affine norm.
+    """
+    result: Tensor = _layer_norm_modulate(x, scale, shift, eps, scale_offset, dtype)
+    return result
+
+
+def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
+    """RMSNorm of x [L,D] in place: normalised in float32, rounded to x's dtype, times float32 weight [D]."""
+    _rms_norm_(x, weight, eps)
+
+
+def rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
+    """rms_norm_ over the full width, then rotation of each head's interleaved pairs by cos, sin [L, D/heads/2]."""
+    _rms_norm_rope_(x, weight, cos, sin, num_heads, eps)
+
+
+def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    """x += y * gate for float32 x [L,D] and gate [D]; y [L,D] of any dtype."""
+    _gated_add_(x, y, gate)
+
+
+def gelu_tanh_(x: Tensor) -> None:
+    """GELU in its tanh form, in place."""
+    _gelu_tanh_(x)
+
+
+@torch.library.custom_op(
+    "wanvram::layer_norm_modulate",
+    mutates_args=(),
+    schema="(Tensor x, Tensor scale, Tensor shift, float eps, float scale_offset, ScalarType dtype) -> Tensor",
+)
+def _layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype
+) -> Tensor:
+    if _uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        return triton_elementwise.layer_norm_modulate(x, scale, shift, eps, scale_offset, dtype)
+    normalised = torch.nn.functional.layer_norm(x.float(), (x.shape[-1],), eps=eps)
+    return normalised.mul_(scale + scale_offset).add_(shift).to(dtype)
+
+
+@_layer_norm_modulate.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype) -> Tensor:
+    del scale, shift, eps, scale_offset
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _rms_normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Float32 result; official rounds between the normalisation and the float32 weight, so this does too."""
+    wide = x.float()
+    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normalised.to(x.dtype).float().mul_(weight)
+
+
+@torch.library.custom_op(
+    "wanvram::rms_norm_", mutates_args=("x",), schema="(Tensor(a!) x, Tensor weight, float eps) -> ()"
+)
+def _rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
+    if _uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        triton_elementwise.rms_norm_(x, weight, eps)
+    else:
+        x.copy_(_rms_normalised(x, weight, eps))
+
+
+@torch.library.custom_op(
+    "wanvram::rms_norm_rope_",
+    mutates_args=("x",),
+    schema="(Tensor(a!) x, Tensor weight, Tensor cos, Tensor sin, int num_heads, float eps) -> ()",
+)
+def _rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
+    if _uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        triton_elementwise.rms_norm_rope_(x, weight, cos, sin, num_heads, eps)
+        return
+    pairs = _rms_normalised(x, weight, eps).view(x.shape[0], num_heads, -1, 2)
+    even, odd = pairs.unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    x.copy_(rotated.view(x.shape))
+
+
+@torch.library.custom_op(
+    "wanvram::gated_add_", mutates_args=("x",), schema="(Tensor(a!) x, Tensor y, Tensor gate) -> ()"
+)
+def _gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    if _uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        triton_elementwise.gated_add_(x, y, gate)
+    else:
+        x.addcmul_(y.float(), gate)
+
+
+@torch.library.custom_op("wanvram::gelu_tanh_", mutates_args=("x",), schema="(Tensor(a!) x) -> ()")
+def _gelu_tanh_(x: Tensor) -> None:
+    if _uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        triton_elementwise.gelu_tanh_(x)
+    else:
+        torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def _changes_nothing_in_shape(*_: object) -> None:
+    """An in-place operation allocates nothing on meta tensors."""
+
+
+for _operation in (_rms_norm_, _rms_norm_rope_, _gated_add_, _gelu_tanh_):
+    _operation.register_fake(_changes_nothing_in_shape)

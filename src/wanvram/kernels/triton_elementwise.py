@@ -1,0 +1,138 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped, misc"
+"""Triton kernels behind `kernels.elementwise`: one program per row, float32 arithmetic, bandwidth-bound.
+
+Imported only when the first CUDA tensor arrives. Row offsets are int64: 75600 rows of 13824 bfloat16 are 2.09e9 bytes,
+within 3 % of 2^31, and float32 or a longer video passes it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["gated_add_", "gelu_tanh_", "layer_norm_modulate", "rms_norm_", "rms_norm_rope_"]
+
+_FLAT_BLOCK = 4096
+
+
+@triton.jit
+def _layer_norm_modulate_kernel(
+    x_ptr, scale_ptr, shift_ptr, out_ptr, x_stride, width, eps, scale_offset, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=0) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / width
+    normalised = centred * (1.0 / tl.sqrt(variance + eps))
+    scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32) + scale_offset
+    shift = tl.load(shift_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    result = normalised * scale + shift
+    tl.store(out_ptr + row * width + column, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, x_stride, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    pointers = x_ptr + row * x_stride + column
+    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
+    rounded = (x * factor).to(x_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(pointers, (rounded * weight).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_rope_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, x_stride, table_stride, width, head_pairs, eps, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK)
+    inside = pair < width // 2
+    even_pointers = x_ptr + row * x_stride + 2 * pair
+    even = tl.load(even_pointers, mask=inside, other=0.0).to(tl.float32)
+    odd = tl.load(even_pointers + 1, mask=inside, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(even * even + odd * odd, axis=0) / width + eps)
+    even = (even * factor).to(x_ptr.dtype.element_ty).to(tl.float32)
+    odd = (odd * factor).to(x_ptr.dtype.element_ty).to(tl.float32)
+    even = even * tl.load(weight_ptr + 2 * pair, mask=inside, other=0.0).to(tl.float32)
+    odd = odd * tl.load(weight_ptr + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
+    angle = row * table_stride + pair % head_pairs
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    tl.store(even_pointers, (even * cos - odd * sin).to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(even_pointers + 1, (even * sin + odd * cos).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_add_kernel(x_ptr, y_ptr, gate_ptr, x_stride, y_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    pointers = x_ptr + row * x_stride + column
+    x = tl.load(pointers, mask=inside, other=0.0)
+    y = tl.load(y_ptr + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(pointers, x + y * gate, mask=inside)
+
+
+@triton.jit
+def _gelu_tanh_kernel(x_ptr, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    x = tl.load(x_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    # 0.5 x (1 + tanh u) = x / (1 + exp(-2u)): no device library, and exp overflowing gives the limit 0.
+    result = x / (1.0 + tl.exp(-2.0 * inner))
+    tl.store(x_ptr + index, result.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+def _shape_of_launch(width: int) -> dict[str, int]:
+    """Block and warps of a row program: 5120 columns pad to 8192, 32 elements per thread at 8 warps."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4}
+
+
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype
+) -> Tensor:
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=dtype, device=x.device)
+    with torch.cuda.device(x.device):
+        _layer_norm_modulate_kernel[(rows,)](
+            x, scale, shift, out, x.stride(0), width, eps, scale_offset, **_shape_of_launch(width)
+        )
+    return out
+
+
+def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
+    rows, width = x.shape
+    with torch.cuda.device(x.device):
+        _rms_norm_kernel[(rows,)](x, weight, x.stride(0), width, eps, **_shape_of_launch(width))
+
+
+def rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
+    rows, width = x.shape
+    launch = {"BLOCK": triton.next_power_of_2(width // 2), "num_warps": 8 if width >= 4096 else 4}
+    with torch.cuda.device(x.device):
+        _rms_norm_rope_kernel[(rows,)](
+            x, weight, cos, sin, x.stride(0), cos.stride(0), width, width // num_heads // 2, eps, **launch
+        )
+
+
+def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    rows, width = x.shape
+    with torch.cuda.device(x.device):
+        _gated_add_kernel[(rows,)](x, y, gate, x.stride(0), y.stride(0), width, **_shape_of_launch(width))
+
+
+def gelu_tanh_(x: Tensor) -> None:
+    count = x.numel()
+    with torch.cuda.device(x.device):
+        _gelu_tanh_kernel[(triton.cdiv(count, _FLAT_BLOCK),)](x, count, BLOCK=_FLAT_BLOCK, num_warps=8)

@@ -1,0 +1,103 @@
+"""The terminal summary of one run: peak first, then components, stages and the three largest moments. No torch, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from wanvram.record import Memory, RunRecord, Span
+from wanvram.units import MIB, human, seconds
+
+__all__ = ["summarize"]
+
+
+def summarize(record: RunRecord) -> str:
+    """Multi-line text; exact for a given record."""
+    parts = [_headline(record), "", _components(record), "", _stages(record), "", _largest_moments(record)]
+    if record.notes:
+        parts += ["", *(f"note: {note}" for note in record.notes)]
+    return "\n".join(parts) + "\n"
+
+
+def _headline(record: RunRecord) -> str:
+    kind = "SIMULATED, nothing was run on a GPU" if record.simulated else "MEASURED"
+    request = record.config.get("request", {})
+    what = f"{request.get('task')} {request.get('size')} {request.get('frame_num')} frames"
+    lines = [f"{record.config.get('name')}: {what}", f"{kind} ({record.device})"]
+    peak = record.peak_span()
+    if peak is not None:
+        m = peak.peak
+        device = f", device {human(m.device_bytes)}" if m.device_bytes is not None else ""
+        lines.append(f"Peak: allocated {human(m.allocated_bytes)}, reserved {human(m.reserved_bytes)}{device} in {peak.name}")
+        lines.append(_why(record, peak))
+    lines.append(_verdict(record))
+    return "\n".join(lines)
+
+
+def _why(record: RunRecord, peak: Span) -> str:
+    start = peak.start.allocated_bytes
+    activation = peak.peak.allocated_bytes - start
+    cause = "activations of the stage" if activation > start else "weights and tensors already there"
+    return f"      {human(start)} there when the stage began + {human(activation)} activation: mostly {cause}"
+
+
+def _verdict(record: RunRecord) -> str:
+    if record.failure is not None:
+        where = f" in {record.failure.stage}" if record.failure.stage else ""
+        return f"FAILED ({record.failure.kind}){where}: {record.failure.message}"
+    if record.budget_bytes is not None:
+        word = "fits" if record.fits else "DOES NOT FIT"
+        return f"Verdict: {word} in {human(record.budget_bytes)}"
+    return "Verdict: no memory limit was given (--vram 8GiB asks whether it fits)"
+
+
+def _components(record: RunRecord) -> str:
+    rows = [["component", "parameters", "base MiB", "host MiB", "activation MiB"]]
+    for c in record.components:
+        rows.append([c.name, f"{c.parameters:,}", _mib(c.base_bytes), _mib(c.host_bytes), _mib(c.activation_bytes)])
+    return _table(rows)
+
+
+def _stages(record: RunRecord) -> str:
+    rows = [["stage", "start MiB", "peak MiB", "activation MiB", "reserved MiB", "device MiB", "time"]]
+    for span in record.stages:
+        time = seconds(span.seconds) if span.seconds is not None and not record.simulated else "-"
+        rows.append([span.name, _mib(span.start.allocated_bytes), *_peak_cells(span), time])
+    return _table(rows)
+
+
+def _peak_cells(span: Span) -> list[str]:
+    m: Memory = span.peak
+    device = _mib(m.device_bytes) if m.device_bytes is not None else "-"
+    return [_mib(m.allocated_bytes), _mib(span.activation_bytes), _mib(m.reserved_bytes), device]
+
+
+def _largest_moments(record: RunRecord) -> str:
+    """The three innermost spans with the highest allocated peak, one per stage and name."""
+    leaves = sorted(_leaves(record.stages, ""), key=lambda item: -item[1].peak.allocated_bytes)
+    lines = ["largest moments:"]
+    for path, span in leaves[:3]:
+        lines.append(f"  {human(span.peak.allocated_bytes):>14}  {path}")
+    return "\n".join(lines)
+
+
+def _leaves(spans: Sequence[Span], path: str) -> Iterator[tuple[str, Span]]:
+    for span in spans:
+        here = f"{path} / {span.name}" if path else span.name
+        if span.children:
+            yield max(_leaves(span.children, here), key=lambda item: item[1].peak.allocated_bytes)
+        else:
+            yield here, span
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:,.1f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

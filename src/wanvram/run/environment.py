@@ -1,0 +1,52 @@
+"""What a figure depends on beside the configuration: versions, GPU, driver, allocator settings, host."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import psutil
+import torch
+
+from wanvram import __version__
+
+__all__ = ["describe_environment"]
+
+
+def describe_environment() -> dict[str, Any]:
+    """Plain JSON values; keys of CUDA are absent without a GPU."""
+    memory = psutil.virtual_memory()
+    result: dict[str, Any] = {
+        "wanvram": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "host_memory_bytes": memory.total,
+        "host_available_bytes": memory.available,
+        "allocator": {
+            name: os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF") if name in os.environ
+        },
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        result |= {
+            "gpu": properties.name,
+            "gpu_total_bytes": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver_version(),
+        }
+    return result
+
+
+def _driver_version() -> str | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,159 @@
+"""The composition root: a RunConfig becomes a RunRecord in a run directory."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from wanvram.config import RunConfig
+from wanvram.engine.devices import CpuDevice, CudaDevice, Device, SimulatedDevice
+from wanvram.engine.pipeline import Pipeline
+from wanvram.errors import InputError, OutOfMemory, WanvramError
+from wanvram.record import Failure, RunRecord, write_atomically
+from wanvram.recorder.events import EventLog
+from wanvram.recorder.recorder import Recorder
+from wanvram.run.directory import prepare_directory
+from wanvram.run.environment import describe_environment
+from wanvram.run.video import VideoWriter
+from wanvram.run.weights import NoWeights, choose_weights
+from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
+from wanvram.simulate.buffers import LibraryBuffers
+from wanvram.simulate.gpus import GPU, find_gpu
+from wanvram.simulate.libraries import Libraries
+from wanvram.simulate.memory import SimulatedMemory
+
+__all__ = ["DEFAULT_GPU", "Output", "execute", "make_device", "simulate"]
+
+DEFAULT_GPU = "h200"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go: directory None keeps everything in memory; `video` asks for the mp4."""
+
+    directory: Path | None
+    force: bool = False
+    video: bool = False
+
+
+def execute(config: RunConfig, output: Output, progress: Callable[[str], None] | None = None) -> RunRecord:
+    """Runs the pipeline under the recorder. A run that fails on the way is returned as a record with a `failure`.
+
+    Raises InputError, CheckpointError or DeviceError before anything is loaded.
+    """
+    if config.request.base_seed < 0:
+        config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
+    directory = prepare_directory(output.directory, force=output.force) if output.directory else None
+    device = make_device(config)
+    weights = choose_weights(config.weights, simulated=device.kind == "simulated", seed=config.request.base_seed)
+    environment = describe_environment()
+    if directory:
+        write_atomically(directory / "config.yaml", yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False))
+        write_atomically(directory / "environment.json", _json(environment))
+    with ExitStack() as stack:
+        events = stack.enter_context(EventLog(directory / "memory_events.json")) if directory else None
+        recorder = Recorder(device.meter, events, progress)
+        pipeline = Pipeline(config, device, recorder, weights)
+        sink = None
+        if output.video and directory and device.kind != "simulated":
+            sink = VideoWriter(directory / "video.mp4")
+        failure = _run(pipeline, sink)
+    record = _record(config, device, pipeline, failure, environment)
+    if directory:
+        record.write(directory / "record.json")
+    return record
+
+
+def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord, SimulatedMemory]:
+    """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's."""
+    memory = _simulated_memory(config, keep_events=keep_events)
+    device = SimulatedDevice(memory)
+    pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(tiny=config.weights == "tiny"))
+    failure = _run(pipeline, None)
+    return _record(config, device, pipeline, failure, {}), memory
+
+
+def make_device(config: RunConfig) -> Device:
+    """The device a configuration asks for; `auto` is CUDA when there is one, else simulated."""
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "simulated"
+    if kind == "cuda":
+        os.environ.setdefault(
+            "PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{config.strategy.expandable_segments}"
+        )
+        return CudaDevice(limit_bytes=config.memory_limit_bytes)
+    if kind == "cpu":
+        if config.weights == "random":
+            raise InputError("full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated")
+        return CpuDevice()
+    return SimulatedDevice(_simulated_memory(config))
+
+
+def _simulated_memory(config: RunConfig, *, keep_events: bool = False) -> SimulatedMemory:
+    gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
+    settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
+    usable = gpu.total_bytes - gpu.context_bytes
+    allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=config.memory_limit_bytes)
+    return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)
+
+
+@contextmanager
+def _writing(sink: VideoWriter | None) -> Iterator[VideoWriter | None]:
+    if sink is None:
+        yield None
+        return
+    with sink:
+        yield sink
+
+
+def _run(pipeline: Pipeline, sink: VideoWriter | None) -> Failure | None:
+    """Runs to the end, or says what stopped it and keeps what was recorded."""
+    try:
+        with _writing(sink) as writer, pipeline.device.session():
+            pipeline.run(writer)
+        return None
+    except OutOfMemory as error:
+        failure = Failure(
+            "oom", str(error), None, None, error.requested_bytes, error.allocated_bytes, error.reserved_bytes, []
+        )
+    except KeyboardInterrupt:
+        failure = Failure("interrupted", "interrupted by the user", None, None, None, None, None, [])
+    except WanvramError as error:
+        if error.exit_code == 2:
+            raise
+        failure = Failure("error", str(error), None, None, None, None, None, [])
+    return pipeline.recorder.finish_open(failure)
+
+
+def _record(
+    config: RunConfig, device: Device, pipeline: Pipeline, failure: Failure | None, environment: dict[str, object]
+) -> RunRecord:
+    rss, pinned = device.meter.host()
+    record = RunRecord(
+        device=device.name,
+        simulated=device.kind == "simulated",
+        config=config.to_dict(),
+        fits=None,
+        budget_bytes=config.memory_limit_bytes,
+        components=pipeline.records(),
+        stages=pipeline.recorder.spans,
+        environment=environment,
+        host={"peak_rss_bytes": rss, "pinned_bytes": pinned},
+        failure=failure,
+        notes=[],
+    )
+    return record
+
+
+def _json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

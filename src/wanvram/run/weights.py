@@ -1,0 +1,82 @@
+"""Where a run's weights come from: an official checkpoint, seeded random numbers at full size, a tiny model, or nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wanvram.errors import CheckpointError
+from wanvram.specs import T5Spec
+from wanvram.weights.official import TOKENIZER_FILE, Component, open_official
+from wanvram.weights.random import RandomSource
+from wanvram.weights.sources import TensorSource
+from wanvram.weights.tokenizer import ByteTokenizer, Tokenizer, UMT5Tokenizer
+
+__all__ = ["GeneratedWeights", "NoWeights", "OfficialWeights", "choose_weights"]
+
+
+class OfficialWeights:
+    """The official checkpoint directory; files are opened once and stay memory-mapped."""
+
+    tiny = False
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is not a directory; --weights takes a checkpoint directory, random or tiny")
+        self.directory = directory
+        self._open: dict[str, TensorSource] = {}
+
+    def source(self, component: Component) -> TensorSource:
+        if component not in self._open:
+            self._open[component] = open_official(self.directory, component)
+        return self._open[component]
+
+    def tokenizer(self, spec: T5Spec) -> Tokenizer:
+        return UMT5Tokenizer(self.directory / TOKENIZER_FILE)
+
+    def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """A checkpoint knows its own shapes."""
+
+
+class GeneratedWeights:
+    """Seeded random values, written straight into the parameters on their device. Text goes through a byte-level stand-in."""
+
+    def __init__(self, seed: int, *, tiny: bool) -> None:
+        self.tiny = tiny
+        self.seed = seed
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+
+    def source(self, component: str) -> TensorSource:
+        return RandomSource(self._shapes[component], self.seed)
+
+    def tokenizer(self, spec: T5Spec) -> Tokenizer:
+        return ByteTokenizer(spec.vocab_size)
+
+    def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes[component] = dict(shapes)
+
+
+class NoWeights:
+    """The simulated device: sizes only. Text is tokenised by the byte-level stand-in unless a checkpoint is named."""
+
+    tiny = False
+
+    def __init__(self, *, tiny: bool = False) -> None:
+        self.tiny = tiny
+
+    def source(self, component: str) -> None:
+        return None
+
+    def tokenizer(self, spec: T5Spec) -> Tokenizer:
+        return ByteTokenizer(spec.vocab_size)
+
+    def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Nothing is generated."""
+
+
+def choose_weights(weights: str, *, simulated: bool, seed: int = 0) -> OfficialWeights | GeneratedWeights | NoWeights:
+    """`random`, `tiny` or a checkpoint directory."""
+    if simulated:
+        return NoWeights(tiny=weights == "tiny")
+    if weights in ("random", "tiny"):
+        return GeneratedWeights(seed, tiny=weights == "tiny")
+    return OfficialWeights(Path(weights))

@@ -1,0 +1,80 @@
+"""Which library buffers one dispatched operation takes beside its outputs: operation and arguments -> BufferPlan.
+
+The sizes are rules and measured tables (libraries.py, conv_workspaces.json); this file only reads shapes from the arguments.
+Order as seen in H200 histories (benchmarks/2026-11-24_h200_probe_libraries.json): cuDNN attention takes two 8-byte seeds, then its
+output, then 256 bytes of workspace; convolutions take output, then workspace; the first product takes output, then cuBLAS's buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from wanvram.simulate.gpus import GPU
+from wanvram.simulate.libraries import Libraries
+
+__all__ = ["BufferPlan", "LibraryBuffers"]
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """before: taken before the output, freed at the end. during: after the output, freed at the end. loads: libraries used."""
+
+    before: tuple[int, ...] = ()
+    during: tuple[int, ...] = ()
+    loads: tuple[str, ...] = ()
+
+
+_PRODUCT = BufferPlan(loads=("cublas",))
+_LT_PRODUCT = BufferPlan(loads=("cublas", "cublaslt"))
+_TRITON = BufferPlan(loads=("triton",))
+
+
+class LibraryBuffers:
+    """Plans for one GPU; unknown operations take nothing."""
+
+    def __init__(self, gpu: GPU, libraries: Libraries) -> None:
+        self.gpu = gpu
+        self.libraries = libraries
+        self._planners: dict[str, Callable[[tuple[Any, ...]], BufferPlan]] = {
+            "aten.mm.default": lambda args: _PRODUCT,
+            "aten.mm.out": lambda args: _PRODUCT,
+            "aten.bmm.default": lambda args: _PRODUCT,
+            "aten.bmm.out": lambda args: _PRODUCT,
+            "aten.baddbmm.default": lambda args: _PRODUCT,
+            "aten.addmm.default": lambda args: _LT_PRODUCT,
+            "aten.addmm.out": lambda args: _LT_PRODUCT,
+            "wanvram.attention.default": self._attention,
+            "wanvram.conv3d.default": self._convolution,
+        }
+
+    def plan(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BufferPlan | None:
+        planner = self._planners.get(operation)
+        if planner is not None:
+            return planner(args)
+        return _TRITON if operation.startswith("wanvram.") else None
+
+    def persistent_buffers(self, library: str) -> tuple[int, ...]:
+        """What a library allocates at its first use and keeps, bytes."""
+        if library == "cublas":
+            return (self.libraries.cublas_workspace_bytes,)
+        if library == "cublaslt":
+            return (self.libraries.cublaslt_workspace_bytes,)
+        return ()
+
+    def _attention(self, args: tuple[Any, ...]) -> BufferPlan:
+        q, k = args[0], args[1]
+        lq, heads, head_dim = q.shape
+        has_bias = len(args) > 3 and args[3] is not None
+        backend = self.libraries.attention_backend(q.element_size(), head_dim, has_bias)
+        extra = self.libraries.attention_extra(backend, lq, k.shape[0], heads, head_dim, q.element_size())
+        return BufferPlan(before=extra.before, during=extra.during, loads=("attention",))
+
+    def _convolution(self, args: tuple[Any, ...]) -> BufferPlan:
+        x, weight = args[0], args[1]
+        workspace = self.libraries.conv_workspace(
+            str(x.dtype).removeprefix("torch."), tuple(x.shape), tuple(weight.shape), tuple(args[3])
+        )
+        return BufferPlan(during=(workspace,) if workspace else (), loads=("cudnn",))
+

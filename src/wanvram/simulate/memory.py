@@ -1,0 +1,173 @@
+"""The simulated device: the pipeline runs on `meta` tensors, and every storage born or dead becomes an allocator event.
+
+Owns: which storages live on the device and which on the host, and the library buffers each operation takes beside its outputs.
+Does not own: the allocator's rules (allocator.py), sizes of library buffers (libraries.py), transfers (engine/devices.py).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wanvram.record import Memory
+from wanvram.simulate.allocator import CachingAllocator
+from wanvram.simulate.gpus import GPU
+from wanvram.simulate.buffers import BufferPlan, LibraryBuffers
+
+__all__ = ["AllocationEvent", "SimulatedMemory"]
+
+
+@dataclass(frozen=True)
+class AllocationEvent:
+    """One allocator call. nbytes is negative for a free; operation is the ATen or wanvram operation that caused it."""
+
+    nbytes: int
+    operation: str
+    handle: int
+
+
+class SimulatedMemory(TorchDispatchMode):
+    """Dispatch mode that feeds a CachingAllocator; also the memory meter of the simulated device.
+
+    Enter it with `with memory:` around everything that runs on the device. Raises OutOfMemory from inside the operation that
+    does not fit, like CUDA does.
+    """
+
+    def __init__(self, gpu: GPU, allocator: CachingAllocator, libraries: LibraryBuffers, *, keep_events: bool = False) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.allocator = allocator
+        self.libraries = libraries
+        self.host_bytes = 0
+        self.host_peak_bytes = 0
+        self.pinned_bytes = 0
+        self.events: list[AllocationEvent] | None = [] if keep_events else None
+        self.live: dict[int, tuple[int, str]] = {}
+        self._host: dict[int, int] = {}
+        self._device: dict[int, int] = {}
+        self._placing_host = False
+        self._pinning = False
+        self._operation = ""
+        self._loaded: set[str] = set()
+        self._outside = gpu.context_bytes
+        self._peak_reserved = 0
+
+    # --- meter -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def device_name(self) -> str:
+        return f"simulated:{self.gpu.key}"
+
+    def read(self) -> Memory:
+        reserved = self.allocator.reserved_bytes
+        return Memory(self.allocator.allocated_bytes, reserved, reserved + self._outside)
+
+    def peak(self) -> Memory:
+        reserved = self.allocator.peak_reserved_bytes
+        return Memory(self.allocator.peak_allocated_bytes, reserved, reserved + self._outside)
+
+    def reset_peak(self) -> None:
+        self.allocator.reset_peaks()
+
+    def synchronize(self) -> None:
+        """Nothing runs late on this device."""
+
+    def host(self) -> tuple[int, int]:
+        """(bytes in host tensors, of which pinned): what the run itself keeps in RAM, without Python and libraries."""
+        return self.host_bytes, self.pinned_bytes
+
+    # --- placement -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def on_host(self, pinned: bool = False) -> Iterator[None]:
+        """Storages born inside stand for host memory."""
+        before = self._placing_host, self._pinning
+        self._placing_host, self._pinning = True, pinned
+        try:
+            yield
+        finally:
+            self._placing_host, self._pinning = before
+
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host
+
+    def load_library(self, name: str) -> None:
+        """First use of a library: its modules take device memory outside the allocator."""
+        if name not in self._loaded:
+            self._loaded.add(name)
+            self._outside += self.gpu.module_bytes.get(name, 0)
+
+    # --- dispatch --------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._operation = str(func)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
+        host = self._placing_host or any(t.untyped_storage()._cdata in self._host for t in tensors)
+        plan = None if host else self.libraries.plan(self._operation, args, kwargs)
+        before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+                self._register(leaf.untyped_storage(), host)
+        if plan:
+            self._take(plan, before)
+        return result
+
+    def _take(self, plan: BufferPlan, before: list[int]) -> None:
+        """Library buffers: persistent ones at a library's first use, transient ones for the length of the call."""
+        for library in plan.loads:
+            if library not in self._loaded:
+                self.load_library(library)
+                for nbytes in self.libraries.persistent_buffers(library):
+                    self._malloc(nbytes, library + " workspace")
+        transient = [self._malloc(nbytes, self._operation + " workspace") for nbytes in plan.during]
+        for handle in reversed(transient):
+            self._free(handle)
+        for handle in reversed(before):
+            self._free(handle)
+
+    def _register(self, storage: torch.UntypedStorage, host: bool) -> None:
+        key = storage._cdata
+        if key in self._device or key in self._host or storage.nbytes() == 0:
+            return
+        nbytes = storage.nbytes()
+        if host:
+            self._host[key] = nbytes
+            self.host_bytes += nbytes
+            self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
+            pinned = nbytes if self._pinning else 0
+            self.pinned_bytes += pinned
+            weakref.finalize(storage, self._forget_host, key, pinned).atexit = False
+        else:
+            self._device[key] = self._malloc(nbytes, self._operation)
+            weakref.finalize(storage, self._forget_device, key).atexit = False
+
+    def _forget_host(self, key: int, pinned: int) -> None:
+        self.host_bytes -= self._host.pop(key)
+        self.pinned_bytes -= pinned
+
+    def _forget_device(self, key: int) -> None:
+        self._free(self._device.pop(key))
+
+    def _malloc(self, nbytes: int, operation: str) -> int:
+        handle = self.allocator.malloc(nbytes)
+        self.live[handle] = (nbytes, operation)
+        if self.events is not None:
+            self.events.append(AllocationEvent(nbytes, operation, handle))
+        return handle
+
+    def _free(self, handle: int) -> None:
+        nbytes, operation = self.live.pop(handle)
+        self.allocator.free(handle)
+        if self.events is not None:
+            self.events.append(AllocationEvent(-nbytes, operation, handle))

@@ -1,0 +1,46 @@
+"""Bytes for people and back: 1024-based, and `8GB` means `8GiB` because cards are sold that way."""
+
+from __future__ import annotations
+
+import re
+
+from wanvram.errors import InputError
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+_FACTORS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
+_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """`8GiB`, `8 GB`, `512M`, `1073741824` -> bytes. Raises InputError on anything else."""
+    match = _PATTERN.fullmatch(text)
+    if not match:
+        raise InputError(f"'{text}' is not an amount of memory; write for example 8GiB, 8GB or 512MiB")
+    return int(float(match.group(1)) * _FACTORS[match.group(2).upper()])
+
+
+def mib(count: int) -> str:
+    """Bytes -> `1,234.5 MiB`."""
+    return f"{count / MIB:,.1f} MiB"
+
+
+def gib(count: int) -> str:
+    """Bytes -> `1.23 GiB`."""
+    return f"{count / GIB:,.2f} GiB"
+
+
+def human(count: int) -> str:
+    """Bytes -> MiB under 10 GiB, GiB above; a sign is kept."""
+    return mib(count) if abs(count) < 10 * GIB else gib(count)
+
+
+def seconds(value: float) -> str:
+    """Seconds -> `0.42 s`, `12.3 s` or `3 min 05 s`."""
+    if value < 10:
+        return f"{value:.2f} s"
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{int(value // 60)} min {int(value % 60):02d} s"
