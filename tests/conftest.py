@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,19 +23,26 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped without CUDA; with it they share one xdist worker, since they measure one card."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked gpu on a machine without CUDA."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_items:
-        return
-    cuda = torch.cuda.is_available()
-    parallel = config.pluginmanager.hasplugin("xdist")
-    for item in gpu_items:
-        if not cuda:
+    if gpu_items and not torch.cuda.is_available():
+        for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        elif parallel:
-            item.add_marker(pytest.mark.xdist_group("gpu"))
+
+
+@pytest.fixture(autouse=True)
+def one_gpu_test_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A lock across workers: two tests on one card would change each other's device memory.
+
+    xdist_group would say the same, but pytest-xdist 3.8.0 does not see groups under pytest 9.2.
+    """
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / f"wanvram-gpu-tests-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)

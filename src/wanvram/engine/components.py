@@ -73,9 +73,9 @@ class Parts:
 
     def load(self, name: str) -> Component:
         """Component with its weights placed as the strategy says. Raises CheckpointError for wrong weights."""
-        with torch.device("meta"):
+        with self.device.building(), torch.device("meta"):
             module, blocks = self._builders[name]()
-        expected = {key: tuple(p.shape) for key, p in module.state_dict().items()}
+        expected = {key: tuple(p.shape) for key, p in module.named_parameters()}
         if name == "text_encoder":
             expected["token_embedding.weight"] = (self.specs.text_encoder.vocab_size, self.specs.text_encoder.dim)
         self.weights.shapes_for(name, expected)

@@ -100,8 +100,10 @@ def make_device(config: RunConfig) -> Device:
 def _simulated_memory(config: RunConfig, *, keep_events: bool = False) -> SimulatedMemory:
     gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
     settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
-    usable = gpu.total_bytes - gpu.context_bytes
-    allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=config.memory_limit_bytes)
+    outside = gpu.context_bytes + sum(gpu.module_bytes.values())
+    usable = gpu.total_bytes - outside
+    limit = None if config.memory_limit_bytes is None else max(0, config.memory_limit_bytes - outside)
+    allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
     return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)
 
 
@@ -122,15 +124,29 @@ def _run(pipeline: Pipeline, sink: VideoWriter | None) -> Failure | None:
         return None
     except OutOfMemory as error:
         failure = Failure(
-            "oom", str(error), None, None, error.requested_bytes, error.allocated_bytes, error.reserved_bytes, []
+            "oom",
+            str(error),
+            requested_bytes=error.requested_bytes,
+            allocated_bytes=error.allocated_bytes,
+            reserved_bytes=error.reserved_bytes,
+            alive=_largest_alive(pipeline),
         )
     except KeyboardInterrupt:
-        failure = Failure("interrupted", "interrupted by the user", None, None, None, None, None, [])
+        failure = Failure("interrupted", "interrupted by the user")
     except WanvramError as error:
         if error.exit_code == 2:
             raise
-        failure = Failure("error", str(error), None, None, None, None, None, [])
+        failure = Failure("error", str(error))
     return pipeline.recorder.finish_open(failure)
+
+
+def _largest_alive(pipeline: Pipeline, count: int = 10) -> tuple[tuple[str, int], ...]:
+    """The components resident at the failure and, on the simulated device, the largest allocations by operation."""
+    alive = list(pipeline.resident())
+    device = pipeline.device
+    if isinstance(device, SimulatedDevice):
+        alive += [(operation, nbytes) for nbytes, operation in device.memory.live.values()]
+    return tuple(sorted(alive, key=lambda item: -item[1])[:count])
 
 
 def _record(
@@ -141,7 +157,7 @@ def _record(
         device=device.name,
         simulated=device.kind == "simulated",
         config=config.to_dict(),
-        fits=None,
+        fits=_fits(config, failure, pipeline.recorder),
         budget_bytes=config.memory_limit_bytes,
         components=pipeline.records(),
         stages=pipeline.recorder.spans,
@@ -151,6 +167,16 @@ def _record(
         notes=[],
     )
     return record
+
+
+def _fits(config: RunConfig, failure: Failure | None, recorder: Recorder) -> bool | None:
+    """Against the budget given, in device bytes; None when there was none."""
+    if config.memory_limit_bytes is None:
+        return None
+    if failure is not None:
+        return False if failure.kind == "oom" else None
+    used = max(s.peak.device_bytes or s.peak.reserved_bytes for s in recorder.spans)
+    return used <= config.memory_limit_bytes
 
 
 def _json(value: object) -> str:

@@ -52,12 +52,14 @@ class SimulatedMemory(TorchDispatchMode):
         self.live: dict[int, tuple[int, str]] = {}
         self._host: dict[int, int] = {}
         self._device: dict[int, int] = {}
+        self._ignored: set[int] = set()
+        self._names: dict[Any, str] = {}
         self._placing_host = False
         self._pinning = False
+        self._ignoring = False
         self._operation = ""
         self._loaded: set[str] = set()
         self._outside = gpu.context_bytes
-        self._peak_reserved = 0
 
     # --- meter -----------------------------------------------------------------------------------------------------------
 
@@ -66,12 +68,14 @@ class SimulatedMemory(TorchDispatchMode):
         return f"simulated:{self.gpu.key}"
 
     def read(self) -> Memory:
-        reserved = self.allocator.reserved_bytes
-        return Memory(self.allocator.allocated_bytes, reserved, reserved + self._outside)
+        return Memory(self.allocator.allocated_bytes, self.allocator.reserved_bytes, None)
 
     def peak(self) -> Memory:
-        reserved = self.allocator.peak_reserved_bytes
-        return Memory(self.allocator.peak_allocated_bytes, reserved, reserved + self._outside)
+        return Memory(self.allocator.peak_allocated_bytes, self.allocator.peak_reserved_bytes, None)
+
+    def device_memory(self) -> int:
+        """What the driver would say: reserved, the CUDA context, and the modules of every library used so far."""
+        return self.allocator.reserved_bytes + self._outside
 
     def reset_peak(self) -> None:
         self.allocator.reset_peaks()
@@ -95,8 +99,14 @@ class SimulatedMemory(TorchDispatchMode):
         finally:
             self._placing_host, self._pinning = before
 
-    def is_on_host(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._host
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Storages born inside stand for nothing: a model's parameters before they are loaded."""
+        self._ignoring = True
+        try:
+            yield
+        finally:
+            self._ignoring = False
 
     def load_library(self, name: str) -> None:
         """First use of a library: its modules take device memory outside the allocator."""
@@ -110,8 +120,13 @@ class SimulatedMemory(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._operation = str(func)
+        name = self._names.get(func)
+        if name is None:
+            name = self._names[func] = str(func)
+        self._operation = name
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
+        if self._ignoring:
+            return self._ignore(func(*args, **kwargs))
         host = self._placing_host or any(t.untyped_storage()._cdata in self._host for t in tensors)
         plan = None if host else self.libraries.plan(self._operation, args, kwargs)
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
@@ -136,9 +151,17 @@ class SimulatedMemory(TorchDispatchMode):
         for handle in reversed(before):
             self._free(handle)
 
+    def _ignore(self, result: Any) -> Any:
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+                storage = leaf.untyped_storage()
+                self._ignored.add(storage._cdata)
+                weakref.finalize(storage, self._ignored.discard, storage._cdata).atexit = False
+        return result
+
     def _register(self, storage: torch.UntypedStorage, host: bool) -> None:
         key = storage._cdata
-        if key in self._device or key in self._host or storage.nbytes() == 0:
+        if key in self._device or key in self._host or key in self._ignored or storage.nbytes() == 0:
             return
         nbytes = storage.nbytes()
         if host:

@@ -1,0 +1,180 @@
+"""wanvram beside diffusers on the same GPU, same shapes, random bf16 weights: one denoising step and one VAE decode each.
+
+    python benchmarks/beside_diffusers.py --task 1.3B            832x480, 81 frames
+    python benchmarks/beside_diffusers.py --task 14B             1280x720, 81 frames
+
+Each (library, part) runs in a fresh process, with everything resident. "act" is the peak of allocated bytes minus what was allocated when
+the step began; a step is both guidance forwards. The VAE is float32 for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES = {"1.3B": (21, 60, 104), "14B": (21, 90, 160)}
+REPEATS = {"1.3B": 3, "14B": 1}
+
+
+def timed(call: Any, repeats: int) -> dict[str, float]:
+    """Warm-up, then the median wall time and the peak over what was there before."""
+    import torch
+
+    call(warm=True)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call(warm=False)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {
+        "seconds": sorted(times)[len(times) // 2],
+        "base_mib": before / 2**20,
+        "activation_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
+        "reserved_mib": torch.cuda.max_memory_reserved() / 2**20,
+    }
+
+
+def fill(module: Any) -> None:
+    import torch
+
+    for p in list(module.parameters()) + list(module.buffers()):
+        if p.is_floating_point():
+            p.data.normal_(0, 0.02)
+        del p
+    torch.cuda.synchronize()
+
+
+def diffusers_dit(task: str) -> dict[str, float]:
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    heads, layers, ffn = (12, 30, 8960) if task == "1.3B" else (40, 40, 13824)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = WanTransformer3DModel(num_attention_heads=heads, num_layers=layers, ffn_dim=ffn).eval()
+    torch.set_default_dtype(torch.float32)
+    for name, child in model.named_modules():
+        if any(part in name for part in ("time_embedder", "norm1", "norm2", "norm3")):
+            child.float()
+    for name, p in model.named_parameters():
+        if "scale_shift_table" in name:
+            p.data = p.data.float()
+    fill(model)
+    f, h, w = SHAPES[task]
+    latent = torch.randn(1, 16, f, h, w, device="cuda", dtype=torch.bfloat16)
+    text = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16)
+    t = torch.tensor([500], device="cuda")
+
+    def step(warm: bool) -> None:
+        for _ in range(1 if warm else 2):
+            model(hidden_states=latent, timestep=t, encoder_hidden_states=text, return_dict=False)
+
+    return timed(step, REPEATS[task])
+
+
+def our_dit(task: str) -> dict[str, float]:
+    import torch
+
+    from wanvram.engine.devices import CudaDevice
+    from wanvram.engine.pipeline import rows_per_chunk
+    from wanvram.engine.residency import Component
+    from wanvram.models.dit import Condition, WanDiT
+    from wanvram.models.precision import BF16
+    from wanvram.specs import DIT
+    from wanvram.weights.random import RandomSource
+
+    with torch.device("meta"):
+        model = WanDiT(DIT[f"t2v-{task}"], BF16)
+    component = Component("dit", model, model.walk_order(), CudaDevice())
+    shapes = {k: tuple(p.shape) for k, p in model.state_dict().items()}
+    component.load_resident(RandomSource(shapes, 0))
+    f, h, w = SHAPES[task]
+    latent = torch.randn(16, f, h, w, device="cuda")
+    conditions = [Condition(context=torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)) for _ in range(2)]
+    rows = rows_per_chunk(f * h * w // 4, None)
+
+    def step(warm: bool) -> None:
+        for c in conditions[: 1 if warm else 2]:
+            model(latent, 500, [c], rows_per_chunk=rows, walk=component.walk)
+
+    return timed(step, REPEATS[task])
+
+
+def diffusers_vae(task: str) -> dict[str, float]:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("cuda"):
+        model = AutoencoderKLWan().eval()
+    fill(model)
+    f, h, w = SHAPES[task]
+    z = torch.randn(1, 16, f, h, w, device="cuda")
+    return timed(lambda warm: model.decode(z[:, :, :3] if warm else z, return_dict=False), 1)
+
+
+def our_vae(task: str) -> dict[str, float]:
+    import torch
+
+    from wanvram.engine.devices import CudaDevice
+    from wanvram.engine.residency import Component
+    from wanvram.models.vae import WanVAE
+    from wanvram.specs import VAE
+    from wanvram.weights.random import RandomSource
+
+    with torch.device("meta"):
+        model = WanVAE(VAE["wan2.1"])
+        del model.encoder, model.conv1
+    component = Component("vae", model, [], CudaDevice())
+    component.load_resident(RandomSource({k: tuple(p.shape) for k, p in model.state_dict().items()}, 0))
+    f, h, w = SHAPES[task]
+    z = torch.randn(16, f, h, w, device="cuda")
+
+    def decode(warm: bool) -> None:
+        for frames in model.decode(z[:, :3] if warm else z):
+            (frames.clamp_(-1, 1) * 127.5).to(torch.uint8).cpu()
+
+    return timed(decode, 1)
+
+
+PARTS = {"diffusers_dit": diffusers_dit, "our_dit": our_dit, "diffusers_vae": diffusers_vae, "our_vae": our_vae}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(SHAPES), default="1.3B")
+    parser.add_argument("--part", choices=sorted(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    args = parser.parse_args()
+    if args.part:
+        import torch
+
+        with torch.no_grad():
+            row = PARTS[args.part](args.task)
+        print(json.dumps(row | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
+        return
+    rows = {}
+    for part in PARTS:
+        command = [sys.executable, __file__, "--task", args.task, "--part", part]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        rows[part] = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else {"error": result.stderr[-1500:]}
+        print(part, rows[part], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"{datetime.date.today().isoformat()}_beside_diffusers_{args.task}.json"
+    (args.out / name).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

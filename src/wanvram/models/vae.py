@@ -1,0 +1,249 @@
+"""The causal video VAE: latents [16,T,h,w] to frames and back, one frame at a time through the whole network.
+
+A frame runs depth first: what a temporal upsampling makes of it is finished one by one, so above the mid block one frame
+per resolution exists beside the convolutions' two-frame caches (`vae_blocks.Stream`). Decode in float32 peaks at 3.76 GiB
+of activations at 832x480 and 8.51 GiB at 1280x720, of which the caches are 3.3 and 7.5 (official at 832x480: 8.2).
+
+What would go below the caches, not built: exact spatial tiles. Keep the mid block's output of all latent frames (384 x 60 x
+104 x 21 float32 = 192 MiB at 832x480; its attention sees whole frames), then decode tile by tile, every tile over all
+frames with a Stream of its own. A tile needs a halo on each inner side of 7 pixels at the last level (6 convolutions and
+the head) and ceil((halo above + 1) / 2) + 6 at each level below: 10, 12 and 13, cropped as it stops being needed. Two tiles
+of the 104 latent columns halve the caches for about 5 % more arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wanvram.errors import InputError
+from wanvram.kernels.conv import conv3d
+from wanvram.models.vae_blocks import (
+    UNIT,
+    AttentionBlock,
+    Conv,
+    Downsample,
+    Head,
+    ResidualBlock,
+    Stream,
+    Upsample,
+    new_frames,
+)
+from wanvram.specs import VAESpec
+
+__all__ = ["LATENT_MEAN", "LATENT_STD", "WanVAE", "frame_chunks"]
+
+LATENT_MEAN = (
+    -0.7571,
+    -0.7089,
+    -0.9113,
+    0.1075,
+    -0.1745,
+    0.9653,
+    -0.1517,
+    1.5508,
+    0.4134,
+    -0.0715,
+    0.5517,
+    -0.3632,
+    -0.1922,
+    -0.9497,
+    0.2503,
+    -0.2921,
+)
+LATENT_STD = (
+    2.8184,
+    1.4541,
+    2.3275,
+    2.6558,
+    1.2196,
+    1.7708,
+    2.6052,
+    2.0743,
+    3.2687,
+    2.1526,
+    2.8652,
+    1.5579,
+    1.6382,
+    1.1253,
+    2.8251,
+    1.916,
+)
+# 1/std rounded to float32, as official holds it. Numbers, not a tensor: no copy from host to device.
+INVERSE_STD = tuple(float(np.float32(1.0) / np.float32(value)) for value in LATENT_STD)
+
+
+def frame_chunks(video: Tensor) -> Iterator[Tensor]:
+    """Views of video [3,T,H,W] with 1, 4, 4, ... frames; the rest of fewer than 4 is dropped."""
+    yield video[:, :1]
+    for start in range(1, video.shape[1] - 3, 4):
+        yield video[:, start : start + 4]
+
+
+def _middle(channels: int, dtype: torch.dtype) -> nn.ModuleList:
+    return nn.ModuleList(
+        [
+            ResidualBlock(channels, channels, dtype),
+            AttentionBlock(channels, dtype),
+            ResidualBlock(channels, channels, dtype),
+        ]
+    )
+
+
+class Encoder(nn.Module):
+    """Frames -> latent statistics: mean and log-variance channels before the last pointwise convolution."""
+
+    def __init__(self, spec: VAESpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        widths = [spec.dim * multiple for multiple in (1, *spec.dim_mult)]
+        self.conv1 = Conv(3, widths[0], (3, 3, 3), dtype)
+        blocks: list[nn.Module] = []
+        for level, outputs in enumerate(widths[1:]):
+            inputs = widths[level]
+            for _ in range(spec.num_res_blocks):
+                blocks.append(ResidualBlock(inputs, outputs, dtype))
+                inputs = outputs
+            if level < len(spec.dim_mult) - 1:
+                blocks.append(Downsample(outputs, spec.temporal_downsample[level], dtype))
+        self.downsamples = nn.ModuleList(blocks)
+        self.middle = _middle(widths[-1], dtype)
+        self.head = Head(widths[-1], 2 * spec.z_dim, dtype)
+
+    def forward(self, pixels: Tensor, stream: Stream) -> Tensor | None:
+        """One frame [1,3,1,H,W] -> [1,2*z_dim,1,h,w], or None until a group of frames is complete."""
+        x = self.conv1.causal(pixels, stream)
+        for block in self.downsamples:
+            x = block(x, stream)
+            if x is None:
+                return None
+        for block in self.middle:
+            x = block(x, stream)
+        out = new_frames(x, self.head.outputs, 1, *x.shape[3:])
+        self.head(x, stream, out[0, :, 0])
+        return out
+
+
+class Decoder(nn.Module):
+    """Latent frames -> video frames."""
+
+    def __init__(self, spec: VAESpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        widths = [spec.dim * multiple for multiple in (spec.dim_mult[-1], *reversed(spec.dim_mult))]
+        temporal = tuple(reversed(spec.temporal_downsample))
+        self.conv1 = Conv(spec.z_dim, widths[0], (3, 3, 3), dtype)
+        self.middle = _middle(widths[0], dtype)
+        blocks: list[nn.Module] = []
+        for level, outputs in enumerate(widths[1:]):
+            inputs = widths[level] if level == 0 else widths[level] // 2  # every upsampling halves the channels
+            for _ in range(spec.num_res_blocks + 1):
+                blocks.append(ResidualBlock(inputs, outputs, dtype))
+                inputs = outputs
+            if level < len(spec.dim_mult) - 1:
+                blocks.append(Upsample(outputs, temporal[level], dtype))
+        self.upsamples = nn.ModuleList(blocks)
+        self.head = Head(widths[-1], 3, dtype)
+
+    def features(self, latent: Tensor, stream: Stream) -> Iterator[Tensor]:
+        """Last features [1,C,1,H,W] of every video frame of one latent frame [1,z_dim,1,h,w], in order."""
+        x = self.conv1.causal(latent, stream)
+        for block in self.middle:
+            x = block(x, stream)
+        # A stack, not recursion: callers' variables would keep one frame of every level alive.
+        pending: list[tuple[int, int | None, Tensor]] = [(0, None, x)]
+        while pending:
+            index, part, x = pending.pop()
+            for number, block in enumerate(self.upsamples[index:], start=index):
+                if not isinstance(block, Upsample):
+                    x = block(x, stream)
+                    continue
+                if part is None:
+                    part, *later = block.parts(stream)
+                    pending.extend((number, other, x) for other in later)
+                x, part = block(x, stream, part), None
+            yield x
+
+
+class WanVAE(nn.Module):
+    """Keys and shapes of the official checkpoint. `encoder` and `conv1`, or `decoder` and `conv2`, may be deleted."""
+
+    def __init__(self, spec: VAESpec, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec, dtype)
+        self.conv1 = Conv(2 * spec.z_dim, 2 * spec.z_dim, (1, 1, 1), dtype)
+        self.conv2 = Conv(spec.z_dim, spec.z_dim, (1, 1, 1), dtype)
+        self.decoder = Decoder(spec, dtype)
+        self.scale = 2 ** (len(spec.dim_mult) - 1)
+
+    def decode(self, z: Tensor) -> Iterator[Tensor]:
+        """Latents z [16,T,h,w] -> frames [3,t,H,W], not clamped: t is 1 for the first latent frame, then 4."""
+        if z.dim() != 4 or z.shape[0] != self.spec.z_dim:
+            raise InputError(
+                f"latents have shape {tuple(z.shape)} instead of [{self.spec.z_dim}, frames, height, width]"
+            )
+        stream = Stream(remember=z.shape[1] > 1)
+        group = 2 ** sum(self.spec.temporal_downsample)
+        height, width = z.shape[2] * self.scale, z.shape[3] * self.scale
+        for index in range(z.shape[1]):
+            latent = self._decoder_input(z[:, index])
+            frames = latent.new_empty((3, group if index else 1, height, width))
+            self._decode_into(frames, latent, stream)
+            yield frames
+            del frames  # the caller's alone while the next group is computed
+
+    def encode(self, chunks: Iterable[Tensor]) -> Tensor:
+        """Frames in [-1,1], in pieces [3,t,H,W] of any length -> normalised latent means [16,T,h,w] in float32.
+
+        1 + 4k frames give T = 1 + k; up to three frames more change nothing. Pieces are taken one by one.
+        """
+        pixels = (chunk[:, index] for chunk in chunks for index in range(chunk.shape[1]))
+        frame, following = next(pixels, None), next(pixels, None)
+        stream = Stream(remember=following is not None)
+        latents: list[Tensor] = []
+        while frame is not None:
+            statistics = self._encode_frame(frame, stream)
+            if statistics is not None:
+                latents.append(_normalised(statistics))
+            frame, following = following, next(pixels, None)
+        if not latents:
+            raise InputError("there is no frame to encode")
+        return torch.stack(latents, dim=1)
+
+    def _encode_frame(self, frame: Tensor, stream: Stream) -> Tensor | None:
+        """[3,H,W] -> latent means [1,16,1,h,w] if a group of frames is complete."""
+        if frame.shape[1] % self.scale or frame.shape[2] % self.scale:
+            raise InputError(
+                f"frames of {frame.shape[2]}x{frame.shape[1]} cannot be encoded: use multiples of {self.scale}"
+            )
+        pixels = new_frames(self.conv1.weight, 3, 1, *frame.shape[1:])
+        pixels[0, :, 0].copy_(frame)
+        encoded = self.encoder(pixels, stream)
+        if encoded is None:
+            return None
+        means = slice(self.spec.z_dim)
+        return conv3d(encoded, self.conv1.weight[means], self.conv1.bias[means], UNIT, (0, 0, 0))
+
+    def _decoder_input(self, latent: Tensor) -> Tensor:
+        """One latent frame [16,h,w] in DiT scale -> [1,16,1,h,w] behind the pointwise convolution."""
+        scaled = new_frames(self.conv2.weight, self.spec.z_dim, 1, *latent.shape[1:])
+        for channel, (mean, factor) in enumerate(zip(LATENT_MEAN, INVERSE_STD, strict=True)):
+            scaled[0, channel, 0].copy_(latent[channel]).div_(factor).add_(mean)
+        return self.conv2.pointwise(scaled)
+
+    def _decode_into(self, frames: Tensor, latent: Tensor, stream: Stream) -> None:
+        number = 0  # not enumerate(): it keeps its last item, a frame of features, 146 MiB at 832x480
+        for features in self.decoder.features(latent, stream):
+            self.decoder.head(features, stream, frames[:, number])
+            del features
+            number += 1
+
+
+def _normalised(means: Tensor) -> Tensor:
+    """[1,16,1,h,w] -> float32 [16,h,w] in DiT scale."""
+    latent = means.new_empty((means.shape[1], *means.shape[3:]), dtype=torch.float32)
+    for channel, (mean, factor) in enumerate(zip(LATENT_MEAN, INVERSE_STD, strict=True)):
+        latent[channel].copy_(means[0, channel, 0]).sub_(mean).mul_(factor)
+    return latent

@@ -1,0 +1,362 @@
+"""Building blocks of the causal video VAE: each takes one frame [1,C,1,H,W] (channels_last_3d) and returns one.
+
+A temporal convolution needs the two frames before its own. They live in a `Stream`, one per call, never in a module, so
+an abandoned call leaves nothing behind. What exists beyond those caches is bounded: a convolution gathers its three input
+frames in a window of at most BAND_BYTES, a band of rows at a time (rows of a convolution are independent but for a halo
+of one), norm and SiLU write directly into the window, and the residual is added in place.
+
+Blocks own the frame they are given: a residual block overwrites it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from wanvram.kernels.channel_norm import rms_norm_silu
+from wanvram.kernels.conv import conv3d, frame_attention
+from wanvram.units import MIB
+
+__all__ = ["AttentionBlock", "Conv", "Downsample", "Gamma", "Head", "ResidualBlock", "Stream", "Upsample", "new_frames"]
+
+# The window of 96 channels at 480x832 is 439 MiB: 4 bands. A band of 110 MiB keeps an H200 busy for 0.4 ms.
+BAND_BYTES = 128 * MIB
+UNIT = (1, 1, 1)
+
+
+def new_frames(like: Tensor, channels: int, count: int, height: int, width: int) -> Tensor:
+    """Uninitialised [1, channels, count, height, width] in channels_last_3d."""
+    shape = (1, channels, count, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+
+
+def positions(x: Tensor) -> Tensor:
+    """View one frame, or rows of one, [1,C,1,H,W] as [H*W, C]."""
+    return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
+
+
+def bands(height: int, window_bytes: int) -> Iterator[tuple[int, int]]:
+    """Row ranges that cut a window of `window_bytes` into parts of about BAND_BYTES."""
+    rows = -(-height // max(-(-window_bytes // BAND_BYTES), 1))
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def frame_bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+class Stream:
+    """Everything one encode or decode call remembers between frames.
+
+    remember False (the call has a single frame): nothing is kept, and a temporal convolution is its last tap alone,
+    because its history is zero.
+    """
+
+    def __init__(self, remember: bool) -> None:
+        self.remember = remember
+        self.frames: dict[nn.Module, list[Tensor]] = {}
+        self.weights: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.started: set[nn.Module] = set()
+
+    def starts(self, module: nn.Module) -> bool:
+        """True at the first call for this module."""
+        first = module not in self.started
+        self.started.add(module)
+        return first
+
+    def history(self, module: nn.Module, like: Tensor) -> list[Tensor]:
+        """The two input frames before this one, oldest first, zero before the first frame; [] if nothing is kept."""
+        if not self.remember:
+            return []
+        if module not in self.frames:
+            _, channels, _, height, width = like.shape
+            self.frames[module] = [new_frames(like, channels, 1, height, width).zero_() for _ in range(2)]
+        return self.frames[module]
+
+
+class Gamma(nn.Module):
+    """The scale of a channel norm."""
+
+    def __init__(self, channels: int, trailing: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty((channels, *[1] * trailing), dtype=dtype), requires_grad=False)
+
+    def write(self, x: Tensor, out: Tensor, silu: bool) -> None:
+        rms_norm_silu(positions(x), self.gamma.view(-1), positions(out), silu)
+
+
+class Conv(nn.Module):
+    """Parameters of a convolution, stored channels last: copying weights into them keeps the strides."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        layout = torch.channels_last_3d if len(kernel) == 3 else torch.channels_last
+        weight = torch.empty((outputs, inputs, *kernel), dtype=dtype, memory_format=layout)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype), requires_grad=False)
+
+    def matrix(self) -> Tensor:
+        """The weight of a convolution without extent as [inputs, outputs]."""
+        return self.weight.view(self.weight.shape[:2]).t()
+
+    def pointwise(self, x: Tensor) -> Tensor:
+        """A convolution without extent."""
+        return conv3d(x, self.weight, self.bias, UNIT, (0, 0, 0))
+
+    def flat(self, x: Tensor, stride: tuple[int, int, int], padding: int) -> Tensor:
+        """A two-dimensional convolution of one frame."""
+        return conv3d(x, self.weight.unsqueeze(2), self.bias, stride, (0, padding, padding))
+
+    def causal(
+        self,
+        x: Tensor,
+        stream: Stream,
+        norm: Gamma | None = None,
+        add_to: Tensor | None = None,
+        outputs: slice = slice(None),
+        commit: bool = True,
+    ) -> Tensor:
+        """The output frame at the time of x, of SiLU(norm(x)) where norm is given.
+
+        add_to: the result is added to this frame, which is returned. outputs: compute these channels only.
+        commit False: x does not become history yet (the same x comes again).
+        """
+        history = stream.history(self, x)
+        # The last tap alone is the one case that copies: 5 MiB for 384 channels, and it has a third of the arithmetic.
+        weight = self.weight[outputs, :, 2 - len(history) :].contiguous(memory_format=torch.channels_last_3d)
+        bias, halo, height = self.bias[outputs], weight.shape[3] // 2, x.shape[3]
+        ranges = list(bands(height, (len(history) + 1) * frame_bytes(x)))
+        if len(ranges) == 1 and add_to is None:
+            window = _window(x, history, norm)
+            _commit(history, window, 0, height, commit)
+            out = conv3d(window, weight, bias, UNIT, (0, halo, halo))
+        else:
+            out = new_frames(x, weight.shape[0], 1, height, x.shape[4]) if add_to is None else add_to
+            for top, bottom in ranges:
+                first, last = max(top - halo, 0), min(bottom + halo, height)
+                window = _window(x[..., first:last, :], [old[..., first:last, :] for old in history], norm)
+                # Rows above the next window are needed from the oldest frame no more: the newest takes their place.
+                _commit(history, window, first, height if bottom == height else bottom - halo, commit)
+                band = conv3d(window, weight, bias, UNIT, (0, halo, halo))
+                del window
+                _store(out[..., top:bottom, :], band[..., top - first : bottom - first, :], add=add_to is not None)
+                del band
+        if commit:
+            history.reverse()
+        return out
+
+
+def _window(x: Tensor, history: list[Tensor], norm: Gamma | None) -> Tensor:
+    """History and x, normed and activated, as one [1,C,t,h,W] tensor."""
+    window = new_frames(x, x.shape[1], len(history) + 1, x.shape[3], x.shape[4])
+    for index, old in enumerate(history):
+        window[:, :, index : index + 1].copy_(old)
+    newest = window[:, :, -1:]
+    if norm is None:
+        newest.copy_(x)
+    else:
+        norm.write(x, newest, silu=True)
+    return window
+
+
+def _commit(history: list[Tensor], window: Tensor, first: int, stop: int, commit: bool) -> None:
+    """Rows first..stop of the oldest history frame become those of the window's newest frame."""
+    if history and commit:
+        history[0][..., first:stop, :].copy_(window[:, :, 2:, : stop - first])
+
+
+def _store(target: Tensor, band: Tensor, add: bool) -> None:
+    if add:
+        target.add_(band)
+    else:
+        target.copy_(band)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), overwriting x; a pointwise shortcut where the channels change."""
+
+    shortcut: Conv | None
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": Gamma(inputs, 3, dtype),
+                "2": Conv(inputs, outputs, (3, 3, 3), dtype),
+                "3": Gamma(outputs, 3, dtype),
+                "6": Conv(outputs, outputs, (3, 3, 3), dtype),
+            }
+        )
+        self.shortcut = Conv(inputs, outputs, (1, 1, 1), dtype) if inputs != outputs else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        inner = self.residual["2"].causal(x, stream, norm=self.residual["0"])
+        if self.shortcut is not None:
+            x = self.shortcut.pointwise(x)
+        return self.residual["6"].causal(inner, stream, norm=self.residual["3"], add_to=x)
+
+
+class AttentionBlock(nn.Module):
+    """Attention among the positions of one frame, added to x in place."""
+
+    def __init__(self, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = Gamma(channels, 2, dtype)
+        self.to_qkv = Conv(channels, 3 * channels, (1, 1), dtype)
+        self.proj = Conv(channels, channels, (1, 1), dtype)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        del stream  # no memory between frames
+        tokens = positions(x)
+        normed = new_frames(x, *x.shape[1:])
+        self.norm.write(x, normed, silu=False)
+        qkv = torch.addmm(self.to_qkv.bias, positions(normed), self.to_qkv.matrix())
+        del normed
+        attended = frame_attention(qkv)
+        del qkv
+        tokens.addmm_(attended, self.proj.matrix()).add_(self.proj.bias)
+        return x
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, half the channels; with `temporal`, two frames for every frame after the first."""
+
+    time_conv: Conv | None
+
+    def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv(channels, channels // 2, (3, 3), dtype)})
+        self.time_conv = Conv(channels, 2 * channels, (3, 1, 1), dtype) if temporal else None
+
+    def parts(self, stream: Stream) -> tuple[int | None, ...]:
+        """Which `part`s the frame that comes next has to be called with, in order."""
+        return (None,) if self.time_conv is None or stream.starts(self) else (0, 1)
+
+    def forward(self, x: Tensor, stream: Stream, part: int | None) -> Tensor:
+        """One output frame. part 0 and 1 are the two frames of a temporal upsampling, None is the frame itself."""
+        if part is not None and self.time_conv is not None:
+            channels = x.shape[1]
+            outputs = slice(part * channels, (part + 1) * channels)
+            x = self.time_conv.causal(x, stream, outputs=outputs, commit=part == 1)
+        return self._double(x)
+
+    def _double(self, x: Tensor) -> Tensor:
+        """Nearest neighbour and convolution, a band of rows at a time."""
+        conv = self.resample["1"]
+        _, channels, _, height, width = x.shape
+        out = new_frames(x, conv.weight.shape[0], 1, 2 * height, 2 * width)
+        for top, bottom in bands(height, 4 * frame_bytes(x)):
+            first, last = max(top - 1, 0), min(bottom + 1, height)
+            doubled = new_frames(x, channels, 1, 2 * (last - first), 2 * width)
+            rows = x[0, :, 0, first:last].permute(1, 2, 0)
+            grid = doubled[0, :, 0].permute(1, 2, 0).view(last - first, 2, width, 2, channels)
+            grid.copy_(rows[:, None, :, None, :])
+            band = conv.flat(doubled, UNIT, 1)
+            del doubled, grid
+            _store(out[..., 2 * top : 2 * bottom, :], band[..., 2 * (top - first) : 2 * (bottom - first), :], add=False)
+            del band
+        return out
+
+
+class Downsample(nn.Module):
+    """Half the height and width; with `temporal`, one frame for every two after the first."""
+
+    time_conv: Conv | None
+
+    def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv(channels, channels, (3, 3), dtype)})
+        self.time_conv = Conv(channels, channels, (3, 1, 1), dtype) if temporal else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor | None:
+        """The output frame, or None where the second frame of a pair is still to come."""
+        x = self._halve(x)
+        if self.time_conv is None or not stream.remember:
+            return x
+        if stream.starts(self):
+            stream.frames[self] = [x.clone(memory_format=torch.channels_last_3d)]  # x is overwritten downstream
+            return x
+        held = stream.frames[self]
+        held.append(x)
+        if len(held) < 3:
+            return None
+        window = _window(held[2], held[:2], None)
+        del held[:2]
+        return conv3d(window, self.time_conv.weight, self.time_conv.bias, (2, 1, 1), (0, 0, 0))
+
+    def _halve(self, x: Tensor) -> Tensor:
+        """Convolution with stride 2, padded by one at the right and bottom, a band of rows at a time."""
+        conv = self.resample["1"]
+        _, channels, _, height, width = x.shape
+        out = new_frames(x, channels, 1, height // 2, width // 2)
+        for top, bottom in bands(height // 2, frame_bytes(x)):
+            first, last = 2 * top, min(2 * bottom + 1, height)
+            padded = new_frames(x, channels, 1, 2 * (bottom - top) + 1, width + 1)
+            padded[..., : last - first, :width].copy_(x[..., first:last, :])
+            padded[..., width:].zero_()
+            padded[..., last - first :, :].zero_()
+            band = conv.flat(padded, (1, 2, 2), 0)
+            del padded
+            _store(out[..., top:bottom, :], band, add=False)
+            del band
+        return out
+
+
+class Head(nn.Module):
+    """norm, SiLU and the last temporal convolution, which remembers products instead of inputs.
+
+    Output at t = W2 a[t] + W1 a[t-1] + W0 a[t-2]. With few outputs the three products of one frame (9 channels for RGB)
+    are far smaller than the frame (96): 19 instead of 146 MiB at 480x832. One flat convolution gives all three.
+    """
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.add_module("0", Gamma(inputs, 3, dtype))
+        self.add_module("2", Conv(inputs, outputs, (3, 3, 3), dtype))
+
+    def forward(self, x: Tensor, stream: Stream, out: Tensor) -> None:
+        """Write the output frame into out [outputs,H,W]."""
+        if self not in stream.weights:
+            stream.weights[self] = self._stacked()
+        products = self._products(x, *stream.weights[self])
+        past = stream.frames.setdefault(self, [])
+        count = self.outputs
+        out.copy_(products[0, 2 * count : 3 * count, 0])
+        for age, old in enumerate(reversed(past), start=1):
+            out.add_(old[0, (2 - age) * count : (3 - age) * count, 0])
+        past.append(products)
+        del past[:-2]
+
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """The three taps below each other, [3*outputs, I, 1, 3, 3], and the bias at the newest.
+
+        Padded to a multiple of 4: cuDNN leaves channels_last (a 439 MiB workspace for RGB) for odd channel counts.
+        """
+        conv = self.get_submodule("2")
+        count, rows = self.outputs, -(-3 * self.outputs // 4) * 4
+        shape = (rows, conv.weight.shape[1], 1, 3, 3)
+        weight = torch.empty(
+            shape, dtype=conv.weight.dtype, device=conv.weight.device, memory_format=torch.channels_last_3d
+        ).zero_()
+        bias = torch.zeros(rows, dtype=conv.bias.dtype, device=conv.bias.device)
+        for tap in range(3):
+            weight[tap * count : (tap + 1) * count].copy_(conv.weight[:, :, tap : tap + 1])
+        bias[2 * count : 3 * count].copy_(conv.bias)
+        return weight, bias
+
+    def _products(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        height = x.shape[3]
+        out = new_frames(x, weight.shape[0], 1, height, x.shape[4])
+        for top, bottom in bands(height, frame_bytes(x)):
+            first, last = max(top - 1, 0), min(bottom + 1, height)
+            activated = new_frames(x, x.shape[1], 1, last - first, x.shape[4])
+            self.get_submodule("0").write(x[..., first:last, :], activated, silu=True)
+            band = conv3d(activated, weight, bias, UNIT, (0, 1, 1))
+            del activated
+            _store(out[..., top:bottom, :], band[..., top - first : bottom - first, :], add=False)
+            del band
+        return out

@@ -1,0 +1,92 @@
+"""Nested spans over a run: memory at start, peak and end of each, with peaks of children carried to their parents."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from wanvram.record import Failure, Memory, Span
+from wanvram.recorder.events import EventLog
+from wanvram.recorder.meters import Meter
+from wanvram.units import human
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Watches one run through a Meter. Finished top-level spans are in `spans`.
+
+    The meter's peak counter is reset at every span's start and end; what it had seen goes into all open spans first, so nothing
+    between two reads is lost. Blocks are neither synchronised nor asked of the driver: their cost is a few microseconds.
+    """
+
+    def __init__(self, meter: Meter, events: EventLog | None, progress: Callable[[str], None] | None) -> None:
+        self.meter = meter
+        self.events = events
+        self.progress = progress
+        self.spans: list[Span] = []
+        self._open: list[Span] = []
+        self._started: list[float] = []
+
+    @contextmanager
+    def span(self, name: str, *, kind: str, component: str | None = None) -> Iterator[Span]:
+        """Records everything inside. A span left by an exception stays open until `finish_open`."""
+        detailed = kind != "block"
+        if detailed:
+            self.meter.synchronize()
+        self._carry_peak()
+        start = self._read(detailed)
+        span = Span(name, kind, component, start, start, start)
+        self._open.append(span)
+        self._started.append(time.perf_counter())
+        if kind in ("load", "stage"):
+            self._log(f"{name}: start", start, kind, component)
+            if self.progress:
+                self.progress(name)
+        yield span
+        self._close(span, detailed)
+
+    def _close(self, span: Span, detailed: bool) -> None:
+        if detailed:
+            self.meter.synchronize()
+            span.seconds = time.perf_counter() - self._started[-1]
+            span.host_rss_bytes, span.pinned_bytes = self.meter.host()
+        self._carry_peak()
+        span.end = self._read(detailed)
+        span.peak = span.peak.highest(span.end)
+        self._started.pop()
+        self._open.pop()
+        siblings = self._open[-1].children if self._open else self.spans
+        siblings.append(span)
+        if self._open:
+            parent = self._open[-1]
+            parent.peak = parent.peak.highest(span.peak)
+        if span.kind != "block":
+            self._log(span.name, span.peak, span.kind, span.component)
+        if self.progress and span.kind == "stage":
+            self.progress(f"{span.name} done, peak {human(span.peak.allocated_bytes)} allocated")
+
+    def finish_open(self, failure: Failure) -> Failure:
+        """Closes what an exception left open, outermost last; the failure is returned with its stage and component."""
+        stage = next((s for s in self._open if s.kind in ("load", "stage")), None)
+        while self._open:
+            self._close(self._open[-1], True)
+        if stage is None:
+            return failure
+        return replace(failure, stage=stage.name, component=stage.component)
+
+    def _read(self, detailed: bool) -> Memory:
+        memory = self.meter.read()
+        return replace(memory, device_bytes=self.meter.device_memory()) if detailed else memory
+
+    def _carry_peak(self) -> None:
+        peak = self.meter.peak()
+        for span in self._open:
+            span.peak = span.peak.highest(peak)
+        self.meter.reset_peak()
+
+    def _log(self, name: str, memory: Memory, kind: str, component: str | None) -> None:
+        if self.events is not None:
+            self.events.log(name, memory, {"kind": kind, "component": component})

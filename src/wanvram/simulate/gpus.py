@@ -1,0 +1,118 @@
+"""The cards people own: memory, rates, and what CUDA takes outside the caching allocator. No torch.
+
+H200 figures were measured (benchmarks/*_h200_*.json). Every other card carries published rates, and for the CUDA context an
+estimate: the H200's, which is generous for cards with fewer multiprocessors. total_bytes is what the driver offers a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from wanvram.errors import InputError
+from wanvram.units import GIB, MIB
+
+__all__ = ["GPUS", "GPU", "find_gpu"]
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One card. Rates are dense, without sparsity, per second. module_bytes: device memory taken at a library's first use."""
+
+    key: str
+    name: str
+    total_bytes: int
+    compute_capability: tuple[int, int]
+    bf16_flops: float
+    fp32_flops: float
+    fp8_flops: float | None
+    bandwidth_bytes: float
+    pcie_bytes: float
+    context_bytes: int
+    module_bytes: Mapping[str, int] = field(default_factory=dict)
+    measured: bool = False
+    note: str = ""
+
+
+_MODULES = {"cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 0}
+_CONTEXT = 610 * MIB
+_ESTIMATE = "published rates; context estimated from the H200; usable memory taken as 98 % of nominal"
+
+
+def _card(
+    key: str, name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float, float, float | None]
+) -> GPU:
+    """rates: bf16 TFLOP/s, fp32 TFLOP/s, memory GB/s, PCIe GB/s, fp8 TFLOP/s or None."""
+    bf16, fp32, bandwidth, pcie, fp8 = rates
+    return GPU(
+        key=key,
+        name=name,
+        total_bytes=int(gib * GIB * 0.98),
+        compute_capability=capability,
+        bf16_flops=bf16 * 1e12,
+        fp32_flops=fp32 * 1e12,
+        fp8_flops=fp8 * 1e12 if fp8 else None,
+        bandwidth_bytes=bandwidth * 1e9,
+        pcie_bytes=pcie * 1e9,
+        context_bytes=_CONTEXT,
+        module_bytes=_MODULES,
+        note=_ESTIMATE,
+    )
+
+
+_H200 = GPU(
+    key="h200",
+    name="NVIDIA H200",
+    total_bytes=150_109_880_320,
+    compute_capability=(9, 0),
+    bf16_flops=793e12,
+    fp32_flops=51e12,
+    fp8_flops=1282e12,
+    bandwidth_bytes=4.3e12,
+    pcie_bytes=55.2e9,
+    context_bytes=_CONTEXT,
+    module_bytes=_MODULES,
+    measured=True,
+    note="measured 2026-11-24, driver 580.159, torch 2.11.0+cu130",
+)
+
+GPUS: dict[str, GPU] = {
+    gpu.key: gpu
+    for gpu in (
+        _H200,
+        _card("h100", "NVIDIA H100 80GB", 80, (9, 0), (989, 67, 3350, 55, 1979)),
+        _card("a100-80gb", "NVIDIA A100 80GB", 80, (8, 0), (312, 19.5, 2039, 25, None)),
+        _card("a100-40gb", "NVIDIA A100 40GB", 40, (8, 0), (312, 19.5, 1555, 25, None)),
+        _card("l40s", "NVIDIA L40S", 48, (8, 9), (362, 91.6, 864, 25, 733)),
+        _card("a6000", "NVIDIA RTX A6000", 48, (8, 6), (155, 38.7, 768, 25, None)),
+        _card("rtx5090", "NVIDIA GeForce RTX 5090", 32, (12, 0), (210, 105, 1792, 55, 419)),
+        _card("rtx4090", "NVIDIA GeForce RTX 4090", 24, (8, 9), (165, 82.6, 1008, 25, 330)),
+        _card("rtx3090", "NVIDIA GeForce RTX 3090", 24, (8, 6), (71, 35.6, 936, 25, None)),
+        _card("rtx4080", "NVIDIA GeForce RTX 4080", 16, (8, 9), (97, 48.7, 717, 25, 195)),
+        _card("rtx4060ti-16gb", "NVIDIA GeForce RTX 4060 Ti 16GB", 16, (8, 9), (44, 22.1, 288, 12.5, 88)),
+        _card("t4", "NVIDIA T4", 16, (7, 5), (65, 8.1, 320, 12.5, None)),
+        _card("rtx4070", "NVIDIA GeForce RTX 4070", 12, (8, 9), (58, 29.1, 504, 25, 117)),
+        _card("rtx3060-12gb", "NVIDIA GeForce RTX 3060 12GB", 12, (8, 6), (25, 12.7, 360, 25, None)),
+        _card("rtx3080-10gb", "NVIDIA GeForce RTX 3080 10GB", 10, (8, 6), (59, 29.8, 760, 25, None)),
+        _card("rtx4060", "NVIDIA GeForce RTX 4060 8GB", 8, (8, 9), (30, 15.1, 272, 12.5, 60)),
+    )
+}
+
+
+def _normal(text: str) -> str:
+    text = text.lower()
+    for word in ("nvidia", "geforce", "simulated:", " ", "-", "_"):
+        text = text.replace(word, "")
+    return text
+
+
+def find_gpu(text: str) -> GPU:
+    """By key or product name, whatever the case and spaces. Raises InputError listing the known cards."""
+    wanted = _normal(text)
+    for gpu in GPUS.values():
+        if wanted in (_normal(gpu.key), _normal(gpu.name)):
+            return gpu
+    close = [gpu for gpu in GPUS.values() if wanted and _normal(gpu.key).startswith(wanted)]
+    if len(close) == 1:
+        return close[0]
+    raise InputError(f"GPU '{text}' is unknown; known: {', '.join(GPUS)}")

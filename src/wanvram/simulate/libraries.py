@@ -1,0 +1,83 @@
+"""What CUDA libraries allocate beside the tensors: rules by GPU and tables measured on the H200. No torch.
+
+Measured with benchmarks/probe_libraries.py (2026-11-24, H200, torch 2.11.0+cu130, cuDNN 9.19); rules for other
+architectures are read from PyTorch's sources and marked so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from wanvram.simulate.gpus import GPU
+
+__all__ = ["AttentionExtra", "Libraries", "conv_key"]
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class AttentionExtra:
+    """Bytes beside the output. before: taken first, freed last. during: after the output, freed at once."""
+
+    before: tuple[int, ...] = ()
+    during: tuple[int, ...] = ()
+
+
+def conv_key(dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> str:
+    """Identifies one convolution in the workspace table: dtype, input [C,T,H,W], weight, stride."""
+    return f"{dtype} {'x'.join(map(str, x[1:]))} {'x'.join(map(str, weight))} {'x'.join(map(str, stride))}"
+
+
+@cache
+def _workspaces() -> dict[str, int]:
+    file = resources.files("wanvram.simulate").joinpath("conv_workspaces.json")
+    return dict(json.loads(file.read_text()))
+
+
+class Libraries:
+    """Sizes for one GPU."""
+
+    def __init__(self, gpu: GPU) -> None:
+        self.gpu = gpu
+
+    @property
+    def cublas_workspace_bytes(self) -> int:
+        """Taken at the first product and kept. sm_90 and newer: 32 MiB (measured); older: 8,519,680 B (PyTorch source)."""
+        return 32 * MIB if self.gpu.compute_capability >= (9, 0) else 8_519_680
+
+    @property
+    def cublaslt_workspace_bytes(self) -> int:
+        """Taken at the first product with a fused bias and kept: 1 MiB (measured)."""
+        return MIB
+
+    def attention_backend(self, dtype_bytes: int, head_dim: int, has_bias: bool) -> str:
+        """What scaled_dot_product_attention picks (PyTorch's sdp_utils.cpp): cudnn, flash, efficient or math."""
+        capability = self.gpu.compute_capability
+        if dtype_bytes == 2 and head_dim <= 128 and capability >= (9, 0) and capability < (12, 0) and not has_bias:
+            return "cudnn"
+        if dtype_bytes == 2 and head_dim <= 256 and capability >= (8, 0) and not has_bias:
+            return "flash"
+        return "efficient"
+
+    def attention_extra(
+        self, backend: str, lq: int, lk: int, heads: int, head_dim: int, dtype_bytes: int
+    ) -> AttentionExtra:
+        """cudnn: two 8-byte seeds and 256 bytes (measured); flash: fp32 log-sum-exp and two seeds; efficient: nothing (measured)."""
+        if backend == "cudnn":
+            return AttentionExtra(before=(8, 8), during=(256,))
+        if backend == "flash":
+            return AttentionExtra(during=(4 * heads * lq, 16, 8))
+        if backend == "math":
+            return AttentionExtra(during=(heads * lq * lk * 4, heads * lq * lk * 4))
+        return AttentionExtra()
+
+    def conv_workspace(self, dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> int:
+        """cuDNN's workspace in channels_last_3d, bytes: the H200's table where it has the shape, else nothing.
+
+        Most are under 512 bytes; those of small frames and of the convolutions to and from three channels are megabytes.
+        """
+        return _workspaces().get(conv_key(dtype, x, weight, stride), 131)
