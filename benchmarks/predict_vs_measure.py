@@ -48,7 +48,7 @@ BUILT_IN = [
     case("t2v-1.3B", "832*480", 81, "bf16", "block", offload=True, expandable_segments=True),
     case("t2v-1.3B", "832*480", 33, "fp32", offload=True),
     case("t2v-1.3B", "480*832", 17, "bf16", t5_cpu=True, offload=True),
-    case("t2v-1.3B", "832*480", 17, "fp16", expandable_segments=True),
+    case("t2v-1.3B", "832*480", 17, "fp16", steps=8, expandable_segments=True),
     case("t2v-1.3B", "832*480", 81, "bf16", offload=True, cfg="joint"),
     case("t2v-14B", "832*480", 33, "bf16", "block", offload=True),
     case("t2v-14B", "832*480", 81, "fp16", offload=True),
@@ -61,7 +61,7 @@ def measure(config: Path, directory: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "wanvram", "profile", str(config), "--device", "cuda", "-o", str(directory), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if not result.stdout.strip():
-        raise SystemExit(f"{config}: measuring failed: {result.stderr[-2000:]}")
+        raise RuntimeError(f"{config.stem}: measuring failed: {result.stderr[-1500:]}")
     return dict(json.loads(result.stdout))
 
 
@@ -123,7 +123,12 @@ def main() -> None:
             if time.monotonic() - start > args.seconds:
                 print(f"\nstopped for time before {path.stem}")
                 break
-            measured = measure(path, Path(scratch) / "runs" / path.stem)
+            try:
+                measured = measure(path, Path(scratch) / "runs" / path.stem)
+            except RuntimeError as error:
+                print(f"\n{error}", flush=True)
+                results.append({"config": path.stem, "rows": [], "error": str(error)})
+                continue
             rows = compare(predict(path, args.gpu), measured)
             show(path.stem, rows)
             steps = {s["name"]: s["seconds"] for s in measured["stages"]}

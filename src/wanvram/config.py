@@ -1,4 +1,4 @@
-"""RunConfig = Request (what) + Strategy (how) + Measurement (what to record); read from strict YAML or built from flags. No torch.
+"""RunConfig = Request (what) + Strategy (how) + Measurement (what to record), from strict YAML or from flags. No torch.
 
 Every error is one InputError sentence that names the file, the key and what is allowed.
 """
@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 
 from wanvram.errors import InputError
-from wanvram.tasks import TASKS
+from wanvram.tasks import TASKS, are_frames_valid
 
 __all__ = ["Measurement", "Request", "RunConfig", "Strategy", "load_config"]
 
 MAX_FILE_BYTES = 1024 * 1024
 MAX_PROMPT_CHARACTERS = 20_000
+MAX_NAME_BYTES = 200  # file systems take 255; a suffix must still fit
 DEVICES = ("auto", "cuda", "cpu", "simulated")
 
 
@@ -49,19 +50,25 @@ class Request:
         _require(self.task in TASKS, f"task: '{self.task}' is unknown; choose one of {', '.join(TASKS)}")
         task = TASKS[self.task]
         _require(
-            self.size in task.sizes, f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(task.sizes)}"
+            self.size in task.sizes,
+            f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(task.sizes)}",
         )
         _require(
-            self.frame_num >= 1 and (self.frame_num - 1) % 4 == 0,
+            are_frames_valid(self.frame_num),
             f"frame_num: {self.frame_num} is not of the form 4n+1 (1, 5, 9, ..., 81)",
         )
-        _require(task.frames != 1 or self.frame_num == 1, f"frame_num: {self.task} makes one image; frame_num must be 1")
+        _require(
+            task.frames != 1 or self.frame_num == 1, f"frame_num: {self.task} makes one image; frame_num must be 1"
+        )
         _require(1 <= self.sample_steps <= 1000, f"sample_steps: {self.sample_steps} is outside 1..1000")
         _require(0 < self.sample_shift <= 100, f"sample_shift: {self.sample_shift} is outside 0..100")
         _require(
-            math.isfinite(self.sample_guide_scale), f"sample_guide_scale: {self.sample_guide_scale} is not a finite number"
+            math.isfinite(self.sample_guide_scale),
+            f"sample_guide_scale: {self.sample_guide_scale} is not a finite number",
         )
-        _require(self.sample_solver in ("unipc", "dpm++"), f"sample_solver: '{self.sample_solver}'; choose unipc or dpm++")
+        _require(
+            self.sample_solver in ("unipc", "dpm++"), f"sample_solver: '{self.sample_solver}'; choose unipc or dpm++"
+        )
         _require(-1 <= self.base_seed < 2**63, f"base_seed: {self.base_seed} is outside -1..2^63-1")
         for name in ("prompt", "negative_prompt"):
             length = len(getattr(self, name))
@@ -76,14 +83,14 @@ class Request:
         _require(task in TASKS, f"task: '{task}' is unknown; choose one of {', '.join(TASKS)}")
         values = {name: value for name, value in given.items() if value is not None}
         defaults = TASKS[task]
-        size = values.get("size") or defaults.sizes[1]
-        base = {
+        size = values.get("size") or defaults.default_size
+        base: dict[str, Any] = {
             "size": size,
             "frame_num": defaults.frames,
             "sample_steps": defaults.steps,
             "sample_shift": defaults.default_shift(size),
-            "sample_guide_scale": 5.0,
-            "sample_solver": "unipc",
+            "sample_guide_scale": defaults.guide_scale,
+            "sample_solver": defaults.solver,
             "base_seed": -1,
             "prompt": "",
             "negative_prompt": defaults.negative_prompt,
@@ -99,7 +106,7 @@ class Request:
         return int(self.size.split("*")[1])
 
 
-_MULTI_GPU = "several GPUs are not supported yet; it must be {}"
+_MULTI_GPU = "running on several GPUs is not implemented; it must be {}"
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,12 @@ class Strategy:
     dit_fsdp: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.precision in ("fp32", "fp16", "bf16"), f"precision: '{self.precision}'; choose fp32, fp16 or bf16")
-        _require(self.load_strategy in ("full", "block"), f"load_strategy: '{self.load_strategy}'; choose full or block")
+        _require(
+            self.precision in ("fp32", "fp16", "bf16"), f"precision: '{self.precision}'; choose fp32, fp16 or bf16"
+        )
+        _require(
+            self.load_strategy in ("full", "block"), f"load_strategy: '{self.load_strategy}'; choose full or block"
+        )
         _require(self.cfg in ("sequential", "joint"), f"cfg: '{self.cfg}'; choose sequential or joint")
         _require(
             self.rows_per_chunk is None or self.rows_per_chunk >= 1,
@@ -136,26 +147,41 @@ class Strategy:
         for name in ("t5_fsdp", "dit_fsdp"):
             _require(not getattr(self, name), f"{name}: true; " + _MULTI_GPU.format("false"))
         for name in ("batch_size", "micro_batch_size"):
-            _require(getattr(self, name) == 1, f"{name}: {getattr(self, name)}; one video is made at a time, it must be 1")
+            _require(
+                getattr(self, name) == 1, f"{name}: {getattr(self, name)}; batches are not implemented; it must be 1"
+            )
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What to record. log_interval: every n-th denoising step is recorded block by block. trace_path: inside the run directory."""
+    """What to record. log_interval: every n-th denoising step is recorded block by block.
+
+    trace_path: inside the run directory.
+    """
 
     profile_memory: bool = True
     log_interval: int = 10
     trace: bool = False
-    trace_path: str = "trace"
+    trace_path: str | None = None
     snapshot: bool = False
 
     def __post_init__(self) -> None:
         _require(self.log_interval >= 1, f"log_interval: {self.log_interval} must be at least 1")
+        if self.trace_path is None:
+            return
         path = PurePosixPath(self.trace_path)
         _require(
-            not path.is_absolute() and ".." not in path.parts and "\\" not in self.trace_path,
+            bool(path.parts)
+            and not path.is_absolute()
+            and ".." not in path.parts
+            and not set(self.trace_path) & set("\\:\0"),
             f"trace_path: '{self.trace_path}' leaves the run directory; give a relative path without '..'",
         )
+
+    @property
+    def trace_directory(self) -> str:
+        """Relative to the run directory."""
+        return self.trace_path or "trace"
 
 
 @dataclass(frozen=True)
@@ -177,11 +203,23 @@ class RunConfig:
             bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\\0\n"),
             f"name: '{self.name}' names the run directory; use a plain file name",
         )
+        _require(len(self.name.encode()) <= MAX_NAME_BYTES, f"name: is too long; at most {MAX_NAME_BYTES} bytes")
+        _require(bool(self.weights), "weights: is empty; choose random, tiny or a checkpoint directory")
+        _require(
+            self.memory_limit_bytes is None or self.memory_limit_bytes >= 1,
+            f"memory_limit_bytes: {self.memory_limit_bytes} must be at least 1 (or absent: no limit)",
+        )
         _require(self.device in DEVICES, f"device: '{self.device}'; choose one of {', '.join(DEVICES)}")
         _require(
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
             "precision: fp16 has no fast CPU kernels; use bf16 or fp32 with device cpu",
         )
+
+    def notes(self) -> list[str]:
+        """What was asked for, is accepted and changes nothing; to be shown with the result."""
+        if self.strategy.gradient_checkpointing:
+            return ["gradient_checkpointing has no effect: inference keeps no gradients"]
+        return []
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML's sections as plain values; `from_dict` is its inverse."""
@@ -208,15 +246,18 @@ class RunConfig:
         _require("name" in sections, "name: is missing; it names the run directory")
         device = model.pop("device", "auto")
         top = {key: request.pop(key) for key in ("weights", "gpu", "memory_limit_bytes") if key in request}
-        return cls(
-            name=sections["name"],
-            description=sections.get("description", ""),
-            device=device,
-            request=Request.for_task(request.pop("task", "t2v-14B"), **request),
-            strategy=Strategy(**model, **optimization),
-            measurement=Measurement(**logging),
-            **top,
-        )
+        try:
+            return cls(
+                name=sections["name"],
+                description=sections.get("description", ""),
+                device=device,
+                request=Request.for_task(request.pop("task", "t2v-14B"), **request),
+                strategy=Strategy(**model, **optimization),
+                measurement=Measurement(**logging),
+                **top,
+            )
+        except InputError as error:
+            raise InputError(_dotted(str(error))) from error
 
 
 _NUMBER = (int, float)
@@ -237,7 +278,13 @@ _OPTIMIZATION = {
     "t5_fsdp": bool,
     "dit_fsdp": bool,
 }
-_LOGGING = {"profile_memory": bool, "log_interval": int, "trace": bool, "trace_path": str, "snapshot": bool}
+_LOGGING = {
+    "profile_memory": bool,
+    "log_interval": int,
+    "trace": bool,
+    "trace_path": (str, type(None)),
+    "snapshot": bool,
+}
 _REQUEST = {
     "task": str,
     "size": str,
@@ -253,7 +300,20 @@ _REQUEST = {
     "gpu": (str, type(None)),
     "memory_limit_bytes": _OPTIONAL_INT,
 }
-_TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a section", type(None): "null"}
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "model_config": _MODEL,
+    "optimization": _OPTIMIZATION,
+    "logging": _LOGGING,
+    "request": _REQUEST,
+}
+_TYPE_NAMES: dict[type, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "a section",
+    type(None): "null",
+}
 
 
 def _checked(data: Any, allowed: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -262,15 +322,34 @@ def _checked(data: Any, allowed: Mapping[str, Any], section: str) -> dict[str, A
     _require(isinstance(data, Mapping), f"{section}: must be a section of keys, not {data!r}")
     for key, value in data.items():
         if key not in allowed:
-            close = difflib.get_close_matches(str(key), list(allowed), n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise InputError(f"{prefix}{key}: unknown key; {hint}allowed: {', '.join(allowed)}")
+            raise InputError(f"{prefix}{key}: unknown key; {_hint(str(key), allowed)}allowed: {', '.join(allowed)}")
         kinds = allowed[key] if isinstance(allowed[key], tuple) else (allowed[key],)
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
         if wrong:
             names = " or ".join(_TYPE_NAMES[kind] for kind in kinds)
-            raise InputError(f"{prefix}{key}: {value!r} is not {names}")
+            quotes = " (write it without quotes)" if isinstance(value, str) and str not in kinds else ""
+            raise InputError(f"{prefix}{key}: {_shortened(value)} is not {names}{quotes}")
     return dict(data)
+
+
+def _hint(key: str, allowed: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, list(allowed), n=1)
+    if close:
+        return f"did you mean {close[0]}? "
+    owner = next((section for section, keys in _SECTIONS.items() if key in keys), None)
+    return f"it belongs under {owner}; " if owner else ""
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _dotted(message: str) -> str:
+    """`precision: ...` -> `model_config.precision: ...`: the flags and the YAML share the checks, not the sections."""
+    key = message.partition(":")[0]
+    owner = next((section for section, keys in _SECTIONS.items() if key in keys), None)
+    return f"{owner}.{message}" if owner else message
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -278,17 +357,27 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' appears twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _explain(error: yaml.YAMLError, text: str) -> tuple[str, int]:
+    """(what is wrong, line)"""
+    if isinstance(error, yaml.reader.ReaderError):
+        return "a control character is not allowed", text.count("\n", 0, error.position) + 1
+    mark = getattr(error, "problem_mark", None)
+    return getattr(error, "problem", None) or "malformed", mark.line + 1 if mark else 1
 
 
 def load_config(path: Path) -> RunConfig:
@@ -302,12 +391,10 @@ def load_config(path: Path) -> RunConfig:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "malformed"
-        raise InputError(f"{path}: is not valid YAML{where}: {problem}") from error
+        problem, where = _explain(error, text)
+        raise InputError(f"{path}: is not valid YAML at line {where}: {problem}") from error
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: is not valid YAML: {error}") from error
     try:

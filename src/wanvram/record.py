@@ -8,21 +8,21 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wanvram.errors import InputError, OutputError
 
-__all__ = ["ComponentRecord", "Failure", "Memory", "RunRecord", "Span", "write_atomically"]
+__all__ = ["ComponentRecord", "Failure", "Memory", "RunRecord", "Span", "folded", "write_atomically"]
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Memory:
-    """allocated: live tensors' blocks. reserved: what the allocator holds. device: what the driver says the process uses."""
+    """allocated: live tensors' blocks. reserved: what the allocator holds. device: what the process uses, for the driver."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -38,7 +38,10 @@ class Memory:
 
 @dataclass
 class Span:
-    """A stretch of the run. kind: load, stage, step or block. `repeats` > 1 stands for that many identical spans."""
+    """A stretch of the run. kind: load, stage, step or block.
+
+    `repeats` > 1: this span stands for that many with the same memory; `seconds` is then the mean of one.
+    """
 
     name: str
     kind: str
@@ -51,6 +54,7 @@ class Span:
     pinned_bytes: int = 0
     children: list[Span] = field(default_factory=list)
     repeats: int = 1
+    notes: list[str] = field(default_factory=list)
 
     @property
     def activation_bytes(self) -> int:
@@ -59,7 +63,7 @@ class Span:
     @property
     def fluctuation_bytes(self) -> int:
         """Spread of allocated memory over the starts, peaks and ends of this span and everything inside it."""
-        values = [v for span in self.walk() for m in (span.start, span.peak, span.end) for v in (m.allocated_bytes,)]
+        values = [m.allocated_bytes for span in self.walk() for m in (span.start, span.peak, span.end)]
         return max(values) - min(values)
 
     def walk(self) -> Iterator[Span]:
@@ -86,31 +90,68 @@ class Span:
             "host_rss_bytes": self.host_rss_bytes,
             "pinned_bytes": self.pinned_bytes,
             "repeats": self.repeats,
-            "children": [child.to_json() for child in self.children],
+            "notes": self.notes,
+            "children": [child.to_json() for child in folded(self.children)],
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Span:
-        memories = [
+        start, peak, end = (
             Memory(data[f"{p}_allocated_bytes"], data[f"{p}_reserved_bytes"], data[f"{p}_device_bytes"])
             for p in ("start", "peak", "end")
-        ]
+        )
         return cls(
-            data["name"],
-            data["kind"],
-            data["component"],
-            *memories,
+            name=data["name"],
+            kind=data["kind"],
+            component=data["component"],
+            start=start,
+            peak=peak,
+            end=end,
             seconds=data["seconds"],
             host_rss_bytes=data["host_rss_bytes"],
             pinned_bytes=data["pinned_bytes"],
             children=[cls.from_json(child) for child in data["children"]],
             repeats=data["repeats"],
+            notes=list(data.get("notes", ())),
         )
+
+
+def folded(spans: Sequence[Span]) -> list[Span]:
+    """Neighbours with the same memory, all the way down, as one span with `repeats`: 50 steps are stored as about 4."""
+    result: list[Span] = []
+    last: object = None
+    for span in spans:
+        shape = _shape(span)
+        if result and shape == last:
+            result[-1] = _joined(result[-1], span)
+        else:
+            result.append(replace(span, notes=list(span.notes)))
+        last = shape
+    return result
+
+
+def _shape(span: Span) -> tuple[object, ...]:
+    """What makes two spans the same: everything but name, time, host memory and how often they happened."""
+    inside = tuple((_shape(child), child.repeats) for child in span.children)
+    return span.kind, span.component, span.start, span.peak, span.end, span.pinned_bytes, inside
+
+
+def _joined(first: Span, second: Span) -> Span:
+    repeats = first.repeats + second.repeats
+    seconds = None
+    if first.seconds is not None and second.seconds is not None:
+        seconds = (first.seconds * first.repeats + second.seconds * second.repeats) / repeats
+    known = [b for b in (first.host_rss_bytes, second.host_rss_bytes) if b is not None]
+    notes = [n for n in first.notes if not n.startswith(_THROUGH)] + [_THROUGH + second.name]
+    return replace(first, repeats=repeats, seconds=seconds, host_rss_bytes=max(known, default=None), notes=notes)
+
+
+_THROUGH = "the same memory through "
 
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """base_bytes: on the device once loaded. host_bytes: weights kept in host RAM. activation_bytes: highest of its stages."""
+    """base_bytes: on the device once loaded. host_bytes: weights in host RAM. activation_bytes: highest of its stages."""
 
     name: str
     parameters: int
@@ -180,7 +221,7 @@ class RunRecord:
             "components": [asdict(c) for c in self.components],
             "stages": [s.to_json() for s in self.stages],
             "fragmentation": _fragmentation(self.stages, where),
-            "fluctuation": {s.name: s.fluctuation_bytes for s in self.stages},
+            "fluctuation": _highest((s.name, s.fluctuation_bytes) for s in self.stages),
             "host": self.host,
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
@@ -209,7 +250,7 @@ class RunRecord:
                 failure=Failure(**failure) if failure else None,
                 notes=data["notes"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"the record is damaged: {error!r}") from error
 
     def write(self, path: Path) -> None:
@@ -219,7 +260,9 @@ class RunRecord:
     def read(cls, path: Path) -> RunRecord:
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise InputError(f"{path} is not a readable record: {error.strerror or error}") from error
+        except (ValueError, RecursionError, InputError) as error:
             raise InputError(f"{path} is not a readable record: {error}") from error
 
 
@@ -227,8 +270,19 @@ def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]
     """(reserved - allocated) / reserved at the peak and per stage, from the peaks of both."""
     return {
         "at_peak": _share(where.peak) if where else 0.0,
-        "stages": {s.name: _share(s.peak) for s in stages},
+        "stages": _highest((s.name, _share(s.peak)) for s in stages),
     }
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _highest(pairs: Iterable[tuple[str, _Number]]) -> dict[str, _Number]:
+    """By name; a stage that ran twice keeps its higher figure."""
+    result: dict[str, _Number] = {}
+    for name, value in pairs:
+        result[name] = max(value, result.get(name, value))
+    return result
 
 
 def _share(memory: Memory) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TASKS", "Task", "latent_shape"]
+__all__ = ["TASKS", "Task", "are_frames_valid", "latent_shape"]
 
 _COMMON_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -19,7 +19,10 @@ _P480 = ("480*832", "832*480")
 
 @dataclass(frozen=True)
 class Task:
-    """Defaults of one task. `dit` is the key of its transformer in specs.DIT. sizes are "width*height"."""
+    """Defaults of one task. `dit` is the key of its transformer in specs.DIT. sizes are "width*height".
+
+    needs_image: how many pictures the user must give (i2v one, flf2v the first and the last frame).
+    """
 
     name: str
     dit: str
@@ -28,13 +31,31 @@ class Task:
     steps: int
     shift: float
     shift_480p: float
+    guide_scale: float
+    solver: str
     negative_prompt: str
+    needs_image: int
+
+    @property
+    def default_size(self) -> str:
+        """Landscape: the official script's 1280*720 where the task supports it, else 832*480."""
+        return self.sizes[1]
 
     def default_shift(self, size: str) -> float:
         return self.shift_480p if size in _P480 else self.shift
 
 
-def _task(name: str, sizes: tuple[str, ...], *, steps: int = 50, shift: float = 5.0, **more: object) -> Task:
+def _task(
+    name: str,
+    sizes: tuple[str, ...],
+    *,
+    steps: int = 50,
+    shift: float = 5.0,
+    shift_480p: float | None = None,
+    before: str = "",
+    images: int = 0,
+) -> Task:
+    """`before` goes in front of the common negative prompt. shift_480p None: the same at every size."""
     return Task(
         name=name,
         dit=name,
@@ -42,8 +63,11 @@ def _task(name: str, sizes: tuple[str, ...], *, steps: int = 50, shift: float = 
         frames=1 if name.startswith("t2i") else 81,
         steps=steps,
         shift=shift,
-        shift_480p=float(str(more.get("shift_480p", shift))),
-        negative_prompt=str(more.get("before", "")) + _COMMON_NEGATIVE,
+        shift_480p=shift if shift_480p is None else shift_480p,
+        guide_scale=5.0,
+        solver="unipc",
+        negative_prompt=before + _COMMON_NEGATIVE,
+        needs_image=images,
     )
 
 
@@ -53,12 +77,17 @@ TASKS: dict[str, Task] = {
         _task("t2v-1.3B", _P480),
         _task("t2v-14B", _P720 + _P480),
         _task("t2i-14B", (*_P720, *_P480, "1024*1024")),
-        _task("i2v-14B", _P720 + _P480, steps=40, shift_480p=3.0, before="镜头晃动，"),
-        _task("flf2v-14B", _P720 + _P480, shift=16.0, before="镜头切换，镜头晃动，"),
+        _task("i2v-14B", _P720 + _P480, steps=40, shift_480p=3.0, before="镜头晃动，", images=1),
+        _task("flf2v-14B", _P720 + _P480, shift=16.0, before="镜头切换，镜头晃动，", images=2),
         _task("vace-1.3B", _P480, shift=16.0),
         _task("vace-14B", _P720 + _P480, shift=16.0),
     )
 }
+
+
+def are_frames_valid(frames: int) -> bool:
+    """The VAE takes the first frame alone and then four at a time: 4n+1."""
+    return frames >= 1 and frames % 4 == 1
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, int]:

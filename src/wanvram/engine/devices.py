@@ -55,6 +55,9 @@ class Device:
         """Copies between host and device, ordered with the computation."""
         destination.copy_(source)
 
+    def generated_weights(self) -> None:
+        """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
+
     def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
         """Starts a host-to-device copy once `after` (a mark) has passed; returns the mark of its completion."""
         self.copy(destination, source)
@@ -221,6 +224,9 @@ class SimulatedDevice(Device):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.shape != source.shape:
             raise AssertionError(f"copy of {tuple(source.shape)} into {tuple(destination.shape)}")
+
+    def generated_weights(self) -> None:
+        self.memory.load_library("kernels")
 
     def generator(self, seed: int) -> torch.Generator | None:
         return None

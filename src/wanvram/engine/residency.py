@@ -125,7 +125,8 @@ class Component:
         for part in self._parts():
             part.flat = self.device.host_empty((part.layout.nbytes,), torch.uint8)
             part.bind(part.flat)
-            self._fill(part, part.flat, source)
+            if source is not None:
+                self._fill(part, part.flat, source)
 
     def release(self) -> None:
         """Drops every buffer; the module is back on meta and may be loaded again."""
@@ -143,6 +144,7 @@ class Component:
 
     def _fill(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
         if source is None:
+            self.device.generated_weights()
             return
         for name, view in part.layout.views(flat):
             source.fill(part.prefix + name, view)

@@ -1,14 +1,15 @@
 """The causal video VAE: latents [16,T,h,w] to frames and back, one frame at a time through the whole network.
 
-A frame runs depth first: what a temporal upsampling makes of it is finished one by one, so above the mid block one frame
-per resolution exists beside the convolutions' two-frame caches (`vae_blocks.Stream`). Decode in float32 peaks at 3.76 GiB
-of activations at 832x480 and 8.51 GiB at 1280x720, of which the caches are 3.3 and 7.5 (official at 832x480: 8.2).
+A frame runs depth first: what a temporal upsampling makes of it is finished one by one, so above the mid block one
+frame per resolution exists beside the convolutions' two-frame caches (`vae_blocks.Stream`). Decode in float32 peaks
+at 3.76 GiB of activations at 832x480 and 8.51 GiB at 1280x720, of which the caches are 3.3 and 7.5 (official at
+832x480: 8.2).
 
-What would go below the caches, not built: exact spatial tiles. Keep the mid block's output of all latent frames (384 x 60 x
-104 x 21 float32 = 192 MiB at 832x480; its attention sees whole frames), then decode tile by tile, every tile over all
-frames with a Stream of its own. A tile needs a halo on each inner side of 7 pixels at the last level (6 convolutions and
-the head) and ceil((halo above + 1) / 2) + 6 at each level below: 10, 12 and 13, cropped as it stops being needed. Two tiles
-of the 104 latent columns halve the caches for about 5 % more arithmetic.
+What would go below the caches, not built: exact spatial tiles. Keep the mid block's output of all latent frames (384
+x 60 x 104 x 21 float32 = 192 MiB at 832x480; its attention sees whole frames), then decode tile by tile, every tile
+over all frames with a Stream of its own. A tile needs a halo on each inner side of 7 pixels at the last level (6
+convolutions and the head) and ceil((halo above + 1) / 2) + 6 at each level below: 10, 12 and 13, cropped as it stops
+being needed. Two tiles of the 104 latent columns halve the caches for about 5 % more arithmetic.
 """
 
 from __future__ import annotations
@@ -234,11 +235,10 @@ class WanVAE(nn.Module):
         return self.conv2.pointwise(scaled)
 
     def _decode_into(self, frames: Tensor, latent: Tensor, stream: Stream) -> None:
-        number = 0  # not enumerate(): it keeps its last item, a frame of features, 146 MiB at 832x480
-        for features in self.decoder.features(latent, stream):
-            self.decoder.head(features, stream, frames[:, number])
-            del features
-            number += 1
+        features = self.decoder.features(latent, stream)
+        for number in range(frames.shape[1]):
+            # No loop over features: its variable would keep a frame of them alive, 146 MiB at 832x480.
+            self.decoder.head(next(features), stream, frames[:, number])
 
 
 def _normalised(means: Tensor) -> Tensor:

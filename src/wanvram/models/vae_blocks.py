@@ -1,9 +1,9 @@
 """Building blocks of the causal video VAE: each takes one frame [1,C,1,H,W] (channels_last_3d) and returns one.
 
-A temporal convolution needs the two frames before its own. They live in a `Stream`, one per call, never in a module, so
-an abandoned call leaves nothing behind. What exists beyond those caches is bounded: a convolution gathers its three input
-frames in a window of at most BAND_BYTES, a band of rows at a time (rows of a convolution are independent but for a halo
-of one), norm and SiLU write directly into the window, and the residual is added in place.
+A temporal convolution needs the two frames before its own. They live in a `Stream`, one per call, never in a module,
+so an abandoned call leaves nothing behind. What exists beyond those caches is bounded: a convolution gathers its
+three input frames in a window of about BAND_BYTES, a band of rows at a time (rows of a convolution are independent
+but for a halo of one), norm and SiLU write directly into the window, and the residual is added in place.
 
 Blocks own the frame they are given: a residual block overwrites it.
 """

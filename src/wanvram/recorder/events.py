@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from wanvram.errors import OutputError
+from wanvram.errors import InputError, OutputError
 from wanvram.record import Memory
 from wanvram.units import MIB
 
@@ -19,7 +21,8 @@ __all__ = ["EventLog"]
 class EventLog:
     """Appends `{name, timestamp, memory_log, metadata}` and the exact byte counts.
 
-    Every event is one write over the closing bracket, `,{...}]`: the kernel applies it whole even if the process is killed.
+    Every event is one write over the closing bracket, `,{...}]`. A killed process has made that write or has not; a full
+    disk that takes half of it has the half cut off again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +38,7 @@ class EventLog:
     def log(self, name: str, memory: Memory, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """With `base_memory` (bytes) in the metadata the text gives the increment over it, else the peak."""
         if metadata and "base_memory" in metadata:
-            increment = memory.allocated_bytes - int(metadata["base_memory"])
+            increment = memory.allocated_bytes - _bytes(metadata["base_memory"])
             text = f"{name}: incremental_memory={increment / MIB:.2f} MB"
         else:
             text = f"{name}: peak_memory={memory.allocated_bytes / MIB:.2f} MB"
@@ -48,19 +51,34 @@ class EventLog:
             "reserved_bytes": memory.reserved_bytes,
             "device_bytes": memory.device_bytes,
         }
-        self._append(json.dumps(event, ensure_ascii=False, default=str))
+        self._append(_dumps(event))
         return event
 
     def _append(self, text: str) -> None:
-        data = ((",\n" if self._count else "\n") + text).encode()
+        # A lone surrogate (a file name that is not UTF-8) becomes its JSON escape.
+        data = ((",\n" if self._count else "\n") + text).encode("utf-8", "backslashreplace")
         try:
-            os.pwrite(self._file, data + b"]\n", self._end)
+            if self._file < 0:
+                self._file = os.open(self.path, os.O_RDWR)
+            self._write_whole(data + b"]\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._end += len(data)
         self._count += 1
 
+    def _write_whole(self, data: bytes) -> None:
+        """At the closing bracket; puts the bracket back if the disk takes less than everything."""
+        try:
+            if os.pwrite(self._file, data, self._end) == len(data):
+                return
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.pwrite(self._file, b"]\n", self._end)
+            os.ftruncate(self._file, self._end + 2)
+            raise
+
     def close(self) -> None:
+        """Gives the file back; a later event opens it again."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -68,5 +86,31 @@ class EventLog:
     def __enter__(self) -> EventLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
+
+
+def _bytes(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"base_memory: {value!r} is not a number of bytes") from error
+
+
+def _dumps(event: dict[str, Any]) -> str:
+    """One JSON object; what JSON cannot hold (an object, a key that is no text, NaN) is written as its text."""
+    try:
+        return json.dumps(event, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(event | {"metadata": _plain(event["metadata"])}, ensure_ascii=False)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, dict) and depth < 10:
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and depth < 10:
+        return [_plain(item, depth + 1) for item in value]
+    exact = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if exact else str(value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import gc
 import weakref
+from contextlib import suppress
 from typing import Any, Protocol
 
 import psutil
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wanvram.record import Memory
+from wanvram.units import MIB
 
 __all__ = ["CpuMeter", "CudaMeter", "Meter"]
 
@@ -19,12 +22,17 @@ __all__ = ["CpuMeter", "CudaMeter", "Meter"]
 class Meter(Protocol):
     """The memory of one device. Only `device_memory` may be slow (about 1 ms); the rest is microseconds."""
 
+    @property
+    def device_name(self) -> str:
+        """`cuda:NVIDIA H200`, `cpu` or `simulated:h200`."""
+        ...
+
     def read(self) -> Memory:
-        """Now, without the driver's figure."""
+        """Now. The driver's figure only if it costs nothing, else None."""
         ...
 
     def peak(self) -> Memory:
-        """Highest since the last `reset_peak`, without the driver's figure."""
+        """Highest since the last `reset_peak`, the driver's figure as in `read`."""
         ...
 
     def reset_peak(self) -> None: ...
@@ -40,8 +48,8 @@ class Meter(Protocol):
         ...
 
 
-def _resident_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
+# A CUDA context takes at least this: 100 MiB on small cards, about 500 MiB on an H200.
+SMALLEST_CONTEXT = 50 * MIB
 
 
 class CudaMeter:
@@ -50,19 +58,23 @@ class CudaMeter:
     def __init__(self, index: int = 0) -> None:
         self._index = index
         self._handle = _nvml_handle(index)
-        self._others = 0
+        self.device_name = "cuda:" + torch.cuda.get_device_name(index)
         self.pinned_bytes = 0
-        torch.cuda.init()
-        free, total = torch.cuda.mem_get_info(index)
-        if self._process_bytes() is None:
-            # Everything used before our first allocation, less our own context, belongs to others: it cannot be told apart.
-            self._others = total - free
+        self._process = psutil.Process()
+        self._others = self._used_by_others()
 
     def read(self) -> Memory:
-        return Memory(torch.cuda.memory_allocated(self._index), torch.cuda.memory_reserved(self._index), None)
+        return self._figures("current")
 
     def peak(self) -> Memory:
-        return Memory(torch.cuda.max_memory_allocated(self._index), torch.cuda.max_memory_reserved(self._index), None)
+        return self._figures("peak")
+
+    def _figures(self, which: str) -> Memory:
+        # The nested form: memory_allocated() and its like sort all of about 150 statistics for one number.
+        stats = torch.cuda.memory_stats_as_nested_dict(self._index)
+        if not stats:  # nothing was ever allocated
+            return Memory(0, 0, None)
+        return Memory(stats["allocated_bytes"]["all"][which], stats["reserved_bytes"]["all"][which], None)
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._index)
@@ -71,14 +83,35 @@ class CudaMeter:
         used = self._process_bytes()
         if used is not None:
             return used
-        free, total = torch.cuda.mem_get_info(self._index)
-        return total - free - self._others
+        return max(0, self._used() - self._others)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._index)
 
     def host(self) -> tuple[int, int]:
-        return _resident_bytes(), self.pinned_bytes
+        return int(self._process.memory_info().rss), self.pinned_bytes
+
+    def _used_by_others(self) -> int:
+        """What to subtract where the driver does not tell processes apart (in most containers).
+
+        Known if our context did not exist yet: it is created here, and what was used before belongs to others. If it
+        existed, nothing is subtracted: a figure too high for a shared card is safer than one too low.
+        """
+        before = self._used() if self._handle is not None else None
+        torch.cuda.synchronize(self._index)  # creates the context
+        if before is None or self._process_bytes() is not None:
+            return 0
+        return before if self._used() - before > SMALLEST_CONTEXT else 0
+
+    def _used(self) -> int:
+        """Bytes used on the whole card, by everybody."""
+        if self._handle is not None:
+            import pynvml
+
+            with suppress(pynvml.NVMLError):  # version 2 leaves out what the driver keeps for itself
+                return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle, version=pynvml.nvmlMemory_v2).used)
+        free, total = torch.cuda.mem_get_info(self._index)
+        return total - free
 
     def _process_bytes(self) -> int | None:
         if self._handle is None:
@@ -89,7 +122,7 @@ class CudaMeter:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         except pynvml.NVMLError:
             return None
-        mine = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
+        mine = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
         return int(mine[0]) if mine and mine[0] else None
 
 
@@ -106,47 +139,68 @@ def _nvml_handle(index: int) -> Any:
 
 
 class CpuMeter(TorchDispatchMode):
-    """Live storages of CPU tensors, counted while the mode is entered. Reserved equals allocated: the CPU has no cache."""
+    """Live storages of CPU tensors, counted while the mode is entered. Reserved equals allocated: the CPU has no cache.
 
-    def __init__(self) -> None:
+    count_existing: tensors that live when the mode is entered count too, as they do on CUDA. Otherwise the first view of
+    one, such as the transposed weight of a linear layer, would look like an allocation.
+    """
+
+    device_name = "cpu"
+
+    def __init__(self, *, count_existing: bool = False) -> None:
         super().__init__()
+        self._count_existing = count_existing
+        self._process = psutil.Process()
         self._live: dict[int, int] = {}
         self._allocated = 0
         self._peak = 0
 
+    def __enter__(self) -> CpuMeter:
+        if self._count_existing:
+            # Tensors in Python's reach; type(), because some lazy modules answer isinstance() with an import.
+            for item in [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]:
+                with suppress(NotImplementedError, RuntimeError):  # tensor subclasses without a storage
+                    if item.device.type == "cpu":
+                        self._register(item.untyped_storage())
+        super().__enter__()
+        return self
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided:
                 self._register(leaf.untyped_storage())
         return result
 
     def _register(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
-        if key in self._live or nbytes == 0:
+        known = self._live.get(key)
+        if known == nbytes or (known is None and nbytes == 0):
             return
         self._live[key] = nbytes
-        self._allocated += nbytes
+        self._allocated += nbytes - (known or 0)  # an `out=` tensor may be resized
         self._peak = max(self._peak, self._allocated)
+        if known is not None:
+            return
         weakref.finalize(storage, self._forget, key).atexit = False
 
     def _forget(self, key: int) -> None:
         self._allocated -= self._live.pop(key)
 
     def read(self) -> Memory:
-        return Memory(self._allocated, self._allocated, None)
+        return Memory(self._allocated, self._allocated, self.device_memory())
 
     def peak(self) -> Memory:
-        return Memory(self._peak, self._peak, None)
+        return Memory(self._peak, self._peak, self.device_memory())
 
     def reset_peak(self) -> None:
         self._peak = self._allocated
 
     def device_memory(self) -> int | None:
-        return _resident_bytes()
+        return int(self._process.memory_info().rss)
 
     def synchronize(self) -> None:
         """CPU operations are finished when they return."""
 
     def host(self) -> tuple[int, int]:
-        return _resident_bytes(), 0
+        return int(self._process.memory_info().rss), 0

@@ -3,37 +3,61 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from wanvram.record import Memory, write_atomically
+from wanvram.errors import OutputError
+from wanvram.record import Memory, Span, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.meters import CpuMeter, CudaMeter
+from wanvram.recorder.recorder import Recorder
 from wanvram.recorder.tracing import setup_profiler
 
 __all__ = ["MemoryProfiler", "MemoryTracker"]
 
 
 class MemoryTracker:
-    """Reads memory and writes `memory_log.json`: one line per reading. CUDA if there is a GPU, else counted CPU tensors."""
+    """Reads memory and keeps the readings; `save_logs` writes them to `memory_log.json`.
+
+    The current CUDA device if there is a GPU, else counted CPU tensors.
+    """
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.meter = CudaMeter() if torch.cuda.is_available() else CpuMeter()
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.output_dir}: {error.strerror or error}") from error
+        self.meter: CudaMeter | CpuMeter
+        if torch.cuda.is_available():
+            self.meter = CudaMeter(torch.cuda.current_device())
+        else:
+            self.meter = CpuMeter(count_existing=True)
         self.readings: list[dict[str, int | None]] = []
 
     def read(self) -> Memory:
+        """Now: allocated, reserved and what the driver says."""
         return self._note(self.meter.read())
 
     def peak(self) -> Memory:
+        """Highest allocated and reserved since the meter's peak was last reset; the driver's figure is of now."""
         return self._note(self.meter.peak())
 
     def _note(self, memory: Memory) -> Memory:
-        self.readings.append({"allocated_bytes": memory.allocated_bytes, "reserved_bytes": memory.reserved_bytes})
+        memory = replace(memory, device_bytes=self.meter.device_memory())
+        self.readings.append(
+            {
+                "allocated_bytes": memory.allocated_bytes,
+                "reserved_bytes": memory.reserved_bytes,
+                "device_bytes": memory.device_bytes,
+            }
+        )
         return memory
 
     def save_logs(self) -> Path:
@@ -48,9 +72,10 @@ class MemoryProfiler:
     >>> with MemoryProfiler("my-model", "profiler_logs/my-model") as profiler:
     ...     base = profiler.allocated_bytes()
     ...     model = load()
-    ...     profiler.log_event("model_load", {"base_memory": base})
-    ...     model(x)
-    ...     profiler.log_event("forward")
+    ...     profiler.log_event("model_load", {"base_memory": base})  # base memory: what the weights occupy
+    ...     with profiler.stage("forward"):                          # activation memory: peak over the stage's start
+    ...         model(x)
+    ...     profiler.log_event("done")                               # peak since the profiling began
 
     `memory_events.json` in `output_dir` is complete after every event, whatever ends the process. `trace=True` also runs
     torch.profiler (see `setup_profiler`; call `step()` once per iteration), which disturbs the memory it observes.
@@ -61,16 +86,26 @@ class MemoryProfiler:
         self.output_dir = Path(output_dir)
         self.memory_tracker = MemoryTracker(self.output_dir)
         self.events: list[dict[str, Any]] = []
-        self.profiler: Any = None
+        self.profiler: torch.profiler.profile | None = None
         self._trace = trace
         self._log = EventLog(self.output_dir / "memory_events.json")
+        self._recorder = Recorder(self.memory_tracker.meter, None, None)
+        self._highest = Memory(0, 0, None)
         self._running = False
 
+    @property
+    def stages(self) -> list[Span]:
+        """The finished stages, nested ones as children."""
+        return self._recorder.spans
+
     def start_profiling(self) -> None:
+        if self._running:
+            return
         meter = self.memory_tracker.meter
         if isinstance(meter, CpuMeter):
             meter.__enter__()
         meter.reset_peak()
+        self._highest = Memory(0, 0, None)
         if self._trace:
             self.profiler = setup_profiler(str(self.output_dir))
             self.profiler.start()
@@ -81,13 +116,27 @@ class MemoryProfiler:
         return self.memory_tracker.read().allocated_bytes
 
     def log_event(self, event_name: str, metadata: dict[str, Any] | None = None) -> None:
-        """With `base_memory` in the metadata: the increment of allocated memory over it. Without: the peak since the last event."""
-        incremental = bool(metadata and "base_memory" in metadata)
+        """With `base_memory` in the metadata: allocated memory over it. Without: the peak since `start_profiling`."""
         tracker = self.memory_tracker
         tracker.meter.synchronize()
-        memory = tracker.read() if incremental else tracker.peak()
+        if metadata and "base_memory" in metadata:
+            memory = tracker.read()
+        else:
+            memory = self._highest = self._highest.highest(tracker.peak())
         self.events.append(self._log.log(event_name, memory, metadata))
-        tracker.meter.reset_peak()
+
+    @contextmanager
+    def stage(self, name: str, metadata: dict[str, Any] | None = None) -> Iterator[Span]:
+        """Logs the stage's own peak with start and activation memory in the metadata. Stages may be nested.
+
+        On CUDA this resets PyTorch's peak counter at both ends; `log_event` alone never does.
+        """
+        self._highest = self._highest.highest(self.memory_tracker.meter.peak())
+        with self._recorder.span(name, kind="stage") as span:
+            yield span
+        self._highest = self._highest.highest(span.peak)
+        figures = {"start_bytes": span.start.allocated_bytes, "activation_bytes": span.activation_bytes}
+        self.events.append(self._log.log(name, span.peak, {**(metadata or {}), **figures}))
 
     def step(self) -> None:
         """One iteration is over: advances the trace's schedule, if there is a trace."""
@@ -98,16 +147,19 @@ class MemoryProfiler:
         if not self._running:
             return
         self._running = False
-        if self.profiler is not None:
-            self.profiler.stop()
-        meter = self.memory_tracker.meter
-        if isinstance(meter, CpuMeter):
-            meter.__exit__(None, None, None)
+        try:
+            if self.profiler is not None:
+                self.profiler.stop()
+        finally:
+            self.profiler = None
+            meter = self.memory_tracker.meter
+            if isinstance(meter, CpuMeter):
+                meter.__exit__(None, None, None)
         self.memory_tracker.save_logs()
         self.save_events()
 
     def save_events(self) -> Path:
-        """The events are on disk already; this closes the file."""
+        """The events are on disk already; this gives the file back."""
         self._log.close()
         return self._log.path
 
@@ -115,5 +167,7 @@ class MemoryProfiler:
         self.start_profiling()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop_profiling()

@@ -49,13 +49,17 @@ class Recorder:
         self._close(span, detailed)
 
     def _close(self, span: Span, detailed: bool) -> None:
+        while self._open[-1] is not span:  # left by an exception that was caught inside this span
+            self._close(self._open[-1], False)
         if detailed:
             self.meter.synchronize()
             span.seconds = time.perf_counter() - self._started[-1]
             span.host_rss_bytes, span.pinned_bytes = self.meter.host()
-        self._carry_peak()
+        driver_unasked = self._carry_peak().device_bytes is None
         span.end = self._read(detailed)
         span.peak = span.peak.highest(span.end)
+        if driver_unasked:
+            span.peak = _with_device(span.peak, span.end)
         self._started.pop()
         self._open.pop()
         siblings = self._open[-1].children if self._open else self.spans
@@ -81,12 +85,24 @@ class Recorder:
         memory = self.meter.read()
         return replace(memory, device_bytes=self.meter.device_memory()) if detailed else memory
 
-    def _carry_peak(self) -> None:
+    def _carry_peak(self) -> Memory:
         peak = self.meter.peak()
         for span in self._open:
             span.peak = span.peak.highest(peak)
         self.meter.reset_peak()
+        return peak
 
     def _log(self, name: str, memory: Memory, kind: str, component: str | None) -> None:
         if self.events is not None:
             self.events.log(name, memory, {"kind": kind, "component": component})
+
+
+def _with_device(peak: Memory, end: Memory) -> Memory:
+    """The driver is asked at the ends only. If the allocator gave memory back in between, the driver's peak was higher.
+
+    What the process uses outside the allocator (context, libraries) only grows, so it is taken from the end.
+    """
+    if end.device_bytes is None or peak.device_bytes is None or end.reserved_bytes >= peak.reserved_bytes:
+        return peak
+    outside = max(0, end.device_bytes - end.reserved_bytes)
+    return replace(peak, device_bytes=max(peak.device_bytes, peak.reserved_bytes + outside))

@@ -28,6 +28,7 @@ class BufferPlan:
 
 _PRODUCT = BufferPlan(loads=("cublas",))
 _LT_PRODUCT = BufferPlan(loads=("cublas", "cublaslt"))
+_SCALAR = BufferPlan(during=(8,))  # the scalar base becomes a tensor on the device
 _TRITON = BufferPlan(loads=("triton",))
 
 
@@ -45,6 +46,7 @@ class LibraryBuffers:
             "aten.baddbmm.default": lambda args: _PRODUCT,
             "aten.addmm.default": lambda args: _LT_PRODUCT,
             "aten.addmm.out": lambda args: _LT_PRODUCT,
+            "aten.pow.Scalar": lambda args: _SCALAR,
             "wanvram.attention.default": self._attention,
             "wanvram.conv3d.default": self._convolution,
         }
@@ -69,7 +71,7 @@ class LibraryBuffers:
         has_bias = len(args) > 3 and args[3] is not None
         backend = self.libraries.attention_backend(q.element_size(), head_dim, has_bias)
         extra = self.libraries.attention_extra(backend, lq, k.shape[0], heads, head_dim, q.element_size())
-        return BufferPlan(before=extra.before, during=extra.during, loads=("attention",))
+        return BufferPlan(before=extra.before, during=extra.during, loads=("attention",) if backend == "cudnn" else ())
 
     def _convolution(self, args: tuple[Any, ...]) -> BufferPlan:
         x, weight = args[0], args[1]

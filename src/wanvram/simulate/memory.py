@@ -135,6 +135,7 @@ class SimulatedMemory(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.is_meta:
                 self._register(leaf.untyped_storage(), host)
         if plan:
+            self.load_library("kernels")  # PyTorch's own kernels come with the first one launched
             self._take(plan, before)
         return result
 
