@@ -169,7 +169,9 @@ def main() -> None:
     for part in PARTS:
         command = [sys.executable, __file__, "--task", args.task, "--part", part]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows[part] = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else {"error": result.stderr[-1500:]}
+        rows[part] = (
+            json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else {"error": result.stderr[-1500:]}
+        )
         print(part, rows[part], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{datetime.date.today().isoformat()}_beside_diffusers_{args.task}.json"

@@ -62,7 +62,9 @@ def main() -> None:
     matcher = difflib.SequenceMatcher(None, [p for p, _ in predicted], [r for r, _ in real], autojunk=False)
     shown = 0
     if len(real) > 20000:
-        matcher = difflib.SequenceMatcher(None, [p for p, _ in predicted[:20000]], [r for r, _ in real[:20000]], autojunk=False)
+        matcher = difflib.SequenceMatcher(
+            None, [p for p, _ in predicted[:20000]], [r for r, _ in real[:20000]], autojunk=False
+        )
     for tag, a, b, c, d in matcher.get_opcodes():
         if tag == "equal" or shown >= args.show:
             continue

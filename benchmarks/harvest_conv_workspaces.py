@@ -38,8 +38,8 @@ class Collect(TorchDispatchMode):
 
 
 def video(frames: int, height: int, width: int) -> Iterator[torch.Tensor]:
-    for start in range(frames):
-        yield torch.empty(3, 1 if start == 0 else 1, height, width, device="meta")
+    for _ in range(frames):
+        yield torch.empty(3, 1, height, width, device="meta")
 
 
 @torch.no_grad()

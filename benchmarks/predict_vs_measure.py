@@ -24,10 +24,19 @@ from typing import Any
 BOUNDS = {"allocated": 0.005, "reserved": 0.01, "device": 0.03}
 
 
-def case(task: str, size: str, frames: int, precision: str, load: str = "full", steps: int = 3, **more: Any) -> dict[str, Any]:
+def case(
+    task: str, size: str, frames: int, precision: str, load: str = "full", steps: int = 3, **more: Any
+) -> dict[str, Any]:
     """One configuration as the YAML's dictionary."""
-    optimization = {k: more[k] for k in ("expandable_segments", "cfg", "attention_slicing", "rows_per_chunk") if k in more}
-    model = {"precision": precision, "load_strategy": load, "offload": more.get("offload", False), "t5_cpu": more.get("t5_cpu", False)}
+    optimization = {
+        k: more[k] for k in ("expandable_segments", "cfg", "attention_slicing", "rows_per_chunk") if k in more
+    }
+    model = {
+        "precision": precision,
+        "load_strategy": load,
+        "offload": more.get("offload", False),
+        "t5_cpu": more.get("t5_cpu", False),
+    }
     tags = [task, size.replace("*", "x"), f"{frames}f", precision, load]
     tags += [k for k in ("offload", "t5_cpu", "expandable_segments") if more.get(k)]
     tags += [more["cfg"]] if "cfg" in more else []
@@ -37,7 +46,14 @@ def case(task: str, size: str, frames: int, precision: str, load: str = "full", 
         "model_config": model,
         "optimization": optimization,
         "logging": {"log_interval": 1},
-        "request": {"task": task, "size": size, "frame_num": frames, "sample_steps": steps, "base_seed": 1, "weights": "random"},
+        "request": {
+            "task": task,
+            "size": size,
+            "frame_num": frames,
+            "sample_steps": steps,
+            "base_seed": 1,
+            "weights": "random",
+        },
     }
 
 
@@ -58,7 +74,18 @@ BUILT_IN = [
 
 
 def measure(config: Path, directory: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "wanvram", "profile", str(config), "--device", "cuda", "-o", str(directory), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "wanvram",
+        "profile",
+        str(config),
+        "--device",
+        "cuda",
+        "-o",
+        str(directory),
+        "--json",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if not result.stdout.strip():
         raise RuntimeError(f"{config.stem}: measuring failed: {result.stderr[-1500:]}")
@@ -97,7 +124,9 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
         for quantity, bound in BOUNDS.items():
             c = row[quantity]
             flag = "" if abs(c["error"]) <= bound else " MISS"
-            cells.append(f"{quantity} {c['predicted'] / 2**20:9.1f} / {c['measured'] / 2**20:9.1f} MiB {c['error']:+.3%}{flag}")
+            cells.append(
+                f"{quantity} {c['predicted'] / 2**20:9.1f} / {c['measured'] / 2**20:9.1f} MiB {c['error']:+.3%}{flag}"
+            )
         print(f"  {row['stage']:18s} " + "   ".join(cells), flush=True)
 
 
@@ -132,7 +161,9 @@ def main() -> None:
             rows = compare(predict(path, args.gpu), measured)
             show(path.stem, rows)
             steps = {s["name"]: s["seconds"] for s in measured["stages"]}
-            results.append({"config": path.stem, "rows": rows, "seconds": steps, "environment": measured.get("environment")})
+            results.append(
+                {"config": path.stem, "rows": rows, "seconds": steps, "environment": measured.get("environment")}
+            )
             date = datetime.date.today().isoformat()
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / f"{date}_{args.gpu}_predict_vs_measure.json").write_text(json.dumps(results, indent=1))

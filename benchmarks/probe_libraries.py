@@ -64,8 +64,9 @@ def probe(name: str, call, timed: bool = False) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    import pynvml
     import os
+
+    import pynvml
 
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
@@ -112,9 +113,17 @@ def main() -> None:
         x = torch.randn(1, c, t, hh, ww, device=dev).contiguous(memory_format=torch.channels_last_3d)
         wt = torch.randn(c, c, 3, 3, 3, device=dev).contiguous(memory_format=torch.channels_last_3d)
         bias = torch.randn(c, device=dev)
-        probe(f"conv3d_cl_{c}_{t}x{hh}x{ww}", lambda x=x, wt=wt, bias=bias: F.conv3d(x, wt, bias, padding=(0, 1, 1)), timed=True)
+        probe(
+            f"conv3d_cl_{c}_{t}x{hh}x{ww}",
+            lambda x=x, wt=wt, bias=bias: F.conv3d(x, wt, bias, padding=(0, 1, 1)),
+            timed=True,
+        )
         w1 = torch.randn(c, c, 1, 3, 3, device=dev).contiguous(memory_format=torch.channels_last_3d)
-        probe(f"conv3d_133_{c}_{t}x{hh}x{ww}", lambda x=x, w1=w1, bias=bias: F.conv3d(x, w1, bias, padding=(0, 1, 1)), timed=True)
+        probe(
+            f"conv3d_133_{c}_{t}x{hh}x{ww}",
+            lambda x=x, w1=w1, bias=bias: F.conv3d(x, w1, bias, padding=(0, 1, 1)),
+            timed=True,
+        )
         w2 = torch.randn(2 * c, c, 3, 1, 1, device=dev).contiguous(memory_format=torch.channels_last_3d)
         probe(f"conv3d_311_{c}_{t}x{hh}x{ww}", lambda x=x, w2=w2: F.conv3d(x, w2), timed=True)
         y = F.conv3d(x, wt, bias, padding=(0, 1, 1))

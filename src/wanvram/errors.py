@@ -12,13 +12,13 @@ WanvramError            exit 1   a run failed
 from __future__ import annotations
 
 __all__ = [
-    "WanvramError",
-    "InputError",
+    "BudgetError",
     "CheckpointError",
     "DeviceError",
+    "InputError",
     "OutOfMemory",
-    "BudgetError",
     "OutputError",
+    "WanvramError",
 ]
 
 

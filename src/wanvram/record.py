@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Memory:
-    """allocated: live tensors' blocks. reserved: what the allocator holds. device: what the process uses, for the driver."""
+    """allocated: live tensors' blocks. reserved: what the allocator holds. device: the driver's view."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -151,7 +150,7 @@ _THROUGH = "the same memory through "
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """base_bytes: on the device once loaded. host_bytes: weights in host RAM. activation_bytes: highest of its stages."""
+    """base_bytes: on the device once loaded. host_bytes: weights in RAM. activation_bytes: its highest stage."""
 
     name: str
     parameters: int
@@ -294,7 +293,9 @@ def _share(memory: Memory) -> float:
 def write_atomically(path: Path, text: str) -> None:
     """The whole file or none of it. Raises OutputError naming the path."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # Not mkstemp: its files are readable by their owner only, also after the rename.
+        name = path.with_name(f".{path.name}.{os.getpid()}")
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -302,7 +303,7 @@ def write_atomically(path: Path, text: str) -> None:
                 os.fsync(file.fileno())
             os.replace(name, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["DiTSpec", "T5Spec", "VAESpec", "CLIPSpec", "DIT", "T5", "VAE", "CLIP"]
+__all__ = ["CLIP", "DIT", "T5", "VAE", "CLIPSpec", "DiTSpec", "T5Spec", "VAESpec"]
 
 
 @dataclass(frozen=True)

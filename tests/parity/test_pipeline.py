@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wanvram.models.vae import WanVAE
 
 from parity.golden import assert_close, load_case
 from wanvram.models.dit import Condition, WanDiT
 from wanvram.models.precision import FP32
+from wanvram.models.vae import WanVAE
 from wanvram.sampling import solve, timesteps_and_sigmas
 from wanvram.specs import DiTSpec, VAESpec
 

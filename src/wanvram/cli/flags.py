@@ -42,13 +42,21 @@ def add_strategy_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", default="fp16", choices=("fp16", "bf16", "fp32"), help="default: fp16")
     group.add_argument("--load_strategy", default="block", choices=("block", "full"), help="default: block (streamed)")
     group.add_argument(
-        "--offload_model", type=boolean, nargs="?", const=True, default=True, metavar="BOOL", help="default: True on one GPU"
+        "--offload_model",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="default: True on one GPU",
     )
     group.add_argument("--t5_cpu", action="store_true", help="keep T5 on the CPU")
     group.add_argument("--attention_slicing", type=boolean, nargs="?", const=True, default=False, metavar="BOOL")
     group.add_argument("--gradient_checkpointing", type=boolean, nargs="?", const=True, default=False, metavar="BOOL")
     group.add_argument("--rows_per_chunk", type=int, help="rows of the sequence per chunk (default: near 8192)")
-    group.add_argument("--cfg", default="sequential", choices=("sequential", "joint"), help="how both guidance passes run")
+    group.add_argument(
+        "--cfg", default="sequential", choices=("sequential", "joint"), help="how both guidance passes run"
+    )
     group.add_argument("--expandable_segments", action="store_true", help="the allocator's expandable segments")
     group.add_argument("--ulysses_size", type=int, default=1)
     group.add_argument("--ring_size", type=int, default=1)

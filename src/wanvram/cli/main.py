@@ -23,14 +23,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="wanvram", description=__doc__.split(":")[0] + ": GPU memory of Wan2.1, predicted and measured.")
+    parser = _Parser(
+        prog="wanvram", description=__doc__.split(":")[0] + ": GPU memory of Wan2.1, predicted and measured."
+    )
     parser.add_argument("--version", action="version", version=f"wanvram {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for module in VERBS:
         name = module.__name__.rpartition(".")[2]
         summary, _, details = (module.__doc__ or "").partition("\n")
         verb = verbs.add_parser(
-            name, help=summary, description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=details,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
         module.prepare_parser(verb)

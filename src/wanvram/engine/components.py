@@ -81,7 +81,7 @@ class Parts:
         self.weights.shapes_for(name, expected)
         source = self.weights.source(name)
         if source is not None:
-            unused = [key for key in source.keys() if name == "vae" and key.startswith(("encoder.", "conv1."))]
+            unused = [key for key in list(source.keys()) if name == "vae" and key.startswith(("encoder.", "conv1."))]
             check_keys(expected, source, name, ignored=unused)
         component = Component(name, module, blocks, self.device)
         strategy = self.config.strategy

@@ -7,7 +7,7 @@ float32 residual stream [L, dim] is updated in place, and only keys and values e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class BlockInputs:
     sin: Tensor
     text: Tensor  # [text_len, dim]
     image: Tensor | None  # [257 or 514, dim]
+    heads_per_group: int | None = None  # heads that attend at once; None: all
 
 
 @dataclass
@@ -144,6 +145,16 @@ class GeluTanh(nn.Module):
         return h
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads_per_group: int | None) -> Tensor:
+    """Attention of q [rows, heads, head_dim]; by head groups the result takes q's place, group after group."""
+    if heads_per_group is None:
+        return attention(q, k, v)
+    for start in range(0, q.shape[1], heads_per_group):
+        group = slice(start, start + heads_per_group)
+        q[:, group].copy_(attention(q[:, group], k[:, group], v[:, group]))
+    return q
+
+
 class SelfAttention(nn.Module):
     """Keys and values for all rows first, then queries, attention and output projection row chunk by row chunk."""
 
@@ -174,9 +185,9 @@ class SelfAttention(nn.Module):
             q = self.q(h)
             del h
             rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
-            attended = attention(q.view(q.shape[0], self.num_heads, -1), k, v).flatten(1)
+            attended = _attend(q.view(q.shape[0], self.num_heads, -1), k, v, inputs.heads_per_group)
             del q
-            y = self.o(attended)
+            y = self.o(attended.flatten(1))
             del attended
             gated_add_(x[c], y, gate)
             del y
@@ -376,18 +387,21 @@ class WanDiT(nn.Module):
         conditions: Sequence[Condition],
         *,
         rows_per_chunk: int | None = None,
+        heads_per_group: int | None = None,
         walk: Walk = iter,
     ) -> list[Tensor]:
         """latent float32 [C,F,H,W] -> one velocity float32 [out_dim,F,H,W] per condition.
 
         All conditions pass a block before the next one is requested from the walk. rows_per_chunk: tokens handled
-        at once (None: all), which changes memory but not the result.
+        at once (None: all), and heads_per_group: heads that attend at once, change memory but not the result.
         """
         self._check(latent, conditions, rows_per_chunk)
         e = self.time_embedding(self._sinusoid(timestep, latent.device))
         modulation = self.time_projection(e).view(6, self.spec.dim)
         tables = rotary_tables(self._grid(latent), self.spec.head_dim, latent.device)
         streams = [self._start(latent, c, modulation, tables, rows_per_chunk) for c in conditions]
+        for stream in streams:
+            stream.inputs = replace(stream.inputs, heads_per_group=heads_per_group)
         del tables, modulation
         for module in walk(self.walk_order()):
             for stream in streams:

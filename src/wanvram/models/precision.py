@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Precision", "FP32", "BF16", "FP16", "PRECISIONS"]
+__all__ = ["BF16", "FP16", "FP32", "PRECISIONS", "Precision"]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""How much memory is used, now and at peak: CUDA's own statistics with NVML for the device, or counted storages on the CPU."""
+"""How much memory is used, now and at peak: CUDA's own statistics and NVML, or counted storages on the CPU."""
 
 from __future__ import annotations
 
-import os
 import gc
+import os
 import weakref
 from contextlib import suppress
 from typing import Any, Protocol
@@ -53,7 +53,7 @@ SMALLEST_CONTEXT = 50 * MIB
 
 
 class CudaMeter:
-    """One CUDA device. The driver's figure is NVML's for this process; without NVML, what the device lost since the start."""
+    """One CUDA device. The driver's figure is NVML's for this process, else what the card lost since the start."""
 
     def __init__(self, index: int = 0) -> None:
         self._index = index
@@ -134,14 +134,16 @@ def _nvml_handle(index: int) -> Any:
         pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(index).uuid)
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".replace("GPU-GPU-", "GPU-"))
-    except Exception:  # a machine without the driver's library fails in several ways; the figure is then taken from CUDA
+    except (
+        Exception
+    ):  # a machine without the driver's library fails in several ways; the figure is then taken from CUDA
         return None
 
 
 class CpuMeter(TorchDispatchMode):
     """Live storages of CPU tensors, counted while the mode is entered. Reserved equals allocated: the CPU has no cache.
 
-    count_existing: tensors that live when the mode is entered count too, as they do on CUDA. Otherwise the first view of
+    count_existing: tensors that live when the mode is entered count too, as on CUDA. Otherwise the first view of
     one, such as the transposed weight of a linear layer, would look like an allocation.
     """
 

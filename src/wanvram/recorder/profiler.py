@@ -77,8 +77,8 @@ class MemoryProfiler:
     ...         model(x)
     ...     profiler.log_event("done")                               # peak since the profiling began
 
-    `memory_events.json` in `output_dir` is complete after every event, whatever ends the process. `trace=True` also runs
-    torch.profiler (see `setup_profiler`; call `step()` once per iteration), which disturbs the memory it observes.
+    `memory_events.json` in `output_dir` is complete after every event, whatever ends the process. `trace=True` runs
+    torch.profiler too (see `setup_profiler`; call `step()` once per iteration), which disturbs the memory it observes.
     """
 
     def __init__(self, config_name: str, output_dir: str | Path, *, trace: bool = False) -> None:
@@ -132,11 +132,18 @@ class MemoryProfiler:
         On CUDA this resets PyTorch's peak counter at both ends; `log_event` alone never does.
         """
         self._highest = self._highest.highest(self.memory_tracker.meter.peak())
-        with self._recorder.span(name, kind="stage") as span:
+        recording = self._recorder.span(name, kind="stage")
+        span = recording.__enter__()
+        try:
             yield span
+        finally:  # the exception of a failed stage passes the recorder by, which would keep the span open
+            recording.__exit__(None, None, None)
+            self._note_stage(span, metadata)
+
+    def _note_stage(self, span: Span, metadata: dict[str, Any] | None) -> None:
         self._highest = self._highest.highest(span.peak)
         figures = {"start_bytes": span.start.allocated_bytes, "activation_bytes": span.activation_bytes}
-        self.events.append(self._log.log(name, span.peak, {**(metadata or {}), **figures}))
+        self.events.append(self._log.log(span.name, span.peak, {**(metadata or {}), **figures}))
 
     def step(self) -> None:
         """One iteration is over: advances the trace's schedule, if there is a trace."""

@@ -18,8 +18,8 @@ __all__ = ["Recorder"]
 class Recorder:
     """Watches one run through a Meter. Finished top-level spans are in `spans`.
 
-    The meter's peak counter is reset at every span's start and end; what it had seen goes into all open spans first, so nothing
-    between two reads is lost. Blocks are neither synchronised nor asked of the driver: their cost is a few microseconds.
+    The meter's peak counter is reset at every span's start and end; what it had seen goes into all open spans first, so
+    nothing between two reads is lost. For a block nothing is synchronised and the driver is not asked.
     """
 
     def __init__(self, meter: Meter, events: EventLog | None, progress: Callable[[str], None] | None) -> None:

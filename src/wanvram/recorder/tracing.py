@@ -1,4 +1,4 @@
-"""torch.profiler traces and allocator snapshots: separate passes, off by default, because they disturb what they measure."""
+"""torch.profiler traces and allocator snapshots: off by default, because they disturb what they measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["allocator_snapshot", "setup_profiler"]
 
 
 def setup_profiler(log_dir: str) -> torch.profiler.profile:
-    """Waits one step, warms up one, records three; shapes, memory and stacks, written for TensorBoard into `log_dir`."""
+    """Waits one step, warms up one, records three with shapes, memory and stacks; for TensorBoard, into `log_dir`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -27,13 +27,15 @@ def _headline(record: RunRecord) -> str:
     if peak is not None:
         m = peak.peak
         device = f", device {human(m.device_bytes)}" if m.device_bytes is not None else ""
-        lines.append(f"Peak: allocated {human(m.allocated_bytes)}, reserved {human(m.reserved_bytes)}{device} in {peak.name}")
-        lines.append(_why(record, peak))
+        lines.append(
+            f"Peak: allocated {human(m.allocated_bytes)}, reserved {human(m.reserved_bytes)}{device} in {peak.name}"
+        )
+        lines.append(_why(peak))
     lines.append(_verdict(record))
     return "\n".join(lines)
 
 
-def _why(record: RunRecord, peak: Span) -> str:
+def _why(peak: Span) -> str:
     start = peak.start.allocated_bytes
     activation = peak.peak.allocated_bytes - start
     cause = "activations of the stage" if activation > start else "weights and tensors already there"
@@ -52,8 +54,10 @@ def _verdict(record: RunRecord) -> str:
 
 def _components(record: RunRecord) -> str:
     rows = [["component", "parameters", "base MiB", "host MiB", "activation MiB"]]
-    for c in record.components:
-        rows.append([c.name, f"{c.parameters:,}", _mib(c.base_bytes), _mib(c.host_bytes), _mib(c.activation_bytes)])
+    rows += [
+        [c.name, f"{c.parameters:,}", _mib(c.base_bytes), _mib(c.host_bytes), _mib(c.activation_bytes)]
+        for c in record.components
+    ]
     return _table(rows)
 
 

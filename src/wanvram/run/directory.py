@@ -8,14 +8,16 @@ from wanvram.errors import InputError, OutputError
 
 __all__ = ["RUN_FILES", "prepare_directory"]
 
-RUN_FILES = ("record.json", "memory_events.json", "config.yaml", "environment.json", "video.mp4")
+RUN_FILES = ("record.json", "memory_events.json", "config.yaml", "environment.json", "video.mp4", "snapshot.pickle")
 
 
 def prepare_directory(path: Path, *, force: bool) -> Path:
     """Creates the directory, or empties it of an earlier run's files when `force`. Raises InputError if it holds a run."""
     existing = [name for name in RUN_FILES if (path / name).exists()]
     if existing and not force:
-        raise InputError(f"{path} already holds a run ({', '.join(existing)}); give --force to replace it or -o DIR for another place")
+        raise InputError(
+            f"{path} already holds a run ({', '.join(existing)}); give --force to replace it or -o DIR for another place"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         for name in existing:

@@ -26,7 +26,9 @@ def describe_environment() -> dict[str, Any]:
         "host_memory_bytes": memory.total,
         "host_available_bytes": memory.available,
         "allocator": {
-            name: os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF") if name in os.environ
+            name: os.environ.get(name, "")
+            for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+            if name in os.environ
         },
     }
     if torch.cuda.is_available():

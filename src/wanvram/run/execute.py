@@ -19,6 +19,7 @@ from wanvram.errors import InputError, OutOfMemory, WanvramError
 from wanvram.record import Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.recorder import Recorder
+from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
 from wanvram.run.video import VideoWriter
@@ -50,12 +51,15 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     """
     if config.request.base_seed < 0:
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
+    _check_measurement(config)
     directory = prepare_directory(output.directory, force=output.force) if output.directory else None
     device = make_device(config)
     weights = choose_weights(config.weights, simulated=device.kind == "simulated", seed=config.request.base_seed)
     environment = describe_environment()
     if directory:
-        write_atomically(directory / "config.yaml", yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False))
+        write_atomically(
+            directory / "config.yaml", yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False)
+        )
         write_atomically(directory / "environment.json", _json(environment))
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(directory / "memory_events.json")) if directory else None
@@ -64,11 +68,22 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
         sink = None
         if output.video and directory and device.kind != "simulated":
             sink = VideoWriter(directory / "video.mp4")
+        if directory:
+            _observe(stack, config, pipeline, directory)
         failure = _run(pipeline, sink)
     record = _record(config, device, pipeline, failure, environment)
     if directory:
         record.write(directory / "record.json")
     return record
+
+
+def _observe(stack: ExitStack, config: RunConfig, pipeline: Pipeline, directory: Path) -> None:
+    """Starts what the configuration asks for beside the recorder: torch.profiler's trace, the allocator's history."""
+    if config.measurement.trace:
+        profiler = stack.enter_context(setup_profiler(str(directory / config.measurement.trace_directory)))
+        pipeline.trace_step = profiler.step
+    if config.measurement.snapshot:
+        stack.enter_context(allocator_snapshot(directory / "snapshot.pickle"))
 
 
 def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord, SimulatedMemory]:
@@ -80,19 +95,35 @@ def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord
     return _record(config, device, pipeline, failure, {}), memory
 
 
-def make_device(config: RunConfig) -> Device:
-    """The device a configuration asks for; `auto` is CUDA when there is one, else simulated."""
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "simulated"
-    if kind == "cuda":
-        os.environ.setdefault(
-            "PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{config.strategy.expandable_segments}"
+def _check_measurement(config: RunConfig) -> None:
+    if config.measurement.snapshot and device_kind(config) != "cuda":
+        raise InputError(
+            "logging.snapshot: an allocator snapshot exists on CUDA only; set it to false or use --device cuda"
         )
+    if config.measurement.trace and device_kind(config) == "simulated":
+        raise InputError(
+            "logging.trace: nothing runs on the simulated device; set it to false or use --device cuda or cpu"
+        )
+
+
+def device_kind(config: RunConfig) -> str:
+    """cuda, cpu or simulated; `auto` is CUDA when there is one, else simulated."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "simulated"
+    return config.device
+
+
+def make_device(config: RunConfig) -> Device:
+    """The device a configuration asks for."""
+    kind = device_kind(config)
+    if kind == "cuda":
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{config.strategy.expandable_segments}")
         return CudaDevice(limit_bytes=config.memory_limit_bytes)
     if kind == "cpu":
         if config.weights == "random":
-            raise InputError("full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated")
+            raise InputError(
+                "full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated"
+            )
         return CpuDevice()
     return SimulatedDevice(_simulated_memory(config))
 
@@ -164,7 +195,7 @@ def _record(
         environment=environment,
         host={"peak_rss_bytes": rss, "pinned_bytes": pinned},
         failure=failure,
-        notes=[],
+        notes=_notes(config, pipeline),
     )
     return record
 
@@ -177,6 +208,18 @@ def _fits(config: RunConfig, failure: Failure | None, recorder: Recorder) -> boo
         return False if failure.kind == "oom" else None
     used = max(s.peak.device_bytes or s.peak.reserved_bytes for s in recorder.spans)
     return used <= config.memory_limit_bytes
+
+
+def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
+    notes = config.notes()
+    if config.weights in ("random", "tiny"):
+        notes.append(f"{config.weights} weights know no language: text went through a byte-level stand-in tokenizer")
+    if config.measurement.trace:
+        notes.append("torch.profiler was tracing: times and memory of this run are disturbed by it")
+    gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
+    if gpu is not None and not gpu.measured:
+        notes.append(f"{gpu.name}: library buffers and CUDA context are estimates, not measured on this card")
+    return notes
 
 
 def _json(value: object) -> str:

@@ -21,7 +21,9 @@ class OfficialWeights:
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
-            raise CheckpointError(f"{directory} is not a directory; --weights takes a checkpoint directory, random or tiny")
+            raise CheckpointError(
+                f"{directory} is not a directory; --weights takes a checkpoint directory, random or tiny"
+            )
         self.directory = directory
         self._open: dict[str, TensorSource] = {}
 

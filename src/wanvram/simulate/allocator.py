@@ -188,7 +188,7 @@ class CachingAllocator:
 
     def segments(self) -> list[SegmentView]:
         """Every segment with its blocks, by address."""
-        views = []
+        views: list[SegmentView] = []
         for head, stream in self._heads.values():
             blocks, mapped, block = [], 0, _first(head)
             start = block.address
@@ -289,9 +289,8 @@ class CachingAllocator:
     def _expand(self, pool: _Pool, size: int, stream: int) -> _Block | None:
         """Maps pages after a free tail, or at the start of an unmapped range, until `size` bytes are in one block."""
         block = self._expandable_room(pool, size, stream)
-        if not block.mapped:
-            if not self._map(block, min(block.size, size), stream):
-                return None
+        if not block.mapped and not self._map(block, min(block.size, size), stream):
+            return None
         while block.size < size:
             tail = block.next
             assert tail is not None

@@ -79,4 +79,3 @@ class LibraryBuffers:
             str(x.dtype).removeprefix("torch."), tuple(x.shape), tuple(weight.shape), tuple(args[3])
         )
         return BufferPlan(during=(workspace,) if workspace else (), loads=("cudnn",))
-

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from wanvram.errors import InputError
 from wanvram.units import GIB, MIB
 
-__all__ = ["GPUS", "GPU", "find_gpu"]
+__all__ = ["GPU", "GPUS", "find_gpu"]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from wanvram.record import Memory
 from wanvram.simulate.allocator import CachingAllocator
-from wanvram.simulate.gpus import GPU
 from wanvram.simulate.buffers import BufferPlan, LibraryBuffers
+from wanvram.simulate.gpus import GPU
 
 __all__ = ["AllocationEvent", "SimulatedMemory"]
 
@@ -40,7 +40,9 @@ class SimulatedMemory(TorchDispatchMode):
     does not fit, like CUDA does.
     """
 
-    def __init__(self, gpu: GPU, allocator: CachingAllocator, libraries: LibraryBuffers, *, keep_events: bool = False) -> None:
+    def __init__(
+        self, gpu: GPU, allocator: CachingAllocator, libraries: LibraryBuffers, *, keep_events: bool = False
+    ) -> None:
         super().__init__()
         self.gpu = gpu
         self.allocator = allocator

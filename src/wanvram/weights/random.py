@@ -55,7 +55,9 @@ class RandomSource:
         width = self.shape(key)[1]
         drawn = torch.empty(len(indices), width)
         for row, index in zip(drawn, indices, strict=True):
-            row.normal_(generator=torch.Generator().manual_seed((self._seed ^ _stable_hash(f"{key}:{index}")) & (2**63 - 1)))
+            row.normal_(
+                generator=torch.Generator().manual_seed((self._seed ^ _stable_hash(f"{key}:{index}")) & (2**63 - 1))
+            )
         return drawn
 
     def close(self) -> None:

@@ -1,0 +1,160 @@
+"""RunRecord: the JSON of design.md, its round trip, folding of identical spans, and atomic files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wanvram.errors import InputError, OutputError
+from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span, folded, write_atomically
+
+
+def memory(allocated: int, reserved: int | None = None, device: int | None = None) -> Memory:
+    return Memory(allocated, allocated if reserved is None else reserved, device)
+
+
+def step(name: str, *, peak: int = 30, seconds: float = 1.0) -> Span:
+    return Span(name, "step", "dit", memory(10), memory(peak), memory(10), seconds, host_rss_bytes=7)
+
+
+def a_record() -> RunRecord:
+    steps = [step("step 0", peak=40), *(step(f"step {i}", seconds=i) for i in range(1, 50))]
+    stages = [
+        Span("load dit", "load", "dit", memory(0, 0, 500), memory(10, 20, 520), memory(10, 20, 520), 0.5),
+        Span("denoise", "stage", "dit", memory(10), memory(40, 50, 550), memory(10, 50, 550), 9.0, children=steps),
+        Span("decode", "stage", "vae", memory(10), memory(35, 60, 540), memory(12, 60, 540)),
+    ]
+    return RunRecord(
+        device="cuda:NVIDIA H200",
+        simulated=False,
+        config={"name": "x"},
+        fits=True,
+        budget_bytes=1000,
+        components=[ComponentRecord("dit", 5, 10, 0, 30)],
+        stages=stages,
+        environment={"torch": "2.11"},
+        host={"peak_rss_bytes": 9, "pinned_bytes": 1},
+        failure=Failure("oom", "full", "decode", "vae", 100, 35, 60, (("weights", 10),)),
+        notes=["a note"],
+    )
+
+
+def test_the_json_has_the_keys_and_figures_of_the_design() -> None:
+    data = a_record().to_json()
+    assert data["schema"] == 1
+    assert {"device", "config", "fits", "components", "stages", "fragmentation", "fluctuation", "host"} <= set(data)
+    assert data["components"][0] == {
+        "name": "dit", "parameters": 5, "base_bytes": 10, "host_bytes": 0, "activation_bytes": 30,
+    }  # fmt: skip
+    stage = data["stages"][1]
+    assert (stage["name"], stage["component"], stage["kind"]) == ("denoise", "dit", "stage")
+    assert stage["start_allocated_bytes"] == 10
+    assert (stage["peak_allocated_bytes"], stage["peak_reserved_bytes"], stage["peak_device_bytes"]) == (40, 50, 550)
+    assert (stage["activation_bytes"], stage["seconds"], stage["end_allocated_bytes"]) == (30, 9.0, 10)
+
+
+def test_the_peak_takes_each_figure_from_wherever_it_was_highest_and_the_stage_from_the_device() -> None:
+    assert a_record().to_json()["peak"] == {
+        "allocated_bytes": 40, "reserved_bytes": 60, "device_bytes": 550, "stage": "denoise", "component": "dit",
+    }  # fmt: skip
+
+
+def test_fragmentation_is_the_reserved_share_that_no_tensor_uses() -> None:
+    assert a_record().to_json()["fragmentation"] == {
+        "at_peak": pytest.approx(0.2),
+        "stages": {"load dit": 0.5, "denoise": pytest.approx(0.2), "decode": pytest.approx(25 / 60)},
+    }
+
+
+def test_fluctuation_is_the_spread_of_allocated_over_all_spans_inside() -> None:
+    assert a_record().to_json()["fluctuation"] == {"load dit": 10, "denoise": 30, "decode": 25}
+
+
+def test_a_stage_that_ran_twice_keeps_its_higher_figures() -> None:
+    record = a_record()
+    again = Span("denoise", "stage", "dit", memory(10), memory(99, 99), memory(10))
+    record.stages.append(again)
+    assert record.to_json()["fluctuation"]["denoise"] == 89
+    record.stages.insert(0, record.stages.pop())
+    assert record.to_json()["fluctuation"]["denoise"] == 89
+
+
+def test_fifty_steps_of_which_49_are_the_same_are_stored_as_two() -> None:
+    first, rest = a_record().to_json()["stages"][1]["children"]
+    assert (first["name"], first["repeats"]) == ("step 0", 1)
+    assert (rest["name"], rest["repeats"]) == ("step 1", 49)
+    assert rest["seconds"] == pytest.approx(sum(range(1, 50)) / 49), (
+        "the mean of one, so that repeats times it is the total"
+    )
+    assert rest["notes"] == ["the same memory through step 49"]
+
+
+def test_folding_leaves_the_spans_it_was_given_alone_and_is_done_once() -> None:
+    spans = [step("a"), step("b"), replace(step("c"), repeats=3), step("d", peak=31)]
+    once = folded(spans)
+    assert [(s.name, s.repeats) for s in once] == [("a", 5), ("d", 1)]
+    assert [s.repeats for s in spans] == [1, 1, 3, 1]
+    assert folded(once) == once
+
+
+def test_spans_that_differ_only_deep_inside_are_not_folded() -> None:
+    one, two = step("a"), step("b")
+    one.children, two.children = [step("block 0", peak=20)], [step("block 0", peak=21)]
+    assert len(folded([one, two])) == 2
+
+
+def test_a_record_survives_json_and_a_file(tmp_path: Path) -> None:
+    record = a_record()
+    data = record.to_json()
+    again = RunRecord.from_json(json.loads(json.dumps(data)))
+    assert again.to_json() == data
+    assert again.failure == record.failure
+    record.write(tmp_path / "record.json")
+    assert RunRecord.read(tmp_path / "record.json").to_json() == data
+    assert os.listdir(tmp_path) == ["record.json"], "no temporary file stays"
+
+
+def test_a_record_without_stages_has_no_peak_stage() -> None:
+    data = replace(a_record(), stages=[], failure=None).to_json()
+    assert data["peak"]["stage"] is None
+    assert data["peak"]["allocated_bytes"] == 0
+    assert RunRecord.from_json(data).to_json() == data
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"schema": 2}', '{"schema": 1}', "[" * 100_000, '{"schema": 1, "failure": 3}', "\udcff"]
+)
+def test_a_damaged_record_is_one_sentence_naming_the_file(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"record\.json"):
+        RunRecord.read(path)
+
+
+def test_a_missing_record_is_one_sentence_naming_the_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.json.*No such file"):
+        RunRecord.read(tmp_path / "nowhere.json")
+
+
+def test_a_full_disk_leaves_the_old_file_and_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"record\.json: No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_a_folder_that_does_not_exist_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        write_atomically(tmp_path / "missing" / "record.json", "x")
