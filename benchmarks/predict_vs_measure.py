@@ -38,7 +38,7 @@ def case(
         "t5_cpu": more.get("t5_cpu", False),
     }
     tags = [task, size.replace("*", "x"), f"{frames}f", precision, load]
-    tags += [k for k in ("offload", "t5_cpu", "expandable_segments") if more.get(k)]
+    tags += [k for k in ("offload", "t5_cpu", "expandable_segments", "attention_slicing") if more.get(k)]
     tags += [more["cfg"]] if "cfg" in more else []
     return {
         "name": "-".join(tags),
@@ -63,6 +63,7 @@ BUILT_IN = [
     case("t2v-1.3B", "832*480", 81, "bf16", offload=True),
     case("t2v-1.3B", "832*480", 81, "bf16", "block", offload=True, expandable_segments=True),
     case("t2v-1.3B", "832*480", 33, "fp32", offload=True),
+    case("t2v-1.3B", "832*480", 33, "bf16", "block", offload=True, attention_slicing=True),
     case("t2v-1.3B", "480*832", 17, "bf16", t5_cpu=True, offload=True),
     case("t2v-1.3B", "832*480", 17, "fp16", steps=8, expandable_segments=True),
     case("t2v-1.3B", "832*480", 81, "bf16", offload=True, cfg="joint"),

@@ -58,6 +58,44 @@ def test_the_json_has_the_keys_and_figures_of_the_design() -> None:
     assert (stage["activation_bytes"], stage["seconds"], stage["end_allocated_bytes"]) == (30, 9.0, 10)
 
 
+def test_the_json_has_no_other_keys_than_these() -> None:
+    data = a_record().to_json()
+    design = {
+        "schema",
+        "device",
+        "config",
+        "fits",
+        "peak",
+        "components",
+        "stages",
+        "fragmentation",
+        "fluctuation",
+        "host",
+    }
+    assert set(data) == design | {"simulated", "budget_bytes", "environment", "failure", "notes"}
+    assert set(data["fragmentation"]) == {"at_peak", "stages"}
+    assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}
+    memory_keys = {
+        f"{when}_{what}_bytes" for when in ("start", "peak", "end") for what in ("allocated", "reserved", "device")
+    }
+    stage_keys = memory_keys | {
+        "name", "kind", "component", "activation_bytes", "seconds", "host_rss_bytes", "pinned_bytes", "repeats", "notes",
+        "children",
+    }  # fmt: skip
+    assert all(set(stage) == stage_keys for stage in (*data["stages"], *data["stages"][1]["children"]))
+
+
+def test_of_stages_with_equal_peaks_the_first_is_the_peak_stage() -> None:
+    same = Span("again", "stage", "vae", memory(0), memory(40, 50, 550), memory(0))
+    record = a_record()
+    record.stages.append(same)
+    assert record.to_json()["peak"]["stage"] == "denoise"
+    without_device = replace(record, stages=[step("low", peak=30), step("high", peak=40), step("equal", peak=40)])
+    assert without_device.to_json()["peak"] == {
+        "allocated_bytes": 40, "reserved_bytes": 40, "device_bytes": None, "stage": "high", "component": "dit",
+    }  # fmt: skip
+
+
 def test_the_peak_takes_each_figure_from_wherever_it_was_highest_and_the_stage_from_the_device() -> None:
     assert a_record().to_json()["peak"] == {
         "allocated_bytes": 40, "reserved_bytes": 60, "device_bytes": 550, "stage": "denoise", "component": "dit",
@@ -150,6 +188,22 @@ def test_a_full_disk_leaves_the_old_file_and_names_the_path(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"record\.json: No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_a_failing_rename_leaves_the_old_file_and_no_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+
+    def denied(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", denied)
+    with pytest.raises(OutputError, match=r"record\.json: Permission denied"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["record.json"]

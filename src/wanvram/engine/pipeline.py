@@ -134,7 +134,7 @@ class Pipeline:
             trajectory = solve(request.sample_solver, self._velocity(component, contexts, noise.shape), noise, schedule)
             del noise
             latent = self._steps(trajectory, component, steps, skipped)
-            trajectory.close()
+            del trajectory  # before the weights go: close() alone keeps its tensors until later on Python 3.12
         self._done_with("dit")
         return latent
 
@@ -199,7 +199,7 @@ class Pipeline:
                     del pixels
                 if sink is not None:
                     sink.write(host)
-            decoder.close()
+            del decoder
         self._done_with("vae")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from wanvram.errors import InputError, OutOfMemory
 from wanvram.units import human
@@ -34,28 +34,42 @@ class AllocatorSettings:
 
     @classmethod
     def parse(cls, text: str) -> AllocatorSettings:
-        """`expandable_segments:True,max_split_size_mb:512` -> settings. Raises InputError for what is not modelled."""
-        values: dict[str, str] = {}
-        for part in filter(None, (p.strip() for p in text.split(","))):
-            key, _, value = part.partition(":")
-            values[key.strip()] = value.strip()
+        """`expandable_segments:True,max_split_size_mb:512` -> settings.
+
+        Raises InputError for what PyTorch 2.13 refuses and for what is not modelled.
+        """
         settings = cls()
-        for key, value in values.items():
-            try:
-                if key == "expandable_segments":
-                    settings = cls(value.lower() == "true", settings.large_segment_size, settings.max_split_size)
-                elif key == "max_split_size_mb":
-                    settings = cls(settings.expandable_segments, settings.large_segment_size, int(value) * 2**20)
-                elif key == "large_segment_size_mb":
-                    settings = cls(settings.expandable_segments, int(value) * 2**20, settings.max_split_size)
-                else:
-                    raise InputError(
-                        f"allocator setting '{key}' is not modelled; "
-                        "known: expandable_segments, max_split_size_mb, large_segment_size_mb"
-                    )
-            except ValueError as error:
-                raise InputError(f"allocator setting '{key}': '{value}' is not a number") from error
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            key, _, value = (word.strip() for word in part.partition(":"))
+            if key == "expandable_segments":
+                settings = replace(settings, expandable_segments=_flag(key, value))
+            elif key == "max_split_size_mb":
+                settings = replace(settings, max_split_size=_mebibytes(key, value))
+            elif key == "large_segment_size_mb":
+                settings = replace(settings, large_segment_size=_mebibytes(key, value))
+            else:
+                raise InputError(
+                    f"allocator setting '{key}' is not modelled; "
+                    "known: expandable_segments, max_split_size_mb, large_segment_size_mb"
+                )
+        if settings.large_segment_size <= MIN_LARGE_ALLOC:
+            raise InputError(f"large_segment_size_mb must be over 10, not {settings.large_segment_size // 2**20}")
+        if settings.max_split_size is not None and settings.max_split_size < settings.large_segment_size:
+            smallest = settings.large_segment_size // 2**20
+            raise InputError(f"max_split_size_mb must be at least {smallest}, not {settings.max_split_size // 2**20}")
         return settings
+
+
+def _flag(key: str, value: str) -> bool:
+    if value not in ("True", "False"):
+        raise InputError(f"allocator setting '{key}' must be True or False, not '{value}'")
+    return value == "True"
+
+
+def _mebibytes(key: str, value: str) -> int:
+    if not value.isdecimal():
+        raise InputError(f"allocator setting '{key}': '{value}' is not a whole number of MiB")
+    return int(value) * 2**20
 
 
 class _Block:
@@ -148,6 +162,8 @@ class CachingAllocator:
         block = self._best_fit(pool, rounded)
         if block is None:
             block = self._new_block(pool, rounded, stream)
+        if block is None and self._release_oversized(pool, rounded, stream):
+            block = self._new_block(pool, rounded, stream)
         if block is None:
             self.alloc_retries += 1
             self.empty_cache()
@@ -178,9 +194,12 @@ class CachingAllocator:
                 if block.expandable:
                     self._unmap(block, key[1])
                 elif block.prev is None and block.next is None:
-                    pool.remove(block)
-                    del self._heads[block.address]
-                    self._shrink("segment_free", block.address, block.size, key[1])
+                    self._release(block, key[1])
+
+    @property
+    def num_segments(self) -> int:
+        """Segments held; an expandable one counts once however much of it is mapped."""
+        return len(self._heads)
 
     def reset_peaks(self) -> None:
         self.peak_allocated_bytes = self.allocated_bytes
@@ -285,6 +304,27 @@ class CachingAllocator:
         self._heads[block.address] = (block, stream)
         self._grow("segment_alloc", block.address, segment, stream)
         return block
+
+    def _release(self, block: _Block, stream: int) -> None:
+        """Gives a free block that is a whole segment back to the driver."""
+        block.pool.remove(block)
+        del self._heads[block.address]
+        self._shrink("segment_free", block.address, block.size, stream)
+
+    def _release_oversized(self, pool: _Pool, size: int, stream: int) -> bool:
+        """With max_split_size: frees cached blocks over it, just enough for `size`; they are never split, so whole segments."""
+        limit = self.settings.max_split_size
+        if limit is None or self.settings.expandable_segments:
+            return False
+        needed, released = max(size, limit), 0
+        fitting = bisect_left(pool.free, (needed, 0))
+        if fitting < len(pool.free):
+            self._release(pool.at[pool.free[fitting][1]], stream)
+            return True
+        while released < needed and pool.free and pool.free[-1][0] >= limit:
+            released += pool.free[-1][0]
+            self._release(pool.at[pool.free[-1][1]], stream)
+        return released >= needed
 
     def _expand(self, pool: _Pool, size: int, stream: int) -> _Block | None:
         """Maps pages after a free tail, or at the start of an unmapped range, until `size` bytes are in one block."""

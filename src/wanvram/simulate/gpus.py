@@ -89,6 +89,7 @@ GPUS: dict[str, GPU] = {
         _card("rtx4090", "NVIDIA GeForce RTX 4090", 24, (8, 9), (165, 82.6, 1008, 25, 330)),
         _card("rtx3090", "NVIDIA GeForce RTX 3090", 24, (8, 6), (71, 35.6, 936, 25, None)),
         _card("rtx4080", "NVIDIA GeForce RTX 4080", 16, (8, 9), (97, 48.7, 717, 25, 195)),
+        _card("rtx4070ti-super", "NVIDIA GeForce RTX 4070 Ti SUPER", 16, (8, 9), (88, 44.1, 672, 25, 176)),
         _card("rtx4060ti-16gb", "NVIDIA GeForce RTX 4060 Ti 16GB", 16, (8, 9), (44, 22.1, 288, 12.5, 88)),
         _card("t4", "NVIDIA T4", 16, (7, 5), (65, 8.1, 320, 12.5, None)),
         _card("rtx4070", "NVIDIA GeForce RTX 4070", 12, (8, 9), (58, 29.1, 504, 25, 117)),
@@ -99,9 +100,13 @@ GPUS: dict[str, GPU] = {
 }
 
 
+# Also what the driver adds to data-centre cards, as in `NVIDIA A100-SXM4-80GB`, `NVIDIA H100 80GB HBM3` and `Tesla T4`.
+_IGNORED = ("nvidia", "geforce", "tesla", "simulated:", "sxm4", "sxm5", "pcie", "hbm3", " ", "-", "_")
+
+
 def _normal(text: str) -> str:
     text = text.lower()
-    for word in ("nvidia", "geforce", "simulated:", " ", "-", "_"):
+    for word in _IGNORED:
         text = text.replace(word, "")
     return text
 

@@ -76,7 +76,7 @@ class Libraries:
         return AttentionExtra()
 
     def conv_workspace(self, dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> int:
-        """cuDNN's workspace in channels_last_3d, bytes: the H200's table where it has the shape, else nothing.
+        """cuDNN's workspace in channels_last_3d, bytes: the H200's table where it has the shape, else its commonest value, 131.
 
         Most are under 512 bytes; those of small frames and of the convolutions to and from three channels are megabytes.
         """

@@ -7,14 +7,13 @@ Does not own: the allocator's rules (allocator.py), sizes of library buffers (li
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from wanvram.record import Memory
 from wanvram.simulate.allocator import CachingAllocator
@@ -126,16 +125,16 @@ class SimulatedMemory(TorchDispatchMode):
         if name is None:
             name = self._names[func] = str(func)
         self._operation = name
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
         if self._ignoring:
             return self._ignore(func(*args, **kwargs))
-        host = self._placing_host or any(t.untyped_storage()._cdata in self._host for t in tensors)
+        host = self._placing_host
+        if self._host and not host:
+            host = any(t.untyped_storage()._cdata in self._host for t in _meta_tensors((*args, *kwargs.values())))
         plan = None if host else self.libraries.plan(self._operation, args, kwargs)
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-                self._register(leaf.untyped_storage(), host)
+        for tensor in _meta_tensors((result,)):
+            self._register(tensor.untyped_storage(), host)
         if plan:
             self.load_library("kernels")  # PyTorch's own kernels come with the first one launched
             self._take(plan, before)
@@ -155,11 +154,10 @@ class SimulatedMemory(TorchDispatchMode):
             self._free(handle)
 
     def _ignore(self, result: Any) -> Any:
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-                storage = leaf.untyped_storage()
-                self._ignored.add(storage._cdata)
-                weakref.finalize(storage, self._ignored.discard, storage._cdata).atexit = False
+        for tensor in _meta_tensors((result,)):
+            storage = tensor.untyped_storage()
+            self._ignored.add(storage._cdata)
+            weakref.finalize(storage, self._ignored.discard, storage._cdata).atexit = False
         return result
 
     def _register(self, storage: torch.UntypedStorage, host: bool) -> None:
@@ -197,3 +195,13 @@ class SimulatedMemory(TorchDispatchMode):
         self.allocator.free(handle)
         if self.events is not None:
             self.events.append(AllocationEvent(-nbytes, operation, handle))
+
+
+def _meta_tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The meta tensors among an operation's arguments or results, which nest at most in lists (tree_leaves took 20 % of a run)."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.is_meta:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _meta_tensors(value)

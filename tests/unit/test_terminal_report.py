@@ -1,0 +1,169 @@
+"""The terminal summary, letter for letter, for records made by hand: simulated, measured, and failed out of memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span
+from wanvram.report.terminal import summarize
+from wanvram.units import GIB, MIB
+
+CONFIG: dict[str, Any] = {"name": "lean", "request": {"task": "t2v-1.3B", "size": "832*480", "frame_num": 81}}
+
+
+def memory(allocated: float, reserved: float, device: float | None = None) -> Memory:
+    """In MiB."""
+    return Memory(int(allocated * MIB), int(reserved * MIB), None if device is None else int(device * MIB))
+
+
+def simulated() -> RunRecord:
+    empty, loaded = memory(0, 0, 600), memory(2706.5, 2710, 3310)
+    steps = [
+        Span("step 0", "step", "dit", loaded, memory(4000, 4100, 4700), loaded),
+        Span("step 1", "step", "dit", loaded, memory(4200.25, 4300, 4900), loaded),
+    ]
+    stages = [
+        Span("load dit", "load", "dit", empty, memory(2706.5, 2710, 3310), loaded, seconds=1.5),
+        Span("denoise", "stage", "dit", loaded, memory(4200.25, 4300, 4900), loaded, children=steps),
+        Span("decode", "stage", "vae", memory(242, 260, 860), memory(7242, 7300, 7900), memory(242, 7300, 7900)),
+    ]
+    return RunRecord(
+        device="simulated:h200",
+        simulated=True,
+        config=CONFIG,
+        fits=True,
+        budget_bytes=8 * GIB,
+        components=[
+            ComponentRecord("dit", 1_418_996_800, int(2706.5 * MIB), 0, int(1493.75 * MIB)),
+            ComponentRecord("vae", 126_892_531, 242 * MIB, 12 * MIB, 7000 * MIB),
+        ],
+        stages=stages,
+        environment={},
+        host={},
+        notes=["the text encoder computed on the host"],
+    )
+
+
+def test_a_simulated_run_that_fits_is_said_to_be_simulated_and_has_no_times() -> None:
+    assert summarize(simulated()) == (
+        """\
+lean: t2v-1.3B 832*480 81 frames
+SIMULATED, nothing was run on a GPU (simulated:h200)
+Peak: allocated 7,242.0 MiB, reserved 7,300.0 MiB, device 7,900.0 MiB in decode
+      242.0 MiB there when the stage began + 7,000.0 MiB activation: mostly activations of the stage
+Verdict: fits in 8,192.0 MiB
+
+component     parameters  base MiB  host MiB  activation MiB
+------------------------------------------------------------
+dit        1,418,996,800   2,706.5       0.0         1,493.8
+vae          126,892,531     242.0      12.0         7,000.0
+
+stage     start MiB  peak MiB  activation MiB  reserved MiB  device MiB  time
+-----------------------------------------------------------------------------
+load dit        0.0   2,706.5         2,706.5       2,710.0     3,310.0     -
+denoise     2,706.5   4,200.2         1,493.8       4,300.0     4,900.0     -
+decode        242.0   7,242.0         7,000.0       7,300.0     7,900.0     -
+
+largest moments:
+     7,242.0 MiB  decode
+     4,200.2 MiB  denoise / step 1
+     2,706.5 MiB  load dit
+
+note: the text encoder computed on the host
+"""
+    )
+
+
+def test_a_measured_run_without_a_limit_has_times_and_gibibytes_and_no_device_figure_where_none_is_known() -> None:
+    loaded = memory(28_000, 28_100)
+    record = RunRecord(
+        device="cuda:NVIDIA H200",
+        simulated=False,
+        config={"name": "plain", "request": {"task": "t2i-14B", "size": "1280*720", "frame_num": 1}},
+        fits=None,
+        budget_bytes=None,
+        components=[ComponentRecord("dit", 14_288_491_584, 28_000 * MIB, 0, 2000 * MIB)],
+        stages=[
+            Span("load dit", "load", "dit", memory(0, 0), loaded, loaded, seconds=12.34),
+            Span("denoise", "stage", "dit", loaded, memory(30_000, 30_720), loaded, seconds=185.9),
+        ],
+        environment={},
+        host={},
+    )
+    assert summarize(record) == (
+        """\
+plain: t2i-14B 1280*720 1 frames
+MEASURED (cuda:NVIDIA H200)
+Peak: allocated 29.30 GiB, reserved 30.00 GiB in denoise
+      27.34 GiB there when the stage began + 2,000.0 MiB activation: mostly weights and tensors already there
+Verdict: no memory limit was given (--vram 8GiB asks whether it fits)
+
+component      parameters  base MiB  host MiB  activation MiB
+-------------------------------------------------------------
+dit        14,288,491,584  28,000.0       0.0         2,000.0
+
+stage     start MiB  peak MiB  activation MiB  reserved MiB  device MiB          time
+-------------------------------------------------------------------------------------
+load dit        0.0  28,000.0        28,000.0      28,100.0           -        12.3 s
+denoise    28,000.0  30,000.0         2,000.0      30,720.0           -  3 min 05 s
+""".replace("3 min 05 s", "3 min 05 s")
+        + """
+largest moments:
+       29.30 GiB  denoise
+       27.34 GiB  load dit
+"""
+    )
+
+
+def test_a_run_that_ran_out_of_memory_says_where_instead_of_a_verdict() -> None:
+    failure = Failure("oom", "Tried to allocate 1.50 GiB: the limit is 8.00 GiB.", "decode", "vae", 1536 * MIB)
+    lines = summarize(replace(simulated(), fits=False, failure=failure)).splitlines()
+    assert lines[4] == "FAILED (oom) in decode: Tried to allocate 1.50 GiB: the limit is 8.00 GiB."
+    assert not any(line.startswith("Verdict") for line in lines)
+
+
+def test_a_failure_outside_every_stage_names_none_and_empty_tables_keep_their_heads() -> None:
+    failure = Failure("interrupted", "stopped by the user")
+    record = replace(
+        simulated(), simulated=False, device="cpu", failure=failure, components=[], stages=[], notes=[]
+    )
+    assert summarize(record) == (
+        """\
+lean: t2v-1.3B 832*480 81 frames
+MEASURED (cpu)
+FAILED (interrupted): stopped by the user
+
+component  parameters  base MiB  host MiB  activation MiB
+---------------------------------------------------------
+
+stage  start MiB  peak MiB  activation MiB  reserved MiB  device MiB  time
+--------------------------------------------------------------------------
+
+largest moments:
+"""
+    )
+
+
+def test_a_budget_that_is_too_small_is_said_in_capitals() -> None:
+    assert "\nVerdict: DOES NOT FIT in 6,144.0 MiB\n" in summarize(
+        replace(simulated(), fits=False, budget_bytes=6 * GIB)
+    )
+
+
+def test_only_the_three_largest_moments_are_listed_each_with_its_path_down_to_the_block() -> None:
+    start = memory(1, 1)
+
+    def stage(name: str, peak: int) -> Span:
+        block = Span("block 3", "block", None, start, memory(peak, peak), start)
+        step = Span("step 0", "step", None, start, memory(peak, peak), start, children=[block])
+        return Span(name, "stage", None, start, memory(peak, peak), start, children=[step])
+
+    record = replace(simulated(), stages=[stage(name, peak) for name, peak in zip("abcd", (5, 20, 9, 7), strict=True)])
+    moments = summarize(record).split("largest moments:\n")[1].splitlines()[:4]
+    assert moments == [
+        "        20.0 MiB  b / step 0 / block 3",
+        "         9.0 MiB  c / step 0 / block 3",
+        "         7.0 MiB  d / step 0 / block 3",
+        "",
+    ]
