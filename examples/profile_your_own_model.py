@@ -2,12 +2,14 @@
 
     python examples/profile_your_own_model.py [OUTPUT_DIR]
 
-Writes OUTPUT_DIR/memory_events.json (default: profiler_logs/my-model), valid JSON even if the process is killed.
+Writes memory_events.json (valid JSON even if the process is killed) and memory_log.json into OUTPUT_DIR, by default a
+new temporary folder.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 
 import torch
 from torch import nn
@@ -30,7 +32,8 @@ def main(output_dir: str) -> None:
             print(event["memory_log"])
         forward = profiler.stages[0]
         print(f"forward: {forward.activation_bytes / 2**20:.1f} MiB of activations")
+    print(f"written: {profiler.output_dir / 'memory_events.json'}, {profiler.output_dir / 'memory_log.json'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "profiler_logs/my-model")
+    main(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="wanvram-"))

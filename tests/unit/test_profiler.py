@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -186,6 +187,35 @@ def test_the_example_runs_and_says_what_each_part_costs(
     assert "model_load: incremental_memory=8.0" in out
     assert "forward: 72.0 MiB of activations" in out or torch.cuda.is_available()
     assert [event["name"] for event in events_of(tmp_path)] == ["model_load", "forward", "total"]
+
+
+def test_the_example_runs_as_its_docstring_says_and_without_a_folder_writes_a_temporary_one(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    given = tmp_path / "given"
+    for arguments in ([], [str(given)]):
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLE), *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        events, log = (Path(path) for path in done.stdout.splitlines()[-1].removeprefix("written: ").split(", "))
+        assert (events.name, log.name) == ("memory_events.json", "memory_log.json")
+        assert events.parent == given if arguments else events.is_relative_to(tmp_path / "tmp")
+        assert len(json.loads(events.read_text())) == 3
+        assert json.loads(log.read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {"tmp", "given"}
+
+
+def test_setup_profiler_waits_one_step_warms_up_one_and_writes_a_trace_after_three_more(tmp_path: Path) -> None:
+    profiler = setup_profiler(str(tmp_path))
+    assert isinstance(profiler, torch.profiler.profile)
+    written = []
+    with profiler:
+        for _ in range(5):
+            torch.ones(4) @ torch.ones(4)
+            profiler.step()
+            written.append(len(list(tmp_path.glob("*.pt.trace.json"))))
+    assert written == [0, 0, 0, 0, 1]
 
 
 @pytest.mark.gpu

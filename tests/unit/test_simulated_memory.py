@@ -118,7 +118,9 @@ def test_parameters_of_a_model_being_built_count_nothing_until_they_are_loaded()
     with device.session():
         with device.building():
             model = nn.Linear(512, 512, bias=False, device="meta")
-        assert (sizes(device), device.memory.host()) == ([], (0, 0))
+        views = [model.weight.t(), model.weight.detach()]
+        assert (sizes(device), device.memory.host()) == ([], (0, 0)), "not by being looked at either"
+        views.clear()
         model.weight = nn.Parameter(device.empty(MEBI_FLOATS, torch.float32))
         assert allocated(device) == MIB
         del model

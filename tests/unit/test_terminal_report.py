@@ -103,12 +103,11 @@ component      parameters  base MiB  host MiB  activation MiB
 -------------------------------------------------------------
 dit        14,288,491,584  28,000.0       0.0         2,000.0
 
-stage     start MiB  peak MiB  activation MiB  reserved MiB  device MiB          time
--------------------------------------------------------------------------------------
-load dit        0.0  28,000.0        28,000.0      28,100.0           -        12.3 s
+stage     start MiB  peak MiB  activation MiB  reserved MiB  device MiB        time
+-----------------------------------------------------------------------------------
+load dit        0.0  28,000.0        28,000.0      28,100.0           -      12.3 s
 denoise    28,000.0  30,000.0         2,000.0      30,720.0           -  3 min 05 s
-""".replace("3 min 05 s", "3 min 05 s")
-        + """
+
 largest moments:
        29.30 GiB  denoise
        27.34 GiB  load dit
@@ -118,16 +117,43 @@ largest moments:
 
 def test_a_run_that_ran_out_of_memory_says_where_instead_of_a_verdict() -> None:
     failure = Failure("oom", "Tried to allocate 1.50 GiB: the limit is 8.00 GiB.", "decode", "vae", 1536 * MIB)
-    lines = summarize(replace(simulated(), fits=False, failure=failure)).splitlines()
-    assert lines[4] == "FAILED (oom) in decode: Tried to allocate 1.50 GiB: the limit is 8.00 GiB."
-    assert not any(line.startswith("Verdict") for line in lines)
+    start, peak = memory(242, 260, 860), memory(7242, 7300, 7900)
+    block = Span("up 1", "block", "vae", start, memory(7242, 7300), memory(7000, 7300))
+    record = replace(
+        simulated(),
+        device="cuda:NVIDIA H200",
+        simulated=False,
+        fits=False,
+        failure=failure,
+        components=[ComponentRecord("vae", 126_892_531, 242 * MIB, 0, 7000 * MIB)],
+        stages=[Span("decode", "stage", "vae", start, peak, peak, seconds=0.5, children=[block])],
+        notes=[],
+    )
+    assert summarize(record) == (
+        """\
+lean: t2v-1.3B 832*480 81 frames
+MEASURED (cuda:NVIDIA H200)
+Peak: allocated 7,242.0 MiB, reserved 7,300.0 MiB, device 7,900.0 MiB in decode
+      242.0 MiB there when the stage began + 7,000.0 MiB activation: mostly activations of the stage
+FAILED (oom) in decode: Tried to allocate 1.50 GiB: the limit is 8.00 GiB.
+
+component   parameters  base MiB  host MiB  activation MiB
+----------------------------------------------------------
+vae        126,892,531     242.0       0.0         7,000.0
+
+stage   start MiB  peak MiB  activation MiB  reserved MiB  device MiB    time
+-----------------------------------------------------------------------------
+decode      242.0   7,242.0         7,000.0       7,300.0     7,900.0  0.50 s
+
+largest moments:
+     7,242.0 MiB  decode / up 1
+"""
+    )
 
 
 def test_a_failure_outside_every_stage_names_none_and_empty_tables_keep_their_heads() -> None:
     failure = Failure("interrupted", "stopped by the user")
-    record = replace(
-        simulated(), simulated=False, device="cpu", failure=failure, components=[], stages=[], notes=[]
-    )
+    record = replace(simulated(), simulated=False, device="cpu", failure=failure, components=[], stages=[], notes=[])
     assert summarize(record) == (
         """\
 lean: t2v-1.3B 832*480 81 frames
@@ -167,3 +193,17 @@ def test_only_the_three_largest_moments_are_listed_each_with_its_path_down_to_th
         "         7.0 MiB  d / step 0 / block 3",
         "",
     ]
+
+
+def test_a_peak_between_the_children_of_a_stage_is_named_as_the_stage() -> None:
+    at = [Memory(n * 2**20, n * 2**20, None) for n in (10, 99, 15)]
+    step = Span("step 0", "step", "dit", at[0], at[2], at[0])
+    stage = Span("denoise", "stage", "dit", at[0], at[1], at[0], children=[step])
+    record = RunRecord("cpu", False, {"name": "x", "request": {}}, None, None, [], [stage], {}, {})
+    assert "      99.0 MiB  denoise\n" in summarize(record)
+
+
+def test_an_out_of_memory_summary_says_what_was_alive() -> None:
+    failure = Failure("oom", "full", stage="denoise", alive=[("weights of dit", 3 * 2**20)])
+    record = RunRecord("cpu", False, {"name": "x", "request": {}}, False, 2**20, [], [], {}, {}, failure=failure)
+    assert "alive when it failed:\n         3.0 MiB  weights of dit\n" in summarize(record)

@@ -88,7 +88,7 @@ class Parts:
         if name == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
         elif blocks and strategy.load_strategy == "block":
-            component.load_streamed(source, pinned=self.device.kind == "cuda")
+            component.load_streamed(source, pinned=self.device.kind != "cpu")
         else:
             component.load_resident(source)
         return component

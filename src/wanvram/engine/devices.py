@@ -7,6 +7,7 @@ this interface, so one pipeline runs on all three.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -158,7 +159,14 @@ class CudaDevice(Device):
         )
 
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        tensor = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        if pinned:
+            self._count_pinned(tensor.nbytes)
+            weakref.finalize(tensor.untyped_storage(), self._count_pinned, -tensor.nbytes).atexit = False
+        return tensor
+
+    def _count_pinned(self, change: int) -> None:
+        self.meter.pinned_bytes += change  # type: ignore[attr-defined]
 
     def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return host.to(dtype or host.dtype).to(self.torch_device)

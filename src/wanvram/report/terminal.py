@@ -13,6 +13,8 @@ __all__ = ["summarize"]
 def summarize(record: RunRecord) -> str:
     """Multi-line text; exact for a given record."""
     parts = [_headline(record), "", _components(record), "", _stages(record), "", _largest_moments(record)]
+    if record.failure is not None and record.failure.alive:
+        parts += ["", "alive when it failed:", *(f"  {human(size):>14}  {what}" for what, size in record.failure.alive)]
     if record.notes:
         parts += ["", *(f"note: {note}" for note in record.notes)]
     return "\n".join(parts) + "\n"
@@ -76,7 +78,7 @@ def _peak_cells(span: Span) -> list[str]:
 
 
 def _largest_moments(record: RunRecord) -> str:
-    """The three innermost spans with the highest allocated peak, one per stage and name."""
+    """The three highest allocated peaks of different stages, each named by the innermost span that saw it."""
     leaves = sorted(_leaves(record.stages, ""), key=lambda item: -item[1].peak.allocated_bytes)
     lines = ["largest moments:"]
     for path, span in leaves[:3]:
@@ -85,12 +87,12 @@ def _largest_moments(record: RunRecord) -> str:
 
 
 def _leaves(spans: Sequence[Span], path: str) -> Iterator[tuple[str, Span]]:
+    """For each span the innermost one that saw its peak; a peak between the children is the span's own."""
     for span in spans:
         here = f"{path} / {span.name}" if path else span.name
-        if span.children:
-            yield max(_leaves(span.children, here), key=lambda item: item[1].peak.allocated_bytes)
-        else:
-            yield here, span
+        inner = max(_leaves(span.children, here), key=lambda item: item[1].peak.allocated_bytes, default=None)
+        own = inner is None or inner[1].peak.allocated_bytes < span.peak.allocated_bytes
+        yield (here, span) if own or inner is None else inner
 
 
 def _mib(count: int) -> str:

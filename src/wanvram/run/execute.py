@@ -183,7 +183,9 @@ def _largest_alive(pipeline: Pipeline, count: int = 10) -> tuple[tuple[str, int]
 def _record(
     config: RunConfig, device: Device, pipeline: Pipeline, failure: Failure | None, environment: dict[str, object]
 ) -> RunRecord:
-    rss, pinned = device.meter.host()
+    spans = [span for stage in pipeline.recorder.spans for span in stage.walk()]
+    rss = max((span.host_rss_bytes or 0 for span in spans), default=0)
+    pinned = max((span.pinned_bytes for span in spans), default=0)
     record = RunRecord(
         device=device.name,
         simulated=device.kind == "simulated",
