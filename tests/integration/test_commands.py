@@ -263,3 +263,9 @@ def test_every_verb_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -
             main([verb, "--help"])
         assert caught.value.code == 0
         assert "examples:" in capsys.readouterr().out
+
+
+def test_bf16_on_a_card_without_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--task", "t2v-1.3B", "--size", "832*480", "--precision", "bf16", "--gpu", "t4"]
+    assert main(["estimate", *flags]) == 2
+    assert "use fp16" in capsys.readouterr().err

@@ -130,6 +130,10 @@ def make_device(config: RunConfig) -> Device:
 
 def _simulated_memory(config: RunConfig, *, keep_events: bool = False) -> SimulatedMemory:
     gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
+    if config.strategy.precision == "bf16" and gpu.compute_capability < (8, 0):
+        raise InputError(
+            f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
+        )
     settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
     outside = gpu.context_bytes + sum(gpu.module_bytes.values())
     usable = gpu.total_bytes - outside
