@@ -217,9 +217,14 @@ class RunConfig:
 
     def notes(self) -> list[str]:
         """What was asked for, is accepted and changes nothing; to be shown with the result."""
+        notes = []
         if self.strategy.gradient_checkpointing:
-            return ["gradient_checkpointing has no effect: inference keeps no gradients"]
-        return []
+            notes.append("gradient_checkpointing has no effect: inference keeps no gradients")
+        if self.measurement.trace_path is not None and not self.measurement.trace:
+            notes.append(
+                "trace_path has no effect without trace: true; tracing disturbs what is measured and is off by default"
+            )
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML's sections as plain values; `from_dict` is its inverse."""

@@ -269,3 +269,26 @@ def test_bf16_on_a_card_without_it_is_refused(capsys: pytest.CaptureFixture[str]
     flags = ["--task", "t2v-1.3B", "--size", "832*480", "--precision", "bf16", "--gpu", "t4"]
     assert main(["estimate", *flags]) == 2
     assert "use fp16" in capsys.readouterr().err
+
+
+def test_an_allocator_setting_of_the_environment_that_contradicts_the_strategy_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from wanvram.config import load_config
+    from wanvram.errors import InputError
+    from wanvram.run.execute import _set_allocator
+
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(InputError, match="PYTORCH_CUDA_ALLOC_CONF"):
+        _set_allocator(load_config(BASELINE))
+
+
+def test_a_trace_path_without_trace_says_that_it_has_no_effect() -> None:
+    from dataclasses import replace
+
+    from wanvram.config import load_config
+
+    config = load_config(BASELINE)
+    assert config.notes() == []
+    measurement = replace(config.measurement, trace_path="traces/x")
+    assert "trace_path has no effect" in replace(config, measurement=measurement).notes()[0]

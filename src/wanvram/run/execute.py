@@ -117,7 +117,7 @@ def make_device(config: RunConfig) -> Device:
     """The device a configuration asks for."""
     kind = device_kind(config)
     if kind == "cuda":
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{config.strategy.expandable_segments}")
+        _set_allocator(config)
         return CudaDevice(limit_bytes=config.memory_limit_bytes)
     if kind == "cpu":
         if config.weights == "random":
@@ -126,6 +126,16 @@ def make_device(config: RunConfig) -> Device:
             )
         return CpuDevice()
     return SimulatedDevice(_simulated_memory(config))
+
+
+def _set_allocator(config: RunConfig) -> None:
+    """The allocator reads its settings once, at CUDA's start; what the user set must not contradict the strategy."""
+    wanted = config.strategy.expandable_segments
+    given = os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{wanted}")
+    if ("expandable_segments:True" in given.replace(" ", "")) != wanted:
+        raise InputError(
+            f"PYTORCH_CUDA_ALLOC_CONF is '{given}' but the configuration says expandable_segments: {wanted}; unset one of them"
+        )
 
 
 def _simulated_memory(config: RunConfig, *, keep_events: bool = False) -> SimulatedMemory:
@@ -220,8 +230,14 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     notes = config.notes()
     if config.weights in ("random", "tiny"):
         notes.append(f"{config.weights} weights know no language: text went through a byte-level stand-in tokenizer")
+    elif pipeline.device.kind == "simulated":
+        notes.append(
+            f"the checkpoint {config.weights} is not read on the simulated device; text is tokenised byte by byte"
+        )
     if config.measurement.trace:
         notes.append("torch.profiler was tracing: times and memory of this run are disturbed by it")
+    if config.gpu and pipeline.device.kind != "simulated":
+        notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
     if gpu is not None and not gpu.measured:
         notes.append(f"{gpu.name}: library buffers and CUDA context are estimates, not measured on this card")
