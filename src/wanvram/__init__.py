@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from wanvram.version import __version__
+
 if TYPE_CHECKING:
     from wanvram.recorder.profiler import MemoryProfiler, MemoryTracker
     from wanvram.recorder.tracing import setup_profiler
 
-__version__ = "0.1.0"
 __all__ = ["MemoryProfiler", "MemoryTracker", "__version__", "setup_profiler"]
 
 

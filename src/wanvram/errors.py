@@ -19,6 +19,7 @@ __all__ = [
     "OutOfMemory",
     "OutputError",
     "WanvramError",
+    "require",
 ]
 
 
@@ -73,3 +74,9 @@ class BudgetError(WanvramError):
 
 class OutputError(WanvramError):
     """The result cannot be written where the user wants it."""
+
+
+def require(condition: bool, message: str) -> None:
+    """InputError with `message` unless `condition`."""
+    if not condition:
+        raise InputError(message)

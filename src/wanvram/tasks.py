@@ -6,8 +6,9 @@ Source: official `generate.py` and its configuration tables, checked against tes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
-__all__ = ["TASKS", "Task", "are_frames_valid", "latent_shape"]
+__all__ = ["TASKS", "Task", "are_frames_valid", "latent_shape", "picture_size"]
 
 _COMMON_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -35,6 +36,11 @@ class Task:
     solver: str
     negative_prompt: str
     needs_image: int
+
+    @property
+    def kind(self) -> str:
+        """t2v, t2i, i2v, flf2v or vace: what it makes a video from."""
+        return self.name.partition("-")[0]
 
     @property
     def default_size(self) -> str:
@@ -93,3 +99,14 @@ def are_frames_valid(frames: int) -> bool:
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Video of frames x height x width pixels -> latent [16, (frames-1)/4 + 1, height/8, width/8]."""
     return 16, (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def picture_size(area: int, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of a video of at most `area` pixels in the aspect ratio of a picture, in multiples of 16.
+
+    Float64 in the official order of operations: at a border case another order gives another size.
+    """
+    aspect = height / width
+    rows = int(sqrt(area * aspect) // 8 // 2 * 2)
+    columns = int(sqrt(area / aspect) // 8 // 2 * 2)
+    return columns * 8, rows * 8

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from wanvram.config import Request, RunConfig, Strategy
-from wanvram.engine.components import Parts
+from wanvram.engine.conditions import Inputs
 from wanvram.engine.pipeline import Pipeline
+from wanvram.engine.residency import Component
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import make_device
 from wanvram.run.weights import choose_weights
@@ -27,12 +30,17 @@ LOSSLESS: list[dict[str, Any]] = [
 ]
 
 
+# One task of each kind of conditioning: none, pictures, first and last picture, source video with mask and references.
+TASKS = ("t2v-1.3B", "i2v-14B", "flf2v-14B", "vace-1.3B")
+HEIGHT, WIDTH, FRAMES = 64, 96, 5
+
+
 class _Latent(Pipeline):
     """Keeps the latent that the VAE is given."""
 
     latent: torch.Tensor
 
-    def _decode(self, parts: Parts, latent: torch.Tensor, sink: Any) -> None:
+    def _decode(self, component: Component, latent: torch.Tensor, sink: Any) -> None:
         self.latent = latent.clone()
 
 
@@ -44,48 +52,102 @@ class _Frames:
         self.frames.append(frames.clone())
 
 
-def build(kind: type[Pipeline], frames: int, strategy: dict[str, Any]) -> Pipeline:
-    request = Request.for_task("t2v-1.3B", frame_num=frames, sample_steps=2, base_seed=3, prompt="a cat")
+def inputs_of(task: str, frames: int) -> Inputs:
+    """Small stand-ins for what a user gives."""
+    generator = torch.Generator().manual_seed(5)
+    picture = lambda h, w: torch.randint(0, 256, (h, w, 3), dtype=torch.uint8, generator=generator)  # noqa: E731
+    video = torch.rand(4, frames, HEIGHT, WIDTH, generator=generator)
+    pieces = [slice(0, 1), *(slice(i, i + 4) for i in range(1, frames, 4))]
+    count = {"i2v-14B": 1, "flf2v-14B": 2}.get(task, 0)
+    vace = task.startswith("vace")
+    return Inputs(
+        frames,
+        HEIGHT,
+        WIDTH,
+        pictures=tuple(picture(50, 70) for _ in range(count)),
+        source=(lambda: (video[:3, p] * 2 - 1 for p in pieces)) if vace else None,
+        mask=(lambda: (video[3:, p] for p in pieces)) if vace else None,
+        references=(picture(40, 40),) if vace else (),
+    )
+
+
+def build(kind: type[Pipeline], task: str, frames: int, strategy: dict[str, Any], **given: Any) -> Pipeline:
+    given = {"prompt": "a cat"} | given
+    request = Request.for_task(task, frame_num=frames, sample_steps=2, base_seed=3, **given)
     how = Strategy(precision="fp32", **strategy)
     config = RunConfig(name="x", description="", device="cpu", request=request, strategy=how, weights="tiny")
     device = make_device(config)
-    return kind(config, device, Recorder(device.meter, None, None), choose_weights("tiny", simulated=False, seed=3))
+    weights = choose_weights("tiny", simulated=False, seed=3)
+    return kind(config, device, Recorder(device.meter, None, None), weights, inputs_of(task, frames))
 
 
-def latent_of(strategy: dict[str, Any]) -> torch.Tensor:
-    pipeline = build(_Latent, 5, strategy)
+@cache
+def latent_of(task: str, names: tuple[tuple[str, Any], ...]) -> torch.Tensor:
+    pipeline = build(_Latent, task, FRAMES, dict(names))
     assert isinstance(pipeline, _Latent)
     with pipeline.device.session():
-        pipeline.run(None)
+        pipeline.run(lambda index: nullcontext())
     return pipeline.latent
 
 
-@pytest.fixture(scope="module")
-def plain_latent() -> torch.Tensor:
-    return latent_of(PLAIN)
-
-
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("strategy", LOSSLESS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
-def test_a_lossless_strategy_gives_the_latent_of_the_resident_run(
-    strategy: dict[str, Any], plain_latent: torch.Tensor
-) -> None:
-    latent = latent_of(strategy)
+def test_a_lossless_strategy_gives_the_latent_of_the_resident_run(task: str, strategy: dict[str, Any]) -> None:
+    plain_latent, latent = latent_of(task, tuple(PLAIN.items())), latent_of(task, tuple(strategy.items()))
     error = ((latent - plain_latent).abs().max() / plain_latent.abs().max()).item()
     # Chunks and head groups let the CPU library choose other product kernels; everything else is bit for bit.
     reordered = "rows_per_chunk" in strategy or "attention_slicing" in strategy
     assert error <= (1e-5 if reordered else 0.0)
 
 
-def frames_of(strategy: dict[str, Any]) -> Sequence[torch.Tensor]:
-    pipeline = build(Pipeline, 1, strategy)
+@pytest.mark.parametrize("task", TASKS[1:])
+def test_what_the_user_gives_changes_the_latent(task: str) -> None:
+    """Against the same run with other pictures: the conditioning reaches the transformer."""
+    plain = latent_of(task, tuple(PLAIN.items()))
+    pipeline = build(_Latent, task, FRAMES, PLAIN)
+    pictures = tuple(255 - p for p in pipeline.inputs.pictures)
+    pipeline.inputs = replace(pipeline.inputs, pictures=pictures, mask=None)
+    with pipeline.device.session():
+        pipeline.run(lambda index: nullcontext())
+    assert isinstance(pipeline, _Latent)
+    assert not torch.allclose(pipeline.latent, plain, rtol=1e-3)
+
+
+def test_several_prompts_give_what_each_gives_alone_and_load_the_models_once() -> None:
+    prompts = ("a cat", "two dogs run")
+    strategy = {"load_strategy": "block", "offload": True}
+    alone = [frames_of("t2v-1.3B", 1, strategy, prompt=prompt) for prompt in prompts]
+    pipeline = build(Pipeline, "t2v-1.3B", 1, strategy, prompt="", prompts=prompts)
+    sinks = [_Frames(), _Frames()]
+    with pipeline.device.session():
+        pipeline.run(lambda index: nullcontext(sinks[index]))
+    for together, (frames,) in zip(sinks, alone, strict=True):
+        assert torch.equal(together.frames[0], frames)
+    assert not torch.equal(alone[0][0], alone[1][0])
+    names = [span.name for span in pipeline.recorder.spans]
+    assert names == [
+        "load text_encoder",
+        "encode_text",
+        "load dit",
+        "denoise",
+        "denoise 2",
+        "load vae",
+        "decode",
+        "decode 2",
+    ]
+
+
+def frames_of(task: str, frames: int, strategy: dict[str, Any], **given: Any) -> list[torch.Tensor]:
+    pipeline = build(Pipeline, task, frames, strategy, **given)
     sink = _Frames()
     with pipeline.device.session():
-        pipeline.run(sink)
+        pipeline.run(lambda index: nullcontext(sink))
     return sink.frames
 
 
-def test_streaming_and_offload_give_the_frames_of_the_resident_run() -> None:
-    plain, streamed = frames_of(PLAIN), frames_of({"load_strategy": "block", "offload": True})
-    assert [f.shape for f in plain] == [(1, 480, 832, 3)]
+@pytest.mark.parametrize("task", TASKS)
+def test_streaming_and_offload_give_the_frames_of_the_resident_run(task: str) -> None:
+    plain, streamed = (frames_of(task, FRAMES, s) for s in (PLAIN, {"load_strategy": "block", "offload": True}))
+    assert [f.shape for f in plain] == [(1, HEIGHT, WIDTH, 3), (4, HEIGHT, WIDTH, 3)]
     for a, b in zip(plain, streamed, strict=True):
         assert (a.int() - b.int()).abs().max() <= 1

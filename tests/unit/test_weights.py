@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +22,7 @@ from wanvram.specs import T5
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, DIT_INDEX, T5_FILE, VAE_FILE, open_official
 from wanvram.weights.random import CPU_PERIOD, STD, RandomSource
 from wanvram.weights.sources import (
+    CHUNK_BYTES,
     FilteredSource,
     MappingSource,
     SafetensorsSource,
@@ -64,6 +69,165 @@ def test_a_file_fills_given_storage_in_its_dtype(kind: str, dtype: torch.dtype, 
         assert torch.equal(_filled(source, key, dtype), tensor.to(dtype))
     source.close()
     assert source.keys() == []
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_of_several_chunks_arrives_whole_in_any_strides(tmp_path: Path, save: Any, dtype: torch.dtype) -> None:
+    tensors = {
+        "matrix": torch.randn(700, 4001),  # 10.7 MiB, chunks that end within no row
+        "wide": torch.randn(2, CHUNK_BYTES // 4 + 3),  # one row is more than a chunk
+        "kernel": torch.randn(160, 96, 3, 3, 3),
+        "scalar": torch.randn(()),
+        "empty": torch.empty(0, 5),
+    }
+    path = tmp_path / "model.pth"
+    save(tensors, path)
+    source = TorchFileSource(path) if save is torch.save else SafetensorsSource([path])
+    for key, tensor in tensors.items():
+        assert torch.equal(_filled(source, key, dtype), tensor.to(dtype))
+    channels_last = torch.empty(160, 96, 3, 3, 3, dtype=dtype, memory_format=torch.channels_last_3d)
+    source.fill("kernel", channels_last)
+    assert torch.equal(channels_last, tensors["kernel"].to(dtype))
+    assert channels_last.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_shared_strided_and_swapped_tensors_of_a_torch_file_keep_their_values(tmp_path: Path) -> None:
+    whole = torch.arange(1.0, 13.0).view(3, 4)
+    torch.save({"whole": whole, "row": whole[1], "column": whole[:, 1], "turned": whole.t()}, tmp_path / "shared.pth")
+    source = TorchFileSource(tmp_path / "shared.pth")
+    assert torch.equal(_filled(source, "row"), whole[1])
+    assert torch.equal(_filled(source, "column"), whole[:, 1])
+    assert torch.equal(_filled(source, "turned"), whole.t())
+    assert torch.equal(source.rows("turned", [3, 0]), whole.t()[[3, 0]])
+
+
+def test_a_torch_file_of_the_other_byte_order_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    tensors = {"zero": torch.zeros(40), "ramp": torch.arange(40.0)}
+    torch.save(tensors, tmp_path / "little.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "little.pth") as little,
+        zipfile.ZipFile(tmp_path / "big.pth", "w", zipfile.ZIP_STORED) as big,
+    ):
+        for name in little.namelist():
+            content = little.read(name)
+            if "/data/" in name:
+                content = b"".join(content[n : n + 4][::-1] for n in range(0, len(content), 4))
+            big.writestr(name, b"big" if name.endswith("/byteorder") else content)
+    source = TorchFileSource(tmp_path / "big.pth")
+    for key, tensor in tensors.items():
+        assert torch.equal(_filled(source, key), tensor)
+
+
+def _peak_above(before: int) -> int:
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Bytes of an entry of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _sparse_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Zeros of float32 that take no space on the disk."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, path.stat().st_size + end)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_needs_the_memory_of_the_destination_and_of_less_than_one_tensor(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    # Blocks over 32 MiB are mapped afresh by malloc and given back when freed, so that they show in the figures.
+    shapes = {f"w{n}": [2560, 4096] for n in range(4)}  # 4 x 40 MiB in float32
+    path = tmp_path / f"model.{kind}"
+    if kind == "pth":
+        torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
+    else:
+        _sparse_safetensors(path, shapes)
+    before = _reset_peak()
+    source = _open(path)
+    flat = torch.empty(4 * 2560 * 4096, dtype=dtype)
+    for view, key in zip(flat.view(4, 2560, 4096), shapes, strict=True):
+        source.fill(key, view)
+    target = flat.numel() * flat.element_size()
+    assert target - 2**20 <= _peak_above(before) <= target + 16 * 2**20
+
+
+def test_rows_are_read_without_the_rest_of_the_table(tmp_path: Path) -> None:
+    _sparse_safetensors(tmp_path / "table.safetensors", {"table": [2**20, 4096]})  # 16 GiB
+    with (tmp_path / "table.safetensors").open("r+b") as file:
+        file.seek(-4096 * 4 * 3, os.SEEK_END)
+        file.write(np.full(4096, 7.0, dtype=np.float32).tobytes())
+    before = _reset_peak()
+    source = SafetensorsSource([tmp_path / "table.safetensors"])
+    rows = source.rows("table", [0, 2**20 - 3, 2**20 - 1])
+    assert rows.mean(dim=1).tolist() == [0.0, 7.0, 0.0]
+    assert _peak_above(before) < 4 * 2**20
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_row_that_the_table_has_not_is_named(safetensors_file: Path, torch_file: Path, index: int) -> None:
+    for source in (_open(safetensors_file), _open(torch_file), MappingSource(TENSORS)):
+        with pytest.raises(CheckpointError, match=rf"a\.weight has 3 rows; row {index} was asked for"):
+            source.rows("a.weight", [0, index])
+
+
+@pytest.mark.parametrize("kind", ["safetensors_file", "torch_file"])
+def test_a_file_that_shrinks_or_goes_while_it_is_used_is_named(kind: str, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(kind)
+    source = _open(path)
+    os.truncate(path, 8)
+    with pytest.raises(CheckpointError, match=r"became shorter while it was read"):
+        _filled(source, "a.weight")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be read any more"):
+        _filled(source, "a.weight")
+
+
+GOOD_ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"dtype": "F4"}, "unknown dtype"),
+        ({"shape": [3]}, r"8 bytes for the shape \[3\] of F32"),
+        ({"shape": [-1, -2]}, "not a natural number"),
+        ({"shape": [True, 2]}, "not a natural number"),
+        ({"shape": [2.0]}, "not a natural number"),
+        ({"data_offsets": [4, 12]}, "gap or overlap"),
+        ({"data_offsets": [-8, 0]}, "not a natural number"),
+        ({"data_offsets": [0]}, "not enough values"),
+        ({"shape": [1], "data_offsets": [0, 4]}, "its header tells of"),
+        ({"shape": None}, "NoneType"),
+    ],
+)
+def test_a_safetensors_header_that_does_not_fit_its_file_is_refused(
+    tmp_path: Path, entry: dict[str, object], reason: str
+) -> None:
+    text = json.dumps({"a": GOOD_ENTRY | entry}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors is truncated or damaged.*{reason}.*expected a"):
+        SafetensorsSource([tmp_path / "a.safetensors"])
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{", b"\xff\xfe", b'{"a": 3}', b"[" * 5000])
+def test_a_safetensors_header_that_is_no_table_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is truncated or damaged"):
+        SafetensorsSource([tmp_path / "a.safetensors"])
 
 
 def test_a_parameter_can_be_filled_in_place(safetensors_file: Path) -> None:

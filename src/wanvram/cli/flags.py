@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
 
-from wanvram.config import Measurement, Request, RunConfig, Strategy
+from wanvram.config import WEIGHT_HOMES, Request, RunConfig, Strategy, load_config
 from wanvram.errors import InputError
 from wanvram.tasks import TASKS
 
 __all__ = ["add_request_flags", "add_strategy_flags", "boolean", "config_from_flags"]
 
-UNSUPPORTED_TASKS_REASON = "only text to video (t2v-1.3B, t2v-14B) and text to image (t2i-14B) run so far"
+# What the official script assumes when a flag is absent; with --config the file says it.
+REQUEST_DEFAULTS: dict[str, Any] = {"task": "t2v-14B", "size": "1280*720"}
+STRATEGY_DEFAULTS: dict[str, Any] = {"precision": "fp16", "load_strategy": "block", "offload": True}
+MAX_PROMPT_FILE_BYTES = 8 * 1024 * 1024
 
 
 def boolean(text: str) -> bool:
@@ -23,90 +29,165 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is not a boolean; write True or False")
 
 
+def _add_boolean(group: argparse._ArgumentGroup, name: str, help: str, dest: str | None = None) -> None:
+    group.add_argument(f"--{name}", dest=dest or name, type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
+
+
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Absent flags are None: the file of --config, or the official default, decides."""
     group = parser.add_argument_group("request")
-    group.add_argument("--task", default="t2v-14B", choices=sorted(TASKS), help="default: t2v-14B")
-    group.add_argument("--size", default="1280*720", help="width*height (default: 1280*720)")
+    group.add_argument("--config", type=Path, metavar="FILE.yaml", help="the same as YAML; flags override the file")
+    group.add_argument("--task", choices=sorted(TASKS), help="default: t2v-14B")
+    group.add_argument(
+        "--size", help="width*height (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio"
+    )
     group.add_argument("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i)")
     group.add_argument("--sample_steps", type=int, help="default: 50, 40 for i2v")
     group.add_argument("--sample_shift", type=float, help="default: 5.0 (3.0 for i2v at 480p, 16 for flf2v and vace)")
-    group.add_argument("--sample_guide_scale", type=float, default=5.0, help="default: 5.0")
-    group.add_argument("--sample_solver", default="unipc", choices=("unipc", "dpm++"), help="default: unipc")
-    group.add_argument("--base_seed", type=int, default=-1, help="default: -1, a random seed")
-    group.add_argument("--prompt", default="", help="what the video shows")
+    group.add_argument("--sample_guide_scale", type=float, help="default: 5.0")
+    group.add_argument("--sample_solver", choices=("unipc", "dpm++"), help="default: unipc")
+    group.add_argument("--base_seed", type=int, help="default: -1, a random seed")
+    group.add_argument("--prompt", help="what the video shows")
+    group.add_argument(
+        "--prompt_file", type=Path, metavar="FILE", help="one prompt per line; the models are loaded once for all"
+    )
     group.add_argument("--negative_prompt", help="default: the official one of the task")
+    media = parser.add_argument_group("pictures and videos")
+    media.add_argument("--image", metavar="FILE", help="i2v: the first frame")
+    media.add_argument("--first_frame", metavar="FILE", help="flf2v: the first frame")
+    media.add_argument("--last_frame", metavar="FILE", help="flf2v: the last frame")
+    media.add_argument("--src_video", metavar="FILE", help="vace: the video to change")
+    media.add_argument(
+        "--src_mask", metavar="FILE", help="vace: a video that is white where the source is to be remade"
+    )
+    media.add_argument("--src_ref_images", metavar="FILE,FILE", help="vace: pictures of what is to appear")
+    extend = parser.add_argument_group("prompt extension")
+    _add_boolean(extend, "use_prompt_extend", "let a language model rewrite the prompt (default: False)")
+    extend.add_argument("--prompt_extend_method", choices=("local_qwen", "dashscope"), help="default: local_qwen")
+    extend.add_argument(
+        "--prompt_extend_model", help="model directory or name (default: Qwen2.5_14B; qwen-plus for dashscope)"
+    )
+    extend.add_argument("--prompt_extend_target_lang", choices=("zh", "en"), help="default: zh")
+    _add_boolean(extend, "prompt_extend_optional", "go on with the prompt as it is if extending fails (default: False)")
 
 
 def add_strategy_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("strategy")
-    group.add_argument("--precision", default="fp16", choices=("fp16", "bf16", "fp32"), help="default: fp16")
-    group.add_argument("--load_strategy", default="block", choices=("block", "full"), help="default: block (streamed)")
-    group.add_argument(
-        "--offload_model",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=True,
-        metavar="BOOL",
-        help="default: True on one GPU",
+    group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16")
+    group.add_argument("--load_strategy", choices=("block", "full"), help="default: block (streamed)")
+    _add_boolean(
+        group, "offload_model", "components leave the GPU after use (default: True on one GPU)", dest="offload"
     )
-    group.add_argument("--t5_cpu", action="store_true", help="keep T5 on the CPU")
-    group.add_argument("--attention_slicing", type=boolean, nargs="?", const=True, default=False, metavar="BOOL")
-    group.add_argument("--gradient_checkpointing", type=boolean, nargs="?", const=True, default=False, metavar="BOOL")
+    _add_boolean(group, "t5_cpu", "keep T5 on the CPU (default: False)")
+    _add_boolean(group, "attention_slicing", "attend in groups of heads (default: False)")
+    _add_boolean(group, "gradient_checkpointing", "accepted; has no effect without gradients")
     group.add_argument("--rows_per_chunk", type=int, help="rows of the sequence per chunk (default: near 8192)")
+    group.add_argument("--cfg", choices=("sequential", "joint"), help="how both guidance passes run")
+    group.add_argument("--weights_in", choices=WEIGHT_HOMES, help="where streamed blocks wait (default: pinned)")
     group.add_argument(
-        "--cfg", default="sequential", choices=("sequential", "joint"), help="how both guidance passes run"
+        "--resident_blocks", type=int, help="blocks of the transformer that stay on the GPU (default: 0)"
     )
-    group.add_argument("--expandable_segments", action="store_true", help="the allocator's expandable segments")
-    group.add_argument("--ulysses_size", type=int, default=1)
-    group.add_argument("--ring_size", type=int, default=1)
-    group.add_argument("--t5_fsdp", action="store_true")
-    group.add_argument("--dit_fsdp", action="store_true")
+    group.add_argument("--weight_storage", choices=("same", "fp8"), help="fp8: half the transformer's weights, lossy")
+    group.add_argument(
+        "--vae_tile", type=int, help="edge of the VAE's tiles in latent pixels, lossless (default: none)"
+    )
+    group.add_argument("--vae_precision", choices=("fp32", "bf16", "fp16"), help="default: fp32; others are lossy")
+    _add_boolean(group, "expandable_segments", "the allocator's expandable segments (default: False)")
+    group.add_argument("--ulysses_size", type=int, help="default: 1; more needs several GPUs, which is not implemented")
+    group.add_argument("--ring_size", type=int, help="default: 1; more needs several GPUs, which is not implemented")
+    _add_boolean(group, "t5_fsdp", "needs several GPUs, which is not implemented")
+    _add_boolean(group, "dit_fsdp", "needs several GPUs, which is not implemented")
 
 
 def config_from_flags(
-    args: argparse.Namespace, *, device: str, weights: str, gpu: str | None, memory_limit_bytes: int | None
+    args: argparse.Namespace,
+    *,
+    device: str | None,
+    weights: str | None,
+    gpu: str | None,
+    memory_limit_bytes: int | None,
 ) -> RunConfig:
-    """Checked RunConfig; raises InputError naming the flag."""
-    task = TASKS[args.task]
-    if task.name not in ("t2v-1.3B", "t2v-14B", "t2i-14B"):
-        raise InputError(f"--task {task.name}: {UNSUPPORTED_TASKS_REASON}")
-    request = Request.for_task(
-        args.task,
-        size=args.size,
-        frame_num=args.frame_num,
-        sample_steps=args.sample_steps,
-        sample_shift=args.sample_shift,
-        sample_guide_scale=args.sample_guide_scale,
-        sample_solver=args.sample_solver,
-        base_seed=args.base_seed,
-        prompt=args.prompt,
-        negative_prompt=args.negative_prompt,
-    )
-    strategy = Strategy(
-        precision=args.precision,
-        load_strategy=args.load_strategy,
-        offload=args.offload_model,
-        t5_cpu=args.t5_cpu,
-        attention_slicing=args.attention_slicing,
-        rows_per_chunk=args.rows_per_chunk,
-        cfg=args.cfg,
-        expandable_segments=args.expandable_segments,
-        gradient_checkpointing=args.gradient_checkpointing,
-        ulysses_size=args.ulysses_size,
-        ring_size=args.ring_size,
-        t5_fsdp=args.t5_fsdp,
-        dit_fsdp=args.dit_fsdp,
-    )
-    name = f"{args.task}-{args.size.replace('*', 'x')}-{request.frame_num}"
-    return RunConfig(
-        name=name,
-        description="from command line flags",
-        device=device,
-        request=request,
-        strategy=strategy,
-        measurement=Measurement(),
-        weights=weights,
-        gpu=gpu,
-        memory_limit_bytes=memory_limit_bytes,
-    )
+    """Checked RunConfig from --config and the flags that override it; raises InputError naming the flag or key."""
+    request, strategy = _given_request(args), _given(args, Strategy)
+    others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes}
+    if args.config is None:
+        data = {
+            "name": "flags",
+            "description": "from command line flags",
+            "request": REQUEST_DEFAULTS | request | {k: v for k, v in others.items() if v is not None},
+        } | _sections(STRATEGY_DEFAULTS | strategy, device or "auto")
+        config = _from_dict(data)
+        r = config.request
+        return dataclasses.replace(config, name=f"{r.task}-{r.size.replace('*', 'x')}-{r.frame_num}")
+    data = load_config(args.config).to_dict()
+    if any(request.get(key, data["request"][key]) != data["request"][key] for key in ("task", "size")):
+        _forget_defaults(data["request"])
+    for section, values in _sections(strategy, device).items():
+        data[section].update(values)
+    data["request"].update(request | {k: v for k, v in others.items() if v is not None})
+    return _from_dict(data)
+
+
+def _from_dict(data: dict[str, Any]) -> RunConfig:
+    """The sections of the YAML are of no use to somebody who gave flags: `request.size:` becomes `--size:`."""
+    try:
+        return RunConfig.from_dict(data)
+    except InputError as error:
+        section, dot, rest = str(error).partition(".")
+        raise InputError("--" + rest if dot and section in data else str(error)) from error
+
+
+def _sections(strategy: dict[str, Any], device: str | None) -> dict[str, dict[str, Any]]:
+    model_keys = ("precision", "load_strategy", "offload", "t5_cpu")
+    model = {key: value for key, value in strategy.items() if key in model_keys}
+    if device is not None:
+        model["device"] = device
+    rest = {key: value for key, value in strategy.items() if key not in model_keys}
+    return {"model_config": model, "optimization": rest}
+
+
+def _forget_defaults(request: dict[str, Any]) -> None:
+    """The file's values that were its task's defaults follow the task and size of the flags."""
+    task = TASKS[request["task"]]
+    defaults = {
+        "frame_num": task.frames,
+        "sample_steps": task.steps,
+        "sample_shift": task.default_shift(request["size"]),
+        "sample_guide_scale": task.guide_scale,
+        "negative_prompt": task.negative_prompt,
+    }
+    for key, value in defaults.items():
+        if request[key] == value:
+            del request[key]
+
+
+def _given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The flags that were given and are fields of `cls`."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
+
+
+def _given_request(args: argparse.Namespace) -> dict[str, Any]:
+    given = _given(args, Request)
+    if args.src_ref_images:
+        given["src_ref_images"] = [path for path in args.src_ref_images.split(",") if path]
+    if args.prompt_file is not None:
+        given["prompts"] = _read_prompts(args.prompt_file)
+    return given
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """One prompt per line; empty lines do not count."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_PROMPT_FILE_BYTES:
+            raise InputError(f"--prompt_file {path}: {size} bytes; at most {MAX_PROMPT_FILE_BYTES}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt_file {path}: is not UTF-8 text") from error
+    except OSError as error:
+        raise InputError(f"--prompt_file {path}: cannot be read ({error.strerror or error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompt_file {path}: holds no prompt; write one per line")
+    return prompts

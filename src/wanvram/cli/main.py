@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from wanvram import __version__
 from wanvram.cli import estimate, generate, profile
 from wanvram.errors import WanvramError
+from wanvram.version import __version__
 
 __all__ = ["main"]
 

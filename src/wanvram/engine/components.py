@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -12,11 +12,12 @@ from torch import nn
 from wanvram.config import RunConfig
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
+from wanvram.models.clip import CLIPVision
 from wanvram.models.dit import WanDiT
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.t5 import T5Encoder
 from wanvram.models.vae import WanVAE
-from wanvram.specs import DIT, T5, VAE, DiTSpec, T5Spec, VAESpec
+from wanvram.specs import CLIP, DIT, T5, VAE, CLIPSpec, DiTSpec, T5Spec, VAESpec
 from wanvram.tasks import TASKS
 from wanvram.weights.sources import TensorSource, check_keys
 from wanvram.weights.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ __all__ = ["ModelSpecs", "Parts", "Weights", "model_specs"]
 
 T5_DTYPE = torch.bfloat16  # as the official checkpoint is stored and run
 VAE_DTYPE = torch.float32
+CLIP_DTYPE = torch.float16  # as official runs it
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,15 @@ class ModelSpecs:
     dit: DiTSpec
     text_encoder: T5Spec
     vae: VAESpec
+    image_encoder: CLIPSpec
 
 
 def model_specs(task: str, *, tiny: bool) -> ModelSpecs:
     """Specs of a task's components; `tiny` has the same structure with small dimensions."""
     dit = DIT[TASKS[task].dit]
     if tiny:
-        return ModelSpecs(DIT["tiny-" + dit.model_type], T5["tiny"], VAE["tiny"])
-    return ModelSpecs(dit, T5["umt5-xxl"], VAE["wan2.1"])
+        return ModelSpecs(DIT["tiny-" + dit.model_type], T5["tiny"], VAE["tiny"], CLIP["tiny"])
+    return ModelSpecs(dit, T5["umt5-xxl"], VAE["wan2.1"], CLIP["vit-h-14"])
 
 
 class Weights(Protocol):
@@ -56,6 +59,16 @@ class Weights(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Built:
+    """A module on meta, its blocks in the order of use, and the checkpoint's tensors it does without."""
+
+    module: nn.Module
+    blocks: list[nn.Module]
+    unused: tuple[str, ...] = ()
+    extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
 class Parts:
     """Builds and loads the components of one configuration."""
 
@@ -65,29 +78,33 @@ class Parts:
         self.weights = weights
         self.specs = model_specs(config.request.task, tiny=weights.tiny)
         self.tokenizer = weights.tokenizer(self.specs.text_encoder)
-        self._builders: dict[str, Callable[[], tuple[nn.Module, list[nn.Module]]]] = {
+        self._builders: dict[str, Callable[[], _Built]] = {
             "text_encoder": self._text_encoder,
+            "image_encoder": self._image_encoder,
             "dit": self._dit,
             "vae": self._vae,
+            "vae_encoder": lambda: self._vae(decoder=False),
+            "vae_decoder": lambda: self._vae(encoder=False),
         }
 
     def load(self, name: str) -> Component:
-        """Component with its weights placed as the strategy says. Raises CheckpointError for wrong weights."""
+        """Component with its weights placed as the strategy says. Raises CheckpointError for wrong weights.
+
+        `vae_encoder` and `vae_decoder` are the halves of `vae`, for runs that need one at a time.
+        """
         with self.device.building(), torch.device("meta"):
-            module, blocks = self._builders[name]()
-        expected = {key: tuple(p.shape) for key, p in module.named_parameters()}
-        if name == "text_encoder":
-            expected["token_embedding.weight"] = (self.specs.text_encoder.vocab_size, self.specs.text_encoder.dim)
+            built = self._builders[name]()
+        expected = {key: tuple(p.shape) for key, p in built.module.named_parameters()} | dict(built.extra)
+        name = name.partition("_")[0] if name.startswith("vae") else name
         self.weights.shapes_for(name, expected)
         source = self.weights.source(name)
         if source is not None:
-            unused = [key for key in list(source.keys()) if name == "vae" and key.startswith(("encoder.", "conv1."))]
-            check_keys(expected, source, name, ignored=unused)
-        component = Component(name, module, blocks, self.device)
+            check_keys(expected, source, name, ignored=_unused(source, built.unused))
+        component = Component(name, built.module, built.blocks, self.device)
         strategy = self.config.strategy
         if name == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
-        elif blocks and strategy.load_strategy == "block":
+        elif built.blocks and strategy.load_strategy == "block":
             component.load_streamed(source, pinned=self.device.kind != "cpu")
         else:
             component.load_resident(source)
@@ -110,17 +127,32 @@ class Parts:
             return self.device.host_empty((len(ids), spec.dim), T5_DTYPE)
         return source.rows("token_embedding.weight", ids).to(T5_DTYPE)
 
-    def _text_encoder(self) -> tuple[nn.Module, list[nn.Module]]:
-        module = T5Encoder(self.specs.text_encoder, T5_DTYPE)
+    def _text_encoder(self) -> _Built:
+        spec = self.specs.text_encoder
+        module = T5Encoder(spec, T5_DTYPE)
         del module.token_embedding
-        return module, list(module.blocks)
+        return _Built(module, list(module.blocks), extra={"token_embedding.weight": (spec.vocab_size, spec.dim)})
 
-    def _dit(self) -> tuple[nn.Module, list[nn.Module]]:
+    def _image_encoder(self) -> _Built:
+        module = CLIPVision(self.specs.image_encoder, CLIP_DTYPE if self.device.kind != "cpu" else torch.float32)
+        return _Built(module, module.walk_order(), tuple(module.unused_keys()))
+
+    def _dit(self) -> _Built:
         module = WanDiT(self.specs.dit, PRECISIONS[self.config.strategy.precision])
-        return module, module.walk_order()
+        return _Built(module, module.walk_order())
 
-    def _vae(self) -> tuple[nn.Module, list[nn.Module]]:
+    def _vae(self, *, encoder: bool = True, decoder: bool = True) -> _Built:
         module = WanVAE(self.specs.vae, VAE_DTYPE)
-        del module.encoder
-        del module.conv1
-        return module, []
+        if not encoder:
+            del module.encoder
+            del module.conv1
+            return _Built(module, [], ("encoder.", "conv1."))
+        if not decoder:
+            del module.decoder
+            del module.conv2
+            return _Built(module, [], ("decoder.", "conv2."))
+        return _Built(module, [])
+
+
+def _unused(source: TensorSource, prefixes: tuple[str, ...]) -> list[str]:
+    return [key for key in source.keys() if key.startswith(prefixes)] if prefixes else []  # noqa: SIM118

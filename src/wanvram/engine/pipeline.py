@@ -1,4 +1,4 @@
-"""Text to video as a sequence of stages: load, encode_text, denoise (step by step), decode. Executes a Strategy, never chooses.
+"""A request as a sequence of stages: load, encode_text, encode_image (CLIP), encode_video (VAE), denoise (step by step), decode.
 
 A component enters the device in a `load` stage and, with `offload`, leaves it after its last use; without, all components are loaded
 first and stay, as the official script does with `--offload_model False`.
@@ -16,13 +16,14 @@ import torch
 
 from wanvram.config import RunConfig
 from wanvram.engine.components import Parts, Weights
+from wanvram.engine.conditions import Inputs, clip_features, image_condition, vace_context
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
 from wanvram.models.dit import Condition
+from wanvram.models.precision import PRECISIONS
 from wanvram.record import ComponentRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.sampling import solve, timesteps_and_sigmas
-from wanvram.tasks import latent_shape
 
 __all__ = ["FrameSink", "Pipeline", "rows_per_chunk"]
 
@@ -37,6 +38,17 @@ class FrameSink(Protocol):
     """Takes finished frames, uint8 [t, H, W, 3] on the host, in order."""
 
     def write(self, frames: torch.Tensor) -> None: ...
+
+
+OpenSink = Callable[[int], AbstractContextManager["FrameSink | None"]]
+
+
+class PromptExtension(Protocol):
+    """Rewrites the prompts before anything is loaded; `record` describes the component it used on the device, if any."""
+
+    record: ComponentRecord | None
+
+    def __call__(self, device: Device, recorder: Recorder) -> Sequence[str]: ...
 
 
 def rows_per_chunk(tokens: int, asked: int | None) -> int:
@@ -54,37 +66,70 @@ class _Loaded:
     host_bytes: int
 
 
+@dataclass(frozen=True)
+class _Extra:
+    """What every forward of the transformer is conditioned on besides text; the fields of models.dit.Condition."""
+
+    y: torch.Tensor | None = None
+    clip_fea: torch.Tensor | None = None
+    vace_context: torch.Tensor | None = None
+
+
 @dataclass
 class Pipeline:
-    """One run of one request. `run(sink)` yields nothing; everything it learned is in the recorder and `records()`."""
+    """One run of one request, with one or several prompts. What it learned is in the recorder and `records()`."""
 
     config: RunConfig
     device: Device
     recorder: Recorder
     weights: Weights
+    inputs: Inputs
     on_step: Callable[[int, int], None] | None = None
     trace_step: Callable[[], None] | None = None
+    extend: PromptExtension | None = None
+    prompts: list[str] = field(default_factory=list)
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _finished: list[ComponentRecord] = field(default_factory=list)
 
-    def run(self, sink: FrameSink | None) -> None:
+    def run(self, open_sink: OpenSink) -> None:
+        """`open_sink(i)` opens what takes the frames of the i-th prompt."""
+        self.prompts = list(
+            self.extend(self.device, self.recorder) if self.extend else self.config.request.all_prompts()
+        )
         parts = Parts(self.config, self.device, self.weights)
-        names = ["text_encoder", "vae", "dit"]
         if not self.config.strategy.offload:
-            for name in names:
+            for name in self._components():
                 self._load(name, parts)
         contexts = self._encode_text(parts)
-        latent = self._denoise(parts, contexts)
-        del contexts
-        self._decode(parts, latent, sink)
+        extra = self._encode_pictures(parts)
+        latents = self._denoise_all(parts, contexts, extra)
+        del contexts, extra
+        self._decode_all(parts, latents, open_sink)
+
+    def _components(self) -> list[str]:
+        kind = self.config.request.kind
+        vae = "vae" if kind in ("i2v", "flf2v", "vace") else "vae_decoder"
+        return ["text_encoder", *(["image_encoder"] if kind in ("i2v", "flf2v") else []), vae, "dit"]
 
     def records(self) -> list[ComponentRecord]:
-        """One record per component: parameters, base memory at loading, activation peak over its stages."""
+        """One record per component: parameters, base memory at loading, activation peak over its stages.
+
+        The halves of the VAE, when loaded one after the other, are one component: parameters of both, the larger base.
+        """
         activation: dict[str, int] = {}
         for span in self.recorder.spans:
             if span.component and span.kind == "stage":
                 activation[span.component] = max(activation.get(span.component, 0), span.activation_bytes)
-        return [replace(c, activation_bytes=activation.get(c.name, 0)) for c in self._finished]
+        records: dict[str, ComponentRecord] = {}
+        for c in self._finished:
+            before = records.get(c.name, ComponentRecord(c.name, 0, 0, 0, activation.get(c.name, 0)))
+            records[c.name] = replace(
+                before,
+                parameters=before.parameters + c.parameters,
+                base_bytes=max(before.base_bytes, c.base_bytes),
+                host_bytes=max(before.host_bytes, c.host_bytes),
+            )
+        return list(records.values())
 
     def resident(self) -> list[tuple[str, int]]:
         """Components on the device now, with their base memory."""
@@ -92,17 +137,19 @@ class Pipeline:
 
     # --- components ----------------------------------------------------------------------------------------------------------
 
-    def _load(self, name: str, parts: Parts) -> None:
+    def _load(self, which: str, parts: Parts) -> None:
+        name = "vae" if which.startswith("vae") else which
         with self.recorder.span(f"load {name}", kind="load", component=name) as span:
-            component = parts.load(name)
+            component = parts.load(which)
         base = span.end.allocated_bytes - span.start.allocated_bytes
         host = component.weight_bytes - base if component.weight_bytes > base else 0
         self._loaded[name] = _Loaded(component, base, host)
         self._finished.append(ComponentRecord(name, component.parameters, base, host, 0))
 
-    def _use(self, name: str, parts: Parts) -> Component:
+    def _use(self, which: str, parts: Parts) -> Component:
+        name = "vae" if which.startswith("vae") else which
         if name not in self._loaded:
-            self._load(name, parts)
+            self._load(which, parts)
         return self._loaded[name].component
 
     def _done_with(self, name: str) -> None:
@@ -113,15 +160,50 @@ class Pipeline:
     # --- stages --------------------------------------------------------------------------------------------------------------
 
     def _encode_text(self, parts: Parts) -> list[torch.Tensor]:
-        """Prompt and negative prompt -> two contexts [L, text_dim] on the device."""
+        """Every prompt, and the negative prompt last -> contexts [L, text_dim] on the device."""
         component = self._use("text_encoder", parts)
-        request = self.config.request
         with self.recorder.span("encode_text", kind="stage", component="text_encoder"):
-            contexts = [parts.encode(component, text) for text in (request.prompt, request.negative_prompt)]
+            contexts = [parts.encode(component, text) for text in (*self.prompts, self.config.request.negative_prompt)]
         self._done_with("text_encoder")
         return contexts
 
-    def _denoise(self, parts: Parts, contexts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _encode_pictures(self, parts: Parts) -> _Extra:
+        """Pictures and source frames -> what the transformer reads of them, in the dtype it would round them to."""
+        kind = self.config.request.kind
+        if kind in ("i2v", "flf2v"):
+            clip = self._encode_image(parts)
+            return _Extra(y=self._encode_video(parts, image_condition), clip_fea=clip)
+        if kind == "vace":
+            return _Extra(vace_context=self._encode_video(parts, vace_context))
+        return _Extra()
+
+    def _encode_image(self, parts: Parts) -> torch.Tensor:
+        component = self._use("image_encoder", parts)
+        with self.recorder.span("encode_image", kind="stage", component="image_encoder"):
+            features = clip_features(component.module, self.device, self.inputs, component.walk)  # type: ignore[arg-type]
+        self._done_with("image_encoder")
+        return features
+
+    def _encode_video(self, parts: Parts, condition: Callable[..., torch.Tensor]) -> torch.Tensor:
+        component = self._use("vae_encoder", parts)
+        dtype = PRECISIONS[self.config.strategy.precision].matmul
+        with self.recorder.span("encode_video", kind="stage", component="vae"):
+            encoded = condition(lambda make: component.module.encode(make()), self.device, self.inputs, dtype)  # type: ignore[operator]
+        self._done_with("vae")
+        return encoded
+
+    def _denoise_all(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra) -> list[torch.Tensor]:
+        """One latent per prompt; between several of them a finished one waits on the host."""
+        *positive, negative = contexts
+        latents: list[torch.Tensor] = []
+        for index, context in enumerate(positive):
+            latent = self._denoise(parts, [context, negative], extra, _numbered("denoise", index))
+            latents.append(latent if len(positive) == 1 else self.device.download(latent))
+            del latent
+        self._done_with("dit")
+        return latents
+
+    def _denoise(self, parts: Parts, contexts: Sequence[torch.Tensor], extra: _Extra, name: str) -> torch.Tensor:
         """Noise -> latent [16, F, h, w] float32."""
         component = self._use("dit", parts)
         request = self.config.request
@@ -129,30 +211,29 @@ class Pipeline:
         if self.device.kind == "simulated" and steps > SIMULATED_STEPS:
             steps, skipped = SIMULATED_STEPS, steps - SIMULATED_STEPS
         schedule = timesteps_and_sigmas(request.sample_solver, steps, request.sample_shift)
-        with self.recorder.span("denoise", kind="stage", component="dit"):
+        with self.recorder.span(name, kind="stage", component="dit"):
             noise = self._noise()
-            trajectory = solve(request.sample_solver, self._velocity(component, contexts, noise.shape), noise, schedule)
-            del noise
+            velocity = self._velocity(component, contexts, extra, noise.shape)
+            trajectory = solve(request.sample_solver, velocity, noise, schedule)
+            del noise, velocity
             latent = self._steps(trajectory, component, steps, skipped)
             del trajectory  # before the weights go: close() alone keeps its tensors until later on Python 3.12
-        self._done_with("dit")
         return latent
 
     def _noise(self) -> torch.Tensor:
-        request = self.config.request
-        shape = latent_shape(request.frame_num, request.height, request.width)
-        generator = self.device.generator(request.base_seed)
+        generator = self.device.generator(self.config.request.base_seed)
+        shape = self.inputs.noise_shape
         return torch.randn(shape, dtype=torch.float32, device=self.device.torch_device, generator=generator)
 
     def _velocity(
-        self, component: Component, contexts: Sequence[torch.Tensor], shape: Sequence[int]
+        self, component: Component, contexts: Sequence[torch.Tensor], extra: _Extra, shape: Sequence[int]
     ) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """Guided velocity v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards."""
         request, strategy = self.config.request, self.config.strategy
         dit = component.module
         rows = rows_per_chunk(shape[1] * shape[2] * shape[3] // 4, strategy.rows_per_chunk)
         heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None  # type: ignore[union-attr, operator]
-        conditions = [Condition(context=c) for c in contexts]
+        conditions = [Condition(c, extra.y, extra.clip_fea, extra.vace_context) for c in contexts]
         groups = [conditions] if strategy.cfg == "joint" else [[c] for c in conditions]
 
         def velocity(latent: torch.Tensor, timestep: int) -> torch.Tensor:
@@ -187,20 +268,34 @@ class Pipeline:
     def _block_span(self, index: int) -> AbstractContextManager[object]:
         return self.recorder.span(f"block {index}", kind="block", component="dit")
 
-    def _decode(self, parts: Parts, latent: torch.Tensor, sink: FrameSink | None) -> None:
-        """Latent -> frames, handed to the sink as they are finished."""
-        component = self._use("vae", parts)
-        with self.recorder.span("decode", kind="stage", component="vae"):
-            decoder = component.module.decode(latent)  # type: ignore[operator]
-            for number in range(latent.shape[1]):
-                with self.recorder.span(f"frames {number}", kind="step", component="vae"):
-                    pixels = _to_uint8(next(decoder))
-                    host = self.device.download(pixels)
-                    del pixels
-                if sink is not None:
-                    sink.write(host)
-            del decoder
+    def _decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
+        component = self._use("vae_decoder", parts)
+        count = len(latents)
+        for index in range(count):
+            with (
+                self.recorder.span(_numbered("decode", index), kind="stage", component="vae"),
+                open_sink(index) as sink,
+            ):
+                latent = latents.pop(0)
+                self._decode(component, latent if count == 1 else self.device.upload(latent), sink)
         self._done_with("vae")
+
+    def _decode(self, component: Component, latent: torch.Tensor, sink: FrameSink | None) -> None:
+        """Latent -> frames, handed to the sink as they are finished; those of reference pictures are not part of the video."""
+        latent = latent[:, len(self.inputs.references) :]
+        decoder = component.module.decode(latent)  # type: ignore[operator]
+        for number in range(latent.shape[1]):
+            with self.recorder.span(f"frames {number}", kind="step", component="vae"):
+                pixels = _to_uint8(next(decoder))
+                host = self.device.download(pixels)
+                del pixels
+            if sink is not None:
+                sink.write(host)
+
+
+def _numbered(stage: str, index: int) -> str:
+    """`denoise`, `denoise 2`, ...: the first keeps the plain name, so that runs of one prompt compare with all others."""
+    return stage if index == 0 else f"{stage} {index + 1}"
 
 
 def _to_uint8(frames: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,23 @@ class CLIPBlock(nn.Module):
         return x.add_(self.mlp(self.norm2(x)))
 
 
+class PatchEmbedding(nn.Module):
+    """The official convolution over separate patches as one product, whose memory needs no cuDNN plan to be known."""
+
+    def __init__(self, spec: CLIPSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        shape = (spec.dim, 3, spec.patch_size, spec.patch_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, patches, dim]."""
+        images, channels, side = pixels.shape[:3]
+        patch = self.weight.shape[-1]
+        cells = pixels.view(images, channels, side // patch, patch, side // patch, patch)
+        rows = cells.permute(0, 2, 4, 1, 3, 5).reshape(images * (side // patch) ** 2, -1)
+        return (rows @ self.weight.flatten(1).t()).view(images, -1, self.weight.shape[0])
+
+
 class VisionTower(nn.Module):
     """Patches and class token through all blocks but the last."""
 
@@ -68,12 +85,12 @@ class VisionTower(nn.Module):
         patches = (spec.image_size // spec.patch_size) ** 2
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, spec.dim, dtype=dtype))
         self.pos_embedding = nn.Parameter(torch.zeros(1, 1 + patches, spec.dim, dtype=dtype))
-        self.patch_embedding = nn.Conv2d(3, spec.dim, spec.patch_size, spec.patch_size, bias=False, dtype=dtype)
+        self.patch_embedding = PatchEmbedding(spec, dtype)
         self.pre_norm = nn.LayerNorm(spec.dim, eps=EPS, dtype=dtype)
         self.transformer = nn.ModuleList(CLIPBlock(spec, dtype) for _ in range(spec.num_layers - 1))
 
     def forward(self, pixels: Tensor, walk: Walk) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding(pixels)
         x: Tensor = torch.cat([self.cls_embedding.expand(len(patches), -1, -1), patches], dim=1)
         del patches
         x = self.pre_norm(x.add_(self.pos_embedding))

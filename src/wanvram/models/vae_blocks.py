@@ -5,12 +5,14 @@ so an abandoned call leaves nothing behind. What exists beyond those caches is b
 three input frames in a window of about BAND_BYTES, a band of rows at a time (rows of a convolution are independent
 but for a halo of one), norm and SiLU write directly into the window, and the residual is added in place.
 
-Blocks own the frame they are given: a residual block overwrites it.
+Blocks own the frame they are given: a residual block overwrites it. A frame may be a part of the picture (a tile,
+`vae_tiles`): then the stream says how much of each output to leave out, where padding stood for unknown neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,18 @@ from wanvram.kernels.channel_norm import rms_norm_silu
 from wanvram.kernels.conv import conv3d, frame_attention
 from wanvram.units import MIB
 
-__all__ = ["AttentionBlock", "Conv", "Downsample", "Gamma", "Head", "ResidualBlock", "Stream", "Upsample", "new_frames"]
+__all__ = [
+    "AttentionBlock",
+    "Conv",
+    "Cut",
+    "Downsample",
+    "Gamma",
+    "Head",
+    "ResidualBlock",
+    "Stream",
+    "Upsample",
+    "new_frames",
+]
 
 # The window of 96 channels at 480x832 is 439 MiB: 4 bands. A band of 110 MiB keeps an H200 busy for 0.4 ms.
 BAND_BYTES = 128 * MIB
@@ -37,26 +50,44 @@ def positions(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
 
 
-def bands(height: int, window_bytes: int) -> Iterator[tuple[int, int]]:
-    """Row ranges that cut a window of `window_bytes` into parts of about BAND_BYTES."""
-    rows = -(-height // max(-(-window_bytes // BAND_BYTES), 1))
-    for top in range(0, height, rows):
-        yield top, min(top + rows, height)
-
-
 def frame_bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+class Cut(NamedTuple):
+    """Rows and columns an operation leaves out of its output."""
+
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+
+    def of(self, x: Tensor) -> Tensor:
+        """View of x [...,H,W] without them."""
+        rows = x[..., self.top : x.shape[-2] - self.bottom, :] if self.top or self.bottom else x
+        return self.columns(rows)
+
+    def columns(self, x: Tensor) -> Tensor:
+        return x[..., self.left : x.shape[-1] - self.right] if self.left or self.right else x
+
+
+NO_CUT = Cut()
 
 
 class Stream:
     """Everything one encode or decode call remembers between frames.
 
     remember False (the call has a single frame): nothing is kept, and a temporal convolution is its last tap alone,
-    because its history is zero.
+    because its history is zero. cuts: what convolutions and residual blocks leave out of their output; one that pads
+    by p leaves out p at most. band_bytes: aim at bands smaller than BAND_BYTES.
     """
 
-    def __init__(self, remember: bool) -> None:
+    def __init__(
+        self, remember: bool, cuts: Mapping[nn.Module, Cut] | None = None, band_bytes: int | None = None
+    ) -> None:
         self.remember = remember
+        self.cuts = cuts or {}
+        self.band_bytes = band_bytes
         self.frames: dict[nn.Module, list[Tensor]] = {}
         self.weights: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.started: set[nn.Module] = set()
@@ -66,6 +97,30 @@ class Stream:
         first = module not in self.started
         self.started.add(module)
         return first
+
+    def cut(self, module: nn.Module) -> Cut:
+        return self.cuts.get(module, NO_CUT)
+
+    def bands(self, start: int, stop: int, window_bytes: int) -> Iterator[tuple[int, int]]:
+        """Row ranges from start to stop that cut a window of `window_bytes` into parts of about a band's bytes."""
+        limit = BAND_BYTES if self.band_bytes is None else min(BAND_BYTES, self.band_bytes)
+        rows = -(-(stop - start) // max(-(-window_bytes // limit), 1))
+        for top in range(start, stop, rows):
+            yield top, min(top + rows, stop)
+
+    def convolve(self, window: Tensor, weight: Tensor, bias: Tensor, sides: Cut) -> Tensor:
+        """A convolution padded to the window's size, without `sides` of its output: a view or a new tensor.
+
+        In a tile, where both sides of a direction go, they are not computed either: 2 of 40 to 100 rows of a band.
+        """
+        halo = weight.shape[3] // 2
+        if self.band_bytes is None:
+            return sides.of(conv3d(window, weight, bias, UNIT, (0, halo, halo)))
+        rows = 0 if min(sides.top, sides.bottom) >= halo else halo
+        columns = 0 if min(sides.left, sides.right) >= halo else halo
+        out = conv3d(window, weight, bias, UNIT, (0, rows, columns))
+        known, ahead = halo - rows, halo - columns
+        return Cut(sides.top - known, sides.bottom - known, sides.left - ahead, sides.right - ahead).of(out)
 
     def history(self, module: nn.Module, like: Tensor) -> list[Tensor]:
         """The two input frames before this one, oldest first, zero before the first frame; [] if nothing is kept."""
@@ -128,21 +183,25 @@ class Conv(nn.Module):
         # The last tap alone is the one case that copies: 5 MiB for 384 channels, and it has a third of the arithmetic.
         weight = self.weight[outputs, :, 2 - len(history) :].contiguous(memory_format=torch.channels_last_3d)
         bias, halo, height = self.bias[outputs], weight.shape[3] // 2, x.shape[3]
-        ranges = list(bands(height, (len(history) + 1) * frame_bytes(x)))
-        if len(ranges) == 1 and add_to is None:
+        cut = stream.cut(self)
+        start, stop = cut.top, height - cut.bottom
+        ranges = list(stream.bands(start, stop, (len(history) + 1) * frame_bytes(x)))
+        if len(ranges) == 1 and add_to is None and cut == NO_CUT:
             window = _window(x, history, norm)
             _commit(history, window, 0, height, commit)
             out = conv3d(window, weight, bias, UNIT, (0, halo, halo))
         else:
-            out = new_frames(x, weight.shape[0], 1, height, x.shape[4]) if add_to is None else add_to
+            width = x.shape[4] - cut.left - cut.right
+            out = new_frames(x, weight.shape[0], 1, stop - start, width) if add_to is None else add_to
             for top, bottom in ranges:
                 first, last = max(top - halo, 0), min(bottom + halo, height)
                 window = _window(x[..., first:last, :], [old[..., first:last, :] for old in history], norm)
                 # Rows above the next window are needed from the oldest frame no more: the newest takes their place.
-                _commit(history, window, first, height if bottom == height else bottom - halo, commit)
-                band = conv3d(window, weight, bias, UNIT, (0, halo, halo))
+                _commit(history, window, first, height if bottom == stop else bottom - halo, commit)
+                sides = cut._replace(top=top - first, bottom=last - bottom)
+                band = stream.convolve(window, weight, bias, sides)
                 del window
-                _store(out[..., top:bottom, :], band[..., top - first : bottom - first, :], add=add_to is not None)
+                _store(out[..., top - start : bottom - start, :], band, add=add_to is not None)
                 del band
         if commit:
             history.reverse()
@@ -196,7 +255,12 @@ class ResidualBlock(nn.Module):
         inner = self.residual["2"].causal(x, stream, norm=self.residual["0"])
         if self.shortcut is not None:
             x = self.shortcut.pointwise(x)
-        return self.residual["6"].causal(inner, stream, norm=self.residual["3"], add_to=x)
+        cut = stream.cut(self)
+        self.residual["6"].causal(inner, stream, norm=self.residual["3"], add_to=cut.of(x))
+        if cut == NO_CUT:
+            return x
+        del inner
+        return cut.of(x).clone(memory_format=torch.channels_last_3d)
 
 
 class AttentionBlock(nn.Module):
@@ -241,22 +305,26 @@ class Upsample(nn.Module):
             channels = x.shape[1]
             outputs = slice(part * channels, (part + 1) * channels)
             x = self.time_conv.causal(x, stream, outputs=outputs, commit=part == 1)
-        return self._double(x)
+        return self._double(x, stream)
 
-    def _double(self, x: Tensor) -> Tensor:
+    def _double(self, x: Tensor, stream: Stream) -> Tensor:
         """Nearest neighbour and convolution, a band of rows at a time."""
         conv = self.resample["1"]
         _, channels, _, height, width = x.shape
-        out = new_frames(x, conv.weight.shape[0], 1, 2 * height, 2 * width)
-        for top, bottom in bands(height, 4 * frame_bytes(x)):
+        cut = stream.cut(conv)
+        start, stop = cut.top, 2 * height - cut.bottom
+        out = new_frames(x, conv.weight.shape[0], 1, stop - start, 2 * width - cut.left - cut.right)
+        for top, bottom in stream.bands(0, height, 4 * frame_bytes(x)):
             first, last = max(top - 1, 0), min(bottom + 1, height)
             doubled = new_frames(x, channels, 1, 2 * (last - first), 2 * width)
             rows = x[0, :, 0, first:last].permute(1, 2, 0)
             grid = doubled[0, :, 0].permute(1, 2, 0).view(last - first, 2, width, 2, channels)
             grid.copy_(rows[:, None, :, None, :])
-            band = conv.flat(doubled, UNIT, 1)
+            above, below = max(2 * top, start), min(2 * bottom, stop)
+            sides = cut._replace(top=above - 2 * first, bottom=2 * last - below)
+            band = stream.convolve(doubled, conv.weight.unsqueeze(2), conv.bias, sides)
             del doubled, grid
-            _store(out[..., 2 * top : 2 * bottom, :], band[..., 2 * (top - first) : 2 * (bottom - first), :], add=False)
+            _store(out[..., above - start : below - start, :], band, add=False)
             del band
         return out
 
@@ -273,7 +341,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor | None:
         """The output frame, or None where the second frame of a pair is still to come."""
-        x = self._halve(x)
+        x = self._halve(x, stream)
         if self.time_conv is None or not stream.remember:
             return x
         if stream.starts(self):
@@ -287,14 +355,17 @@ class Downsample(nn.Module):
         del held[:2]
         return conv3d(window, self.time_conv.weight, self.time_conv.bias, (2, 1, 1), (0, 0, 0))
 
-    def _halve(self, x: Tensor) -> Tensor:
-        """Convolution with stride 2, padded by one at the right and bottom, a band of rows at a time."""
+    def _halve(self, x: Tensor, stream: Stream) -> Tensor:
+        """Convolution with stride 2, padded by one at the right and bottom, a band of rows at a time.
+
+        An odd extent is a tile that goes on: its last row or column stands where the padding would be.
+        """
         conv = self.resample["1"]
         _, channels, _, height, width = x.shape
         out = new_frames(x, channels, 1, height // 2, width // 2)
-        for top, bottom in bands(height // 2, frame_bytes(x)):
+        for top, bottom in stream.bands(0, height // 2, frame_bytes(x)):
             first, last = 2 * top, min(2 * bottom + 1, height)
-            padded = new_frames(x, channels, 1, 2 * (bottom - top) + 1, width + 1)
+            padded = new_frames(x, channels, 1, 2 * (bottom - top) + 1, 2 * (width // 2) + 1)
             padded[..., : last - first, :width].copy_(x[..., first:last, :])
             padded[..., width:].zero_()
             padded[..., last - first :, :].zero_()
@@ -322,7 +393,7 @@ class Head(nn.Module):
         """Write the output frame into out [outputs,H,W]."""
         if self not in stream.weights:
             stream.weights[self] = self._stacked()
-        products = self._products(x, *stream.weights[self])
+        products = self._products(x, stream)
         past = stream.frames.setdefault(self, [])
         count = self.outputs
         out.copy_(products[0, 2 * count : 3 * count, 0])
@@ -348,15 +419,18 @@ class Head(nn.Module):
         bias[2 * count : 3 * count].copy_(conv.bias)
         return weight, bias
 
-    def _products(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        height = x.shape[3]
-        out = new_frames(x, weight.shape[0], 1, height, x.shape[4])
-        for top, bottom in bands(height, frame_bytes(x)):
+    def _products(self, x: Tensor, stream: Stream) -> Tensor:
+        weight, bias = stream.weights[self]
+        height, cut = x.shape[3], stream.cut(self)
+        start, stop = cut.top, height - cut.bottom
+        out = new_frames(x, weight.shape[0], 1, stop - start, x.shape[4] - cut.left - cut.right)
+        for top, bottom in stream.bands(start, stop, frame_bytes(x)):
             first, last = max(top - 1, 0), min(bottom + 1, height)
             activated = new_frames(x, x.shape[1], 1, last - first, x.shape[4])
             self.get_submodule("0").write(x[..., first:last, :], activated, silu=True)
-            band = conv3d(activated, weight, bias, UNIT, (0, 1, 1))
+            sides = cut._replace(top=top - first, bottom=last - bottom)
+            band = stream.convolve(activated, weight, bias, sides)
             del activated
-            _store(out[..., top:bottom, :], band[..., top - first : bottom - first, :], add=False)
+            _store(out[..., top - start : bottom - start, :], band, add=False)
             del band
         return out

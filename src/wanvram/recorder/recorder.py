@@ -6,13 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Protocol
 
 from wanvram.record import Failure, Memory, Span
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.meters import Meter
 from wanvram.units import human
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "SpanObserver"]
+
+
+class SpanObserver(Protocol):
+    """Hears where the run is: every span's begin and end, properly nested."""
+
+    def begin(self, name: str, kind: str, component: str | None) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Recorder:
@@ -22,10 +31,17 @@ class Recorder:
     nothing between two reads is lost. For a block nothing is synchronised and the driver is not asked.
     """
 
-    def __init__(self, meter: Meter, events: EventLog | None, progress: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        events: EventLog | None,
+        progress: Callable[[str], None] | None,
+        observer: SpanObserver | None = None,
+    ) -> None:
         self.meter = meter
         self.events = events
         self.progress = progress
+        self.observer = observer
         self.spans: list[Span] = []
         self._open: list[Span] = []
         self._started: list[float] = []
@@ -41,6 +57,8 @@ class Recorder:
         span = Span(name, kind, component, start, start, start)
         self._open.append(span)
         self._started.append(time.perf_counter())
+        if self.observer is not None:
+            self.observer.begin(name, kind, component)
         if kind in ("load", "stage"):
             self._log(f"{name}: start", start, kind, component)
             if self.progress:
@@ -62,6 +80,8 @@ class Recorder:
             span.peak = _with_device(span.peak, span.end)
         self._started.pop()
         self._open.pop()
+        if self.observer is not None:
+            self.observer.end()
         siblings = self._open[-1].children if self._open else self.spans
         siblings.append(span)
         if self._open:

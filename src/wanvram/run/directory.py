@@ -1,4 +1,4 @@
-"""The run directory: record.json, memory_events.json, config.yaml, environment.json and the video; nothing is overwritten."""
+"""The run directory: record.json, memory_events.json, config.yaml, environment.json and what was made; nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -6,22 +6,47 @@ from pathlib import Path
 
 from wanvram.errors import InputError, OutputError
 
-__all__ = ["RUN_FILES", "prepare_directory"]
+__all__ = ["RUN_FILES", "prepare_directory", "unused_directory"]
 
-RUN_FILES = ("record.json", "memory_events.json", "config.yaml", "environment.json", "video.mp4", "snapshot.pickle")
+RUN_FILES = (
+    "record.json",
+    "memory_events.json",
+    "config.yaml",
+    "environment.json",
+    "timeline.json",
+    "snapshot.pickle",
+    "video*.mp4",
+    "video*.json",
+    "image*.png",
+    "image*.json",
+)
+
+
+def unused_directory(path: Path) -> Path:
+    """`path`, or with -2, -3, ... after its name: the first that holds no run."""
+    candidate, number = path, 1
+    while _files_of_a_run(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _files_of_a_run(path: Path) -> list[Path]:
+    return [file for pattern in RUN_FILES for file in sorted(path.glob(pattern))]
 
 
 def prepare_directory(path: Path, *, force: bool) -> Path:
     """Creates the directory, or empties it of an earlier run's files when `force`. Raises InputError if it holds a run."""
-    existing = [name for name in RUN_FILES if (path / name).exists()]
+    existing = _files_of_a_run(path)
     if existing and not force:
+        names = ", ".join(file.name for file in existing)
         raise InputError(
-            f"{path} already holds a run ({', '.join(existing)}); give --force to replace it or -o DIR for another place"
+            f"{path} already holds a run ({names}); give --force to replace it or -o DIR for another place"
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in existing:
-            (path / name).unlink()
+        for file in existing:
+            file.unlink()
         probe = path / ".wanvram-write-test"
         probe.write_bytes(b"")
         probe.unlink()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import yaml
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import CpuDevice, CudaDevice, Device, SimulatedDevice
-from wanvram.engine.pipeline import Pipeline
+from wanvram.engine.pipeline import FrameSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, WanvramError
 from wanvram.record import Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
@@ -22,7 +23,9 @@ from wanvram.recorder.recorder import Recorder
 from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
-from wanvram.run.video import VideoWriter
+from wanvram.run.extension import prompt_extension
+from wanvram.run.inputs import prepare_inputs
+from wanvram.run.outputs import Outputs
 from wanvram.run.weights import NoWeights, choose_weights
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
@@ -37,11 +40,13 @@ DEFAULT_GPU = "h200"
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go: directory None keeps everything in memory; `video` asks for the mp4."""
+    """Where results go: directory None keeps everything in memory. `video` asks for the video or picture, too, in
+    `save_file` if that is given."""
 
     directory: Path | None
     force: bool = False
     video: bool = False
+    save_file: Path | None = None
 
 
 def execute(config: RunConfig, output: Output, progress: Callable[[str], None] | None = None) -> RunRecord:
@@ -52,9 +57,16 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     if config.request.base_seed < 0:
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
     _check_measurement(config)
-    directory = prepare_directory(output.directory, force=output.force) if output.directory else None
     device = make_device(config)
-    weights = choose_weights(config.weights, simulated=device.kind == "simulated", seed=config.request.base_seed)
+    simulated = device.kind == "simulated"
+    weights = choose_weights(config.weights, simulated=simulated, seed=config.request.base_seed)
+    real = config.weights not in ("random", "tiny") and not simulated
+    inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
+    extend = prompt_extension(config.request)
+    directory = prepare_directory(output.directory, force=output.force) if output.directory else None
+    outputs = None
+    if output.video and directory and not simulated:
+        outputs = Outputs(config, directory, device.name, output.save_file, output.force)
     environment = describe_environment()
     if directory:
         write_atomically(
@@ -64,17 +76,34 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(directory / "memory_events.json")) if directory else None
         recorder = Recorder(device.meter, events, progress)
-        pipeline = Pipeline(config, device, recorder, weights)
-        sink = None
-        if output.video and directory and device.kind != "simulated":
-            sink = VideoWriter(directory / "video.mp4")
+        pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
+        if progress and not simulated:
+            pipeline.on_step = StepProgress(progress)
         if directory:
             _observe(stack, config, pipeline, directory)
-        failure = _run(pipeline, sink)
+        failure = _run(pipeline, outputs)
     record = _record(config, device, pipeline, failure, environment)
+    record.notes += notes + (extend.notes if extend else [])
     if directory:
         record.write(directory / "record.json")
     return record
+
+
+class StepProgress:
+    """Says how far denoising is and how long it will take, from the second step on at most every two seconds."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self.show = show
+        self.first = self.last = 0.0
+
+    def __call__(self, done: int, steps: int) -> None:
+        now = time.monotonic()
+        if done == 1:
+            self.first = now
+        if done > 1 and (now - self.last >= 2.0 or done == steps):
+            mean = (now - self.first) / (done - 1)
+            self.show(f"step {done} of {steps}, {mean:.2f} s each, {mean * (steps - done):.0f} s left")
+            self.last = now
 
 
 def _observe(stack: ExitStack, config: RunConfig, pipeline: Pipeline, directory: Path) -> None:
@@ -90,9 +119,14 @@ def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord
     """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's."""
     memory = _simulated_memory(config, keep_events=keep_events)
     device = SimulatedDevice(memory)
-    pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(tiny=config.weights == "tiny"))
+    weights = NoWeights(tiny=config.weights == "tiny")
+    inputs, notes = prepare_inputs(config.request, simulated=True, real_weights=False)
+    extend = prompt_extension(config.request)
+    pipeline = Pipeline(config, device, Recorder(memory, None, None), weights, inputs, extend=extend)
     failure = _run(pipeline, None)
-    return _record(config, device, pipeline, failure, {}), memory
+    record = _record(config, device, pipeline, failure, {})
+    record.notes += notes + (extend.notes if extend else [])
+    return record, memory
 
 
 def _check_measurement(config: RunConfig) -> None:
@@ -152,20 +186,15 @@ def _simulated_memory(config: RunConfig, *, keep_events: bool = False) -> Simula
     return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)
 
 
-@contextmanager
-def _writing(sink: VideoWriter | None) -> Iterator[VideoWriter | None]:
-    if sink is None:
-        yield None
-        return
-    with sink:
-        yield sink
-
-
-def _run(pipeline: Pipeline, sink: VideoWriter | None) -> Failure | None:
+def _run(pipeline: Pipeline, outputs: Outputs | None) -> Failure | None:
     """Runs to the end, or says what stopped it and keeps what was recorded."""
+
+    def open_sink(index: int) -> AbstractContextManager[FrameSink | None]:
+        return nullcontext() if outputs is None else outputs.open(index, pipeline.prompts[index])
+
     try:
-        with _writing(sink) as writer, pipeline.device.session():
-            pipeline.run(writer)
+        with pipeline.device.session():
+            pipeline.run(open_sink)
         return None
     except OutOfMemory as error:
         failure = Failure(

@@ -1,4 +1,4 @@
-"""H.264 video at 16 frames a second through PyAV, encoded frame by frame as the VAE finishes them."""
+"""H.264 video at 16 frames a second through PyAV, encoded frame by frame as the VAE finishes them; a PNG for one picture."""
 
 from __future__ import annotations
 
@@ -10,9 +10,44 @@ import torch
 
 from wanvram.errors import OutputError
 
-__all__ = ["FRAMES_PER_SECOND", "VideoWriter"]
+__all__ = ["FRAMES_PER_SECOND", "PictureWriter", "VideoWriter", "check_encoder"]
 
 FRAMES_PER_SECOND = 16
+
+
+def check_encoder() -> None:
+    """OutputError unless a video can be encoded here."""
+    try:
+        import av
+    except ImportError as error:
+        raise OutputError("writing a video needs PyAV; install it with `pip install av`") from error
+    if "libx264" not in av.codecs_available:
+        raise OutputError("this PyAV was built without libx264; install the wheel from PyPI: `pip install av`")
+
+
+class PictureWriter:
+    """Writes the first frame it gets as PNG; the file gets its name only when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, frames: torch.Tensor) -> None:
+        from PIL import Image
+
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            Image.fromarray(frames[0].numpy()).save(partial, format="PNG")
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> PictureWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
 
 
 class VideoWriter:
@@ -24,13 +59,11 @@ class VideoWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._partial = path.with_name(f".{path.name}.partial.mp4")
+        self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
         self._stream = None
         self.frames = 0
-        try:
-            import av
-        except ImportError as error:
-            raise OutputError("writing a video needs PyAV; install it with `pip install av`") from error
+        import av
+
         try:
             self._container = av.open(str(self._partial), "w")
         except OSError as error:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,7 @@ from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.buffers import BufferPlan, LibraryBuffers
 from wanvram.simulate.gpus import GPU
 
-__all__ = ["AllocationEvent", "SimulatedMemory"]
+__all__ = ["AllocationEvent", "MemoryObserver", "SimulatedMemory"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,20 @@ class AllocationEvent:
     nbytes: int
     operation: str
     handle: int
+
+
+class MemoryObserver(Protocol):
+    """Hears every allocator call, after it. It must keep no tensor: a reference would move the free it is told of."""
+
+    def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None) -> None:
+        """tensor: the storage's first tensor, for its shape and dtype; None for a library's buffer."""
+        ...
+
+    def free(self, handle: int) -> None: ...
+
+    def outside(self, nbytes: int) -> None:
+        """Device memory taken outside the allocator, bytes."""
+        ...
 
 
 class SimulatedMemory(TorchDispatchMode):
@@ -50,6 +64,7 @@ class SimulatedMemory(TorchDispatchMode):
         self.host_peak_bytes = 0
         self.pinned_bytes = 0
         self.events: list[AllocationEvent] | None = [] if keep_events else None
+        self.observer: MemoryObserver | None = None
         self.live: dict[int, tuple[int, str]] = {}
         self._host: dict[int, int] = {}
         self._device: dict[int, int] = {}
@@ -113,7 +128,10 @@ class SimulatedMemory(TorchDispatchMode):
         """First use of a library: its modules take device memory outside the allocator."""
         if name not in self._loaded:
             self._loaded.add(name)
-            self._outside += self.gpu.module_bytes.get(name, 0)
+            nbytes = self.gpu.module_bytes.get(name, 0)
+            self._outside += nbytes
+            if self.observer is not None:
+                self.observer.outside(nbytes)
 
     # --- dispatch --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +152,7 @@ class SimulatedMemory(TorchDispatchMode):
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
         result = func(*args, **kwargs)
         for tensor in _meta_tensors((result,)):
-            self._register(tensor.untyped_storage(), host)
+            self._register(tensor.untyped_storage(), host, tensor)
         if plan:
             self.load_library("kernels")  # PyTorch's own kernels come with the first one launched
             self._take(plan, before)
@@ -160,7 +178,7 @@ class SimulatedMemory(TorchDispatchMode):
             weakref.finalize(storage, self._ignored.discard, storage._cdata).atexit = False
         return result
 
-    def _register(self, storage: torch.UntypedStorage, host: bool) -> None:
+    def _register(self, storage: torch.UntypedStorage, host: bool, tensor: torch.Tensor) -> None:
         key = storage._cdata
         if key in self._device or key in self._host or key in self._ignored or storage.nbytes() == 0:
             return
@@ -173,7 +191,7 @@ class SimulatedMemory(TorchDispatchMode):
             self.pinned_bytes += pinned
             weakref.finalize(storage, self._forget_host, key, pinned).atexit = False
         else:
-            self._device[key] = self._malloc(nbytes, self._operation)
+            self._device[key] = self._malloc(nbytes, self._operation, tensor)
             weakref.finalize(storage, self._forget_device, key).atexit = False
 
     def _forget_host(self, key: int, pinned: int) -> None:
@@ -183,9 +201,11 @@ class SimulatedMemory(TorchDispatchMode):
     def _forget_device(self, key: int) -> None:
         self._free(self._device.pop(key))
 
-    def _malloc(self, nbytes: int, operation: str) -> int:
+    def _malloc(self, nbytes: int, operation: str, tensor: torch.Tensor | None = None) -> int:
         handle = self.allocator.malloc(nbytes)
         self.live[handle] = (nbytes, operation)
+        if self.observer is not None:
+            self.observer.malloc(handle, operation, tensor)
         if self.events is not None:
             self.events.append(AllocationEvent(nbytes, operation, handle))
         return handle
@@ -193,6 +213,8 @@ class SimulatedMemory(TorchDispatchMode):
     def _free(self, handle: int) -> None:
         nbytes, operation = self.live.pop(handle)
         self.allocator.free(handle)
+        if self.observer is not None:
+            self.observer.free(handle)
         if self.events is not None:
             self.events.append(AllocationEvent(-nbytes, operation, handle))
 

@@ -1,16 +1,58 @@
-"""File names of the official Wan2.1 checkpoint folders, and the source each component is read from."""
+"""Checkpoint folders: which layout one has, the source and the model of each component, what a task needs of it.
+
+Three layouts: the official download (names below), the Diffusers folders, and what `wanvram convert` writes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from wanvram.errors import CheckpointError
-from wanvram.weights.sources import FilteredSource, SafetensorsSource, TensorSource, TorchFileSource
+from wanvram.models.clip import CLIPVision
+from wanvram.models.dit import WanDiT
+from wanvram.models.precision import PRECISIONS
+from wanvram.models.t5 import T5Encoder
+from wanvram.models.vae import WanVAE
+from wanvram.specs import CLIP, DIT, T5, VAE, DiTSpec
+from wanvram.weights.diffusers import TABLES, RenamedSource, is_diffusers, official_names, open_diffusers
+from wanvram.weights.sources import (
+    MANIFEST,
+    ConvertedSource,
+    FilteredSource,
+    SafetensorsSource,
+    TensorSource,
+    TorchFileSource,
+    check_file,
+    check_keys,
+)
 
-__all__ = ["CLIP_FILE", "DIT_FILE", "DIT_INDEX", "T5_FILE", "TOKENIZER_FILE", "VAE_FILE", "Component", "open_official"]
+__all__ = [
+    "CLIP_FILE",
+    "COMPONENTS",
+    "DIT_FILE",
+    "DIT_INDEX",
+    "T5_FILE",
+    "TOKENIZER_FILE",
+    "VAE_FILE",
+    "Component",
+    "blueprint",
+    "check_checkpoint",
+    "check_model",
+    "identify",
+    "layout",
+    "open_checkpoint",
+    "open_official",
+    "spec_beside",
+    "tokenizer_file",
+]
 
 Component = Literal["text_encoder", "image_encoder", "dit", "vae"]
+COMPONENTS: tuple[Component, ...] = ("text_encoder", "image_encoder", "dit", "vae")
 
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -19,20 +61,163 @@ DIT_FILE = "diffusion_pytorch_model.safetensors"
 DIT_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 
+_FILES = {"text_encoder": T5_FILE, "image_encoder": CLIP_FILE, "vae": VAE_FILE}
+_SPECS: dict[str, dict[str, Any]] = {"dit": DIT, "text_encoder": T5, "image_encoder": CLIP, "vae": VAE}
+
+
+def layout(ckpt_dir: Path) -> Literal["official", "diffusers", "converted"]:
+    """What kind of folder this is; CheckpointError if it is none. An unknown one counts as official."""
+    if not ckpt_dir.is_dir():
+        raise CheckpointError(
+            f"the checkpoint folder {ckpt_dir} does not exist; expected an official Wan2.1 download, "
+            "a Diffusers folder or one written by wanvram convert"
+        )
+    if (ckpt_dir / MANIFEST).exists():
+        return "converted"
+    return "diffusers" if is_diffusers(ckpt_dir) else "official"
+
+
+def open_checkpoint(ckpt_dir: Path, component: Component) -> TensorSource:
+    """The tensors of one component under their official names, from any layout. Raises CheckpointError, nothing else."""
+    kind = layout(ckpt_dir)
+    if kind == "converted":
+        return ConvertedSource(ckpt_dir, component)
+    return open_diffusers(ckpt_dir, component) if kind == "diffusers" else open_official(ckpt_dir, component)
+
 
 def open_official(ckpt_dir: Path, component: Component) -> TensorSource:
-    """The tensors of one component under their official names. Raises CheckpointError, never anything else."""
-    if not ckpt_dir.is_dir():
-        raise CheckpointError(f"the checkpoint folder {ckpt_dir} does not exist; expected an official Wan2.1 download")
-    if component == "text_encoder":
-        return TorchFileSource(ckpt_dir / T5_FILE)
-    if component == "vae":
-        return TorchFileSource(ckpt_dir / VAE_FILE)
-    if component == "image_encoder":
-        # The file also holds a text tower that Wan does not run.
-        return FilteredSource(TorchFileSource(ckpt_dir / CLIP_FILE), "visual.")
+    """One component of an official folder. Where the .pth is missing, safetensors of the same name are taken."""
+    layout(ckpt_dir)
+    if component == "dit":
+        return _open_dit(ckpt_dir)
+    path = ckpt_dir / _FILES[component]
+    source: TensorSource
+    if not path.exists() and path.with_suffix(".safetensors").exists():
+        source = SafetensorsSource([path.with_suffix(".safetensors")])
+        # Such files are made by others, from the official weights or from those of transformers.
+        source = RenamedSource(source, official_names(source.keys(), TABLES[component]))
+    else:
+        source = TorchFileSource(path)
+    # The CLIP file also holds a text tower that Wan does not run.
+    return FilteredSource(source, "visual.") if component == "image_encoder" else source
+
+
+def _open_dit(ckpt_dir: Path) -> TensorSource:
     if (ckpt_dir / DIT_INDEX).exists():
         return SafetensorsSource.from_index(ckpt_dir / DIT_INDEX)
     if not (ckpt_dir / DIT_FILE).exists():
         raise CheckpointError(f"{ckpt_dir} has no transformer weights; expected {DIT_FILE} or {DIT_INDEX}")
     return SafetensorsSource([ckpt_dir / DIT_FILE])
+
+
+def tokenizer_file(ckpt_dir: Path) -> Path:
+    """The umT5 tokenizer.json of a folder of any layout. Raises CheckpointError."""
+    name = TOKENIZER_FILE if layout(ckpt_dir) == "official" else "tokenizer/tokenizer.json"
+    check_file(ckpt_dir / name, f"the umt5-xxl tokenizer ({name})")
+    return ckpt_dir / name
+
+
+def blueprint(component: Component, spec: str, precision: str = "bf16") -> tuple[nn.Module, list[nn.Module]]:
+    """The component's module on meta and its blocks. `spec`: its key in wanvram.specs; precision matters to the dit only."""
+    with torch.device("meta"):
+        if component == "dit":
+            dit = WanDiT(DIT[spec], PRECISIONS[precision])
+            return dit, dit.walk_order()
+        if component == "text_encoder":
+            t5 = T5Encoder(T5[spec], torch.bfloat16)  # as official stores and runs it
+            return t5, t5.walk_order()
+        if component == "image_encoder":
+            clip = CLIPVision(CLIP[spec], torch.float16)  # as official runs it
+            return clip, clip.walk_order()
+        return WanVAE(VAE[spec], torch.float32), []
+
+
+def identify(component: Component, source: TensorSource) -> str:
+    """Key of the spec whose tensors `source` holds; of equal ones the first. CheckpointError if it is none."""
+    if component == "dit":
+        found = _shape_of_dit(source)
+        matches = [name for name, spec in DIT.items() if _shape_of_spec(spec) == found]
+        if not matches:
+            known = ", ".join(name for name in DIT if not name.startswith("tiny-"))
+            raise CheckpointError(f"the transformer is none of {known}: it has {_described(found)}")
+        check_model(component, source, matches[0])
+        return matches[0]
+    names = list(_SPECS[component])
+    for name in names[1:]:
+        try:
+            check_model(component, source, name)
+        except CheckpointError:
+            continue
+        return name
+    check_model(component, source, names[0])
+    return names[0]
+
+
+def check_model(component: Component, source: TensorSource, spec: str) -> None:
+    """CheckpointError, naming the model it is instead where that is known, unless `source` holds the model `spec`."""
+    if component == "dit" and _shape_of_dit(source) != _shape_of_spec(DIT[spec]):
+        raise CheckpointError(
+            f"the transformer is not that of {spec}: it has {_described(_shape_of_dit(source))} "
+            f"instead of {_described(_shape_of_spec(DIT[spec]))}"
+        )
+    module, _ = blueprint(component, spec)
+    expected = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+    unused = module.unused_keys() if isinstance(module, CLIPVision) else []
+    check_keys(expected, source, f"{component} {spec}", ignored=unused)
+
+
+# Width, input channels, blocks, VACE blocks, and whether it takes one image, two (with positions) or none.
+_DiTShape = tuple[int, int, int, int, int]
+
+
+def _shape_of_spec(spec: DiTSpec) -> _DiTShape:
+    images = {"i2v": 1, "flf2v": 2}.get(spec.model_type, 0)
+    return spec.dim, spec.in_dim, spec.num_layers, len(spec.vace_layers), images
+
+
+def _shape_of_dit(source: TensorSource) -> _DiTShape:
+    keys = source.keys()
+    patches = source.shape("patch_embedding.weight") if "patch_embedding.weight" in keys else (0, 0)
+    blocks, vace = (len({k.split(".")[1] for k in keys if k.startswith(p)}) for p in ("blocks.", "vace_blocks."))
+    images = 2 if "img_emb.emb_pos" in keys else int(any(key.startswith("img_emb.") for key in keys))
+    return patches[0], patches[1], blocks, vace, images
+
+
+def _described(shape: _DiTShape) -> str:
+    width, channels, blocks, vace, images = shape
+    name = next((name for name, spec in DIT.items() if _shape_of_spec(spec) == shape), None)
+    text = f"{blocks} blocks of width {width} for {channels} input channels"
+    text += f" and {vace} VACE blocks" if vace else ""
+    text += f" and {images} image{'s'[: images - 1]}" if images else ""
+    return text + (f" ({name})" if name else "")
+
+
+def check_checkpoint(ckpt_dir: Path, components: Sequence[Component], dit: str | None = None) -> None:
+    """CheckpointError unless every file that `components` need is there with a whole header; reads no tensor.
+
+    dit: key of specs.DIT; then every component must also have the tensors of that model. The first problem is told in
+    full, other components with problems by name.
+    """
+    problems: dict[str, str] = {}
+    for component in components:
+        try:
+            source = open_checkpoint(ckpt_dir, component)
+            if dit is not None:
+                check_model(component, source, spec_beside(component, dit))
+            source.close()
+            if component == "text_encoder":
+                tokenizer_file(ckpt_dir)
+        except CheckpointError as error:
+            where = "" if str(ckpt_dir) in str(error) else f"{ckpt_dir}: "
+            problems[component] = where + str(error)
+    if problems:
+        first, *others = problems
+        also = f" ({', '.join(others)}: not usable either)" if others else ""
+        raise CheckpointError(problems[first] + also)
+
+
+def spec_beside(component: Component, dit: str) -> str:
+    """The other components' spec: `tiny-` transformers come with tiny ones."""
+    if component == "dit":
+        return dit
+    return next(name for name in _SPECS[component] if (name == "tiny") == dit.startswith("tiny-"))

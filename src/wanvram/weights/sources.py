@@ -1,33 +1,65 @@
-"""Where weights come from: files are memory-mapped and copied one tensor at a time into storage the caller owns.
+"""Where weights come from: files read one tensor at a time, straight into storage the caller owns.
 
-Host memory in use beyond the mapping (page cache, which the system takes back when it needs it) is at most one tensor,
-the one being converted.
+Nothing stays mapped: the pages of a mapping count as this process's memory. While a component is loaded the host holds
+what the caller allocated and one staging chunk (4 MiB), also where the file's dtype differs from the destination's.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
 
 __all__ = [
+    "DTYPES",
+    "MANIFEST",
+    "MANIFEST_SCHEMA",
+    "SCALE_SUFFIX",
+    "ConvertedSource",
+    "FileSource",
     "FilteredSource",
     "MappingSource",
     "SafetensorsSource",
+    "Stored",
     "TensorSource",
     "TorchFileSource",
+    "check_file",
     "check_keys",
+    "read_manifest",
 ]
 
 Shape = tuple[int, ...]
+
+CHUNK_BYTES = 4 * 2**20  # stays in the cache between read and conversion: 1.6 times as fast as 64 MiB
+MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library itself
+MANIFEST = "wanvram.json"  # of a folder written by `wanvram convert`
+MANIFEST_SCHEMA = 1
+SCALE_SUFFIX = ".scale"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorSource(Protocol):
@@ -86,17 +118,76 @@ def check_file(path: Path, expected: str) -> bytes:
 
 
 def _copy(key: str, tensor: Tensor, dest: Tensor, origin: str) -> None:
-    if tensor.shape != dest.shape:
-        raise CheckpointError(f"{origin}: {key} has shape {list(tensor.shape)} instead of {list(dest.shape)}")
+    _check_shape(key, tensor.shape, dest, origin)
     with torch.no_grad():
-        # Converted on the host, so that the device never holds the file's dtype beside its own.
-        dest.copy_(tensor if dest.device.type == "cpu" else tensor.to(dest.dtype))
+        _assign(dest, tensor)
 
 
-class MappingSource:
-    """Tensors already in memory."""
+def _check_shape(key: str, shape: Sequence[int], dest: Tensor, origin: str) -> None:
+    if tuple(shape) != tuple(dest.shape):
+        raise CheckpointError(f"{origin}: {key} has shape {list(shape)} instead of {list(dest.shape)}")
 
-    def __init__(self, tensors: Mapping[str, Tensor], origin: str = "tensors in memory") -> None:
+
+def _assign(dest: Tensor, values: Tensor) -> None:
+    """Converted on the host, so that the device never holds the file's dtype beside its own."""
+    dest.copy_(values if dest.device.type == "cpu" else values.to(dest.dtype))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: contiguous, in the machine's byte order, from byte `offset`.
+
+    scale: float32 [rows]; the values are then what is stored times the scale of their row.
+    """
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: Shape
+    scale: Stored | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+    def read(self, file: FileIO, dest: Tensor, row: int = 0) -> None:
+        """Fills `dest` (contiguous, on the host, of this dtype) with the rows from `row` on."""
+        view = memoryview(dest.detach().reshape(-1).view(torch.uint8).numpy())
+        file.seek(self.offset + row * math.prod(self.shape[1:]) * self.dtype.itemsize)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{self.path} became shorter while it was read")
+            view = view[count:]
+
+    def chunks(self, file: FileIO) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their values) in pieces of about CHUNK_BYTES, each valid until the next is asked for."""
+        shape = self.shape or (1,)
+        width = math.prod(shape[1:])
+        step = max(1, CHUNK_BYTES // max(1, width * self.dtype.itemsize))
+        staging = torch.empty(min(step, shape[0]) * width, dtype=self.dtype)
+        scale = self.scales()
+        for first in range(0, shape[0], step):
+            count = min(step, shape[0] - first)
+            chunk = staging[: count * width].view(count, *shape[1:])
+            self.read(file, chunk, first)
+            rows = slice(first, first + count)
+            yield rows, chunk if scale is None else chunk.float() * scale[rows]
+
+    def scales(self) -> Tensor | None:
+        """[rows, 1] float32, or None where the values are stored as they are."""
+        if self.scale is None:
+            return None
+        scales = torch.empty(self.scale.shape)
+        with _opened(self.scale.path) as file:
+            self.scale.read(file, scales)
+        return scales.unsqueeze(1)
+
+
+class FileSource:
+    """Tensors of files, read when asked for. Those that are not plain bytes of a file are held as tensors."""
+
+    def __init__(self, tensors: Mapping[str, Stored | Tensor], origin: str) -> None:
         self._tensors = dict(tensors)
         self._origin = origin
 
@@ -107,25 +198,70 @@ class MappingSource:
         return tuple(self._get(key).shape)
 
     def fill(self, key: str, dest: Tensor) -> None:
-        _copy(key, self._get(key), dest, self._origin)
+        stored = self._get(key)
+        if isinstance(stored, Tensor):
+            _copy(key, stored, dest, self._origin)
+            return
+        _check_shape(key, stored.shape, dest, str(stored.path))
+        with _opened(stored.path) as file, torch.no_grad():
+            direct = dest.device.type == "cpu" and dest.dtype == stored.dtype and dest.is_contiguous()
+            if direct and stored.scale is None:
+                stored.read(file, dest)
+                return
+            rows = dest if dest.dim() else dest.unsqueeze(0)
+            for where, chunk in stored.chunks(file):
+                _assign(rows[where], chunk)
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
-        return self._get(key)[list(indices)]
+        stored = self._get(key)
+        _check_rows(key, indices, stored.shape[0], self._origin)
+        if isinstance(stored, Tensor):
+            return stored[list(indices)]
+        result = torch.empty((len(indices), *stored.shape[1:]), dtype=stored.dtype)
+        with _opened(stored.path) as file:
+            for number, index in enumerate(indices):
+                stored.read(file, result[number], index)
+        scale = stored.scales()
+        return result if scale is None else result.float() * scale[list(indices)]
 
     def close(self) -> None:
         self._tensors.clear()
 
-    def _get(self, key: str) -> Tensor:
+    def _get(self, key: str) -> Stored | Tensor:
         if key not in self._tensors:
-            raise CheckpointError(f"{self._origin}: there is no tensor {key}")
+            raise CheckpointError(f"there is no tensor {key} in {self._origin}")
         return self._tensors[key]
 
 
-class TorchFileSource(MappingSource):
-    """A state dict saved by torch.save. Only tensors are unpickled; anything that would run code is refused."""
+def _opened(path: Path) -> FileIO:
+    try:
+        return FileIO(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read any more ({error.strerror})") from error
+
+
+def _check_rows(key: str, indices: Sequence[int], count: int, origin: str) -> None:
+    outside = [index for index in indices if not 0 <= index < count]
+    if outside:
+        raise CheckpointError(f"{origin}: {key} has {count} rows; row {outside[0]} was asked for")
+
+
+class MappingSource(FileSource):
+    """Tensors already in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], origin: str = "tensors in memory") -> None:
+        super().__init__(tensors, origin)
+
+
+class TorchFileSource(FileSource):
+    """A state dict saved by torch.save. Only tensors are unpickled; anything that would run code is refused.
+
+    torch maps the file; from the mapping follows where in the file each tensor lies, and then the mapping is dropped.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(_load_state_dict(path), str(path))
+        tensors = _load_state_dict(path)
+        super().__init__({**tensors, **_located(path, tensors)}, str(path))
 
 
 def _load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -147,15 +283,50 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
     return content
 
 
-class SafetensorsSource:
+def _located(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """The tensors whose bytes are found in the file. Empty if any first bytes differ: the file's byte order is another."""
+    found: dict[str, Stored] = {}
+    maps = _mappings(path)
+    with _opened(path) as file:
+        for key, tensor in tensors.items():
+            if tensor.layout != torch.strided or not tensor.is_contiguous():
+                continue
+            start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            offset = next((start - low + at for low, high, at in maps if low <= start and start + size <= high), None)
+            if offset is None:
+                continue
+            file.seek(offset)
+            if file.read(min(size, 64)) != bytes(tensor.reshape(-1).view(torch.uint8)[:64].numpy()):
+                return {}
+            found[key] = Stored(path, offset, tensor.dtype, tuple(tensor.shape))
+    return found
+
+
+def _mappings(path: Path) -> list[tuple[int, int, int]]:
+    """(first address, end, offset in the file) of each mapping of `path`; none where there is no /proc."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    result = []
+    for fields in (line.split(None, 5) for line in lines):
+        if len(fields) == 6 and fields[5] == str(path.resolve()):
+            low, high = (int(address, 16) for address in fields[0].split("-"))
+            result.append((low, high, int(fields[2], 16)))
+    return result
+
+
+class SafetensorsSource(FileSource):
     """One safetensors file, or several that together are one model."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files: dict[str, Any] = {}
-        self._paths: dict[str, Path] = {}
-        self._shapes: dict[str, Shape] = {}
+        tensors: dict[str, Stored | Tensor] = {}
         for path in paths:
-            self._open(path)
+            for key, stored in _read_header(path).items():
+                if key in tensors:
+                    raise CheckpointError(f"tensor {key} is in both {tensors[key].path.name} and {path}")
+                tensors[key] = stored
+        super().__init__(tensors, ", ".join(str(path) for path in paths))
 
     @classmethod
     def from_index(cls, index: Path) -> SafetensorsSource:
@@ -167,43 +338,101 @@ class SafetensorsSource:
             raise CheckpointError(f"{index} names {len(absent)} tensors that its files lack, first {absent[0]}")
         return source
 
-    def keys(self) -> list[str]:
-        return list(self._files)
 
-    def shape(self, key: str) -> Shape:
-        self._check(key)
-        return self._shapes[key]
+def _read_header(path: Path) -> dict[str, Stored]:
+    """Name -> place of every tensor of a safetensors file, whose size must be what the header says.
 
-    def fill(self, key: str, dest: Tensor) -> None:
-        self._check(key)
-        _copy(key, self._files[key].get_tensor(key), dest, str(self._paths[key]))
-
-    def rows(self, key: str, indices: Sequence[int]) -> Tensor:
-        self._check(key)
-        table: Tensor = self._files[key].get_tensor(key)
-        return table[list(indices)]
-
-    def close(self) -> None:
-        self._files.clear()
-
-    def _open(self, path: Path) -> None:
-        check_file(path, "a safetensors file")
+    Format: 8 bytes little-endian header size, JSON header with offsets into the rest, tensors back to back.
+    """
+    check_file(path, "a safetensors file")
+    size = path.stat().st_size
+    with _opened(path) as file:
+        length = int.from_bytes(file.read(8), "little")
         try:
-            file = safe_open(str(path), framework="pt", device="cpu")
-        except (SafetensorError, OSError, ValueError) as error:
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"a header of {length:,} bytes")
+            header = json.loads(file.read(length).decode("utf-8"))
+            header.pop("__metadata__", None)
+            stored = {str(key): _stored(path, 8 + length, entry) for key, entry in header.items()}
+            end = 8 + length
+            for entry in sorted(stored.values(), key=lambda s: (s.offset, s.nbytes)):
+                if entry.offset != end:
+                    raise ValueError(f"a gap or overlap at byte {end:,}")
+                end += entry.nbytes
+            if end != size:
+                raise ValueError(f"its header tells of {end:,}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} is truncated or damaged ({path.stat().st_size:,} bytes; {error}); expected a safetensors file"
+                f"{path} is truncated or damaged ({size:,} bytes; {error}); expected a safetensors file"
             ) from error
-        for key in file.keys():  # noqa: SIM118 (a safe_open is not a mapping)
-            if key in self._files:
-                raise CheckpointError(f"tensor {key} is in both {self._paths[key].name} and {path}")
-            self._files[key] = file
-            self._paths[key] = path
-            self._shapes[key] = tuple(file.get_slice(key).get_shape())
+    return stored
 
-    def _check(self, key: str) -> None:
-        if key not in self._files:
-            raise CheckpointError(f"there is no tensor {key} in {sorted({str(p) for p in self._paths.values()})}")
+
+def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> Stored:
+    """Raises ValueError, KeyError or TypeError for an entry that no correct file has."""
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"the unknown dtype {entry['dtype']}")
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError("a shape or offset that is not a natural number")
+    stored = Stored(path, data_start + start, DTYPES[entry["dtype"]], shape)
+    if stored.nbytes != end - start:
+        raise ValueError(f"{end - start:,} bytes for the shape {list(shape)} of {entry['dtype']}")
+    return stored
+
+
+class ConvertedSource(SafetensorsSource):
+    """One component of a folder written by `wanvram convert`: fp8 matrices come back multiplied by their scales."""
+
+    def __init__(self, ckpt_dir: Path, component: str) -> None:
+        files = read_manifest(ckpt_dir)["files"]
+        paths = [ckpt_dir / name for name, entry in sorted(files.items()) if entry["component"] == component]
+        if not paths:
+            present = sorted({entry["component"] for entry in files.values()})
+            raise CheckpointError(f"{ckpt_dir} was converted without {component}; it holds {', '.join(present)}")
+        for path in paths:
+            _check_size(path, files[path.relative_to(ckpt_dir).as_posix()]["bytes"])
+        super().__init__(paths)
+        for key in [key for key in self._tensors if key.endswith(SCALE_SUFFIX)]:
+            matrix = key.removesuffix(SCALE_SUFFIX)
+            scale, stored = self._tensors.pop(key), self._tensors.get(matrix)
+            if stored is None or scale.dtype != torch.float32 or scale.shape != stored.shape[:1]:
+                raise CheckpointError(f"{ckpt_dir}: {key} is not one float32 for each row of {matrix}")
+            self._tensors[matrix] = replace(stored, scale=scale)
+
+
+def _check_size(path: Path, expected: int) -> None:
+    check_file(path, f"{expected:,} bytes written by wanvram convert")
+    size = path.stat().st_size
+    if size != expected:
+        raise CheckpointError(f"{path} is truncated or damaged: {size:,} bytes; expected {expected:,}")
+
+
+def read_manifest(ckpt_dir: Path) -> dict[str, Any]:
+    """The manifest of a finished conversion. CheckpointError if it is damaged, or the conversion was interrupted."""
+    path = ckpt_dir / MANIFEST
+    check_file(path, "the manifest of a converted checkpoint")
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise ValueError("too large")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["schema"] == MANIFEST_SCHEMA
+        for name, entry in manifest["files"].items() if known else ():
+            # A name with other folders in it could reach any file of the machine.
+            if not re.fullmatch(r"[a-z_]+/\w[\w.\-]*", name) or not isinstance(entry["component"], str):
+                raise ValueError(f"the file {name!r}")
+            if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+                raise ValueError(f"the entry of {name}")
+        complete = known and manifest["complete"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); convert the checkpoint again into another folder"
+        ) from error
+    if not known:
+        raise CheckpointError(f"{path} has the schema {manifest['schema']}; this wanvram reads {MANIFEST_SCHEMA}")
+    if not complete:
+        raise CheckpointError(f"the conversion into {ckpt_dir} was interrupted; run the same `wanvram convert` again")
+    return dict(manifest)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -1,0 +1,160 @@
+"""Who owns a moment's memory, and what of the reserved was of no use there: pure functions over timeline.json. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wanvram.errors import InputError
+from wanvram.units import human
+
+__all__ = ["Moment", "OwnerShare", "Unusable", "describe_moment", "owners", "unusable"]
+
+WEIGHTS = "weights"  # the operation of a group that holds a component's weights
+MERGED = "(other)"  # the operation of the group that holds everything too small to be told apart
+
+
+@dataclass(frozen=True)
+class OwnerShare:
+    """One owner at a moment: total bytes of `count` blocks, and their share of what is allocated."""
+
+    name: str
+    bytes: int
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Reserved but not allocated: the holes of the allocator's segments at a moment, bytes.
+
+    free_segment_bytes are segments without a live block (empty_cache gives them back), pinned_bytes are holes beside
+    live blocks (nothing gives them back but the death of their neighbours). too_small_bytes are in holes smaller than
+    the largest activation alive, largest_allocation_bytes: for it, that memory might as well not be there.
+    """
+
+    inactive_bytes: int
+    holes: int
+    largest_hole_bytes: int
+    free_segment_bytes: int
+    pinned_bytes: int
+    largest_allocation_bytes: int
+    too_small_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a timeline. The owners of each kind add up to allocated_bytes unless cut to the largest."""
+
+    label: str
+    x: float
+    stage: str | None
+    component: str | None
+    allocated_bytes: int
+    reserved_bytes: int
+    weights_bytes: int
+    by_component: tuple[OwnerShare, ...]
+    by_module: tuple[OwnerShare, ...]
+    by_shape: tuple[OwnerShare, ...]
+    unusable: Unusable | None
+
+
+def describe_moment(moment: dict[str, Any], top: int = 10) -> Moment:
+    """Largest `top` owners of each kind. Raises InputError for a damaged moment."""
+    try:
+        alive = moment["alive"]
+        return Moment(
+            label=moment["label"],
+            x=moment["x"],
+            stage=moment["stage"],
+            component=moment["component"],
+            allocated_bytes=moment["allocated_bytes"],
+            reserved_bytes=moment["reserved_bytes"],
+            weights_bytes=sum(g["bytes"] for g in alive if g["operation"] == WEIGHTS),
+            by_component=owners(alive, component_of)[:top],
+            by_module=owners(alive, module_of)[:top],
+            by_shape=owners(alive, shape_of)[:top],
+            unusable=unusable(moment),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the timeline is damaged: {error!r}") from error
+
+
+def owners(alive: Iterable[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> tuple[OwnerShare, ...]:
+    """The alive groups added up by name, largest first."""
+    sums: dict[str, tuple[int, int]] = {}
+    for group in alive:
+        nbytes, count = sums.get(name(group), (0, 0))
+        sums[name(group)] = nbytes + group["bytes"], count + group["count"]
+    total = sum(nbytes for nbytes, _ in sums.values()) or 1
+    ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
+    return tuple(OwnerShare(key, nbytes, count, nbytes / total) for key, (nbytes, count) in ordered)
+
+
+def component_of(group: dict[str, Any]) -> str:
+    """`weights of dit`, `activations of vae`, `libraries`, or `(other)`."""
+    if group["operation"] == MERGED:
+        return MERGED
+    if group["component"] is None:
+        return "libraries" if group["shape"] is None else "outside the components"
+    return f"{'weights' if group['operation'] == WEIGHTS else 'activations'} of {group['component']}"
+
+
+def module_of(group: dict[str, Any]) -> str:
+    """`dit.SelfAttention.forward > Linear.forward`, whatever the line; weights and unknown places by component."""
+    if group["operation"] == MERGED or not group["module"]:
+        return component_of(group)
+    return re.sub(r":\d+", "", group["module"])
+
+
+def shape_of(group: dict[str, Any]) -> str:
+    """`[75600, 5120] bfloat16`; what has no shape by its operation."""
+    if group["shape"] is None:
+        return str(group["operation"])
+    return f"{list(group['shape'])} {group['dtype']}"
+
+
+def unusable(moment: dict[str, Any]) -> Unusable | None:
+    """None without a segment map."""
+    segments: Sequence[dict[str, Any]] = moment["segments"]
+    if not segments:
+        return None
+    free: list[int] = []
+    pinned: list[int] = []
+    for segment in segments:
+        sizes = [size for _, size, state in segment["blocks"] if state == "inactive"]
+        (pinned if any(state == "active" for *_, state in segment["blocks"]) else free).extend(sizes)
+    activations = [g for g in moment["alive"] if g["component"] is not None and g["operation"] != WEIGHTS]
+    largest = max((g["bytes"] // g["count"] for g in activations), default=0)
+    holes = free + pinned
+    found = Unusable(
+        inactive_bytes=sum(holes),
+        holes=len(holes),
+        largest_hole_bytes=max(holes, default=0),
+        free_segment_bytes=sum(free),
+        pinned_bytes=sum(pinned),
+        largest_allocation_bytes=largest,
+        too_small_bytes=sum(size for size in holes if size < largest),
+        reason="",
+    )
+    return _with_reason(found, moment["reserved_bytes"])
+
+
+def _with_reason(found: Unusable, reserved: int) -> Unusable:
+    values = dict(vars(found))
+    if not found.holes:
+        return Unusable(**values | {"reason": f"All {human(reserved)} reserved are allocated."})
+    parts = []
+    if found.pinned_bytes:
+        parts.append(f"{human(found.pinned_bytes)} in holes beside live blocks")
+    if found.free_segment_bytes:
+        parts.append(f"{human(found.free_segment_bytes)} in free segments, which emptying the cache would give back")
+    text = f"{human(found.inactive_bytes)} of {human(reserved)} reserved are not allocated: {' and '.join(parts)}."
+    text += f" Holes: {found.holes}, the largest of {human(found.largest_hole_bytes)}."
+    if found.largest_allocation_bytes:
+        least = human(found.largest_allocation_bytes)
+        text += f" {human(found.too_small_bytes)} are in holes too small for the largest activation alive, {least}."
+    return Unusable(**values | {"reason": text})

@@ -1,0 +1,295 @@
+"""A CUDA caching allocator's history replayed event by event: exact block sizes, the peak, and what was alive at it. No torch.
+
+Addresses are known here, so nothing has to be searched for: only what a block leaves to its neighbour has to be worked out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from wanvram.analysis.points import Point, Points
+from wanvram.simulate.allocator import MIN_BLOCK, SMALL_BUFFER, SMALL_SIZE
+
+__all__ = [
+    "ACTIVE",
+    "INACTIVE",
+    "NO_STACK",
+    "PENDING",
+    "Block",
+    "Frame",
+    "Live",
+    "Refusal",
+    "Replay",
+    "Rules",
+    "Segment",
+    "Stack",
+    "TraceEntry",
+]
+
+ACTIVE, PENDING, INACTIVE = "active_allocated", "active_pending_free", "inactive"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One line of a stack."""
+
+    filename: str
+    line: int
+    name: str
+
+    @property
+    def where(self) -> str:
+        """`models/dit.py:120 forward`: the file with its folder."""
+        parts = self.filename.replace("\\", "/").rsplit("/", 2)
+        return f"{'/'.join(parts[-2:])}:{self.line} {self.name}"
+
+
+@dataclass(frozen=True)
+class TraceEntry:
+    """One event of the allocator. action: alloc, free_requested, free_completed, segment_alloc, segment_free, segment_map,
+    segment_unmap, oom (`addr` is then the driver's free bytes) or snapshot. size: the bytes asked for. frames: innermost first.
+    """
+
+    action: str
+    addr: int
+    size: int
+    stream: int
+    time_us: int
+    frames: tuple[Frame, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a segment. state: active_allocated, active_pending_free (waits for another stream) or inactive."""
+
+    address: int
+    size: int
+    requested_size: int
+    state: str
+    frames: tuple[Frame, ...] = ()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of reserved memory and its blocks by address; small: serves only requests up to 1 MiB."""
+
+    address: int
+    size: int
+    stream: int
+    small: bool
+    expandable: bool
+    blocks: tuple[Block, ...]
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An out-of-memory event: the bytes asked for and what the driver had free."""
+
+    seconds: float
+    requested_bytes: int
+    free_bytes: int
+
+
+class Stack(tuple[Frame, ...]):
+    """What is left of a recorded stack: its innermost own frame, or nothing. One object for equal ones."""
+
+    __slots__ = ()
+
+    @property
+    def where(self) -> str:
+        return self[0].where if self else "(no stack recorded)"
+
+
+NO_STACK = Stack()
+BEFORE = Stack((Frame("(before the recording)", 0, ""),))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a request becomes a block. divisions: roundup_power2_divisions from 1 MiB to 32 GiB, by power of two."""
+
+    max_split: int | None = None
+    divisions: tuple[int, ...] = ()
+
+    def rounded(self, size: int) -> int:
+        """c10/cuda/CUDACachingAllocator.cpp, round_size."""
+        if self.divisions and size > MIN_BLOCK:
+            index = min(max(size.bit_length() - SMALL_SIZE.bit_length(), 0), len(self.divisions) - 1)
+            parts = self.divisions[index]
+            if parts > 1 and size > MIN_BLOCK * parts:
+                step = max((1 << (size.bit_length() - 1)) // parts, 1)
+                return -(-size // step) * step
+        return -(-max(size, 1) // MIN_BLOCK) * MIN_BLOCK
+
+
+@dataclass(frozen=True)
+class Range:
+    """Reserved addresses [start, start + size)."""
+
+    start: int
+    size: int
+    stream: int
+    small: bool
+    expandable: bool
+
+
+Live = tuple[int, int, Stack, int, int]  # block bytes, requested bytes, stack, event of alloc, event of free_requested
+NEVER = 1 << 62
+
+
+@dataclass
+class Replay:
+    """The allocator's state from its events, and what is needed to go back from the end to the peak."""
+
+    rules: Rules
+    allocated: int = 0
+    active: int = 0
+    reserved: int = 0
+    events: int = 0
+    first_us: int = 0
+    last: float = 0.0
+    freed_before: int = 0  # bytes of blocks freed here that were allocated before the recording
+    peak: Point = (0.0, 0, 0)
+    peak_event: int = 0
+    peak_active: int = 0
+    peak_reserved: int = 0
+    alive: dict[int, Live] = field(default_factory=dict)
+    pending: dict[int, Live] = field(default_factory=dict)
+    gone: dict[int, Live] = field(default_factory=dict)  # completed since the peak, allocated before it
+    large: list[int] = field(default_factory=list)  # sorted addresses of blocks whose size depends on their neighbour
+    ranges: dict[int, Range] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)  # sorted keys of ranges
+    peak_ranges: dict[int, Range] | None = None  # None: the same as ranges
+    points: Points = field(default_factory=Points)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def feed(self, entries: Iterable[Any]) -> None:
+        for action, addr, size, stream, time_us, stack in entries:
+            if size.__class__ is not int or addr.__class__ is not int or time_us.__class__ is not int or size < 0:
+                raise ValueError(f"an event {action!r} of {size!r} bytes at {addr!r}")
+            if not self.events:
+                self.first_us = time_us
+            self.events += 1
+            self.last = x = (time_us - self.first_us) / 1e6
+            if action == "alloc":
+                self._alloc(addr, size, stack, x)
+            elif action == "free_requested":
+                self._request(addr, size)
+            elif action == "free_completed":
+                self._complete(addr, size)
+            elif action == "oom":
+                self.refusals.append(Refusal(x, size, addr))
+            else:
+                self._segment_event(action, addr, size, stream)
+            self.points.add(x, self.allocated, self.reserved)
+
+    def _alloc(self, addr: int, size: int, stack: Stack, x: float) -> None:
+        if addr in self.alive or addr in self.pending:  # its free was not recorded
+            self._complete(addr, size)
+        block = self.rules.rounded(size) if self.rules.divisions else -(-max(size, 1) // MIN_BLOCK) * MIN_BLOCK
+        if block > SMALL_SIZE:
+            block = self._unsplit(addr, block)
+            insort(self.large, addr)
+        self.alive[addr] = (block, size, stack, self.events, NEVER)
+        self.allocated += block
+        self.active += block
+        if self.active > self.peak_active:
+            self.peak_active = self.active
+        if self.allocated > self.peak[1]:
+            self.peak = (x, self.allocated, self.reserved)
+            self.peak_event = self.events
+            self.peak_ranges = None
+            self.gone.clear()
+
+    def _unsplit(self, addr: int, block: int) -> int:
+        """The block's size: a rest of up to 1 MiB stays with it, or any rest beyond max_split_size."""
+        place = bisect_right(self.starts, addr) - 1
+        if place < 0:
+            return block
+        held = self.ranges[self.starts[place]]
+        after = bisect_left(self.large, addr)
+        end = min(held.start + held.size, self.large[after] if after < len(self.large) else NEVER)
+        room = end - addr
+        splits = self.rules.max_split is None or block < self.rules.max_split
+        return block if held.expandable or room < block or (splits and room - block > SMALL_SIZE) else room
+
+    def _request(self, addr: int, size: int) -> None:
+        live = self.alive.pop(addr) if addr in self.alive else self._from_before(size)
+        block, asked, stack, born, _ = live
+        self.pending[addr] = (block, asked, stack, born, self.events)
+        self.allocated -= block
+
+    def _complete(self, addr: int, size: int) -> None:
+        if addr not in self.pending:
+            self._request(addr, size)
+        live = self.pending.pop(addr)
+        self.active -= live[0]
+        if live[3] <= self.peak_event:
+            self.gone[addr] = live
+        if live[0] > SMALL_SIZE:
+            place = bisect_left(self.large, addr)
+            if place < len(self.large) and self.large[place] == addr:
+                del self.large[place]
+
+    def _from_before(self, size: int) -> Live:
+        block = self.rules.rounded(size)
+        self.freed_before += block
+        return (block, size, BEFORE, 0, NEVER)
+
+    def _segment_event(self, action: str, addr: int, size: int, stream: int) -> None:
+        if action not in ("segment_alloc", "segment_free", "segment_map", "segment_unmap"):
+            return  # "snapshot", and what later versions may add
+        if self.peak_ranges is None:
+            self.peak_ranges = dict(self.ranges)
+        if action in ("segment_alloc", "segment_map"):
+            self.reserved += size
+            self.peak_reserved = max(self.peak_reserved, self.reserved)
+            self._reserve(Range(addr, size, stream, size <= SMALL_BUFFER, action == "segment_map"))
+        else:
+            self.reserved -= size
+            self._release(addr, size)
+
+    def _reserve(self, new: Range) -> None:
+        """Mapped pages join their neighbours of the same pool; cudaMalloc's segments never do."""
+        if new.expandable:
+            place = bisect_left(self.starts, new.start)
+            near = [self.ranges[start] for start in self.starts[max(place - 1, 0) : place + 1]]
+            for other in near:
+                touches = other.start + other.size == new.start or new.start + new.size == other.start
+                if touches and other.expandable and (other.stream, other.small) == (new.stream, new.small):
+                    self._drop(other.start)
+                    start = min(other.start, new.start)
+                    new = Range(start, other.size + new.size, new.stream, new.small, True)
+        if new.start not in self.ranges:
+            insort(self.starts, new.start)
+        self.ranges[new.start] = new
+
+    def _release(self, addr: int, size: int) -> None:
+        place = bisect_right(self.starts, addr) - 1
+        held = self.ranges[self.starts[place]] if place >= 0 else None
+        if held is None or addr + size > held.start + held.size:
+            return  # reserved before the recording
+        self._drop(held.start)
+        rest = ((held.start, addr), (addr + size, held.start + held.size))
+        for start, end in rest:
+            if end > start:
+                insort(self.starts, start)
+                self.ranges[start] = Range(start, end - start, held.stream, held.small, held.expandable)
+
+    def _drop(self, start: int) -> None:
+        del self.ranges[start]
+        del self.starts[bisect_left(self.starts, start)]
+
+    def at_peak(self) -> tuple[dict[int, Live], dict[int, Live]]:
+        """(alive, pending) at the peak, by address."""
+        alive: dict[int, Live] = {}
+        pending: dict[int, Live] = {}
+        for blocks in (self.gone, self.pending, self.alive):
+            for addr, live in blocks.items():
+                if live[3] <= self.peak_event:
+                    (alive if live[4] > self.peak_event else pending)[addr] = live
+        return alive, pending

@@ -1,0 +1,458 @@
+"""PyTorch's CUDA allocator snapshots (torch.cuda.memory._dump_snapshot): replayed while they are read, nothing executed. No torch.
+
+The structure is that of torch/csrc/cuda/Module.cpp (2.11): segments, device_traces, allocator_settings, external_annotations.
+Of every recorded stack only the innermost frame outside of PyTorch is kept.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from wanvram.analysis.pickles import PlainUnpickler
+from wanvram.analysis.points import Point
+from wanvram.analysis.replay import (
+    ACTIVE,
+    INACTIVE,
+    NO_STACK,
+    PENDING,
+    Block,
+    Frame,
+    Live,
+    Refusal,
+    Replay,
+    Rules,
+    Segment,
+    Stack,
+    TraceEntry,
+)
+from wanvram.errors import InputError
+from wanvram.units import human
+
+__all__ = [
+    "AliveGroup",
+    "Block",
+    "DeviceHistory",
+    "Frame",
+    "Hole",
+    "Moment",
+    "Refusal",
+    "Segment",
+    "Snapshot",
+    "TraceEntry",
+    "find_holes",
+    "read_snapshot",
+    "snapshot_timeline",
+]
+
+MAX_GROUPS = 200  # alive groups of a moment in a timeline
+MAX_STAGES = 1000
+_NOT_OWN = re.compile(r"(^|[/\\])torch[/\\]|\.(c|cc|cpp|cu|cuh|h|hpp|so|pyx)$|^\?\?$|^$")
+
+
+@dataclass(frozen=True)
+class AliveGroup:
+    """Equal blocks alive at a moment: `count` of together `bytes`, allocated at `where`."""
+
+    bytes: int
+    count: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Reserved bytes that no tensor uses, and why the next request may not get them."""
+
+    bytes: int
+    segment: int
+    offset: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The allocator at one time. sum of alive == allocated_bytes; pending_bytes: freed, but another stream still uses it.
+    rounding_bytes: the part of allocated_bytes nobody asked for. segments and holes are empty where the history is incomplete.
+    """
+
+    seconds: float
+    allocated_bytes: int
+    reserved_bytes: int
+    pending_bytes: int
+    rounding_bytes: int
+    alive: tuple[AliveGroup, ...]
+    segments: tuple[Segment, ...]
+    holes: tuple[Hole, ...]
+
+
+@dataclass(frozen=True)
+class DeviceHistory:
+    """One device. allocated: in tensors (torch.cuda.memory_allocated); active: with what still waits for another stream.
+
+    complete: recorded from before the first allocation, so that every figure is exact. stages: (name, depth, start, end).
+    """
+
+    device: int
+    events: int
+    complete: bool
+    points: tuple[Point, ...]
+    peak: Moment
+    peak_active_bytes: int
+    peak_reserved_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    segments: tuple[Segment, ...]
+    out_of_memory: tuple[Refusal, ...]
+    stages: tuple[tuple[str, int, float, float], ...]
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        return self.peak.allocated_bytes
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot file. notes: what a reader of the numbers has to know, one sentence each."""
+
+    path: Path
+    devices: tuple[DeviceHistory, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def main(self) -> DeviceHistory:
+        """The device with the highest peak."""
+        return max(self.devices, key=lambda d: d.peak_allocated_bytes)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+
+class _Entry(tuple[Any, ...]):
+    """action, address, size, stream, time in microseconds, stack: as Replay.feed takes it."""
+
+    __slots__ = ()
+
+
+class _Framed(tuple[Any, ...]):
+    """(the stack of this one frame, whether the frame is outside of PyTorch)"""
+
+    __slots__ = ()
+
+
+class _SnapshotUnpickler(PlainUnpickler):
+    """Feeds trace entries to a replay per trace as they complete, and shrinks frames, blocks and segments."""
+
+    def __init__(self, file: BinaryIO, name: str, rules: Rules) -> None:
+        super().__init__(file, name)
+        self._rules = rules
+        self._frames: dict[tuple[Any, ...], _Framed] = {}
+        self._replays: dict[int, tuple[Any, Replay]] = {}  # id of the trace's list -> (the list, its replay)
+
+    def replay_of(self, trace: Any) -> Replay:
+        known = self._replays.get(id(trace))
+        if known is None:
+            known = self._replays[id(trace)] = (trace, Replay(self._rules))
+        return known[1]
+
+    def finish_dict(self, value: dict[Any, Any]) -> Any:
+        if "action" in value:
+            return self._entry(value)
+        if "filename" in value and "line" in value:
+            return self._frame(value)
+        if "state" in value and "size" in value:
+            return self._block(value)
+        if "blocks" in value and "total_size" in value:
+            return self._segment(value)
+        if "stage" in value and "time_us" in value:
+            return (value.get("device", 0), value["stage"], str(value.get("name", "")), _count(value["time_us"]))
+        return value
+
+    def finish_list(self, target: Any, items: list[Any]) -> Any:
+        kind = items[0].__class__
+        if kind is _Entry:
+            self.replay_of(target).feed(items)
+            return target
+        if kind is _Framed:
+            if target:
+                return target
+            return next((stack for stack, own in items if own), items[0][0])
+        return super().finish_list(target, items)
+
+    def _entry(self, value: dict[Any, Any]) -> _Entry:
+        for item in value.values():
+            if item.__class__ is list or item.__class__ is dict:
+                self.forget(item, NO_STACK)
+        get = value.get
+        action = get("action")
+        addr = get("device_free" if action == "oom" else "addr", 0)
+        return _Entry((action, addr, get("size", 0), get("stream", 0), get("time_us", 0), _stack(get("frames"))))
+
+    def _frame(self, value: dict[Any, Any]) -> _Framed:
+        key = (str(value["filename"]), value["line"], str(value.get("name", "")))
+        known = self._frames.get(key)
+        if known is None:
+            filename, line, name = key
+            own = _NOT_OWN.search(filename) is None
+            known = self._frames[key] = _Framed((Stack((Frame(filename, int(line), name),)), own))
+        return known
+
+    def _block(self, value: dict[Any, Any]) -> Block:
+        size = _count(value["size"])
+        stack = _stack(value.get("frames"))
+        self._keep(1)
+        return Block(
+            int(value.get("address", 0)), size, _count(value.get("requested_size", size)), value["state"], stack
+        )
+
+    def _segment(self, value: dict[Any, Any]) -> Segment:
+        address, blocks = int(value["address"]), []
+        at = address
+        for block in value["blocks"]:
+            blocks.append(Block(at, block.size, block.requested_size, block.state, block.frames))
+            at += block.size
+        return Segment(
+            address,
+            _count(value["total_size"]),
+            int(value.get("stream", 0)),
+            value.get("segment_type") == "small",
+            bool(value.get("is_expandable", False)),
+            tuple(blocks),
+            _count(value.get("device", 0)),
+        )
+
+
+def _stack(frames: Any) -> Stack:
+    return frames if frames.__class__ is Stack else NO_STACK
+
+
+def _count(value: Any) -> int:
+    if value.__class__ is not int or value < 0:
+        raise ValueError(f"{value!r} is no number of bytes")
+    return int(value)
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """The snapshot at `path`, replayed. A pickle (gzipped or not) is interpreted, never executed; memory stays bounded.
+
+    Raises InputError when the file is missing, empty, truncated, no snapshot, or would run code when unpickled.
+    """
+    root, reader = _load(path, Rules())
+    settings = _settings(root)
+    rules = _rules(settings)
+    if rules != Rules():  # known only behind the events, and they decide the sizes of blocks
+        root, reader = _load(path, rules)
+    segments = root.get("segments", ()) if isinstance(root, dict) else root
+    traces = root.get("device_traces", ()) if isinstance(root, dict) else ()
+    if not all(isinstance(s, Segment) for s in segments) or not all(isinstance(t, list) for t in traces):
+        raise InputError(f"{path} is no CUDA allocator snapshot: expected lists of segments and device_traces")
+    annotations = root.get("external_annotations", ()) if isinstance(root, dict) else ()
+    by_device: dict[int, list[Segment]] = {i: [] for i, trace in enumerate(traces) if reader.replay_of(trace).events}
+    for segment in segments:
+        by_device.setdefault(segment.device, []).append(segment)
+    if not by_device:
+        raise InputError(f"{path} holds no segment and no event: nothing was allocated on any GPU")
+    notes: list[str] = []
+    devices = []
+    for device in sorted(by_device):
+        replay = reader.replay_of(traces[device]) if device < len(traces) else Replay(rules)
+        stages = _stages([a for a in annotations if isinstance(a, tuple) and a[0] == device], replay)
+        devices.append(_history(device, replay, by_device[device], stages, notes))
+    return Snapshot(path, tuple(devices), settings, tuple(notes))
+
+
+def _load(path: Path, rules: Rules) -> tuple[Any, _SnapshotUnpickler]:
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+            reader = _SnapshotUnpickler(file, str(path), rules)
+            root = reader.load()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is a truncated or damaged gzip file") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not isinstance(root, (dict, list)) or (isinstance(root, dict) and not {"segments", "device_traces"} & set(root)):
+        raise InputError(f"{path} is no CUDA allocator snapshot: it has neither segments nor device_traces")
+    return root, reader
+
+
+def _settings(root: Any) -> dict[str, Any]:
+    settings = root.get("allocator_settings") if isinstance(root, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _rules(settings: dict[str, Any]) -> Rules:
+    split, parts = settings.get("max_split_size"), settings.get("roundup_power2_divisions")
+    divisions = tuple(parts.values()) if isinstance(parts, dict) else ()
+    usable = all(isinstance(n, int) and 0 <= n < 1 << 32 for n in divisions) and any(divisions)
+    return Rules(split if isinstance(split, int) and 0 < split < 1 << 62 else None, divisions if usable else ())
+
+
+# --- what a replay says ----------------------------------------------------------------------------------------------------
+
+
+def _history(
+    device: int, replay: Replay, segments: Sequence[Segment], stages: list[Any], notes: list[str]
+) -> DeviceHistory:
+    live_at_end = [b for s in segments for b in s.blocks if b.state == ACTIVE]
+    older = [b for b in live_at_end if b.address not in replay.alive and b.address not in replay.pending]
+    base = replay.freed_before + sum(b.size for b in older)
+    reserved_at_end = sum(s.size for s in segments) if segments else replay.reserved
+    base_reserved = max(reserved_at_end - replay.reserved, 0)
+    complete = base == 0 and base_reserved == 0
+    allocated = base + replay.allocated
+    said = sum(b.size for b in live_at_end)
+    if not complete and replay.events:
+        notes.append(
+            f"GPU {device}: the history starts after {human(base)} had been allocated; "
+            "figures are exact only when recording starts before the first allocation and max_entries is not reached"
+        )
+    if segments and said != allocated:
+        notes.append(f"GPU {device}: the events end with {human(allocated)} allocated, the segments say {human(said)}")
+    points = tuple((x, a + base, r + base_reserved) for x, a, r in replay.points.result())
+    return DeviceHistory(
+        device=device,
+        events=replay.events,
+        complete=complete,
+        points=points or ((0.0, base, base_reserved),),
+        peak=_peak(replay, older, base, base_reserved, complete),
+        peak_active_bytes=replay.peak_active + base,
+        peak_reserved_bytes=replay.peak_reserved + base_reserved,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved_at_end,
+        segments=tuple(sorted(segments, key=lambda s: s.address)),
+        out_of_memory=tuple(replay.refusals),
+        stages=tuple(stages),
+    )
+
+
+def _peak(replay: Replay, older: Sequence[Block], base: int, base_reserved: int, complete: bool) -> Moment:
+    alive, pending = replay.at_peak()
+    groups: Counter[tuple[int, str]] = Counter((live[0], live[2].where) for live in alive.values())
+    groups.update((b.size, b.frames[0].where if b.frames else NO_STACK.where) for b in older)
+    ranked = sorted(((size * n, n, where) for (size, where), n in groups.items()), key=lambda g: (-g[0], g[2]))
+    x, allocated, reserved = replay.peak
+    segments = _map(replay, alive, pending) if complete else ()
+    asked = sum(live[1] for live in alive.values()) + sum(b.requested_size for b in older)
+    return Moment(
+        seconds=x,
+        allocated_bytes=allocated + base,
+        reserved_bytes=reserved + base_reserved,
+        pending_bytes=sum(live[0] for live in pending.values()),
+        rounding_bytes=allocated + base - asked,
+        alive=tuple(AliveGroup(*group) for group in ranked),
+        segments=segments,
+        holes=find_holes(segments),
+    )
+
+
+def _map(replay: Replay, alive: dict[int, Live], pending: dict[int, Live]) -> tuple[Segment, ...]:
+    ranges = replay.ranges if replay.peak_ranges is None else replay.peak_ranges
+    used = sorted(
+        [(a, live, ACTIVE) for a, live in alive.items()] + [(a, live, PENDING) for a, live in pending.items()]
+    )
+    result, at = [], 0
+    for start in sorted(ranges):
+        held = ranges[start]
+        end, free, blocks = start + held.size, start, []
+        while at < len(used) and used[at][0] < end:
+            address, live, state = used[at]
+            if address > free:
+                blocks.append(Block(free, address - free, 0, INACTIVE))
+            blocks.append(Block(address, live[0], live[1], state, live[2]))
+            free, at = address + live[0], at + 1
+        if free < end:
+            blocks.append(Block(free, end - free, 0, INACTIVE))
+        result.append(Segment(start, held.size, held.stream, held.small, held.expandable, tuple(blocks)))
+    return tuple(result)
+
+
+def find_holes(segments: Sequence[Segment]) -> tuple[Hole, ...]:
+    """Every reserved range that no tensor uses, largest first, with the reason why it may be of no use."""
+    per_stream: Counter[int] = Counter()
+    for segment in segments:
+        per_stream[segment.stream] += segment.size
+    main = per_stream.most_common(1)[0][0] if per_stream else 0
+    holes = []
+    for segment in segments:
+        whole = all(block.state == INACTIVE for block in segment.blocks)
+        for block in segment.blocks:
+            if block.state == PENDING:
+                why = "freed, but another stream may still use it"
+            elif block.state == ACTIVE:
+                continue
+            elif whole:
+                why = "a whole free segment; torch.cuda.empty_cache() would give it back"
+            elif segment.stream != main:
+                why = f"belongs to stream {segment.stream}"
+            elif segment.small:
+                why = "in the small pool, which serves requests up to 1 MiB only"
+            else:
+                why = f"beside live blocks: fits only requests up to {human(block.size)}"
+            holes.append(Hole(block.size, segment.address, block.address - segment.address, why))
+    return tuple(sorted(holes, key=lambda hole: -hole.bytes))
+
+
+def _stages(annotations: Sequence[tuple[Any, ...]], replay: Replay) -> list[tuple[str, int, float, float]]:
+    """(name, depth, start, end) of what record_function marked while the history was recorded, in order of start."""
+    stages: list[tuple[str, int, float, float]] = []
+    opened: list[tuple[str, float]] = []
+    for _, kind, name, time_us in annotations:
+        x = max((time_us - replay.first_us) / 1e6, 0.0)
+        if kind == "START":
+            opened.append((name, x))
+        elif opened and opened[-1][0] == name:
+            start = opened.pop()[1]
+            stages.append((name, len(opened), start, x))
+    while opened:
+        name, start = opened.pop()
+        stages.append((name, len(opened), start, max(replay.last, start)))
+    return sorted(stages, key=lambda stage: (stage[2], stage[1]))
+
+
+def snapshot_timeline(snapshot: Snapshot) -> dict[str, Any]:
+    """timeline.json of the device with the highest peak: axis in seconds, one moment (the peak)."""
+    history = snapshot.main
+    peak = history.peak
+    depth = 2 if len(history.stages) <= MAX_STAGES else 1
+    stages = [stage for stage in history.stages if stage[1] < depth][:MAX_STAGES]
+    at_peak = [name for name, level, start, end in stages if level == 0 and start <= peak.seconds <= end]
+    stage_name = at_peak[-1] if at_peak else None
+    groups = [(g.bytes, g.count, g.where) for g in peak.alive]
+    rest = groups[MAX_GROUPS - 1 :] if len(groups) > MAX_GROUPS else []
+    if rest:
+        groups[MAX_GROUPS - 1 :] = [(sum(g[0] for g in rest), sum(g[1] for g in rest), "(other)")]
+    nothing = {"component": None, "stage": None, "module": None, "shape": None, "dtype": None}
+    moment = {
+        "label": "peak",
+        "x": peak.seconds,
+        "allocated_bytes": peak.allocated_bytes,
+        "reserved_bytes": peak.reserved_bytes,
+        "stage": stage_name,
+        "component": None,
+        "alive": [{"bytes": size, "count": n, "operation": where, **nothing} for size, n, where in groups],
+        "segments": [{"bytes": s.size, "blocks": [_drawn(s, b) for b in s.blocks]} for s in peak.segments],
+    }
+    return {
+        "schema": 1,
+        "axis": "seconds",
+        "points": [[x, allocated, reserved, None] for x, allocated, reserved in history.points],
+        "stages": [
+            {"name": name, "component": None, "kind": "step" if level else "stage", "start": start, "end": end}
+            for name, level, start, end in stages
+        ],
+        "weights": [],
+        "moments": [moment],
+    }
+
+
+def _drawn(segment: Segment, block: Block) -> list[Any]:
+    return [block.address - segment.address, block.size, "active" if block.state == ACTIVE else "inactive"]

@@ -1,0 +1,403 @@
+"""What one run spent its memory and time on, stage by stage: pure functions over a RunRecord and its timeline. No torch.
+
+With a timeline, fragmentation and fluctuation come from its points, every moment between two of the recorder's reads
+included; without one, from the starts, peaks and ends of the spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import linear_regression
+from typing import Any
+
+from wanvram.analysis.peak import (
+    WEIGHTS,
+    Moment,
+    OwnerShare,
+    component_of,
+    describe_moment,
+    module_of,
+    owners,
+    shape_of,
+)
+from wanvram.errors import InputError
+from wanvram.record import ComponentRecord, Memory, RunRecord, Span
+from wanvram.units import human
+
+__all__ = [
+    "Analysis",
+    "Bottleneck",
+    "Fragmentation",
+    "Growth",
+    "Loading",
+    "SpecMoments",
+    "StageUse",
+    "Switch",
+    "analyze_run",
+    "fragmentation",
+    "fragmentation_over_time",
+    "steady_growth",
+]
+
+SCHEMA = 1
+WARM_UP_STEPS = 3  # solvers of second order keep results of two steps; libraries take their workspaces in the first
+MAX_STEPS = 10_000
+_OF = f"{WEIGHTS} of "
+
+
+@dataclass(frozen=True)
+class Fragmentation:
+    """(reserved - allocated) / reserved of one stage: at its allocated peak, and over its time."""
+
+    start: float
+    at_peak: float
+    highest: float
+    end: float
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """One load or stage. time_share: of all stages' seconds; None for a simulated run, whose seconds mean nothing."""
+
+    name: str
+    kind: str
+    component: str | None
+    start: Memory
+    peak: Memory
+    end: Memory
+    activation_bytes: int
+    fluctuation_bytes: int
+    fragmentation: Fragmentation
+    seconds: float | None
+    time_share: float | None
+
+
+@dataclass(frozen=True)
+class SpecMoments:
+    """Memory before the first forward of the DiT, at the highest point inside one of its blocks, and after vae.decode.
+
+    inside_blocks needs block spans (profile_memory); block_activation_bytes is what it adds to before_forward.
+    """
+
+    before_forward: Memory | None
+    inside_blocks: Memory | None
+    highest_block: str | None
+    block_activation_bytes: int | None
+    after_decode: Memory | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """One component enters: what it added, and what loading needed beyond that and gave back."""
+
+    component: str | None
+    added_bytes: int
+    transient_bytes: int
+    peak: Memory
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """From the end of one component's use to the load of the next. given_back: before minus after.
+
+    resident: weights that stay, by component; None without a timeline.
+    """
+
+    leaving: str | None
+    entering: str | None
+    before: Memory
+    after: Memory
+    given_back_allocated_bytes: int
+    given_back_reserved_bytes: int
+    resident: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Allocated at the end of every step of a stage. leak None: too few steps to tell.
+
+    bytes_per_step is the slope after the warm-up and before the last step, and 0 when there is no steady growth.
+    """
+
+    stage: str
+    allocated_bytes: tuple[int, ...]
+    leak: bool | None
+    bytes_per_step: int
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The stage that decides whether the run fits. top: the largest alive groups there, empty without a timeline."""
+
+    stage: str
+    component: str | None
+    peak: Memory
+    weights_bytes: int | None
+    top: tuple[OwnerShare, ...]
+    statement: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything `wanvram analyze` says about one run. peaks: one per moment of the timeline, the global one first."""
+
+    peak: Memory | None
+    bottleneck: Bottleneck | None
+    components: tuple[ComponentRecord, ...]
+    stages: tuple[StageUse, ...]
+    moments: SpecMoments
+    loading: tuple[Loading, ...]
+    inference: tuple[str, ...]
+    switches: tuple[Switch, ...]
+    growth: tuple[Growth, ...]
+    fragmentation_at_peak: float
+    fragmentation_highest: float
+    peaks: tuple[Moment, ...]
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def analyze_run(record: RunRecord, timeline: dict[str, Any] | None) -> Analysis:
+    """Raises InputError for a damaged timeline or one of another run."""
+    if timeline is None:
+        return _analysis(record, None, [None] * len(record.stages))
+    try:
+        return _analysis(record, timeline, list(_windows(record, timeline)))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the timeline is damaged: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A stage on the timeline's axis, and the points in it."""
+
+    start: float
+    points: list[Memory]
+    moment: Moment | None
+
+
+def _windows(record: RunRecord, timeline: dict[str, Any]) -> Iterator[_Window]:
+    """One window per load or stage of the record."""
+    if timeline["schema"] != SCHEMA:
+        raise ValueError(f"schema {timeline['schema']!r} instead of {SCHEMA}")
+    wholes = [s for s in timeline["stages"] if s["kind"] in ("load", "stage")]
+    if [s["name"] for s in wholes] != [s.name for s in record.stages]:
+        raise ValueError("its stages are not those of the record")
+    for entry in wholes:
+        inside = [p for p in timeline["points"] if entry["start"] <= p[0] <= entry["end"]]
+        if not inside:
+            raise ValueError(f"no point in stage {entry['name']}")
+        moments = [m for m in timeline["moments"] if m["label"] == f"peak of {entry['name']}"]
+        own = [m for m in moments if entry["start"] <= m["x"] <= entry["end"]]
+        yield _Window(entry["start"], [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
+
+
+def _analysis(record: RunRecord, timeline: dict[str, Any] | None, windows: Sequence[_Window | None]) -> Analysis:
+    stages = _stages(record, windows)
+    where = record.peak_span()
+    index = next((i for i, span in enumerate(record.stages) if span is where), 0)
+    return Analysis(
+        peak=record.peak(),
+        bottleneck=_bottleneck(where, windows[index], timeline) if where else None,
+        components=tuple(record.components),
+        stages=stages,
+        moments=_spec_moments(record.stages),
+        loading=tuple(_loading(span) for span in record.stages if span.kind == "load"),
+        inference=tuple(span.name for span in record.stages if span.kind == "stage"),
+        switches=tuple(_switches(record.stages, windows, timeline)),
+        growth=tuple(_growths(record)),
+        fragmentation_at_peak=stages[index].fragmentation.at_peak if stages else 0.0,
+        fragmentation_highest=max((s.fragmentation.highest for s in stages), default=0.0),
+        peaks=tuple(describe_moment(m) for m in timeline["moments"]) if timeline else (),
+    )
+
+
+# --- stages --------------------------------------------------------------------------------------------------------------
+
+
+def fragmentation(memory: Memory) -> float:
+    """(reserved - allocated) / reserved; 0 where nothing is reserved."""
+    if memory.reserved_bytes <= 0:
+        return 0.0
+    return (memory.reserved_bytes - memory.allocated_bytes) / memory.reserved_bytes
+
+
+def fragmentation_over_time(timeline: dict[str, Any]) -> list[tuple[float, float]]:
+    """(x, rate) at every point of the timeline."""
+    return [(point[0], fragmentation(Memory(point[1], point[2], None))) for point in timeline["points"]]
+
+
+def _stages(record: RunRecord, windows: Sequence[_Window | None]) -> tuple[StageUse, ...]:
+    timed = [] if record.simulated else [s.seconds for s in record.stages if s.seconds is not None]
+    total = sum(timed)
+    result = []
+    for span, window in zip(record.stages, windows, strict=True):
+        seconds = None if record.simulated else span.seconds
+        result.append(
+            StageUse(
+                name=span.name,
+                kind=span.kind,
+                component=span.component,
+                start=span.start,
+                peak=span.peak,
+                end=span.end,
+                activation_bytes=span.activation_bytes,
+                fluctuation_bytes=_fluctuation(span, window),
+                fragmentation=_fragmentation(span, window),
+                seconds=seconds,
+                time_share=seconds / total if seconds is not None and total else None,
+            )
+        )
+    return tuple(result)
+
+
+def _fluctuation(span: Span, window: _Window | None) -> int:
+    """Spread of allocated within the stage, bytes."""
+    if window is None:
+        return span.fluctuation_bytes
+    allocated = [memory.allocated_bytes for memory in window.points]
+    return max(allocated) - min(allocated)
+
+
+def _fragmentation(span: Span, window: _Window | None) -> Fragmentation:
+    """A span's peak holds the highest of each figure, which need not have been at the same time; points know."""
+    if window is None:
+        everything = [m for part in span.walk() for m in (part.start, part.peak, part.end)]
+        start, peak, end = span.start, span.peak, span.end
+    else:
+        everything = window.points
+        peak = max(everything, key=lambda memory: memory.allocated_bytes)
+        start, end = everything[0], everything[-1]
+    return Fragmentation(
+        fragmentation(start), fragmentation(peak), max(map(fragmentation, everything)), fragmentation(end)
+    )
+
+
+def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
+    denoise = next((s for s in stages if s.kind == "stage" and s.component == "dit"), None)
+    decode = next((s for s in stages if s.kind == "stage" and s.name == "decode"), None)
+    blocks = [s for s in denoise.walk() if s.kind == "block"] if denoise else []
+    highest = max(blocks, key=lambda s: s.peak.allocated_bytes, default=None)
+    added = highest.peak.allocated_bytes - denoise.start.allocated_bytes if highest and denoise else None
+    return SpecMoments(
+        before_forward=denoise.start if denoise else None,
+        inside_blocks=highest.peak if highest else None,
+        highest_block=highest.name if highest else None,
+        block_activation_bytes=added,
+        after_decode=decode.end if decode else None,
+    )
+
+
+# --- phases --------------------------------------------------------------------------------------------------------------
+
+
+def _loading(span: Span) -> Loading:
+    return Loading(
+        component=span.component,
+        added_bytes=span.end.allocated_bytes - span.start.allocated_bytes,
+        transient_bytes=span.peak.allocated_bytes - max(span.start.allocated_bytes, span.end.allocated_bytes),
+        peak=span.peak,
+        seconds=span.seconds,
+    )
+
+
+def _switches(
+    stages: Sequence[Span], windows: Sequence[_Window | None], timeline: dict[str, Any] | None
+) -> Iterator[Switch]:
+    for index in range(1, len(stages)):
+        before, after, window = stages[index - 1], stages[index], windows[index]
+        if before.kind != "stage" or after.kind != "load":
+            continue
+        yield Switch(
+            leaving=before.component,
+            entering=after.component,
+            before=before.end,
+            after=after.start,
+            given_back_allocated_bytes=before.end.allocated_bytes - after.start.allocated_bytes,
+            given_back_reserved_bytes=before.end.reserved_bytes - after.start.reserved_bytes,
+            resident=_resident(timeline, window.start) if timeline and window else None,
+        )
+
+
+def _resident(timeline: dict[str, Any], x: float) -> dict[str, int]:
+    result: dict[str, int] = {}
+    for weight in timeline["weights"]:
+        if weight["start"] <= x < weight["end"]:
+            result[weight["component"]] = result.get(weight["component"], 0) + weight["bytes"]
+    return result
+
+
+# --- growth --------------------------------------------------------------------------------------------------------------
+
+
+def _growths(record: RunRecord) -> Iterator[Growth]:
+    for stage in record.stages:
+        ends: list[int] = []
+        for step in (child for child in stage.children if child.kind == "step"):
+            # A simulated step that stands for many was run once: it says nothing about growth over the others.
+            repeats = 1 if record.simulated else min(step.repeats, MAX_STEPS - len(ends))
+            ends += [step.end.allocated_bytes] * repeats
+        if len(ends) > 1:
+            yield Growth(stage.name, tuple(ends), *steady_growth(ends))
+
+
+def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:
+    """(is it a leak, bytes per step) of allocated bytes at the steps' ends, warm-up and last step left out.
+
+    A leak: everything in the last third is over everything in the first third, and at least three and a quarter of the
+    steps grew. One late allocation is no leak, nor is noise around a level. None with fewer than four steps to judge.
+    """
+    steady = list(ends[WARM_UP_STEPS:-1])
+    if len(steady) < 4:
+        return None, 0
+    third = len(steady) // 3
+    grew = sum(after > before for before, after in pairwise(steady))
+    if min(steady[-third:]) <= max(steady[:third]) or grew < max(3, (len(steady) - 1) / 4):
+        return False, 0
+    return True, round(linear_regression(range(len(steady)), steady).slope)
+
+
+# --- bottleneck ----------------------------------------------------------------------------------------------------------
+
+
+def _bottleneck(span: Span, window: _Window | None, timeline: dict[str, Any] | None) -> Bottleneck:
+    where = f"{span.name} ({span.component})" if span.component else span.name
+    peak = span.peak
+    device = f", {human(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
+    text = f"The peak is in {where}: {human(peak.allocated_bytes)} allocated, {human(peak.reserved_bytes)} reserved{device}."
+    if window is None or window.moment is None or timeline is None:
+        there = f"{human(span.start.allocated_bytes)} were there when it began"
+        text += f" {there}, and {human(span.activation_bytes)} came on top."
+        return Bottleneck(span.name, span.component, peak, None, (), text)
+    moment = window.moment
+    groups = next(m["alive"] for m in timeline["moments"] if m["label"] == moment.label and m["x"] == moment.x)
+    top = owners(groups, _group_name)[:5]
+    rest = owners((g for g in groups if g["operation"] != WEIGHTS), _group_name)[:2]
+    if moment.weights_bytes:
+        text += f" {human(moment.weights_bytes)} are weights ({_weights_listed(moment)})."
+    if rest:
+        text += f" Largest of the rest: {'; '.join(map(_times, rest))}."
+    return Bottleneck(span.name, span.component, peak, moment.weights_bytes, top, text)
+
+
+def _group_name(group: dict[str, Any]) -> str:
+    """`weights of dit`, or shape and place of an activation."""
+    if group["operation"] == WEIGHTS:
+        return component_of(group)
+    if group["shape"] is None:
+        return shape_of(group)
+    return f"{shape_of(group)} of {module_of(group)}"
+
+
+def _weights_listed(moment: Moment) -> str:
+    found = [owner for owner in moment.by_component if owner.name.startswith(_OF)]
+    return ", ".join(f"{owner.name.removeprefix(_OF)} {human(owner.bytes)}" for owner in found)
+
+
+def _times(owner: OwnerShare) -> str:
+    return f"{f'{owner.count} x ' if owner.count > 1 else ''}{owner.name}, {human(owner.bytes)}"

@@ -1,0 +1,109 @@
+"""Turn recorded runs into a report: one HTML file that opens from disk, Markdown, or plain text.
+
+examples:
+  wanvram report profiler_logs/baseline                         writes profiler_logs/baseline/report.html
+  wanvram report profiler_logs -o docs/report.html              every run in the directory, compared
+  wanvram report profiler_logs/a profiler_logs/b --format md    Markdown on stdout
+  wanvram report profiler_logs/baseline --lang zh -o report.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from wanvram.errors import InputError
+from wanvram.record import write_atomically
+from wanvram.report.answer import answer, deciding_bytes, smallest_card
+from wanvram.report.html import html_report
+from wanvram.report.markdown import markdown_report
+from wanvram.report.runs import Run, find_runs
+from wanvram.report.terminal import summarize
+from wanvram.report.texts import LANGUAGES, Texts
+
+__all__ = ["prepare_parser", "run"]
+
+_SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".txt": "text"}
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
+    parser.add_argument("-o", "--output", type=Path, help="file to write; its ending says the format")
+    parser.add_argument("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
+    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    kind = _format(args.format, args.output)
+    runs = find_runs(args.runs)
+    output = args.output
+    if output is None and kind == "html" and not args.json:
+        output = _common(args.runs) / "report.html"
+    text = "" if output is None and args.json else _report(runs, kind, args.lang)
+    if output is not None:
+        write_atomically(output, text)
+    if args.json:
+        print(json.dumps(_summary(runs, args.lang, output), ensure_ascii=False))
+    elif output is None:
+        print(text, end="")
+    else:
+        print(f"Wrote {output}")
+    return 0
+
+
+def _format(wanted: str | None, output: Path | None) -> str:
+    if output is None:
+        return wanted or "html"
+    ending = _SUFFIXES.get(output.suffix.lower())
+    if ending is None:
+        raise InputError(f"{output}: a report ends in {', '.join(_SUFFIXES)}")
+    if wanted is not None and wanted != ending:
+        raise InputError(f"--format {wanted} contradicts the ending of {output}; leave one of them out")
+    return ending
+
+
+def _common(paths: Sequence[Path]) -> Path:
+    """The directory that holds everything reported on."""
+    if len(paths) == 1:
+        return paths[0]
+    return Path(os.path.commonpath([path.resolve() for path in paths]))
+
+
+def _report(runs: Sequence[Run], kind: str, language: str) -> str:
+    if kind == "html":
+        return html_report(runs, language)
+    if kind == "md":
+        return markdown_report(runs, language)
+    return "\n".join(summarize(run.record) for run in runs)
+
+
+def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:
+    texts = Texts(language)
+    return {
+        "schema": 1,
+        "written": None if output is None else str(output),
+        "runs": [_run_summary(run, texts) for run in runs],
+    }
+
+
+def _run_summary(run: Run, texts: Texts) -> dict[str, Any]:
+    record, peak, where = run.record, run.record.peak(), run.record.peak_span()
+    return {
+        "label": run.label,
+        "simulated": record.simulated,
+        "fits": record.fits,
+        "peak_device_bytes": peak.device_bytes if peak else None,
+        "peak_reserved_bytes": peak.reserved_bytes if peak else None,
+        "peak_allocated_bytes": peak.allocated_bytes if peak else None,
+        "stage": where.name if where else None,
+        "component": where.component if where else None,
+        "smallest_card_gib": smallest_card(deciding_bytes(peak)) if peak and record.device != "cpu" else None,
+        "failure": record.failure.kind if record.failure else None,
+        **asdict(answer(run, texts)),
+    }

@@ -1,0 +1,157 @@
+"""The answer a report opens with: how much, does it fit, who owns the peak, what to change. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from wanvram.record import Memory, RunRecord, Span
+from wanvram.report.runs import Run
+from wanvram.report.texts import Texts
+from wanvram.report.timeline import peak_moment, weights_at
+from wanvram.units import GIB, human
+
+__all__ = ["CARDS_GIB", "Answer", "answer", "deciding_bytes", "smallest_card", "together"]
+
+CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
+USABLE_SHARE = 0.98  # of a card's nominal memory a process gets about this much: RTX 4090 24,082 of 24,576 MiB
+
+
+@dataclass(frozen=True)
+class Answer:
+    """headline: how much and whether it fits. owner: who owns the peak. change: what lowers it."""
+
+    headline: str
+    owner: str
+    change: str
+
+
+@dataclass(frozen=True)
+class _Lever:
+    """A knob that acts on bytes alive at the peak. key: its sentence in texts."""
+
+    key: str
+    bytes_at_stake: int
+
+
+def deciding_bytes(memory: Memory) -> int:
+    """What decides whether a run fits: device bytes, where they are unknown reserved bytes."""
+    return memory.device_bytes if memory.device_bytes is not None else memory.reserved_bytes
+
+
+def smallest_card(used_bytes: int) -> int | None:
+    """Nominal GiB of the smallest standard card with that much usable memory; None above 80 GB."""
+    return next((card for card in CARDS_GIB if used_bytes <= card * GIB * USABLE_SHARE), None)
+
+
+def answer(run: Run, texts: Texts) -> Answer:
+    """Three sentences for one run, in the language of `texts`."""
+    span, peak = run.record.peak_span(), run.record.peak()
+    if span is None or peak is None:
+        return Answer(_failure(run.record, texts) or texts("nothing_recorded"), "", "")
+    return Answer(_headline(run.record, peak, texts), _owner(run, span, texts), _change(run, span, texts))
+
+
+def _headline(record: RunRecord, peak: Memory, texts: Texts) -> str:
+    figure = "device" if peak.device_bytes is not None else "reserved"
+    used = deciding_bytes(peak)
+    parts = [texts(f"peak_{figure}_{'predicted' if record.simulated else 'measured'}", bytes=human(used))]
+    failure = _failure(record, texts)
+    if failure:
+        return " ".join([failure, texts("until_then", peak=parts[0])])
+    if record.budget_bytes is not None:
+        key = "fits_budget" if record.fits else "exceeds_budget"
+        spare = human(abs(record.budget_bytes - used))
+        parts.append(texts(key, budget=human(record.budget_bytes), spare=spare))
+    if record.device != "cpu":
+        card = smallest_card(used)
+        parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))
+    return texts.sentence(parts)
+
+
+def _failure(record: RunRecord, texts: Texts) -> str | None:
+    if record.failure is None:
+        return None
+    where = record.failure.stage or texts("no_stage")
+    return texts(f"failed_{record.failure.kind}", stage=where, message=record.failure.message)
+
+
+def _owner(run: Run, span: Span, texts: Texts) -> str:
+    component = span.component or texts("no_component")
+    there, activation = span.start.allocated_bytes, span.activation_bytes
+    key = "owner_activation" if activation > there else "owner_weights"
+    sentence = texts(key, stage=span.name, component=component, activation=human(activation), there=human(there))
+    moment = peak_moment(run.timeline)
+    groups = [g for g in moment["alive"] if g["operation"] != "(other)"] if moment else []
+    if not groups:
+        return sentence
+    top = max(groups, key=lambda group: int(group["bytes"]))
+    what = " ".join(str(top[k]) for k in ("operation", "module") if top[k]) or texts("unknown")
+    return texts.join(sentence, texts("largest_group", bytes=human(top["bytes"]), count=top["count"], what=what))
+
+
+def _change(run: Run, span: Span, texts: Texts) -> str:
+    if run.advice:
+        best = max(run.advice, key=lambda advice: advice.saved_bytes)
+        return texts("advice", change=best.change, saved=human(best.saved_bytes))
+    lever = max(_levers(run, span), key=lambda lever: lever.bytes_at_stake, default=None)
+    if lever is None or lever.bytes_at_stake <= 0:
+        return texts("lever_none")
+    return texts(lever.key, bytes=human(lever.bytes_at_stake), component=span.component or texts("no_component"))
+
+
+def _levers(run: Run, span: Span) -> Iterator[_Lever]:
+    """Knobs of Strategy that are still off and act on the peak, each with the bytes alive there that it works on."""
+    setting = _setting(run)
+    weights = _weights_at_peak(run, span)
+    own = weights.get(span.component or "", 0)
+    others = sum(weights.values()) - own
+    if setting("model_config.offload") is False:
+        yield _Lever("lever_offload", others)
+    if setting("model_config.load_strategy") == "full":
+        yield _Lever("lever_block", own)
+    if span.component == "text_encoder" and setting("model_config.t5_cpu") is False:
+        yield _Lever("lever_t5_cpu", own + span.activation_bytes)
+    if span.component == "dit" and span.kind == "stage":
+        if setting("optimization.attention_slicing") is False:
+            yield _Lever("lever_slicing", span.activation_bytes)
+        elif setting("optimization.rows_per_chunk") is None:
+            yield _Lever("lever_rows", span.activation_bytes)
+    if setting("optimization.expandable_segments") is False:
+        yield _Lever("lever_segments", span.peak.reserved_bytes - span.peak.allocated_bytes)
+    if setting("model_config.precision") == "fp32":
+        yield _Lever("lever_precision", span.peak.allocated_bytes // 2)
+
+
+def _setting(run: Run) -> Callable[[str], object]:
+    settings = run.settings()
+    return lambda key: settings.get(key)
+
+
+def _weights_at_peak(run: Run, span: Span) -> dict[str, int]:
+    """By component: recorded, else the base memory of what was loaded by then if nothing is offloaded."""
+    moment = peak_moment(run.timeline)
+    if moment is not None and run.timeline["weights"]:
+        return weights_at(run.timeline, moment["x"])
+    base = {c.name: c.base_bytes for c in run.record.components}
+    if run.settings().get("model_config.offload"):
+        return {name: size for name, size in base.items() if name == span.component}
+    stages = run.record.stages
+    loaded = {s.component for s in stages[: stages.index(span) + 1]}
+    return {name: size for name, size in base.items() if name in loaded}
+
+
+def together(runs: Sequence[Run], texts: Texts) -> str:
+    """One sentence over several runs: the lowest and the highest peak."""
+    measured = [(deciding_bytes(peak), run) for run in runs if (peak := run.record.peak()) and not run.record.failure]
+    failed = sum(1 for run in runs if run.record.failure)
+    if not measured:
+        return texts("all_failed", count=len(runs))
+    (least, best), (most, worst) = min(measured, key=lambda m: m[0]), max(measured, key=lambda m: m[0])
+    card = smallest_card(least)
+    parts = [texts("best_of", count=len(runs), best=best.label, least=human(least))]
+    parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))
+    sentence = texts.sentence(parts)
+    if most > least:
+        sentence = texts.join(sentence, texts("worst_of", worst=worst.label, most=human(most)))
+    return texts.join(sentence, texts("some_failed", count=failed)) if failed else sentence

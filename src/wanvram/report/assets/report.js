@@ -1,0 +1,188 @@
+// The page: the answer first, then the runs, then one run in detail.
+
+const root = document.getElementById("report");
+const state = { run: Math.max(0, firstShown()), pins: data.runs.length > 1 ? [0, 1] : [] };
+
+// With several runs the page opens on the one with the lowest peak that came to its end.
+function firstShown() {
+  const good = data.runs.map((run, i) => [run.used, i]).filter(([, i]) => !data.runs[i].failure && data.runs[i].peak);
+  return good.length ? good.reduce((best, item) => (item[0] < best[0] ? item : best))[1] : 0;
+}
+
+function themeButton() {
+  const button = el("button", { type: "button", class: "theme", text: t("theme") });
+  button.addEventListener("click", () => {
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
+    document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
+    repaint();
+  });
+  return button;
+}
+
+function tile(label, value, note) {
+  return el("div", { class: "stat" }, el("dt", { text: label }), el("dd", {}, value, note ? el("small", { text: note }) : null));
+}
+
+function tiles(run) {
+  const items = [];
+  for (const kind of ["device", "reserved", "allocated"]) {
+    if (run.peak[kind] !== null) items.push(tile(t(`peak_${kind}`), human(run.peak[kind])));
+  }
+  items.push(tile(t("fragmentation"), percent(run.fragmentation), t("moment_peak")));
+  if (run.seconds !== null) items.push(tile(t("time"), duration(run.seconds)));
+  if (run.budget !== null) items.push(tile(t("budget"), human(run.budget), verdict(run)));
+  return el("dl", { class: "stats" }, ...items);
+}
+
+// Which cards the run fits, as a row of their sizes.
+function cardRow(run) {
+  const items = data.cards.map((card) => {
+    const good = run.card !== null && card >= run.card;
+    const text = t(good ? "fits" : "does_not_fit");
+    return el("li", { class: good ? "good" : "bad", title: `${card} GB: ${text}` }, `${good ? "✓" : "✗"} ${card} GB`);
+  });
+  return el("div", { class: "cards" }, el("span", { text: t("cards") }), el("ul", {}, ...items));
+}
+
+function answerOf(run, headline) {
+  const kind = el("p", { class: run.simulated ? "kind simulated" : "kind measured" });
+  kind.textContent = `${run.label} · ${t(run.simulated ? "simulated" : "measured_on")} (${run.device})`;
+  const kindOfAnswer = run.failure || run.fits === false ? "answer no" : "answer";
+  const lines = [run.answer.owner, run.answer.change].filter(Boolean).map((text) => el("p", { text }));
+  const box = el("div", { class: kindOfAnswer }, kind, el(headline ? "h2" : "h1", { class: "headline", text: run.answer.headline }), ...lines);
+  if (run.peak) box.append(tiles(run));
+  if (run.peak && run.device !== "cpu") box.append(cardRow(run));
+  return box;
+}
+
+function runsTable(show, pin) {
+  const control = (type, name, checked, label, change, index) => {
+    const box = el("input", { type, name, "data-index": index, "aria-label": label, on: { change } });
+    box.checked = checked;
+    return box;
+  };
+  return dataTable({
+    caption: t("runs"),
+    file: "runs",
+    titled: true,
+    columns: [
+      column("run", "run"),
+      { ...column("show", "show"), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
+      { ...column("pin", "pin"), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
+      column("kind", "kind"),
+      column("task", "task"),
+      column("peak_device_bytes", "peak_device", "mib"),
+      column("peak_reserved_bytes", "peak_reserved", "mib"),
+      column("peak_allocated_bytes", "peak_allocated", "mib"),
+      column("stage", "stage"),
+      column("fragmentation", "fragmentation", "percent"),
+      column("card_gb", "card", "text"),
+      column("verdict", "verdict"),
+      column("seconds", "time", "seconds"),
+    ],
+    rows: data.runs.map((run, index) => ({
+      index,
+      run: run.label,
+      kind: t(run.simulated ? "predicted" : "measured"),
+      task: ["task", "size", "frame_num"].map((key) => run.settings[`request.${key}`] ?? "").join(" "),
+      peak_device_bytes: run.peak?.device,
+      peak_reserved_bytes: run.peak?.reserved,
+      peak_allocated_bytes: run.peak?.allocated,
+      stage: run.stage,
+      fragmentation: run.fragmentation,
+      card_gb: !run.peak || run.device === "cpu" ? null : run.card === null ? t("over_cards", { card: data.cards.at(-1) }) : `${run.card} GB`,
+      verdict: verdict(run),
+      seconds: run.seconds,
+    })),
+  });
+}
+
+function momentButtons(moments, choose) {
+  const buttons = moments.map((moment, i) => {
+    const text = `${momentName(moment.label)} · ${human(moment.allocated_bytes)}`;
+    return el("button", { type: "button", text, "aria-pressed": "false", on: { click: () => choose(i) } });
+  });
+  const mark = (index) => buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
+  return { element: el("div", { class: "moments", role: "group", "aria-label": t("moment") }, ...buttons), mark };
+}
+
+function memoryOver(run) {
+  const moments = run.timeline.moments;
+  const alive = el("div");
+  const buttons = momentButtons(moments, choose);
+  const view = timelineView(run, choose);
+  function choose(index) {
+    buttons.mark(index);
+    view.select(index);
+    alive.replaceChildren(aliveView(moments[index]));
+  }
+  const parts = [section(t("timeline"), view.element)];
+  if (!run.exact) parts[0].append(el("p", { class: "quiet", text: t("coarse") }));
+  if (run.shortened) parts[0].append(el("p", { class: "quiet", text: t("shortened") }));
+  if (moments.length) {
+    parts.push(section(t("alive"), buttons.element, alive));
+    choose(moments.reduce((best, m, i) => (m.allocated_bytes > moments[best].allocated_bytes ? i : best), 0));
+  }
+  return parts;
+}
+
+function folded(title, ...children) {
+  return el("details", {}, el("summary", { text: title }), ...children);
+}
+
+function details(run) {
+  const parts = run.peak && run.timeline.points[0].length ? memoryOver(run) : [];
+  parts.push(section(t("stages"), stageTable(run)), section(t("components"), componentTable(run)));
+  if (run.advice.length) parts.push(section(t("advice_title"), adviceTable(run)));
+  const notes = run.notes.map((note) => el("li", { text: note }));
+  if (notes.length) parts.push(section(t("notes"), el("ul", {}, ...notes)));
+  const settings = pairTable(run.settings, t("configuration"), "configuration");
+  const environment = pairTable(run.environment, t("environment"), "environment");
+  parts.push(section(t("configuration"), folded(t("configuration"), settings), folded(t("environment"), environment)));
+  return parts;
+}
+
+function glossary() {
+  const items = data.glossary.flatMap(([term, meaning]) => [el("dt", { text: term }), el("dd", { text: meaning })]);
+  return section(t("glossary"), el("dl", { class: "glossary" }, ...items));
+}
+
+function build() {
+  const several = data.runs.length > 1;
+  const shown = el("div");
+  const compared = el("div");
+  const runs = el("div");
+
+  function show(index) {
+    state.run = index;
+    const run = data.runs[index];
+    shown.replaceChildren(answerOf(run, several), ...details(run));
+  }
+  function pin(index) {
+    state.pins = state.pins.includes(index) ? state.pins.filter((i) => i !== index) : [...state.pins, index].slice(-2);
+    runs.querySelectorAll("input[name=pin]").forEach((box) => (box.checked = state.pins.includes(Number(box.dataset.index))));
+    compare();
+  }
+  function compare() {
+    const [a, b] = state.pins.map((index) => data.runs[index]);
+    compared.replaceChildren(...(b ? comparisonTables(a, b) : [el("p", { class: "quiet", text: t("compare_help") })]));
+  }
+
+  const header = el("header", {}, el("p", { class: "brand", text: t("title") }), themeButton());
+  root.append(header);
+  if (several) {
+    runs.append(runsTable(show, pin));
+    root.append(el("h1", { class: "headline", text: data.headline }), section(t("runs"), runs));
+    root.append(section(t("compare"), compared));
+    compare();
+  }
+  for (const [p, m] of data.pairs) {
+    root.append(section(t("accuracy"), el("p", { class: "quiet", text: t("accuracy_help") }), accuracyTable(data.runs[p], data.runs[m])));
+  }
+  root.append(shown, glossary());
+  root.append(el("footer", {}, el("p", { text: t("made_by", { version: data.version, count: data.runs.length }) })));
+  show(state.run);
+}
+
+build();

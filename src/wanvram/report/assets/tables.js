@@ -1,0 +1,252 @@
+// Tables: sortable by every column, with a caption and a CSV of the raw values.
+
+const SHOW = {
+  text: (value) => value,
+  mib: inMib,
+  count: (value) => grouped(value, 0),
+  percent,
+  seconds: duration,
+  delta: (value) => signed(value, inMib(value)),
+  change: (value) => signed(value, percent(value)),
+  error: (value) => signed(value, inMib(value)),
+  ratio: (value) => signed(value, `${grouped(value * 100, 2)} %`),
+};
+const UNIT = { mib: " MiB", delta: " MiB", error: " MiB" };
+
+// columns: [{key, label, type, node?}] where node(row) makes a control instead of text; rows: objects by key.
+// titled: the heading above says the same as the caption, which is then for screen readers only.
+function dataTable({ caption, columns, rows, file, limit = Infinity, titled = false }) {
+  const body = el("tbody");
+  const heads = columns.map((column) => headCell(column, () => sortBy(column)));
+  let order = null;
+
+  function sortBy(column) {
+    const descending = order?.key === column.key ? !order.descending : column.type !== "text";
+    order = { key: column.key, descending };
+    heads.forEach((head, i) => {
+      if (columns[i].key !== column.key) head.removeAttribute("aria-sort");
+      else head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    });
+    fill();
+  }
+
+  let shown = limit;
+  const more = el("button", { type: "button", class: "more", text: t("all_rows", { count: rows.length }) });
+  more.addEventListener("click", () => {
+    shown = Infinity;
+    more.remove();
+    fill();
+  });
+
+  function fill() {
+    const sorted = order ? [...rows].sort(ordering(order)) : rows;
+    body.replaceChildren(...sorted.slice(0, shown).map((row) => bodyRow(columns, row)));
+  }
+
+  fill();
+  const values = columns.filter((column) => !column.node);
+  const link = csvLink(file, values.map((c) => c.key), () => rows.map((row) => values.map((c) => row[c.key])));
+  const table = el("table", {}, el("caption", { text: caption, class: titled ? "unseen" : null }), el("thead", {}, el("tr", {}, ...heads)), body);
+  const scroll = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, table);
+  return el("div", { class: "table" }, scroll, el("div", { class: "tools" }, rows.length > limit ? more : null, link));
+}
+
+function headCell(column, sort) {
+  const label = column.label + (UNIT[column.type] ?? "");
+  if (column.node) return el("th", { scope: "col", text: label });
+  const button = el("button", { type: "button", text: label, on: { click: sort } });
+  return el("th", { scope: "col", class: column.type === "text" ? null : "number" }, button);
+}
+
+function bodyRow(columns, row) {
+  const cells = columns.map((column, i) => {
+    if (column.node) return el("td", {}, column.node(row));
+    const value = row[column.key];
+    const text = value === null || value === undefined ? "–" : SHOW[column.type](value);
+    const sign = ["delta", "change"].includes(column.type) && value ? (value > 0 ? " up" : " down") : "";
+    const kind = column.type !== "text" ? `number${sign}` : text.length > 40 ? "words" : "word";
+    return i === 0 ? el("th", { scope: "row", class: kind, text }) : el("td", { class: kind, text });
+  });
+  const result = el("tr", { class: row.marked ? "marked" : null }, ...cells);
+  if (row.component !== undefined && columns[0].swatch) cells[0].prepend(swatch(row.component));
+  return result;
+}
+
+function swatch(component) {
+  const mark = el("span", { class: "swatch", "aria-hidden": "true" });
+  mark.style.background = `var(${colorName(component)})`;
+  return mark;
+}
+
+// Missing values come last in either direction.
+function ordering({ key, descending }) {
+  return (a, b) => {
+    const [x, y] = [a[key] ?? null, b[key] ?? null];
+    if (x === null || y === null) return (x === null) - (y === null);
+    const result = typeof x === "string" ? x.localeCompare(y, undefined, { numeric: true }) : x - y;
+    return descending ? -result : result;
+  };
+}
+
+const column = (key, label, type = "text", more = {}) => ({ key, label: t(label), type, ...more });
+
+function stageTable(run) {
+  const timed = run.stages.some((stage) => stage.seconds !== null);
+  return dataTable({
+    caption: t("stages"),
+    file: "stages",
+    titled: true,
+    columns: [
+      column("name", "stage", "text", { swatch: true }),
+      column("component", "component"),
+      column("start_allocated_bytes", "start", "mib"),
+      column("peak_allocated_bytes", "peak_allocated", "mib"),
+      column("activation_bytes", "activation", "mib"),
+      column("peak_reserved_bytes", "peak_reserved", "mib"),
+      column("peak_device_bytes", "peak_device", "mib"),
+      column("fragmentation", "fragmentation", "percent"),
+      column("fluctuation_bytes", "fluctuation", "mib"),
+      ...(timed ? [column("seconds", "time", "seconds")] : []),
+    ],
+    rows: run.stages.map((stage) => ({
+      name: stage.name,
+      component: stage.component,
+      start_allocated_bytes: stage.start,
+      peak_allocated_bytes: stage.peak.allocated,
+      activation_bytes: stage.activation,
+      peak_reserved_bytes: stage.peak.reserved,
+      peak_device_bytes: stage.peak.device,
+      fragmentation: stage.fragmentation,
+      fluctuation_bytes: stage.fluctuation,
+      seconds: stage.seconds,
+      marked: stage.name === run.stage,
+    })),
+  });
+}
+
+function componentTable(run) {
+  return dataTable({
+    caption: t("components"),
+    file: "components",
+    titled: true,
+    columns: [
+      column("component", "component", "text", { swatch: true }),
+      column("parameters", "parameters", "count"),
+      column("base_bytes", "base", "mib"),
+      column("host_bytes", "host", "mib"),
+      column("activation_bytes", "activation", "mib"),
+    ],
+    rows: run.components.map((c) => ({ ...c, component: c.name, marked: c.name === run.component })),
+  });
+}
+
+function verdict(run) {
+  if (run.failure) return t("failed");
+  return run.fits === null ? null : t(run.fits ? "fits" : "does_not_fit");
+}
+
+function pairTable(settings, caption, file) {
+  return dataTable({
+    caption,
+    titled: true,
+    file,
+    columns: [column("setting", "setting"), column("value", "value")],
+    rows: Object.entries(settings).map(([setting, value]) => ({ setting, value })),
+  });
+}
+
+function adviceTable(run) {
+  return dataTable({
+    caption: t("advice_title"),
+    file: "advice",
+    titled: true,
+    columns: [
+      column("change", "advice_change"),
+      column("saved_bytes", "advice_saved", "mib"),
+      column("seconds", "advice_seconds", "seconds"),
+    ],
+    rows: run.advice,
+  });
+}
+
+// The same stage may run twice; the second is "decode #2".
+function byName(items) {
+  const result = new Map();
+  for (const item of items) {
+    let [name, number] = [item.name, 1];
+    while (result.has(name)) name = `${item.name} #${++number}`;
+    result.set(name, item);
+  }
+  return result;
+}
+
+// Every figure that two runs have in common or only one has: [figure, a, b].
+function figures(a, b) {
+  const rows = [];
+  const add = (figure, x, y) => {
+    if ((x ?? null) !== null || (y ?? null) !== null) rows.push([figure, x ?? null, y ?? null]);
+  };
+  for (const kind of ["device", "reserved", "allocated"]) {
+    add(`${t("whole")}: ${t(`peak_${kind}`)}`, a.peak?.[kind], b.peak?.[kind]);
+  }
+  const [stagesA, stagesB] = [byName(a.stages), byName(b.stages)];
+  for (const kind of ["device", "reserved", "allocated"]) {
+    for (const name of new Set([...stagesA.keys(), ...stagesB.keys()])) {
+      add(`${name}: ${t(`peak_${kind}`)}`, stagesA.get(name)?.peak[kind], stagesB.get(name)?.peak[kind]);
+    }
+  }
+  const [partsA, partsB] = [byName(a.components), byName(b.components)];
+  for (const name of new Set([...partsA.keys(), ...partsB.keys()])) {
+    add(`${name}: ${t("base")}`, partsA.get(name)?.base_bytes, partsB.get(name)?.base_bytes);
+  }
+  return rows;
+}
+
+// rows of {figure, a, b, difference, relative}; difference and relative are `of` minus and over the other one.
+function comparedRows(pairs, from, to) {
+  return pairs.map(([figure, a, b]) => {
+    const known = a !== null && b !== null;
+    const base = { a, b }[from];
+    const difference = known ? { a, b }[to] - base : null;
+    return { figure, a, b, difference, relative: known && base ? difference / base : null };
+  });
+}
+
+function comparisonTables(a, b) {
+  const table = dataTable({
+    caption: `A: ${a.label} · B: ${b.label}`,
+    file: "comparison",
+    limit: 9,
+    columns: [
+      column("figure", "figure"),
+      { key: "a", label: "A", type: "mib" },
+      { key: "b", label: "B", type: "mib" },
+      column("difference", "difference", "delta"),
+      column("relative", "relative", "change"),
+    ],
+    rows: comparedRows(figures(a, b), "a", "b"),
+  });
+  const keys = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])];
+  const different = keys
+    .filter((key) => a.settings[key] !== b.settings[key])
+    .map((setting) => ({ setting, a: a.settings[setting] ?? null, b: b.settings[setting] ?? null }));
+  if (!different.length) return [table, el("p", { text: t("no_difference") })];
+  const words = [column("setting", "setting"), { key: "a", label: "A", type: "text" }, { key: "b", label: "B", type: "text" }];
+  return [table, dataTable({ caption: t("differing"), file: "differences", columns: words, rows: different })];
+}
+
+function accuracyTable(predicted, measured) {
+  return dataTable({
+    caption: `${t("predicted")}: ${predicted.label} · ${t("measured")}: ${measured.label}`,
+    file: "accuracy",
+    limit: 9,
+    columns: [
+      column("figure", "figure"),
+      column("a", "predicted", "mib"),
+      column("b", "measured", "mib"),
+      column("difference", "error", "error"),
+      column("relative", "relative", "ratio"),
+    ],
+    rows: comparedRows(figures(predicted, measured), "b", "a"),
+  });
+}

@@ -1,0 +1,199 @@
+"""The HTML report: one file that opens from disk, without network, under 2 MB. No torch.
+
+Data reaches the page as JSON in a <script type="application/json">; the page's own scripts (assets/) show it through
+textContent only. Scripts and styles are allowed by their SHA-256, everything else is forbidden by the content policy.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from typing import Any
+
+from wanvram import __version__
+from wanvram.errors import InputError
+from wanvram.record import RunRecord, Span
+from wanvram.report.answer import CARDS_GIB, answer, deciding_bytes, smallest_card, together
+from wanvram.report.runs import Run, pairs
+from wanvram.report.texts import GLOSSARY, TEXTS, Texts
+from wanvram.report.timeline import thinned
+
+__all__ = ["MAX_BYTES", "html_report"]
+
+MAX_BYTES = 2_000_000
+MAX_TEXT = 600  # characters of a prompt or a note that the page shows
+
+_SCRIPTS = ("base.js", "tables.js", "timeline.js", "alive.js", "report.js")
+_STYLES = ("uplot.min.css", "report.css")
+
+# (points, alive groups, segment blocks) per run and moment, from everything to the least that still shows the peak.
+_LEVELS = (
+    (4000, 200, 6000),
+    (2000, 100, 2000),
+    (1000, 60, 1000),
+    (500, 40, 400),
+    (250, 20, 0),
+    (100, 8, 0),
+    (40, 1, 0),
+)
+
+
+def html_report(runs: Sequence[Run], language: str = "en") -> str:
+    """The whole page. Timelines are thinned until it is under 2 MB; raises InputError where even that does not help."""
+    texts = Texts(language)
+    bodies = [_run(run, texts) for run in runs]
+    for level, (points, groups, blocks) in enumerate(_LEVELS):
+        for body, run in zip(bodies, runs, strict=True):
+            body["timeline"] = _packed(thinned(run.timeline, points=points, groups=groups, blocks=blocks))
+            body["shortened"] = level > 0
+        page = _page(runs, bodies, texts)
+        if len(page.encode()) < MAX_BYTES:
+            return page
+    raise InputError(f"{len(runs)} runs do not fit a page of {MAX_BYTES} bytes; give fewer")
+
+
+def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> str:
+    headline = together(runs, texts) if len(runs) > 1 else bodies[0]["answer"]["headline"]
+    data = {
+        "language": texts.language,
+        "texts": TEXTS[texts.language],
+        "glossary": GLOSSARY[texts.language],
+        "version": __version__,
+        "cards": CARDS_GIB,
+        "headline": headline,
+        "runs": bodies,
+        "pairs": pairs(runs),
+    }
+    style = "\n".join(_asset(name) for name in _STYLES)
+    library, script = _asset("uplot.min.js"), _joined(_SCRIPTS)
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {_hash(library)} {_hash(script)}",
+            f"style-src {_hash(style)}",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+    values = {
+        "LANG": "zh-CN" if texts.language == "zh" else "en",
+        "POLICY": policy,
+        "TITLE": html.escape(f"{texts('title')}: {', '.join(run.label for run in runs)}"[:200]),
+        "STYLE": style,
+        "NOSCRIPT": html.escape(f"{headline} {texts('no_script')}"),
+        "DATA": _json(data),
+        "LIBRARY": library,
+        "SCRIPT": script,
+    }
+    first, *rest = _asset("template.html").split("%%")
+    # Alternately a name and the text after it; nothing inside a value is looked at again.
+    return first + "".join(values[part] if i % 2 == 0 else part for i, part in enumerate(rest))
+
+
+def _asset(name: str) -> str:
+    return (resources.files("wanvram.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _joined(names: Sequence[str]) -> str:
+    """The page's scripts in one scope of their own."""
+    return '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in names) + "\n})();"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _json(value: object) -> str:
+    """JSON that cannot leave its script element, whatever text is in it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"a run has a number that is none ({error})") from error
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate in a name is no text
+
+
+def _run(run: Run, texts: Texts) -> dict[str, Any]:
+    record = run.record
+    peak, where = record.peak(), record.peak_span()
+    used = deciding_bytes(peak) if peak else 0
+    return {
+        "label": run.label,
+        "device": record.device,
+        "simulated": record.simulated,
+        "fits": record.fits,
+        "budget": record.budget_bytes,
+        "failure": record.failure.kind if record.failure else None,
+        "answer": asdict(answer(run, texts)),
+        "peak": _memory(peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else None,
+        "stage": where.name if where else None,
+        "component": where.component if where else None,
+        "fragmentation": _fragmentation(where) if where else None,
+        "used": used,
+        "card": smallest_card(used) if peak and record.device != "cpu" else None,
+        "seconds": _seconds(record),
+        "settings": {key: _short(value) for key, value in run.settings().items()},
+        "environment": {key: _short(value) for key, value in record.environment.items()},
+        "notes": [_short(note) for note in record.notes],
+        "advice": [asdict(advice) | {"change": _short(advice.change)} for advice in run.advice],
+        "components": [asdict(component) for component in record.components],
+        "stages": [_stage(span, record.simulated) for span in record.stages],
+        "exact": run.exact,
+    }
+
+
+def _memory(allocated: int, reserved: int, device: int | None) -> dict[str, int | None]:
+    return {"allocated": allocated, "reserved": reserved, "device": device}
+
+
+def _fragmentation(span: Span) -> float:
+    reserved = span.peak.reserved_bytes
+    return (reserved - span.peak.allocated_bytes) / reserved if reserved > 0 else 0.0
+
+
+def _seconds(record: RunRecord) -> float | None:
+    """Of a simulated run the time is the simulation's own, which says nothing about a GPU."""
+    times = [span.seconds for span in record.stages if span.seconds is not None]
+    return None if record.simulated or not times else sum(times)
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _stage(span: Span, simulated: bool) -> dict[str, Any]:
+    return {
+        "name": span.name,
+        "component": span.component,
+        "start": span.start.allocated_bytes,
+        "peak": _memory(span.peak.allocated_bytes, span.peak.reserved_bytes, span.peak.device_bytes),
+        "activation": span.activation_bytes,
+        "fragmentation": _fragmentation(span),
+        "fluctuation": span.fluctuation_bytes,
+        "seconds": None if simulated else span.seconds,
+    }
+
+
+def _packed(timeline: dict[str, Any]) -> dict[str, Any]:
+    """Columns instead of rows, and every alive group as a list: half the size."""
+    columns = [list(column) for column in zip(*timeline["points"], strict=True)] or [[], [], [], []]
+    fields = ("bytes", "count", "component", "stage", "module", "operation", "shape", "dtype")
+    moments = [
+        moment
+        | {
+            "alive": [[group[field] for field in fields] for group in moment["alive"]],
+            "segments": [
+                [segment["bytes"], [[o, size, int(state == "active")] for o, size, state in segment["blocks"]]]
+                for segment in moment["segments"]
+            ],
+        }
+        for moment in timeline["moments"]
+    ]
+    return timeline | {"points": columns, "moments": moments}

@@ -1,0 +1,220 @@
+"""The Markdown report: the same answers and tables in a stable order, one fact per line, so that a diff shows what changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from wanvram.record import Memory, RunRecord, Span
+from wanvram.report.answer import answer, deciding_bytes, smallest_card, together
+from wanvram.report.runs import Run, pairs
+from wanvram.report.texts import Texts
+from wanvram.report.timeline import peak_moment
+from wanvram.units import MIB, seconds
+
+__all__ = ["markdown_report"]
+
+ALIVE_ROWS = 10
+MAX_TEXT = 300
+
+
+def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
+    """The whole document. Nothing in it depends on where or when it was made."""
+    texts = Texts(language)
+    lines = [f"# {texts('title')}", ""]
+    if len(runs) > 1:
+        lines += [_text(together(runs, texts)), "", f"## {texts('runs')}", "", *_runs(runs, texts), ""]
+    for predicted, measured in pairs(runs):
+        lines += _accuracy(runs[predicted], runs[measured], texts)
+    for run in runs:
+        lines += _run(run, texts)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _runs(runs: Sequence[Run], texts: Texts) -> list[str]:
+    heads = ["run", "kind", "peak_device", "peak_reserved", "peak_allocated", "stage", "card", "verdict"]
+    rows = []
+    for run in runs:
+        peak, where = run.record.peak(), run.record.peak_span()
+        rows.append(
+            [
+                run.label,
+                texts("predicted" if run.record.simulated else "measured"),
+                *_figures(peak),
+                where.name if where else None,
+                _card(run.record, peak, texts),
+                _verdict(run.record, texts),
+            ]
+        )
+    return _table([_head(key, texts) for key in heads], rows, numbers=(2, 3, 4))
+
+
+def _figures(memory: Memory | None) -> list[str | None]:
+    """device, reserved, allocated in MiB."""
+    if memory is None:
+        return [None, None, None]
+    device = None if memory.device_bytes is None else _mib(memory.device_bytes)
+    return [device, _mib(memory.reserved_bytes), _mib(memory.allocated_bytes)]
+
+
+def _card(record: RunRecord, peak: Memory | None, texts: Texts) -> str | None:
+    if peak is None or record.device == "cpu":
+        return None
+    card = smallest_card(deciding_bytes(peak))
+    return f"{card} GB" if card else texts("over_cards", card=80)
+
+
+def _verdict(record: RunRecord, texts: Texts) -> str | None:
+    if record.failure is not None:
+        return texts("failed")
+    return None if record.fits is None else texts("fits" if record.fits else "does_not_fit")
+
+
+def _run(run: Run, texts: Texts) -> list[str]:
+    said = answer(run, texts)
+    kind = texts("simulated" if run.record.simulated else "measured_on")
+    lines = [f"## {_text(run.label)}", "", f"{kind} ({_text(run.record.device)})", ""]
+    for sentence in (said.headline, said.owner, said.change):
+        lines += [_text(sentence), ""] if sentence else []
+    lines += [f"### {texts('components')}", "", *_components(run, texts), ""]
+    lines += [f"### {texts('stages')}", "", *_stages(run, texts), ""]
+    moment = peak_moment(run.timeline)
+    if moment is not None:
+        lines += [f"### {texts('alive')}: {texts('moment_peak')}", "", *_alive(moment, texts), ""]
+    if run.advice:
+        lines += [f"### {texts('advice_title')}", "", *_advice(run, texts), ""]
+    lines += [f"### {texts('configuration')}", ""]
+    lines += [f"- `{_code(key)}`: {_text(_short(value))}" for key, value in sorted(run.settings().items())] + [""]
+    if run.record.notes:
+        lines += [f"### {texts('notes')}", "", *(f"- {_text(_short(note))}" for note in run.record.notes), ""]
+    return lines
+
+
+def _components(run: Run, texts: Texts) -> list[str]:
+    heads = [texts("component"), texts("parameters")] + [_head(key, texts) for key in ("base", "host", "activation")]
+    rows = [
+        [c.name, f"{c.parameters:,}", _mib(c.base_bytes), _mib(c.host_bytes), _mib(c.activation_bytes)]
+        for c in run.record.components
+    ]
+    return _table(heads, rows, numbers=range(1, 5))
+
+
+def _stages(run: Run, texts: Texts) -> list[str]:
+    heads = ["stage", "component", "start", "activation", "peak_device", "peak_reserved", "peak_allocated"]
+    rows = [_stage(span, timed=not run.record.simulated) for span in run.record.stages]
+    names = [_head(key, texts) for key in heads] + [texts("fragmentation"), texts("time")]
+    return _table(names, rows, numbers=range(2, 9))
+
+
+def _stage(span: Span, *, timed: bool) -> list[str | None]:
+    reserved = span.peak.reserved_bytes
+    share = (reserved - span.peak.allocated_bytes) / reserved if reserved > 0 else 0.0
+    time = seconds(span.seconds) if timed and span.seconds is not None else None
+    start, activation = _mib(span.start.allocated_bytes), _mib(span.activation_bytes)
+    return [span.name, span.component, start, activation, *_figures(span.peak), f"{share:.1%}", time]
+
+
+def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
+    groups = sorted(moment["alive"], key=lambda g: (-g["bytes"], json.dumps(g, sort_keys=True)))
+    rows = [
+        [
+            _mib(g["bytes"]),
+            str(g["count"]),
+            g["component"],
+            texts("other") if g["operation"] == "(other)" else g["operation"],
+            None if g["shape"] is None else "x".join(map(str, g["shape"])),
+            g["dtype"],
+            g["module"],
+        ]
+        for g in groups[:ALIVE_ROWS]
+    ]
+    rest = groups[ALIVE_ROWS:]
+    if rest:
+        count = sum(g["count"] for g in rest)
+        rows.append([_mib(sum(g["bytes"] for g in rest)), str(count), None, texts("other"), None, None, None])
+    heads = [_head("bytes", texts)]
+    heads += [texts(key) for key in ("count", "component", "operation", "shape", "dtype", "module")]
+    return _table(heads, rows, numbers=(0, 1))
+
+
+def _advice(run: Run, texts: Texts) -> list[str]:
+    heads = [texts("advice_change"), _head("advice_saved", texts), texts("advice_seconds")]
+    rows = [[a.change, _mib(a.saved_bytes), None if a.seconds is None else seconds(a.seconds)] for a in run.advice]
+    return _table(heads, rows, numbers=(1, 2))
+
+
+def _accuracy(predicted: Run, measured: Run, texts: Texts) -> list[str]:
+    """Peaks of the whole run and of every stage that both have, with signed errors."""
+    rows: list[list[str | None]] = []
+    for name, p, m in _same(predicted, measured, texts):
+        for key in ("device", "reserved", "allocated"):
+            a, b = getattr(p, f"{key}_bytes"), getattr(m, f"{key}_bytes")
+            if a is not None and b is not None:
+                relative = f"{(a - b) / b:+.2%}" if b else None
+                rows.append([f"{name}: {texts(f'peak_{key}')}", _mib(a), _mib(b), f"{(a - b) / MIB:+,.1f}", relative])
+    heads = [texts("figure"), *(_head(key, texts) for key in ("predicted", "measured", "error")), texts("relative")]
+    title = f"## {texts('accuracy')}: {_text(predicted.label)}, {_text(measured.label)}"
+    return [title, "", texts("accuracy_help"), "", *_table(heads, rows, numbers=range(1, 5)), ""]
+
+
+def _same(a: Run, b: Run, texts: Texts) -> Iterable[tuple[str, Memory, Memory]]:
+    whole = a.record.peak(), b.record.peak()
+    if whole[0] is not None and whole[1] is not None:
+        yield texts("whole"), whole[0], whole[1]
+    others = {span.name: span for span in b.record.stages}
+    for span in a.record.stages:
+        if span.name in others:
+            yield span.name, span.peak, others[span.name].peak
+
+
+_IN_MIB = {"peak_device", "peak_reserved", "peak_allocated", "base", "host", "activation", "start", "bytes"}
+_IN_MIB |= {"advice_saved", "predicted", "measured", "error"}
+
+
+def _head(key: str, texts: Texts) -> str:
+    return f"{texts(key)} MiB" if key in _IN_MIB else texts(key)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str | None]], numbers: Iterable[int]) -> list[str]:
+    """No padding: a longer number must not change the other lines."""
+    right = set(numbers)
+    rule = ["---:" if i in right else "---" for i in range(len(heads))]
+    return [_line(heads), _line(rule, plain=True), *(_line(row) for row in rows)]
+
+
+def _line(cells: Sequence[str | None], *, plain: bool = False) -> str:
+    return "| " + " | ".join("" if cell is None else cell if plain else _text(cell) for cell in cells) + " |"
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:,.1f}"
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+_SIGNS = str.maketrans(
+    {sign: f"\\{sign}" for sign in "\\`*_[]|~#"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+)
+
+
+def _text(text: str) -> str:
+    """Nothing in it is read as Markdown or HTML. Underscores inside words stay: they mean nothing there."""
+    escaped = text.translate(_SIGNS)
+    return _inside_words(escaped)
+
+
+def _inside_words(text: str) -> str:
+    parts = text.split("\\_")
+    result = parts[0]
+    for part in parts[1:]:
+        inside = result[-1:].isalnum() and part[:1].isalnum()
+        result += ("_" if inside else "\\_") + part
+    return result
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "'").replace("\n", " ")

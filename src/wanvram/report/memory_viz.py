@@ -1,0 +1,125 @@
+"""A run exported as a pickle that https://pytorch.org/memory_viz opens: the structure of torch.cuda.memory._dump_snapshot. No torch.
+
+Protocol 4 of plain containers: the viewer's own unpickler knows nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from wanvram.analysis.snapshot import Block, Frame, Segment, TraceEntry
+from wanvram.errors import OutputError
+from wanvram.simulate.allocator import SegmentView
+
+__all__ = ["allocator_segments", "write_memory_viz"]
+
+_STATES = {"allocated": "active_allocated", "free": "inactive"}
+
+
+def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterable[Segment]) -> None:
+    """Writes the whole file or none of it. traces: the events of GPU 0 in order; segments: the allocator after them.
+
+    Raises OutputError naming the path.
+    """
+    writer = _Writer()
+    content = {
+        "segments": [writer.segment(segment) for segment in segments],
+        "device_traces": [[writer.entry(entry) for entry in traces]],
+        "allocator_settings": {},
+        "external_annotations": [],
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            with beside.open("wb") as file:
+                pickle.dump(content, file, protocol=4)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class _Writer:
+    """Equal frames and stacks become one object each, which pickle stores once."""
+
+    def __init__(self) -> None:
+        self._frames: dict[Frame, dict[str, Any]] = {}
+        self._stacks: dict[tuple[Frame, ...], list[dict[str, Any]]] = {}
+
+    def entry(self, entry: TraceEntry) -> dict[str, Any]:
+        return {
+            "action": entry.action,
+            "device_free" if entry.action == "oom" else "addr": entry.addr,
+            "size": entry.size,
+            "stream": entry.stream,
+            "time_us": entry.time_us,
+            "frames": self._stack(entry.frames),
+        }
+
+    def segment(self, segment: Segment) -> dict[str, Any]:
+        allocated = sum(b.size for b in segment.blocks if b.state == "active_allocated")
+        return {
+            "device": segment.device,
+            "address": segment.address,
+            "total_size": segment.size,
+            "allocated_size": allocated,
+            "active_size": sum(b.size for b in segment.blocks if b.state != "inactive"),
+            "requested_size": sum(b.requested_size for b in segment.blocks if b.state != "inactive"),
+            "stream": segment.stream,
+            "segment_type": "small" if segment.small else "large",
+            "segment_pool_id": (0, 0),
+            "is_expandable": segment.expandable,
+            "frames": self._stack(()),
+            "blocks": [self._block(block) for block in segment.blocks],
+        }
+
+    def _block(self, block: Block) -> dict[str, Any]:
+        return {
+            "address": block.address,
+            "size": block.size,
+            "requested_size": block.requested_size,
+            "state": block.state,
+            "frames": self._stack(block.frames),
+        }
+
+    def _stack(self, frames: tuple[Frame, ...]) -> list[dict[str, Any]]:
+        stack = self._stacks.get(frames)
+        if stack is None:
+            stack = self._stacks[frames] = [self._frame(frame) for frame in frames]
+        return stack
+
+    def _frame(self, frame: Frame) -> dict[str, Any]:
+        known = self._frames.get(frame)
+        if known is None:
+            known = self._frames[frame] = {"name": frame.name, "filename": frame.filename, "line": frame.line}
+        return known
+
+
+def allocator_segments(
+    views: Iterable[SegmentView], requested: Mapping[int, int], frames: Mapping[int, tuple[Frame, ...]]
+) -> list[Segment]:
+    """CachingAllocator.segments() as the viewer's: of an expandable one, each mapped stretch is a segment.
+
+    requested, frames: the bytes asked for and the stack of each live block, by address; what is missing there is the
+    whole block, allocated nowhere.
+    """
+    segments: list[Segment] = []
+    for view in views:
+        expandable = any(state == "unmapped" for _, _, state in view.blocks)
+        stretch: list[Block] = []
+        for address, size, state in (*view.blocks, (0, 0, "unmapped")):
+            if state != "unmapped":
+                live = state == "allocated"
+                asked = requested.get(address, size) if live else 0
+                stretch.append(Block(address, size, asked, _STATES[state], frames.get(address, ()) if live else ()))
+            elif stretch:
+                total = sum(block.size for block in stretch)
+                start = stretch[0].address
+                segments.append(Segment(start, total, view.stream, view.small, expandable, tuple(stretch)))
+                stretch = []
+    return segments

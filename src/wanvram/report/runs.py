@@ -1,0 +1,196 @@
+"""Run directories read for a report: record.json, and timeline.json and advice.json where they exist. No torch.
+
+Everything in them is untrusted: sizes are bounded, numbers are checked to be numbers, text stays text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanvram.errors import InputError
+from wanvram.record import Memory, RunRecord, Span
+from wanvram.report.timeline import checked_timeline, coarse_timeline
+
+__all__ = ["Advice", "Run", "find_runs", "pairs", "read_run"]
+
+MAX_FILE_BYTES = 64 * 1024 * 1024  # a record of 50 fully recorded 14B steps has 2 MB, a timeline under 4 MB
+MAX_RUNS = 500
+
+# What a prediction and a measurement of the same thing may differ in. `tiny` weights are another model, so they count.
+_FREE_KEYS = {
+    "name",
+    "description",
+    "model_config.device",
+    "request.gpu",
+    "request.base_seed",
+    "request.prompt",
+    "request.negative_prompt",
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change of strategy and what running it saved. seconds: added time, None when unknown."""
+
+    change: str
+    saved_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as a report needs it. exact: the timeline was recorded, not rebuilt from the stages."""
+
+    label: str
+    record: RunRecord
+    timeline: dict[str, Any]
+    exact: bool
+    advice: tuple[Advice, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as dotted keys."""
+        return dict(_dotted(self.record.config, ""))
+
+
+def _dotted(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """Each path is a run directory, or a directory of run directories. Labels are made unique.
+
+    Raises InputError for a path without a run, a damaged file, or more than 500 runs.
+    """
+    directories = [directory for path in paths for directory in _directories(path)]
+    if len(directories) > MAX_RUNS:
+        raise InputError(f"{len(directories)} runs are too many for one report; give at most {MAX_RUNS}")
+    runs: list[Run] = []
+    labels: set[str] = set()
+    for directory in directories:
+        run = read_run(directory, labels)
+        labels.add(run.label)
+        runs.append(run)
+    return runs
+
+
+def _directories(path: Path) -> list[Path]:
+    if (path / "record.json").is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"{path} is no run directory; `wanvram profile` writes one")
+    inside = sorted(child.parent for child in path.glob("*/record.json"))
+    if not inside:
+        raise InputError(f"{path} holds no record.json, nor does any directory in it; `wanvram profile` writes one")
+    return inside
+
+
+def read_run(directory: Path, taken: set[str] | None = None) -> Run:
+    """The run in a directory. taken: labels of other runs; the directory's name is added to one that exists already.
+
+    advice.json: {"schema": 1, "advice": [{"change": str, "saved_bytes": int, "seconds": float|null}]}.
+    Raises InputError naming the damaged file.
+    """
+    try:
+        record = RunRecord.from_json(_load(directory / "record.json"))
+        _check(record)
+        exact = (directory / "timeline.json").is_file()
+        timeline = checked_timeline(_load(directory / "timeline.json")) if exact else coarse_timeline(record)
+        advice = _advice(_load(directory / "advice.json")) if (directory / "advice.json").is_file() else ()
+    except InputError as error:
+        raise InputError(f"{directory} holds no readable run: {error}") from error
+    return Run(_label(record, directory, taken or set()), record, timeline, exact, advice)
+
+
+def _label(record: RunRecord, directory: Path, taken: set[str]) -> str:
+    base = str(record.config.get("name") or directory.name)
+    candidates = [base, f"{base} ({directory.resolve().name})"]
+    candidates += [f"{base} ({number})" for number in range(2, MAX_RUNS + 2)]
+    return next(label for label in candidates if label not in taken)
+
+
+def _load(path: Path) -> Any:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise InputError(f"{path.name} has {size} bytes; at most {MAX_FILE_BYTES} are read")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is no valid JSON ({error})") from error
+
+
+def _check(record: RunRecord) -> None:
+    """RunRecord.from_json takes values as they come; a report computes with them."""
+
+    def number(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    def whole(memory: Memory) -> bool:
+        device = memory.device_bytes
+        return number(memory.allocated_bytes) and number(memory.reserved_bytes) and (device is None or number(device))
+
+    spans = [span for stage in record.stages for span in stage.walk()]
+    good = (
+        isinstance(record.config, dict)
+        and isinstance(record.environment, dict)
+        and (record.budget_bytes is None or number(record.budget_bytes))
+        and all(isinstance(note, str) for note in record.notes)
+        and all(_plain(span) and all(map(whole, (span.start, span.peak, span.end))) for span in spans)
+        and all(isinstance(c.name, str) for c in record.components)
+        and all(
+            number(n) for c in record.components for n in (c.parameters, c.base_bytes, c.host_bytes, c.activation_bytes)
+        )
+    )
+    if not good:
+        raise InputError("record.json is damaged: a value is not of its type")
+
+
+def _plain(span: Span) -> bool:
+    timed = span.seconds is None or (isinstance(span.seconds, (int, float)) and not isinstance(span.seconds, bool))
+    counted = isinstance(span.repeats, int) and 1 <= span.repeats <= 1_000_000
+    named = isinstance(span.name, str) and isinstance(span.component, (str, type(None)))
+    return timed and counted and named
+
+
+def _advice(data: Any) -> tuple[Advice, ...]:
+    try:
+        return tuple(
+            Advice(
+                str(item["change"]),
+                int(item["saved_bytes"]),
+                None if item["seconds"] is None else float(item["seconds"]),
+            )
+            for item in data["advice"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"advice.json is damaged: {error!r}") from error
+
+
+def pairs(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    """(predicted, measured) indices of runs with the same configuration; each measured run with its first prediction."""
+    result = []
+    keys = [_key(run) for run in runs]
+    for m, measured in enumerate(runs):
+        if measured.record.simulated or measured.record.device == "cpu":
+            continue
+        for p, predicted in enumerate(runs):
+            if predicted.record.simulated and keys[p] == keys[m]:
+                result.append((p, m))
+                break
+    return result
+
+
+def _key(run: Run) -> str:
+    settings = {k: v for k, v in run.settings().items() if k not in _FREE_KEYS and not k.startswith("logging.")}
+    weights = settings.get("request.weights")
+    settings["request.weights"] = "tiny" if weights == "tiny" else "full size"
+    return json.dumps(settings, sort_keys=True)

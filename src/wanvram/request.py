@@ -1,0 +1,170 @@
+"""What to generate: one Request, with the official defaults of its task. No torch.
+
+Every error is one InputError sentence that begins with the key or flag and says what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanvram.errors import require
+from wanvram.tasks import TASKS, are_frames_valid, picture_size
+
+__all__ = ["MAX_PROMPTS", "Request"]
+
+MAX_PROMPT_CHARACTERS = 20_000
+MAX_PROMPTS = 1000
+EXTEND_METHODS = ("local_qwen", "dashscope")
+# Which task reads which file; what a task does not read is refused rather than ignored.
+MEDIA = {
+    "image": ("i2v",),
+    "first_frame": ("flf2v",),
+    "last_frame": ("flf2v",),
+    "src_video": ("vace",),
+    "src_mask": ("vace",),
+    "src_ref_images": ("vace",),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. size is "width*height" in pixels; base_seed -1 draws a random one.
+
+    prompts: several in one run, instead of `prompt`; each gets the same seed, as in a run of its own.
+    prompt_extend_optional: go on with the prompt as it is if extending fails (ours, not official).
+    """
+
+    task: str
+    size: str
+    frame_num: int
+    sample_steps: int
+    sample_shift: float
+    sample_guide_scale: float
+    sample_solver: str
+    base_seed: int
+    prompt: str
+    negative_prompt: str
+    prompts: tuple[str, ...] = ()
+    image: str | None = None
+    first_frame: str | None = None
+    last_frame: str | None = None
+    src_video: str | None = None
+    src_mask: str | None = None
+    src_ref_images: tuple[str, ...] = ()
+    use_prompt_extend: bool = False
+    prompt_extend_method: str = "local_qwen"
+    prompt_extend_model: str | None = None
+    prompt_extend_target_lang: str = "zh"
+    prompt_extend_optional: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.task in TASKS, f"task: '{self.task}' is unknown; choose one of {', '.join(TASKS)}")
+        self._check_shape()
+        self._check_sampling()
+        self._check_prompts()
+        self._check_media()
+
+    def _check_shape(self) -> None:
+        task = TASKS[self.task]
+        require(
+            self.size in task.sizes,
+            f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(task.sizes)}",
+        )
+        require(
+            are_frames_valid(self.frame_num),
+            f"frame_num: {self.frame_num} is not of the form 4n+1 (1, 5, 9, ..., 81)",
+        )
+        require(task.frames != 1 or self.frame_num == 1, f"frame_num: {self.task} makes one image; frame_num must be 1")
+        require(
+            task.kind != "flf2v" or self.frame_num > 1, "frame_num: flf2v needs at least 5, the first and last differ"
+        )
+
+    def _check_sampling(self) -> None:
+        require(1 <= self.sample_steps <= 1000, f"sample_steps: {self.sample_steps} is outside 1..1000")
+        require(0 < self.sample_shift <= 100, f"sample_shift: {self.sample_shift} is outside 0..100")
+        require(
+            math.isfinite(self.sample_guide_scale),
+            f"sample_guide_scale: {self.sample_guide_scale} is not a finite number",
+        )
+        require(
+            self.sample_solver in ("unipc", "dpm++"), f"sample_solver: '{self.sample_solver}'; choose unipc or dpm++"
+        )
+        require(-1 <= self.base_seed < 2**63, f"base_seed: {self.base_seed} is outside -1..2^63-1")
+
+    def _check_prompts(self) -> None:
+        require(len(self.prompts) <= MAX_PROMPTS, f"prompts: {len(self.prompts)}; at most {MAX_PROMPTS} in one run")
+        require(not (self.prompt and self.prompts), "prompts: given together with prompt; give one of them")
+        texts = [("prompt", self.prompt), ("negative_prompt", self.negative_prompt)]
+        for name, text in texts + [("prompts", text) for text in self.prompts]:
+            require(
+                len(text) <= MAX_PROMPT_CHARACTERS,
+                f"{name}: {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} (the model reads 512 tokens)",
+            )
+        require(
+            self.prompt_extend_method in EXTEND_METHODS,
+            f"prompt_extend_method: '{self.prompt_extend_method}'; choose {' or '.join(EXTEND_METHODS)}",
+        )
+        require(
+            self.prompt_extend_target_lang in ("zh", "en"),
+            f"prompt_extend_target_lang: '{self.prompt_extend_target_lang}'; choose zh or en",
+        )
+
+    def _check_media(self) -> None:
+        kind = TASKS[self.task].kind
+        for name, kinds in MEDIA.items():
+            require(
+                not getattr(self, name) or kind in kinds, f"{name}: {self.task} does not read it; only {kinds[0]} does"
+            )
+        require(self.src_mask is None or self.src_video is not None, "src_mask: needs src_video, whose parts it marks")
+        if kind == "flf2v":
+            both = (self.first_frame is None) == (self.last_frame is None)
+            require(both, "first_frame, last_frame: only one is given; flf2v needs both")
+
+    @classmethod
+    def for_task(cls, task: str, **given: Any) -> Request:
+        """The task's official defaults, overridden by every given value that is not None."""
+        require(task in TASKS, f"task: '{task}' is unknown; choose one of {', '.join(TASKS)}")
+        values = {name: value for name, value in given.items() if value is not None}
+        defaults = TASKS[task]
+        size = values.get("size") or defaults.default_size
+        base: dict[str, Any] = {
+            "size": size,
+            "frame_num": defaults.frames,
+            "sample_steps": defaults.steps,
+            "sample_shift": defaults.default_shift(size),
+            "sample_guide_scale": defaults.guide_scale,
+            "sample_solver": defaults.solver,
+            "base_seed": -1,
+            "prompt": "",
+            "negative_prompt": defaults.negative_prompt,
+        }
+        return cls(task=task, **(base | values))
+
+    @property
+    def kind(self) -> str:
+        """t2v, t2i, i2v, flf2v or vace."""
+        return TASKS[self.task].kind
+
+    @property
+    def width(self) -> int:
+        return int(self.size.split("*")[0])
+
+    @property
+    def height(self) -> int:
+        return int(self.size.split("*")[1])
+
+    def video_size(self, picture: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of the video made from a picture of that (width, height): its aspect ratio, this size's area."""
+        return picture_size(self.width * self.height, *picture)
+
+    def all_prompts(self) -> tuple[str, ...]:
+        return self.prompts or (self.prompt,)
+
+    def media_files(self) -> list[tuple[str, Path]]:
+        """(flag, path) of every file this request reads."""
+        named = [(name, getattr(self, name)) for name in MEDIA if name != "src_ref_images"]
+        named += [("src_ref_images", path) for path in self.src_ref_images]
+        return [("--" + name, Path(path)) for name, path in named if path]

@@ -1,0 +1,248 @@
+"""Prompt extension by Alibaba's DashScope, through its OpenAI-compatible HTTP interface. Standard library only.
+
+The key travels in one header and nowhere else: no message contains it, a redirect is refused rather than followed with it, and
+plain http is allowed to this machine only.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from wanvram.engine.extension_prompts import system_prompt
+from wanvram.errors import InputError, WanvramError
+
+__all__ = ["DEFAULT_URL", "api_key", "api_url", "default_model", "encode_picture", "extend_by_dashscope"]
+
+DEFAULT_URL = "https://dashscope.aliyuncs.com/compatible-mode/v1"
+KEY_NAMES = ("DASH_API_KEY", "DASHSCOPE_API_KEY")
+LONGEST_ANSWER = 20_000  # characters; asked for are about 100 words
+LARGEST_REPLY = 2**20  # bytes read of a reply
+LARGEST_PICTURE = 7 * 2**20  # bytes: the service takes 10 MB of base64
+PICTURE_PIXELS = 512 * 512  # the official script shrinks to this before it uploads
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
+BACKOFF_S = 1.0  # before the first retry, doubled before each further one
+LARGEST_SEED = 2**31 - 1
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+def api_key(environment: Mapping[str, str]) -> str:
+    """DASH_API_KEY (the official script's name) or DASHSCOPE_API_KEY. Raises InputError if neither is set."""
+    for name in KEY_NAMES:
+        key = environment.get(name, "").strip()
+        if key:
+            return key
+    raise InputError("prompt extension by DashScope needs an API key: set DASH_API_KEY or DASHSCOPE_API_KEY")
+
+
+def api_url(environment: Mapping[str, str]) -> str:
+    """DASH_API_URL or the default. The native address the official script takes (.../api/v1) becomes its compatible one."""
+    url = environment.get("DASH_API_URL", "").strip().rstrip("/") or DEFAULT_URL
+    return url.removesuffix("/api/v1") + "/compatible-mode/v1" if url.endswith("/api/v1") else url
+
+
+def default_model(*, vision: bool) -> str:
+    """The official script's choice of service model."""
+    return "qwen-vl-max" if vision else "qwen-plus"
+
+
+def encode_picture(picture: Image.Image) -> tuple[bytes, str]:
+    """(PNG bytes, media type) of at most 512 x 512 pixels' area, the aspect ratio kept, as the official script uploads it."""
+    scale = min(1.0, (PICTURE_PIXELS / (picture.width * picture.height)) ** 0.5)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    buffer = io.BytesIO()
+    picture.convert("RGB").resize(size).save(buffer, "PNG")
+    return buffer.getvalue(), "image/png"
+
+
+def extend_by_dashscope(
+    prompt: str,
+    *,
+    model: str,
+    target_lang: str,
+    pictures: Sequence[tuple[bytes, str]] = (),
+    key: str,
+    base_url: str = DEFAULT_URL,
+    timeout_s: float = 60.0,
+    retries: int = 2,
+    seed: int | None = None,
+) -> str:
+    """The service's rewriting of `prompt`. `pictures` are (bytes, media type): none, the first frame, or first and last.
+
+    `timeout_s` bounds each attempt as a whole; busy servers and lost connections are tried `retries` more times. Raises InputError
+    for a refused or malformed key, url, language or picture, WanvramError for everything the service or the network does.
+    """
+    _check_key(key)
+    body: dict[str, Any] = {"model": model, "messages": _messages(prompt, target_lang, pictures)}
+    if seed is not None:
+        body["seed"] = seed % (LARGEST_SEED + 1)
+    call = _Call(_host(base_url), base_url.rstrip("/") + "/chat/completions", key, json.dumps(body).encode(), timeout_s)
+    for attempt in range(retries + 1):
+        try:
+            return _answer(call.send(), call)
+        except _Passing as error:
+            if attempt == retries:
+                times = f" ({attempt + 1} attempts)" if attempt else ""
+                raise WanvramError(f"prompt extension failed: {error}{times}") from None
+            time.sleep(BACKOFF_S * 2**attempt)
+    raise ValueError(f"retries must not be negative, got {retries}")
+
+
+# --- request ---------------------------------------------------------------------------------------------------------
+
+
+def _check_key(key: str) -> None:
+    """http.client would quote a key it cannot send, so it is refused before."""
+    if not key or not all("!" <= c <= "~" for c in key):
+        raise InputError(
+            "the DashScope API key is empty or has a character no key has; check DASH_API_KEY or DASHSCOPE_API_KEY"
+        )
+
+
+def _host(base_url: str) -> str:
+    """Host name of a usable base url."""
+    try:
+        parts = urlsplit(base_url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host = ""
+    plain = all("!" <= c <= "~" for c in base_url)
+    if not host or not plain or parts.username is not None or parts.query or parts.fragment:
+        raise InputError(f"the DashScope url must look like {DEFAULT_URL}; check DASH_API_URL")
+    if parts.scheme != "https" and not (parts.scheme == "http" and host in LOCAL_HOSTS):
+        raise InputError(
+            f"the DashScope url starts with {parts.scheme}://{host}, which would send the key unencrypted; use https"
+        )
+    return f"{host}:{port}" if port else host
+
+
+def _messages(prompt: str, target_lang: str, pictures: Sequence[tuple[bytes, str]]) -> list[dict[str, Any]]:
+    system = {"role": "system", "content": system_prompt(target_lang, len(pictures))}
+    if not pictures:
+        return [system, {"role": "user", "content": prompt}]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(*p)}} for p in pictures]
+    return [system, {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def _data_url(data: bytes, media_type: str) -> str:
+    if media_type not in MEDIA_TYPES:
+        raise InputError(f"DashScope takes no picture of type {media_type!r}; allowed: {', '.join(MEDIA_TYPES)}")
+    if len(data) > LARGEST_PICTURE:
+        raise InputError(f"DashScope takes pictures of at most {LARGEST_PICTURE:,} bytes, not {len(data):,}")
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+class _Passing(Exception):
+    """A failure that another attempt may not meet; the text says what happened."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class _Call:
+    host: str
+    url: str
+    key: str = field(repr=False)
+    body: bytes = field(repr=False)
+    timeout_s: float
+
+    def send(self) -> bytes:
+        """The reply to one POST. Raises _Passing for what may pass, InputError and WanvramError for what will not."""
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.url, self.body, headers, method="POST")
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        if self.host.rpartition(":")[0] in LOCAL_HOSTS or self.host in LOCAL_HOSTS:
+            handlers.append(urllib.request.ProxyHandler({}))
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout_s) as response:
+                return self._read(response, deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error) from None
+        except TimeoutError:
+            raise self._late() from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise self._late() from None
+            raise _Passing(f"{self.host} cannot be reached ({_reason(error.reason)})") from None
+        except (OSError, HTTPException) as error:
+            raise _Passing(f"the connection to {self.host} broke ({_reason(error)})") from None
+
+    def _late(self) -> _Passing:
+        return _Passing(f"{self.host} gave no complete answer within {self.timeout_s:g} s")
+
+    def _read(self, response: HTTPResponse, deadline: float) -> bytes:
+        """At most LARGEST_REPLY + 1 bytes; the socket's own time-out would start anew with every byte."""
+        content = bytearray()
+        while len(content) <= LARGEST_REPLY and (chunk := response.read1(2**16)):
+            content += chunk
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        return bytes(content)
+
+    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+        code = error.code
+        if code in (401, 403):
+            return InputError(f"{self.host} refused the API key ({code}); check DASH_API_KEY or DASHSCOPE_API_KEY")
+        if 300 <= code < 400:
+            return WanvramError(
+                f"prompt extension failed: {self.host} redirects ({code}), which is not followed with a key; check DASH_API_URL"
+            )
+        said = f"{self.host} answered {code}{self._explanation(error)}"
+        if code == 429 or code >= 500:
+            return _Passing(said)
+        return WanvramError(f"prompt extension failed: {said}")
+
+    def _explanation(self, error: urllib.error.HTTPError) -> str:
+        """` (the service's own words)`, at most 200 characters and without the key, should the service repeat it."""
+        try:
+            message = json.loads(error.read(LARGEST_REPLY))["error"]["message"]
+        except (ValueError, KeyError, TypeError, RecursionError, OSError, HTTPException):
+            return ""
+        words = " ".join("".join(c if c.isprintable() else " " for c in str(message)).replace(self.key, "***").split())
+        return f" ({words[:200]})" if words else ""
+
+
+def _reason(error: object) -> str:
+    """The system's short text of an error, or its class: never a text that could repeat the request."""
+    return str(getattr(error, "strerror", None) or type(error).__name__)
+
+
+# --- answer ----------------------------------------------------------------------------------------------------------
+
+
+def _answer(reply: bytes, call: _Call) -> str:
+    """The text of a chat completion."""
+    try:
+        if len(reply) > LARGEST_REPLY:
+            raise ValueError
+        content = json.loads(reply)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        content = None
+    if not isinstance(content, str):
+        raise WanvramError(
+            f"prompt extension failed: {call.host} sent {len(reply):,} bytes that are not a chat completion; check DASH_API_URL"
+        )
+    answer = content.strip()
+    if not answer:
+        raise WanvramError(f"prompt extension failed: {call.host} answered with an empty text")
+    if len(answer) > LONGEST_ANSWER:
+        raise WanvramError(
+            f"prompt extension failed: {call.host} answered with {len(answer):,} characters; at most {LONGEST_ANSWER:,} are taken"
+        )
+    return answer

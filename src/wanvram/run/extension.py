@@ -1,0 +1,106 @@
+"""Prompt extension as a step of a run: a local language model that has left the device before T5 enters it, or DashScope."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from wanvram.engine.devices import Device
+from wanvram.engine.prompt_extender import LocalExtender, default_model, load_extender
+from wanvram.errors import OutOfMemory, WanvramError
+from wanvram.record import ComponentRecord
+from wanvram.recorder.recorder import Recorder
+from wanvram.request import Request
+from wanvram.run import dashscope
+
+__all__ = ["Extension", "prompt_extension"]
+
+NAME = "prompt_extender"
+
+
+class Extension:
+    """Called by the pipeline before anything else: returns the prompts to use. `record` is the local model's, once loaded."""
+
+    def __init__(self, request: Request, extend: Callable[[Extension, Device, Recorder], list[str]]) -> None:
+        self.request = request
+        self.notes: list[str] = []
+        self.record: ComponentRecord | None = None
+        self._extend = extend
+
+    def __call__(self, device: Device, recorder: Recorder) -> Sequence[str]:
+        return self._extend(self, device, recorder)
+
+    def unextended(self, prompt: str, error: WanvramError) -> str:
+        """The prompt as it is, if the user allowed that; else the error."""
+        if not self.request.prompt_extend_optional or isinstance(error, OutOfMemory):
+            raise error
+        self.notes.append(f"the prompt was used as it is: {error}")
+        return prompt
+
+
+def prompt_extension(request: Request) -> Extension | None:
+    """What extends the prompts of a request, if it asks for that. Raises InputError for a missing key or model."""
+    if not request.use_prompt_extend:
+        return None
+    pictures = [Path(path) for path in (request.image, request.first_frame, request.last_frame) if path]
+    if request.prompt_extend_method == "dashscope":
+        key = dashscope.api_key(os.environ)
+        url = dashscope.api_url(os.environ)
+        return Extension(request, lambda e, device, recorder: _by_dashscope(e, recorder, pictures, key, url))
+    return Extension(request, lambda e, device, recorder: _locally(e, device, recorder, pictures))
+
+
+def _by_dashscope(extension: Extension, recorder: Recorder, pictures: Sequence[Path], key: str, url: str) -> list[str]:
+    request = extension.request
+    model = request.prompt_extend_model or dashscope.default_model(vision=bool(pictures))
+    uploads = [_upload(path) for path in pictures]
+    extended = []
+    with recorder.span("extend_prompt", kind="stage", component=NAME):
+        for prompt in request.all_prompts():
+            try:
+                extended.append(
+                    dashscope.extend_by_dashscope(
+                        prompt,
+                        model=model,
+                        target_lang=request.prompt_extend_target_lang,
+                        pictures=uploads,
+                        key=key,
+                        base_url=url,
+                        seed=request.base_seed,
+                    )
+                )
+            except WanvramError as error:
+                extended.append(extension.unextended(prompt, error))
+    return extended
+
+
+def _upload(path: Path) -> tuple[bytes, str]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return dashscope.encode_picture(picture)
+
+
+def _locally(extension: Extension, device: Device, recorder: Recorder, pictures: Sequence[Path]) -> list[str]:
+    request = extension.request
+    model = request.prompt_extend_model or default_model(vision=bool(pictures))
+    with recorder.span(f"load {NAME}", kind="load", component=NAME) as span:
+        extender = load_extender(model, device, vision=bool(pictures))
+    base = span.end.allocated_bytes - span.start.allocated_bytes
+    extension.record = ComponentRecord(NAME, extender.parameters, base, 0, 0)
+    options = {"target_lang": request.prompt_extend_target_lang, "seed": request.base_seed, "pictures": pictures}
+    try:
+        with recorder.span("extend_prompt", kind="stage", component=NAME):
+            return [_extended(extension, extender, prompt, options) for prompt in request.all_prompts()]
+    finally:
+        extender.release()
+        device.empty_cache()
+
+
+def _extended(extension: Extension, extender: LocalExtender, prompt: str, options: dict[str, Any]) -> str:
+    try:
+        return extender.extend(prompt, **options)
+    except WanvramError as error:
+        return extension.unextended(prompt, error)

@@ -1,0 +1,89 @@
+"""The files of a request become the pipeline's Inputs, checked before any model is loaded; without files, stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanvram.engine.conditions import Frames, Inputs
+from wanvram.errors import InputError
+from wanvram.request import Request
+from wanvram.run.media import SourceVideo, picture_size, plan_frames, probe_video, read_picture
+
+__all__ = ["prepare_inputs"]
+
+NEEDED = {"i2v": "--image", "flf2v": "--first_frame and --last_frame"}
+
+
+def prepare_inputs(request: Request, *, simulated: bool, real_weights: bool) -> tuple[Inputs, list[str]]:
+    """Inputs and what is to be said about them. `simulated`: only sizes are read, tensors hold no values.
+
+    Raises InputError for a file that is missing, unreadable or of an impossible size, and for pictures that a real
+    checkpoint needs and that were not given.
+    """
+    if request.kind in ("i2v", "flf2v"):
+        return _from_pictures(request, simulated, real_weights)
+    if request.kind == "vace":
+        return _from_source(request, simulated)
+    return Inputs(request.frame_num, request.height, request.width), []
+
+
+def _from_pictures(request: Request, simulated: bool, real_weights: bool) -> tuple[Inputs, list[str]]:
+    names = ("image",) if request.kind == "i2v" else ("first_frame", "last_frame")
+    paths = [getattr(request, name) for name in names]
+    if None not in paths:
+        pictures = [_picture(Path(path), "--" + name, simulated) for name, path in zip(names, paths, strict=True)]
+        notes = []
+    elif real_weights:
+        raise InputError(f"{NEEDED[request.kind]}: {request.task} makes a video from it; give a picture")
+    else:
+        size = (request.height, request.width, 3)
+        pictures = [_blank(size, simulated) for _ in names]
+        notes = [f"no picture was given: a grey one of {request.width}x{request.height} stands in"]
+    height, width = pictures[0].shape[:2]
+    width, height = request.video_size((width, height))
+    if (width, height) != (request.width, request.height):
+        notes.append(f"the video is {width}x{height}: the picture's aspect ratio within the area of {request.size}")
+    return Inputs(request.frame_num, height, width, tuple(pictures)), notes
+
+
+def _from_source(request: Request, simulated: bool) -> tuple[Inputs, list[str]]:
+    references = tuple(_picture(Path(path), "--src_ref_images", simulated) for path in request.src_ref_images)
+    if request.src_video is None:
+        return Inputs(request.frame_num, request.height, request.width, references=references), []
+    path = Path(request.src_video)
+    info = probe_video(path, "--src_video")
+    mask_path = Path(request.src_mask) if request.src_mask else None
+    if mask_path is not None:
+        info = replace(info, frames=min(info.frames, probe_video(mask_path, "--src_mask").frames))
+    plan = plan_frames(info, request.width * request.height)
+    frames = len(plan.frame_ids)
+    source: Frames = SourceVideo(path, plan).chunks
+    mask = None if mask_path is None else SourceVideo(mask_path, plan, mask=True).chunks
+    if simulated:
+        source = lambda: _pieces(3, frames, plan.height, plan.width)  # noqa: E731
+        mask = mask and (lambda: _pieces(1, frames, plan.height, plan.width))
+    notes = [f"the video is {plan.width}x{plan.height} with {frames} frames, after {path.name}"]
+    return Inputs(frames, plan.height, plan.width, source=source, mask=mask, references=references), notes
+
+
+def _picture(path: Path, flag: str, simulated: bool) -> Tensor:
+    if not simulated:
+        return read_picture(path, flag)
+    width, height = picture_size(path, flag)
+    return _blank((height, width, 3), simulated)
+
+
+def _blank(shape: tuple[int, int, int], simulated: bool) -> Tensor:
+    return torch.full(shape, 127, dtype=torch.uint8, device="meta" if simulated else "cpu")
+
+
+def _pieces(channels: int, frames: int, height: int, width: int) -> Iterator[Tensor]:
+    """Shapes of a source's pieces: 1, 4, 4, ... frames."""
+    yield torch.empty((channels, 1, height, width), device="meta")
+    for _ in range((frames - 1) // 4):
+        yield torch.empty((channels, 4, height, width), device="meta")

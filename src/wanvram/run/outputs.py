@@ -1,0 +1,86 @@
+"""What a run makes: one video or picture per prompt, each with a sidecar JSON that says how to make it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanvram.config import RunConfig
+from wanvram.errors import InputError, OutputError
+from wanvram.record import write_atomically
+from wanvram.run.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
+from wanvram.version import __version__
+
+__all__ = ["Outputs"]
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+
+
+@dataclass
+class Outputs:
+    """Opens the writer of each prompt's frames. Existing files are replaced only with `force`.
+
+    Raises InputError for a name that cannot be used and OutputError without an encoder, both before anything is loaded.
+    """
+
+    config: RunConfig
+    directory: Path
+    device: str
+    save_file: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        is_picture = self.config.request.kind == "t2i"
+        if not is_picture:
+            check_encoder()
+        if self.save_file is None:
+            return
+        allowed = (".png",) if is_picture else VIDEO_SUFFIXES
+        if self.save_file.suffix.lower() not in allowed:
+            raise InputError(f"--save_file {self.save_file}: its name must end in {' or '.join(allowed)}")
+        for index in range(len(self.config.request.all_prompts())):
+            if self.path(index).exists() and not self.force:
+                raise InputError(f"--save_file {self.path(index)} exists; give --force to replace it")
+        try:
+            self.save_file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.save_file.parent}: {error.strerror or error}") from error
+
+    def path(self, index: int) -> Path:
+        """Numbered from 001 when there are several prompts."""
+        default = "image.png" if self.config.request.kind == "t2i" else "video.mp4"
+        path = self.save_file or self.directory / default
+        several = len(self.config.request.all_prompts()) > 1
+        return path.with_name(f"{path.stem}-{index + 1:03d}{path.suffix}") if several else path
+
+    @contextmanager
+    def open(self, index: int, prompt: str) -> Iterator[VideoWriter | PictureWriter]:
+        """The sink of the prompt with this index; the sidecar is written once the file is complete."""
+        path = self.path(index)
+        writer = PictureWriter(path) if self.config.request.kind == "t2i" else VideoWriter(path)
+        with writer:
+            yield writer
+        sidecar = self._sidecar(path, prompt, self.config.request.all_prompts()[index])
+        write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n")
+
+    def _sidecar(self, path: Path, prompt: str, given: str) -> dict[str, Any]:
+        request = self.config.request
+        return {
+            "schema": 1,
+            "file": path.name,
+            "prompt": prompt,
+            "prompt_given": given,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.base_seed,
+            "frames_per_second": None if request.kind == "t2i" else FRAMES_PER_SECOND,
+            "wanvram": __version__,
+            "torch": torch.__version__,
+            "device": self.device,
+            "config": self.config.to_dict(),
+        }

@@ -1,0 +1,415 @@
+"""Who owned the simulated device's memory, when: every allocator call of a run, logged compactly and replayed at its end. No torch.
+
+A timeline keeps four integers per call and no tensor, so it changes neither what lives nor when it dies. The x axis is
+the number of logged events; the state at x is the state after x of them. A malloc and the segment it needed are one event:
+between them there is nothing a run could see.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from wanvram.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanvram.simulate.allocator import CachingAllocator
+    from wanvram.simulate.memory import SimulatedMemory
+
+__all__ = ["Timeline"]
+
+SCHEMA = 1
+MAX_POINTS = 4000
+MAX_GROUPS = 200
+_FREE, _SEGMENT, _OUTSIDE = -1, -2, -3  # what an event is, when it is not a malloc by the owner of that number
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_ASKS_FOR_OTHERS = ("simulate" + os.sep, "kernels" + os.sep, "recorder" + os.sep, os.path.join("engine", "devices.py"))
+_MODELS = "models" + os.sep
+
+
+class _Owner(NamedTuple):
+    """Whose a block is. shape and dtype are None for the buffer of a library."""
+
+    component: str | None
+    stage: str | None
+    module: str | None
+    operation: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+
+
+@dataclass
+class _Entry:
+    """A load, stage or step on the x axis."""
+
+    name: str
+    kind: str
+    component: str | None
+    start: int
+    end: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.kind in ("load", "stage")
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Every block of the run as columns: it is alive at x if born <= x < died. owner counts into the timeline's owners."""
+
+    address: np.ndarray
+    nbytes: np.ndarray
+    owner: np.ndarray
+    born: np.ndarray
+    died: np.ndarray
+
+    def alive(self, x: int) -> np.ndarray:
+        return np.flatnonzero((self.born <= x) & (x < self.died))
+
+
+class Timeline:
+    """Observer of a SimulatedMemory (or of any allocator whose calls are told to it) and of a Recorder's spans.
+
+    outside_bytes: device memory beside the allocator at the start; None if the driver's view is unknown. Raises
+    InputError for an allocator that has already been used: what lives there has no known owner.
+    """
+
+    def __init__(self, allocator: CachingAllocator, outside_bytes: int | None = None) -> None:
+        if allocator.allocated_bytes or allocator.reserved_bytes:
+            raise InputError("a timeline must be attached before anything is allocated")
+        self.allocator = allocator
+        self._outside = outside_bytes
+        self._kinds, self._addresses = array("q"), array("q")
+        self._changes = array("q")  # what the event added to allocated, or to what is outside
+        self._reserved = array("q")  # after the event
+        self._segments: list[tuple[int, str, int, int]] = []  # x, event, address, bytes
+        self._allocated = 0
+        self._owners: dict[tuple[Any, ...], int] = {}
+        self._entries: list[_Entry] = []
+        self._open: list[tuple[_Entry | None, tuple[str | None, str | None]]] = []
+        self._where: tuple[str | None, str | None] = (None, None)  # stage, component
+        self._places = _Places()
+        self._told = allocator.on_segment
+        allocator.on_segment = self._segment
+
+    @classmethod
+    def attach(cls, memory: SimulatedMemory) -> Timeline:
+        """Observes `memory` from now on; nothing may have been allocated yet."""
+        timeline = cls(memory.allocator, memory.device_memory())
+        memory.observer = timeline
+        return timeline
+
+    # --- observing -----------------------------------------------------------------------------------------------------------
+
+    def begin(self, name: str, kind: str, component: str | None) -> None:
+        """A span begins; every begin has its `end`. Blocks name who allocates but are no entry of their own."""
+        entry = None
+        if kind != "block":
+            entry = _Entry(name, kind, component, len(self._kinds))
+            self._entries.append(entry)
+        self._open.append((entry, self._where))
+        stage, outer = self._where
+        self._where = (name if kind in ("load", "stage") else stage, component or outer)
+
+    def end(self) -> None:
+        entry, self._where = self._open.pop()
+        if self._reserved and self._reserved[-1] != self.allocator.reserved_bytes:
+            self._log(_SEGMENT, 0, 0)  # pages mapped for a malloc that then failed
+        if entry is not None:
+            entry.end = len(self._kinds)
+
+    def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None = None) -> None:
+        """After the allocator's malloc: its handle, what asked, and the tensor for its shape and dtype."""
+        place = self._places.of_caller()
+        key: tuple[Any, ...] = (operation, place, self._where, None, None)
+        if tensor is not None:
+            key = (operation, place, self._where, tensor.shape, tensor.dtype)
+        owner = self._owners.get(key)
+        if owner is None:
+            owner = self._owners[key] = len(self._owners)
+        self._log(owner, handle, self._allocation_change())
+
+    def free(self, handle: int) -> None:
+        """After the allocator's free."""
+        self._log(_FREE, handle, self._allocation_change())
+
+    def outside(self, nbytes: int) -> None:
+        self._log(_OUTSIDE, 0, nbytes)
+
+    def _segment(self, event: str, address: int, size: int, stream: int) -> None:
+        if event in ("segment_free", "segment_unmap"):
+            self._log(_SEGMENT, address, 0)
+            self._segments.append((len(self._kinds), event, address, size))
+        else:
+            self._segments.append((len(self._kinds) + 1, event, address, size))  # with the malloc it is for
+        if self._told is not None:
+            self._told(event, address, size, stream)
+
+    def _allocation_change(self) -> int:
+        before, self._allocated = self._allocated, self.allocator.allocated_bytes
+        return self._allocated - before
+
+    def _log(self, kind: int, address: int, change: int) -> None:
+        self._kinds.append(kind)
+        self._addresses.append(address)
+        self._changes.append(change)
+        self._reserved.append(self.allocator.reserved_bytes)
+
+    # --- the result ----------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """timeline.json: points, stages, weights and moments; all bytes exact, in the allocator's block sizes."""
+        entries = [(e, e.start, len(self._kinds) if e.end is None else e.end) for e in self._entries]
+        series = self._series()
+        wholes = [(e, start, end) for e, start, end in entries if e.whole]
+        peaks = [start + int(series[0][start : end + 1].argmax()) for _, start, end in wholes]
+        blocks, owners = self._blocks(), self._owner_list()
+        weights = self._weights(blocks, wholes)
+        marks = {x for _, start, end in entries if len(entries) <= MAX_POINTS // 8 for x in (start, end)}
+        kept = _kept(series, marks.union(peaks, *((start, end) for _, start, end in wholes)))
+        return {
+            "schema": SCHEMA,
+            "axis": "events",
+            "points": self._points(series, kept),
+            "stages": [
+                {"name": e.name, "component": e.component, "kind": e.kind, "start": start, "end": end}
+                for e, start, end in entries
+            ],
+            "weights": _resident(blocks, weights),
+            "moments": [
+                {
+                    "label": label,
+                    "x": x,
+                    "allocated_bytes": int(series[0][x]),
+                    "reserved_bytes": int(series[1][x]),
+                    "stage": entry.name if entry else None,
+                    "component": entry.component if entry else None,
+                    "alive": _groups(blocks, blocks.alive(x), owners, weights),
+                    "segments": self._map(blocks, x),
+                }
+                for label, x, entry in _moments(wholes, peaks, int(series[0].argmax()))
+            ],
+        }
+
+    def _series(self) -> np.ndarray:
+        """[3, events + 1] int64: allocated, reserved and outside bytes after each event."""
+        kinds, changes = np.array(self._kinds), np.array(self._changes)
+        series = np.zeros((3, len(kinds) + 1), dtype=np.int64)
+        series[0, 1:] = np.where(kinds >= _FREE, changes, 0).cumsum()
+        series[1, 1:] = self._reserved
+        series[2, 1:] = np.where(kinds == _OUTSIDE, changes, 0).cumsum()
+        return series
+
+    def _points(self, series: np.ndarray, kept: np.ndarray) -> list[list[int | None]]:
+        allocated, reserved, outside = (row[kept].tolist() for row in series)
+        start = self._outside
+        device = [None if start is None else r + start + o for r, o in zip(reserved, outside, strict=True)]
+        return [list(point) for point in zip(kept.tolist(), allocated, reserved, device, strict=True)]
+
+    def _blocks(self) -> _Blocks:
+        never = len(self._kinds) + 1
+        rows: list[list[int]] = []
+        live: dict[int, list[int]] = {}
+        for x, (kind, address, change) in enumerate(zip(self._kinds, self._addresses, self._changes, strict=True), 1):
+            if kind >= 0:
+                row = live[address] = [address, change, kind, x, never]
+                rows.append(row)
+            elif kind == _FREE:
+                live.pop(address)[4] = x
+        return _Blocks(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
+
+    def _owner_list(self) -> list[_Owner]:
+        owners = []
+        for operation, module, (stage, component), shape, dtype in self._owners:
+            if shape is None and "." not in operation:
+                # A library's buffer for good, whoever used it first; the names of ATen's and our operations have a dot.
+                component = module = None
+            sizes = None if shape is None else tuple(map(int, shape))
+            text = None if dtype is None else str(dtype).removeprefix("torch.")
+            owners.append(_Owner(component, stage, module, operation, sizes, text))
+        return owners
+
+    def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[_Entry, int, int]]) -> dict[int, str]:
+        """Index of a block -> the component whose weights it holds: born in that component's load and alive after it."""
+        found: dict[int, str] = {}
+        for entry, start, end in wholes:
+            if entry.kind == "load":
+                survivors = (blocks.born > start) & (blocks.born <= end) & (blocks.died > end)
+                found |= dict.fromkeys(np.flatnonzero(survivors).tolist(), entry.component or entry.name)
+        return found
+
+    def _map(self, blocks: _Blocks, x: int) -> list[dict[str, Any]]:
+        """The allocator's segments at x by address; a gap between live blocks is one inactive block."""
+        order = blocks.alive(x)
+        order = order[np.argsort(blocks.address[order])]
+        live = list(zip(blocks.address[order].tolist(), blocks.nbytes[order].tolist(), strict=True))
+        result, index = [], 0
+        for low, high in _ranges([s for s in self._segments if s[0] <= x]):
+            cells, end = [], low
+            while index < len(live) and live[index][0] < high:
+                address, size = live[index]
+                if address > end:
+                    cells.append([end - low, address - end, "inactive"])
+                cells.append([address - low, size, "active"])
+                end, index = address + size, index + 1
+            if end < high:
+                cells.append([end - low, high - end, "inactive"])
+            result.append({"bytes": high - low, "blocks": cells})
+        return result
+
+
+class _Places:
+    """Names the code that asks for memory, by its two innermost functions under wanvram/models, else by wanvram's innermost.
+
+    Reads code objects only: a frame's f_locals would keep its tensors alive.
+    """
+
+    def __init__(self) -> None:
+        self._codes: dict[int, tuple[CodeType, str, bool]] = {}  # by id: hashing a code object reads all of it
+        self._lines: dict[tuple[int, int], str] = {}
+        self._paths: dict[tuple[str, str], str] = {}
+
+    def of_caller(self) -> str | None:
+        """`dit.SelfAttention.forward:186 > Linear.forward:77` for what called the observer's malloc."""
+        frame: FrameType | None = sys._getframe(2)  # over of_caller and Timeline.malloc
+        inner: str | None = None
+        while frame is not None:
+            code = frame.f_code
+            known = self._codes.get(id(code))
+            if known is None:
+                known = self._codes[id(code)] = (code, *_describe(code))
+            _, name, model = known
+            if name:
+                if inner is not None:
+                    return self._path(self._line(frame, name), inner) if model else inner
+                inner = self._line(frame, name)
+                if not model:
+                    return inner
+            frame = frame.f_back
+        return inner
+
+    def _line(self, frame: FrameType, name: str) -> str:
+        key = id(frame.f_code), frame.f_lasti
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = f"{name}:{frame.f_lineno}"
+        return line
+
+    def _path(self, outer: str, inner: str) -> str:
+        path = self._paths.get((outer, inner))
+        if path is None:
+            shared = outer.split(".")[0] + "."  # the file is named once
+            path = self._paths[outer, inner] = f"{outer} > {inner.removeprefix(shared)}"
+        return path
+
+
+def _describe(code: CodeType) -> tuple[str, bool]:
+    """(`file.Class.function`, is it a model's) of wanvram's code; no name for code that asks on behalf of others.
+
+    A comprehension or lambda counts as the function around it, as Python 3.12 itself has it.
+    """
+    if not code.co_filename.startswith(_PACKAGE) or code.co_name.startswith("<"):
+        return "", False
+    path = code.co_filename[len(_PACKAGE) :]
+    if path.startswith(_ASKS_FOR_OTHERS):
+        return "", False
+    function = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")  # co_qualname: Python 3.11
+    return f"{os.path.basename(path).removesuffix('.py')}.{function}", path.startswith(_MODELS)
+
+
+def _moments(
+    wholes: Sequence[tuple[_Entry, int, int]], peaks: Sequence[int], highest: int
+) -> Iterator[tuple[str, int, _Entry | None]]:
+    """The global peak first, then that of every load and stage."""
+    yield "peak", highest, next((e for e, start, end in wholes if start <= highest <= end), None)
+    for (entry, _, _), x in zip(wholes, peaks, strict=True):
+        yield f"peak of {entry.name}", x, entry
+
+
+def _kept(series: np.ndarray, marks: set[int]) -> np.ndarray:
+    """At most MAX_POINTS x values: all marks, and of every stretch the highest and lowest allocated and the highest reserved.
+
+    Stretches end at marks, so that each stage keeps its own extremes.
+    """
+    last = series.shape[1] - 1
+    if last < MAX_POINTS:
+        return np.arange(last + 1)
+    always = marks | {0, last, *(int(row.argmax()) for row in (*series, series[1] + series[2]))}
+    count = (MAX_POINTS - len(always)) // 3 - len(always)
+    edges = sorted(always | set(np.linspace(0, last, max(count, 2)).astype(int).tolist()))
+    kept = set(always)
+    for low, high in pairwise(edges):
+        allocated, reserved = series[0, low:high], series[1, low:high]
+        kept.update(low + int(i) for i in (allocated.argmax(), allocated.argmin(), reserved.argmax()))
+    return np.array(sorted(kept))
+
+
+def _resident(blocks: _Blocks, weights: dict[int, str]) -> list[dict[str, Any]]:
+    """Base memory as steps: per component, stretches [start, end) that follow each other, each with what it has there."""
+    changes: dict[str, dict[int, int]] = {}
+    for index, component in weights.items():
+        own = changes.setdefault(component, {})
+        nbytes = int(blocks.nbytes[index])
+        for x, change in ((int(blocks.born[index]), nbytes), (int(blocks.died[index]), -nbytes)):
+            own[x] = own.get(x, 0) + change
+    result = []
+    for component, own in changes.items():
+        held, xs = 0, sorted(own)
+        for x, following in pairwise(xs):
+            held += own[x]
+            if held:
+                result.append({"component": component, "bytes": held, "start": x, "end": following})
+    return result
+
+
+def _groups(
+    blocks: _Blocks, alive: np.ndarray, owners: Sequence[_Owner], weights: dict[int, str]
+) -> list[dict[str, Any]]:
+    """Equal blocks of equal owners together, largest group first; what is over MAX_GROUPS becomes one."""
+    found: dict[tuple[int, _Owner], int] = {}
+    for index in alive.tolist():
+        owner = owners[blocks.owner[index]]
+        if index in weights:
+            owner = owner._replace(component=weights[index], module=None, operation="weights")
+        key = int(blocks.nbytes[index]), owner
+        found[key] = found.get(key, 0) + 1
+    groups = [{"bytes": size * count, "count": count, **owner._asdict()} for (size, owner), count in found.items()]
+    groups.sort(key=lambda g: (-g["bytes"], str(g)))
+    if len(groups) > MAX_GROUPS:
+        rest = groups[MAX_GROUPS - 1 :]
+        other = _Owner(None, None, None, "(other)", None, None)._asdict()
+        total, count = sum(g["bytes"] for g in rest), sum(g["count"] for g in rest)
+        groups = [*groups[: MAX_GROUPS - 1], {"bytes": total, "count": count, **other}]
+    return [g | {"shape": None if g["shape"] is None else list(g["shape"])} for g in groups]
+
+
+def _ranges(events: Sequence[tuple[int, str, int, int]]) -> list[tuple[int, int]]:
+    """[low, high) of every reserved range by address; neighbouring pages of an expandable segment are one range."""
+    whole: dict[int, int] = {}
+    pages: list[tuple[int, int]] = []
+    for _, event, address, size in events:
+        low, high = address, address + size
+        if event == "segment_alloc":
+            whole[low] = high
+        elif event == "segment_free":
+            del whole[low]
+        else:
+            pages = [part for a, b in pages for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
+            pages += [(low, high)] if event == "segment_map" else []
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(pages):
+        if joined and joined[-1][1] == low:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return sorted([*whole.items(), *joined])

@@ -1,0 +1,232 @@
+"""The HTML report in a real browser: opened from disk without network, used with mouse and keyboard."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from browser.chromium import Browser, Page, find_chromium
+from report_runs import Recipe, write_run
+from wanvram.report.html import html_report
+from wanvram.report.runs import find_runs
+from wanvram.units import GIB
+
+HOSTILE = '</script><img src=x onerror="window.broken=1">'
+PRESSED = '.moments button[aria-pressed="true"]'
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here; on Debian: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    binary = find_chromium()
+    assert binary is not None
+    browser = Browser(binary, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def report(directory: Path, *recipes: Recipe, language: str = "en") -> Path:
+    runs = find_runs([write_run(directory / f"run{i}", recipe) for i, recipe in enumerate(recipes)])
+    path = directory / "report.html"
+    path.write_text(html_report(runs, language), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def single(browser: Browser, tmp_path: Path) -> Page:
+    return browser.open(report(tmp_path, Recipe(budget_bytes=6 * GIB)))
+
+
+@pytest.fixture
+def several(browser: Browser, tmp_path: Path) -> Page:
+    recipes = Recipe(), Recipe("lean", offload=True), Recipe("real", simulated=False, factor=1.01), Recipe(HOSTILE)
+    return browser.open(report(tmp_path, *recipes))
+
+
+def column(page: Page, caption: str, number: int) -> list[str]:
+    """The texts of a column of the table with that caption."""
+    table = f"[...document.querySelectorAll('table')].find((t) => t.caption.textContent === {caption!r})"
+    return list(page.value(f"[...{table}.tBodies[0].rows].map((row) => row.cells[{number}].textContent)"))
+
+
+def test_the_page_opens_offline_without_a_complaint_and_states_the_peak(single: Page) -> None:
+    assert single.text("h1") == (
+        "This run will need 6,162.0 MiB of device memory; it does not fit the budget of 6,144.0 MiB: 18.0 MiB too much; "
+        "the smallest standard card that holds it has 8 GB."
+    )
+    single.wait("document.querySelectorAll('.tile').length > 5")
+    assert single.value("document.querySelectorAll('.chart canvas').length") == 1
+    assert single.troubles() == []
+
+
+def test_brushing_the_timeline_zooms_and_changes_what_was_alive(single: Page) -> None:
+    single.wait("document.querySelector('.u-over') && document.querySelectorAll('.tile').length > 5")
+    assert single.text(PRESSED).startswith("peak ·")
+    before, stages = single.text(".said"), single.value("document.querySelectorAll('.ribbon .stage').length")
+    single.drag(".u-over", 0.02, 0.2)
+    assert single.text(PRESSED).startswith("peak of load ")
+    assert single.text(".said") != before
+    assert single.value("document.querySelectorAll('.ribbon .stage').length") < stages
+    assert single.value("[...document.querySelectorAll('.tile')].every((t) => t.dataset.text.includes('weights'))")
+    assert single.troubles() == []
+
+
+def test_a_click_on_the_chart_and_on_a_stage_chooses_the_moment_there(single: Page) -> None:
+    single.wait("document.querySelector('.u-over') !== null")
+    single.click(".ribbon .stage", 4)
+    assert single.text(PRESSED).startswith("peak of denoise ·")
+    single.drag(".u-over", 0.995, 0.996)  # under four pixels is a click
+    assert "5,134.0 MiB" in single.text(PRESSED)
+    single.click(".u-over")
+    assert single.text(PRESSED).startswith("peak of denoise ·")
+    assert single.value("document.querySelectorAll('.ribbon .stage').length") == 6
+
+
+def test_the_chart_and_the_treemap_are_walked_with_the_keyboard(single: Page) -> None:
+    single.wait("document.querySelectorAll('.tile').length > 5")
+    single.value("document.querySelector('.chart').focus()")
+    single.key("ArrowLeft")
+    chosen = single.text(PRESSED)
+    single.key("ArrowLeft")
+    assert single.text(PRESSED) != chosen
+    single.key("+")
+    zoomed = single.value("document.querySelectorAll('.ribbon > *').length")
+    single.key("0")
+    assert single.value("document.querySelectorAll('.ribbon > *').length") > zoomed
+    single.value("document.querySelector('.treemap').focus()")
+    single.key("ArrowRight")
+    assert single.text(".tile.current b") in single.text(".detail")
+    assert single.troubles() == []
+
+
+def test_the_areas_of_the_treemap_are_the_sizes_of_the_groups(single: Page) -> None:
+    single.wait("document.querySelectorAll('.tile').length > 5")
+    single.value("document.querySelector('.choice select').value = 'module'")
+    single.value("document.querySelector('.choice select').dispatchEvent(new Event('change'))")
+    single.wait("document.querySelectorAll('.tile').length > 5")
+    inside = "[...document.querySelectorAll('.tile')].filter((t) => t.dataset.text.includes('decoder.up'))"
+    size = "parseFloat(t.dataset.text.replace(',', ''))"
+    area = "parseFloat(t.style.width) * parseFloat(t.style.height)"
+    share = [area / size for area, size in single.value(f"{inside}.map((t) => [{area}, {size}])")]
+    # Heads of families take 18 pixels; apart from that the scale is one.
+    assert max(share) / min(share) < 1.25
+
+
+def test_the_holes_of_the_segments_add_up_to_what_is_reserved_but_not_allocated(single: Page) -> None:
+    assert "11 segments reserve 5,562.0 MiB; 428.0 MiB of it (7.7 %) holds no tensor" in single.value(
+        "document.body.textContent"
+    )
+
+
+def test_a_table_sorts_by_the_column_whose_head_is_clicked(several: Page) -> None:
+    names = column(several, "Runs", 0)
+    peaks = column(several, "Runs", 5)
+    several.click("thead button", 3)  # run, kind and task come before: show and pin do not sort
+    ordered = column(several, "Runs", 5)
+    assert ordered == sorted(peaks, key=lambda text: -float(text.replace(",", "")))
+    several.click("thead button", 3)
+    assert column(several, "Runs", 5) == ordered[::-1]
+    assert several.value("document.querySelector('th[aria-sort]').getAttribute('aria-sort')") == "ascending"
+    assert sorted(column(several, "Runs", 0)) == sorted(names)
+    assert several.troubles() == []
+
+
+def test_two_pinned_runs_are_compared_and_other_pins_change_the_comparison(several: Page) -> None:
+    assert column(several, "A: baseline · B: lean", 0)[0] == "whole run: peak device"
+    assert column(several, "A: baseline · B: lean", 3)[0] == "-1,078.0"
+    assert column(several, "Differences of configuration", 0) == ["name", "model_config.offload"]
+    several.click("input[name=pin]", 2)  # a third pin takes the place of the first
+    assert column(several, "A: lean · B: real", 3)[0] == "+1,120.0"
+    several.click("input[name=pin]", 1)
+    assert several.value("document.body.textContent.includes('Pin two runs')")
+
+
+def test_a_prediction_stands_beside_its_measurement_with_signed_errors(several: Page) -> None:
+    caption = "predicted: baseline · measured: real"
+    assert column(several, caption, 3)[:3] == ["-42.0", "-42.0", "-38.6"]
+    assert column(several, caption, 4)[0] == "-0.68 %"
+
+
+def test_another_run_is_shown_when_it_is_chosen(several: Page) -> None:
+    assert several.text(".answer .kind").startswith("lean · Predicted")
+    several.click("input[name=show]", 2)
+    assert several.text(".answer .kind") == "real · Measured (cuda:NVIDIA H200)"
+    assert several.value("document.querySelectorAll('.chart canvas').length") == 1
+    assert several.troubles() == []
+
+
+def test_hostile_names_and_prompts_are_shown_as_text(browser: Browser, tmp_path: Path) -> None:
+    page = browser.open(report(tmp_path, Recipe(HOSTILE, prompt=HOSTILE, timeline=False), Recipe("plain")))
+    assert HOSTILE in column(page, "Runs", 0)
+    page.click("input[name=show]", 0)
+    page.click("summary", 0)
+    assert HOSTILE in column(page, "Configuration", 1)
+    assert page.value("[window.broken === undefined, document.images.length]") == [True, 0]
+    assert page.troubles() == []
+
+
+def test_a_csv_has_the_exact_bytes(browser: Browser, tmp_path: Path) -> None:
+    page = browser.open(report(tmp_path, Recipe("=1+1")))
+    page.wait("document.querySelector('.u-over') !== null")
+    browser.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for name in ("stages", "timeline", "alive", "segments", "configuration"):
+        page.value("document.querySelectorAll('details').forEach((d) => d.open = true)")
+        page.click(f'a[download="{name}.csv"]')
+        wait_for(tmp_path / f"{name}.csv")
+    stages = read(tmp_path / "stages.csv")
+    assert (stages[-1]["name"], stages[-1]["peak_allocated_bytes"]) == ("decode", str(5134 * 2**20))
+    assert sum(int(row["bytes"]) for row in read(tmp_path / "alive.csv")) == 5134 * 2**20
+    assert sum(int(row["free_bytes"]) for row in read(tmp_path / "segments.csv")) == 428 * 2**20
+    assert max(int(row["allocated_bytes"]) for row in read(tmp_path / "timeline.csv")) == 5134 * 2**20
+    assert {"setting": "name", "value": "'=1+1"} in read(tmp_path / "configuration.csv")  # no formula
+    assert page.troubles() == []
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} was not downloaded"
+        time.sleep(0.02)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_at_390_pixels_nothing_sticks_out_sideways(browser: Browser, tmp_path: Path, language: str) -> None:
+    path = report(tmp_path, Recipe("a_rather_long_name_of_a_configuration" * 3), Recipe("b"), language=language)
+    page = browser.open(path, width=390, height=844)
+    page.wait("document.querySelectorAll('.tile').length > 5")
+    assert page.value("document.documentElement.scrollWidth") <= 390
+    assert page.troubles() == []
+
+
+def test_dark_follows_the_system_and_the_button_overrules_it(browser: Browser, tmp_path: Path) -> None:
+    page = browser.open(report(tmp_path, Recipe()), scheme="dark")
+    color = "getComputedStyle(document.body).backgroundColor"
+    assert page.value(color) == "rgb(20, 23, 27)"
+    page.click(".theme")
+    assert page.value(color) == "rgb(255, 255, 255)"
+
+
+def test_everything_clickable_has_a_name_and_every_table_a_caption(several: Page) -> None:
+    several.wait("document.querySelectorAll('.tile').length > 5")
+    nameless = "(n) => !(n.textContent.trim() || n.getAttribute('aria-label') || n.closest('label'))"
+    assert several.value(f"[...document.querySelectorAll('button, a, input, select')].filter({nameless}).length") == 0
+    assert several.value("[...document.querySelectorAll('table')].every((t) => t.caption.textContent.length > 0)")
+    assert several.value("document.querySelectorAll('h1').length") == 1
+
+
+def test_a_run_without_a_timeline_draws_its_stages_and_says_so(browser: Browser, tmp_path: Path) -> None:
+    page = browser.open(report(tmp_path, Recipe(timeline=False)))
+    page.wait("document.querySelectorAll('.ribbon .stage').length === 6")
+    assert page.value("document.body.textContent.includes('has no recorded timeline')")
+    assert page.value("document.querySelectorAll('.treemap').length") == 0
+    assert page.troubles() == []
