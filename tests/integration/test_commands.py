@@ -57,6 +57,7 @@ def test_the_run_directory_holds_the_record_the_events_and_the_configuration(tin
         "load text_encoder",
         "encode_text",
         "load dit",
+        "prepare",
         "denoise",
         "load vae",
         "decode",

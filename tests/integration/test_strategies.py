@@ -129,6 +129,7 @@ def test_several_prompts_give_what_each_gives_alone_and_load_the_models_once() -
         "load text_encoder",
         "encode_text",
         "load dit",
+        "prepare",
         "denoise",
         "denoise 2",
         "load vae",

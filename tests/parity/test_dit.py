@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from wanvram.errors import InputError
 from wanvram.kernels import attention
-from wanvram.models import dit
-from wanvram.models.dit import Block, Condition, Linear, WanDiT
+from wanvram.models import dit_blocks
+from wanvram.models.dit import Condition, WanDiT
+from wanvram.models.dit_blocks import Linear
 from wanvram.models.precision import BF16, FP16, FP32, Precision
 from wanvram.models.rotary import rotary_tables
 from wanvram.specs import DIT, DiTSpec
@@ -79,9 +79,13 @@ class Recorder:
         self.keep("context", model.text_embedding)
         if model.spec.has_image_branch:
             self.keep("img_emb", model.img_emb)
-        model.blocks[0].register_forward_pre_hook(self.on_first_block)
+        model.blocks[0].self_attn.register_forward_pre_hook(self.on_first_block)
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.vace = torch.empty(0)
+        if model.spec.vace_layers:
+            model.vace_blocks[0].self_attn.register_forward_pre_hook(self.on_first_vace_block)
         for n in range(len(model.spec.vace_layers)):
-            model.vace_blocks[n].register_forward_hook(partial(self.on_vace_block, n))
+            self.keep(f"vace_hint{n}", model.vace_blocks[n].after_proj)
 
     def keep(self, name: str, module: nn.Module) -> None:
         module.register_forward_hook(lambda _module, _args, out: self.mids.update({name: out.clone()}))
@@ -90,17 +94,22 @@ class Recorder:
         self.stream = args[0]  # updated in place by all later blocks
         self.mids["tokens"] = self.stream.clone()
 
-    def on_vace_block(self, n: int, _module: nn.Module, args: tuple[Tensor, ...], hint: Tensor) -> None:
-        self.mids[f"vace_c{n}"] = args[0].clone()
-        self.mids[f"vace_hint{n}"] = hint.clone()
+    def on_first_vace_block(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.vace = args[0]
 
-    def walk(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
-        main = 0
-        for module in modules:
-            yield module
-            if isinstance(module, Block):
+    def walk(self, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """A block's state is that after its last unit; a hint is part of its main block."""
+        main = ""
+        for unit in units:
+            yield unit
+            group, number, *rest = self.names[id(unit)].split(".")
+            if rest == ["ffn"]:
+                self.mids[f"vace_c{number}" if group == "vace_blocks" else f"block{number}"] = (
+                    self.vace if group == "vace_blocks" else self.stream
+                ).clone()
+                main = number if group == "blocks" else main
+            elif rest == ["after_proj"]:
                 self.mids[f"block{main}"] = self.stream.clone()
-                main += 1
 
 
 class PeakOfNewStorage(TorchDispatchMode):
@@ -179,9 +188,10 @@ def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Linear, h: Tensor) -> Tensor:
         return torch.addmm(self.bias.double(), h.double(), self.weight.double().t()).to(h.dtype)
 
-    monkeypatch.setattr(dit, "attention", exact_attention)
+    monkeypatch.setattr(dit_blocks, "attention", exact_attention)
     monkeypatch.setattr(Linear, "forward", forward)
     monkeypatch.setattr(Linear, "into", lambda self, out, h: out.copy_(forward(self, h)))
+    monkeypatch.setattr(Linear, "columns_into", lambda self, out, h, columns: out.copy_(forward(self, h)[:, columns]))
 
 
 @pytest.mark.usefixtures("exact_products")
@@ -193,6 +203,28 @@ def test_the_result_does_not_depend_on_the_row_chunk(stem: str, rows: int) -> No
     (whole,) = model(latent, timestep, [condition])
     (chunked,) = model(latent, timestep, [condition], rows_per_chunk=rows)
     assert (whole - chunked).abs().max() <= 1e-6 * whole.abs().max()
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize(("heads", "rows"), [(1, None), (2, 7), (3, 5)])
+def test_the_result_does_not_depend_on_the_head_group(stem: str, heads: int, rows: int | None) -> None:
+    model = model_of(stem)
+    latent, timestep, condition = sample_of(stem, CASES[stem].calls()[0]["name"], 0)
+    (whole,) = model(latent, timestep, [condition])
+    (sliced,) = model(latent, timestep, [condition], rows_per_chunk=rows, heads_per_group=heads)
+    assert (whole - sliced).abs().max() <= 1e-6 * whole.abs().max()
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_many_steps_prepared_at_once_give_what_each_gives_alone(stem: str) -> None:
+    model = model_of(stem)
+    latent, _, condition = sample_of(stem, CASES[stem].calls()[0]["name"], 0)
+    times, prepared = model.prepare([999, 500, 3], [condition])
+    for timestep, time in zip([999, 500, 3], times, strict=True):
+        (together,) = model.velocity(latent, time, prepared)
+        (alone,) = model(latent, timestep, [condition])
+        assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -239,14 +271,28 @@ def test_the_walk_is_called_once_and_no_block_is_used_after_the_next_is_requeste
     assert all(parameter.isnan().all() for block in model.walk_order() for parameter in block.parameters())
 
 
-def test_a_vace_block_comes_directly_before_the_main_block_that_takes_its_hint() -> None:
+def test_a_vace_block_comes_before_the_main_block_that_takes_its_hint_and_its_projection_after() -> None:
     with torch.device("meta"):
         model = WanDiT(DIT["vace-14B"], BF16)
-    order = model.walk_order()
-    assert len(order) == 48
+    names = {id(module): name for name, module in model.named_modules()}
+    order = [names[id(unit)] for unit in model.walk_order()]
+    assert order[:8] == [
+        "vace_blocks.0.before_proj",
+        "vace_blocks.0.self_attn",
+        "vace_blocks.0.cross_attn",
+        "vace_blocks.0.ffn",
+        "blocks.0.self_attn",
+        "blocks.0.cross_attn",
+        "blocks.0.ffn",
+        "vace_blocks.0.after_proj",
+    ]
+    assert len(order) == 3 * (40 + 8) + 8 + 1
     for n, layer in enumerate(DIT["vace-14B"].vace_layers):
-        position = next(i for i, module in enumerate(order) if module is model.vace_blocks[n])
-        assert order[position + 1] is model.blocks[layer]
+        position = order.index(f"vace_blocks.{n}.self_attn")
+        assert order[position + 3 : position + 7] == [
+            *(f"blocks.{layer}.{unit}" for unit in ("self_attn", "cross_attn", "ffn")),
+            f"vace_blocks.{n}.after_proj",
+        ]
 
 
 @pytest.mark.parametrize("name", ["t2v-1.3B", "flf2v-14B", "vace-1.3B"])

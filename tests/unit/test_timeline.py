@@ -353,12 +353,12 @@ def test_the_place_of_a_tensor_is_the_model_code_that_asked_and_its_caller() -> 
     timeline = Timeline.attach(memory)
     two_steps(memory, timeline, streamed=False)
     modules = {owner.module for owner in timeline._owner_list() if owner.module}
-    plain = {re.sub(r":\d+", "", module) for module in modules}
-    assert "dit._BlockBody.advance > SelfAttention.forward" in plain, "keys and values"
-    assert "dit.SelfAttention.forward > Linear.forward" in plain, "the queries' product"
-    assert "residency.Component.load_resident" in plain
+    paths = {re.sub(r":\d+|\b[a-z0-9_]+\.(?=_?[A-Z])", "", module) for module in modules}  # no lines, no files
+    assert any(path.endswith(" > SelfAttention.forward") for path in paths), "keys and values"
+    assert "SelfAttention.forward > Linear.forward" in paths, "the queries' product"
+    assert "Component.load_resident" in paths
     assert all(":" in module for module in modules)
-    assert not any("kernels" in module or "comp>" in module or "devices" in module for module in plain)
+    assert not any("kernels" in module or "comp>" in module or "devices" in module for module in modules)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["default", "expandable"])

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from unit.test_vae import SPEC, Calls, Storages, randn, random_vae
 
+from unit.test_vae import SPEC, Calls, Storages, randn, random_vae
 from wanvram.errors import InputError
-from wanvram.models import vae, vae_blocks
+from wanvram.models import vae
 from wanvram.models.vae import WanVAE, frame_chunks
 from wanvram.models.vae_tiles import Halos, Span, grid
 from wanvram.specs import VAE, VAESpec
@@ -26,8 +26,8 @@ TWO_BLOCKS = VAESpec(dim=4, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, t
 SHORT = VAESpec(dim=6, z_dim=16, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, False))
 MODELS = [random_vae(spec=spec) for spec in (SPEC, TWO_BLOCKS, SHORT)]
 
-sizes = st.integers(1, 9)
-tile_sizes = st.tuples(st.integers(1, 10), st.integers(1, 10))
+sizes = st.integers(1, 7)
+tile_sizes = st.tuples(st.integers(1, 8), st.integers(1, 8))
 seeds = st.integers(0, 2**16)
 
 
@@ -49,7 +49,7 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
     assert error < 1e-5, f"relative error {error:.1e}"  # NaN fails too
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from(MODELS), st.sampled_from((1, 2, 3, 5)), sizes, sizes, tile_sizes, seeds)
 def test_a_video_decoded_in_tiles_is_the_video_decoded_whole(
     model: WanVAE, frames: int, height: int, width: int, tile: tuple[int, int], seed: int
@@ -67,12 +67,12 @@ def test_a_video_encoded_in_tiles_is_the_video_encoded_whole(
     assert_equal(model.encode_tiles(lambda: frame_chunks(video), tile), model.encode([video]))
 
 
-@pytest.mark.parametrize("band_bytes", [1, 3000])
+@pytest.mark.parametrize("band_bytes", [1000, 20000])
 def test_rows_of_a_tile_in_bands_give_the_same_result(monkeypatch: pytest.MonkeyPatch, band_bytes: int) -> None:
-    model, z, video = MODELS[0], randn(16, 3, 5, 7), randn(3, 9, 40, 56)
+    model, z, video = MODELS[0], randn(16, 2, 5, 6), randn(3, 5, 40, 48)
     decoded, encoded = torch.cat(list(model.decode(z)), dim=1), model.encode([video])
     monkeypatch.setattr(vae, "TILE_BAND_BYTES", band_bytes)
-    for tile in ((5, 7), (2, 3)):
+    for tile in ((5, 6), (2, 3)):
         assert_equal(assembled(model, z, tile), decoded)
         assert_equal(model.encode_tiles(lambda: [video], tile), encoded)
 
@@ -92,7 +92,7 @@ def test_every_tile_comes_from_first_frame_to_last() -> None:
     assert pieces == [(0, 0, 0), (1, 0, 0), (5, 0, 0), (0, 16, 0), (1, 16, 0), (5, 16, 0)]
 
 
-@pytest.mark.parametrize(("target", "source"), [((200, 416), (12, 65)), ((0, 208), (0, 33)), ((416, 832), (45, 104))])
+@pytest.mark.parametrize(("target", "source"), [((200, 416), (18, 59)), ((0, 208), (0, 33)), ((416, 832), (45, 104))])
 def test_the_halo_of_the_full_model_is_seven_latent_pixels(target: tuple[int, int], source: tuple[int, int]) -> None:
     with torch.device("meta"):
         decoder = WanVAE(VAE["wan2.1"]).decoder
@@ -162,10 +162,10 @@ def test_wrong_tiles_frames_and_latents_are_refused() -> None:
 
 
 def test_meta_tensors_take_the_same_operations_and_layouts_as_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae, "TILE_BAND_BYTES", 3000)
+    monkeypatch.setattr(vae, "TILE_BAND_BYTES", 20_000)
     seen = []
     for device in ("cpu", "meta"):
-        model, z, video = random_vae(device), randn(16, 3, 3, 5).to(device), randn(3, 9, 24, 40).to(device)
+        model, z, video = random_vae(device), randn(16, 2, 3, 5).to(device), randn(3, 5, 24, 40).to(device)
         with Calls() as calls:
             for piece in model.decode_tiles(z, (2, 3)):
                 del piece
@@ -198,7 +198,7 @@ def full_size(frames: int, height: int, width: int) -> tuple[WanVAE, Tensor, Cal
 def test_the_activation_peak_in_tiles_at_full_size(
     size: tuple[int, int], tile: tuple[int, int], decode_gib: float, encode_gib: float
 ) -> None:
-    model, z, chunks = full_size(3, *size)  # caches are full after the first latent frame
+    model, z, chunks = full_size(2, *size)  # the second latent frame is like all later ones
     with Storages() as decoding:
         for piece in model.decode_tiles(z, tile, park=park_on_host):
             del piece

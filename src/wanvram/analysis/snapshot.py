@@ -146,6 +146,12 @@ class _Framed(tuple[Any, ...]):
     __slots__ = ()
 
 
+class _Mark(tuple[Any, ...]):
+    """device, START or END, name, time in microseconds: where a record_function began or ended"""
+
+    __slots__ = ()
+
+
 class _SnapshotUnpickler(PlainUnpickler):
     """Feeds trace entries to a replay per trace as they complete, and shrinks frames, blocks and segments."""
 
@@ -153,6 +159,7 @@ class _SnapshotUnpickler(PlainUnpickler):
         super().__init__(file, name)
         self._rules = rules
         self._frames: dict[tuple[Any, ...], _Framed] = {}
+        self._seen: set[tuple[str, ...]] = set()
         self._replays: dict[int, tuple[Any, Replay]] = {}  # id of the trace's list -> (the list, its replay)
 
     def replay_of(self, trace: Any) -> Replay:
@@ -171,7 +178,7 @@ class _SnapshotUnpickler(PlainUnpickler):
         if "blocks" in value and "total_size" in value:
             return self._segment(value)
         if "stage" in value and "time_us" in value:
-            return (value.get("device", 0), value["stage"], str(value.get("name", "")), _count(value["time_us"]))
+            return _Mark((value.get("device", 0), value["stage"], str(value.get("name", "")), _count(value["time_us"])))
         return value
 
     def finish_list(self, target: Any, items: list[Any]) -> Any:
@@ -185,7 +192,16 @@ class _SnapshotUnpickler(PlainUnpickler):
             return next((stack for stack, own in items if own), items[0][0])
         return super().finish_list(target, items)
 
+    def finish_shape(self, values: list[Any]) -> Any:
+        values[5] = _stack(values[5])
+        return _Entry(values)
+
     def _entry(self, value: dict[Any, Any]) -> _Entry:
+        keys = tuple(value)
+        if keys not in self._seen and len(self._seen) < 8:
+            self._seen.add(keys)
+            self.learn(keys, ("action", "addr", "size", "stream", "time_us", "frames"))
+        self.forget(value, None)
         for item in value.values():
             if item.__class__ is list or item.__class__ is dict:
                 self.forget(item, NO_STACK)
@@ -248,11 +264,9 @@ def read_snapshot(path: Path) -> Snapshot:
     rules = _rules(settings)
     if rules != Rules():  # known only behind the events, and they decide the sizes of blocks
         root, reader = _load(path, rules)
-    segments = root.get("segments", ()) if isinstance(root, dict) else root
-    traces = root.get("device_traces", ()) if isinstance(root, dict) else ()
-    if not all(isinstance(s, Segment) for s in segments) or not all(isinstance(t, list) for t in traces):
-        raise InputError(f"{path} is no CUDA allocator snapshot: expected lists of segments and device_traces")
-    annotations = root.get("external_annotations", ()) if isinstance(root, dict) else ()
+    segments = _items(path, root, "segments", Segment)
+    traces = _items(path, root, "device_traces", list)
+    marks = _items(path, root, "external_annotations", _Mark)
     by_device: dict[int, list[Segment]] = {i: [] for i, trace in enumerate(traces) if reader.replay_of(trace).events}
     for segment in segments:
         by_device.setdefault(segment.device, []).append(segment)
@@ -262,7 +276,7 @@ def read_snapshot(path: Path) -> Snapshot:
     devices = []
     for device in sorted(by_device):
         replay = reader.replay_of(traces[device]) if device < len(traces) else Replay(rules)
-        stages = _stages([a for a in annotations if isinstance(a, tuple) and a[0] == device], replay)
+        stages = _stages([mark for mark in marks if mark[0] == device], replay)
         devices.append(_history(device, replay, by_device[device], stages, notes))
     return Snapshot(path, tuple(devices), settings, tuple(notes))
 
@@ -282,6 +296,14 @@ def _load(path: Path, rules: Rules) -> tuple[Any, _SnapshotUnpickler]:
     if not isinstance(root, (dict, list)) or (isinstance(root, dict) and not {"segments", "device_traces"} & set(root)):
         raise InputError(f"{path} is no CUDA allocator snapshot: it has neither segments nor device_traces")
     return root, reader
+
+
+def _items(path: Path, root: Any, key: str, kind: type) -> list[Any]:
+    """One of the lists; before torch 2.0 a snapshot was the list of segments alone."""
+    items = root.get(key, []) if isinstance(root, dict) else root if key == "segments" else []
+    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+        raise InputError(f"{path} is no CUDA allocator snapshot: its {key} are not a list of what torch writes there")
+    return items
 
 
 def _settings(root: Any) -> dict[str, Any]:
@@ -308,15 +330,17 @@ def _history(
     reserved_at_end = sum(s.size for s in segments) if segments else replay.reserved
     base_reserved = max(reserved_at_end - replay.reserved, 0)
     complete = base == 0 and base_reserved == 0
-    allocated = base + replay.allocated
-    said = sum(b.size for b in live_at_end)
+    replayed = base + replay.allocated
+    allocated = sum(b.size for b in live_at_end) if segments else replayed
     if not complete and replay.events:
         notes.append(
             f"GPU {device}: the history starts after {human(base)} had been allocated; "
             "figures are exact only when recording starts before the first allocation and max_entries is not reached"
         )
-    if segments and said != allocated:
-        notes.append(f"GPU {device}: the events end with {human(allocated)} allocated, the segments say {human(said)}")
+    elif replayed != allocated:
+        notes.append(
+            f"GPU {device}: the events end with {human(replayed)} allocated, the segments say {human(allocated)}"
+        )
     points = tuple((x, a + base, r + base_reserved) for x, a, r in replay.points.result())
     return DeviceHistory(
         device=device,
@@ -401,11 +425,11 @@ def find_holes(segments: Sequence[Segment]) -> tuple[Hole, ...]:
     return tuple(sorted(holes, key=lambda hole: -hole.bytes))
 
 
-def _stages(annotations: Sequence[tuple[Any, ...]], replay: Replay) -> list[tuple[str, int, float, float]]:
+def _stages(marks: Sequence[tuple[Any, ...]], replay: Replay) -> list[tuple[str, int, float, float]]:
     """(name, depth, start, end) of what record_function marked while the history was recorded, in order of start."""
     stages: list[tuple[str, int, float, float]] = []
     opened: list[tuple[str, float]] = []
-    for _, kind, name, time_us in annotations:
+    for _, kind, name, time_us in marks:
         x = max((time_us - replay.first_us) / 1e6, 0.0)
         if kind == "START":
             opened.append((name, x))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -61,11 +61,12 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class _Built:
-    """A module on meta, its blocks in the order of use, and the checkpoint's tensors it does without."""
+    """A module on meta, its units in the order of use, and the checkpoint's tensors it does without."""
 
     module: nn.Module
-    blocks: list[nn.Module]
+    units: list[nn.Module]
     unused: tuple[str, ...] = ()
+    embedders: Sequence[nn.Module] = ()
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -100,12 +101,13 @@ class Parts:
         source = self.weights.source(name)
         if source is not None:
             check_keys(expected, source, name, ignored=_unused(source, built.unused))
-        component = Component(name, built.module, built.blocks, self.device)
+        component = Component(name, built.module, built.units, self.device, built.embedders)
         strategy = self.config.strategy
         if name == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
-        elif built.blocks and strategy.load_strategy == "block":
-            component.load_streamed(source, pinned=self.device.kind != "cpu")
+        elif built.units and strategy.load_strategy == "block":
+            resident = strategy.resident_blocks if name == "dit" else 0
+            component.load_streamed(source, home=strategy.weights_in, resident_groups=resident)
         else:
             component.load_resident(source)
         return component
@@ -139,7 +141,7 @@ class Parts:
 
     def _dit(self) -> _Built:
         module = WanDiT(self.specs.dit, PRECISIONS[self.config.strategy.precision])
-        return _Built(module, module.walk_order())
+        return _Built(module, module.walk_order(), embedders=module.embedders())
 
     def _vae(self, *, encoder: bool = True, decoder: bool = True) -> _Built:
         module = WanVAE(self.specs.vae, VAE_DTYPE)

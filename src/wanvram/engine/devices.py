@@ -7,6 +7,8 @@ this interface, so one pipeline runs on all three.
 from __future__ import annotations
 
 import gc
+import math
+import mmap
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -70,6 +72,13 @@ class Device:
 
     def wait(self, mark: Any) -> None:
         """Lets later computation wait for a mark returned by `prefetch`."""
+
+    def wait_on_host(self, mark: Any) -> None:
+        """Stops the calling thread until a mark returned by `prefetch` has passed."""
+
+    def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies between host tensors."""
+        destination.copy_(source)
 
     def generator(self, seed: int) -> torch.Generator | None:
         return torch.Generator(self.torch_device).manual_seed(seed)
@@ -159,14 +168,30 @@ class CudaDevice(Device):
         )
 
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        if pinned:
-            self._count_pinned(tensor.nbytes)
-            weakref.finalize(tensor.untyped_storage(), self._count_pinned, -tensor.nbytes).atexit = False
+        """Pinned memory is registered pages of its own: PyTorch's pinned allocator rounds up to a power of two."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not pinned or nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        pages = mmap.mmap(-1, nbytes)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+        self._pin(tensor)
         return tensor
 
-    def _count_pinned(self, change: int) -> None:
-        self.meter.pinned_bytes += change  # type: ignore[attr-defined]
+    def _pin(self, tensor: torch.Tensor) -> None:
+        address, nbytes = tensor.data_ptr(), tensor.nbytes
+        code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+        if code != 0:
+            raise DeviceError(
+                f"{human(nbytes)} of RAM could not be pinned (CUDA error {code}; {human(self.meter.pinned_bytes)} are "  # type: ignore[attr-defined]
+                "pinned already); use --weights_in pageable or disk"
+            )
+        self.meter.pinned_bytes += nbytes  # type: ignore[attr-defined]
+        weakref.finalize(tensor.untyped_storage(), self._unpin, address, nbytes).atexit = False
+
+    def _unpin(self, address: int, nbytes: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)
+        self.meter.pinned_bytes -= nbytes  # type: ignore[attr-defined]
 
     def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return host.to(dtype or host.dtype).to(self.torch_device)
@@ -187,6 +212,10 @@ class CudaDevice(Device):
     def wait(self, mark: Any) -> None:
         if mark is not None:
             torch.cuda.current_stream(self.torch_device).wait_event(mark)
+
+    def wait_on_host(self, mark: Any) -> None:
+        if mark is not None:
+            mark.synchronize()
 
     def empty_cache(self) -> None:
         gc.collect()
@@ -232,6 +261,9 @@ class SimulatedDevice(Device):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.shape != source.shape:
             raise AssertionError(f"copy of {tuple(source.shape)} into {tuple(destination.shape)}")
+
+    def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self.copy(destination, source)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")

@@ -19,7 +19,7 @@ from wanvram.engine.components import Parts, Weights
 from wanvram.engine.conditions import Inputs, clip_features, image_condition, vace_context
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
-from wanvram.models.dit import Condition
+from wanvram.models.dit import Condition, Prepared, Time
 from wanvram.models.precision import PRECISIONS
 from wanvram.record import ComponentRecord
 from wanvram.recorder.recorder import Recorder
@@ -75,6 +75,14 @@ class _Extra:
     vace_context: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What the steps need of the embeddings: one Time per step; one condition per prompt, the negative one last."""
+
+    times: list[Time]
+    conditions: list[Prepared]
+
+
 @dataclass
 class Pipeline:
     """One run of one request, with one or several prompts. What it learned is in the recorder and `records()`."""
@@ -102,8 +110,10 @@ class Pipeline:
                 self._load(name, parts)
         contexts = self._encode_text(parts)
         extra = self._encode_pictures(parts)
-        latents = self._denoise_all(parts, contexts, extra)
+        plan = self._prepare(parts, contexts, extra)
         del contexts, extra
+        latents = self._denoise_all(parts, plan)
+        del plan
         self._decode_all(parts, latents, open_sink)
 
     def _components(self) -> list[str]:
@@ -192,18 +202,32 @@ class Pipeline:
         self._done_with("vae")
         return encoded
 
-    def _denoise_all(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra) -> list[torch.Tensor]:
+    def _prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra) -> _Plan:
+        """Embeds time, text and pictures for every step and prompt, and drops the weights that did it."""
+        component, request = self._use("dit", parts), self.config.request
+        schedule = timesteps_and_sigmas(request.sample_solver, request.sample_steps, request.sample_shift)
+        with self.recorder.span("prepare", kind="stage", component="dit"):
+            conditions = [Condition(c, extra.y, extra.clip_fea, extra.vace_context) for c in contexts]
+            times, prepared = component.module.prepare(  # type: ignore[operator]
+                [int(t) for t in schedule.timesteps], conditions, walk=component.walk_embedders
+            )
+            contexts.clear()
+            del conditions
+            self.device.empty_cache()
+        return _Plan(times, prepared)
+
+    def _denoise_all(self, parts: Parts, plan: _Plan) -> list[torch.Tensor]:
         """One latent per prompt; between several of them a finished one waits on the host."""
-        *positive, negative = contexts
+        *positive, negative = plan.conditions
         latents: list[torch.Tensor] = []
-        for index, context in enumerate(positive):
-            latent = self._denoise(parts, [context, negative], extra, _numbered("denoise", index))
+        for index, condition in enumerate(positive):
+            latent = self._denoise(parts, [condition, negative], plan.times, _numbered("denoise", index))
             latents.append(latent if len(positive) == 1 else self.device.download(latent))
             del latent
         self._done_with("dit")
         return latents
 
-    def _denoise(self, parts: Parts, contexts: Sequence[torch.Tensor], extra: _Extra, name: str) -> torch.Tensor:
+    def _denoise(self, parts: Parts, conditions: Sequence[Prepared], times: Sequence[Time], name: str) -> torch.Tensor:
         """Noise -> latent [16, F, h, w] float32."""
         component = self._use("dit", parts)
         request = self.config.request
@@ -213,7 +237,7 @@ class Pipeline:
         schedule = timesteps_and_sigmas(request.sample_solver, steps, request.sample_shift)
         with self.recorder.span(name, kind="stage", component="dit"):
             noise = self._noise()
-            velocity = self._velocity(component, contexts, extra, noise.shape)
+            velocity = self._velocity(component, conditions, times, noise.shape)
             trajectory = solve(request.sample_solver, velocity, noise, schedule)
             del noise, velocity
             latent = self._steps(trajectory, component, steps, skipped)
@@ -226,20 +250,25 @@ class Pipeline:
         return torch.randn(shape, dtype=torch.float32, device=self.device.torch_device, generator=generator)
 
     def _velocity(
-        self, component: Component, contexts: Sequence[torch.Tensor], extra: _Extra, shape: Sequence[int]
+        self, component: Component, conditions: Sequence[Prepared], times: Sequence[Time], shape: Sequence[int]
     ) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Guided velocity v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards."""
+        """Guided velocity v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards.
+
+        It is asked once per step, in order.
+        """
         request, strategy = self.config.request, self.config.strategy
         dit = component.module
         rows = rows_per_chunk(shape[1] * shape[2] * shape[3] // 4, strategy.rows_per_chunk)
         heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None  # type: ignore[union-attr, operator]
-        conditions = [Condition(c, extra.y, extra.clip_fea, extra.vace_context) for c in contexts]
         groups = [conditions] if strategy.cfg == "joint" else [[c] for c in conditions]
+        coming = iter(times)
 
-        def velocity(latent: torch.Tensor, timestep: int) -> torch.Tensor:
+        def velocity(latent: torch.Tensor, _timestep: int) -> torch.Tensor:
+            time = next(coming)
+            options = {"rows_per_chunk": rows, "heads_per_group": heads, "walk": component.walk}
             outputs: list[torch.Tensor] = []
             for group in groups:
-                outputs += dit(latent, timestep, group, rows_per_chunk=rows, heads_per_group=heads, walk=component.walk)
+                outputs += dit.velocity(latent, time, group, **options)  # type: ignore[operator]
             cond, uncond = outputs
             return uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale)
 
@@ -265,8 +294,10 @@ class Pipeline:
         component.observe(None)
         return latent
 
-    def _block_span(self, index: int) -> AbstractContextManager[object]:
-        return self.recorder.span(f"block {index}", kind="block", component="dit")
+    def _block_span(self, group: str) -> AbstractContextManager[object]:
+        """`blocks.3` and `vace_blocks.3`, whose projection comes after its main block, as `block 3` and `vace block 3`."""
+        name = group.replace("_", " ").replace("blocks.", "block ")
+        return self.recorder.span(name, kind="block", component="dit")
 
     def _decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
         component = self._use("vae_decoder", parts)

@@ -1,18 +1,23 @@
-"""Where a component's weights live and when they move: resident, streamed block by block, or on the host.
+"""Where a component's weights live and when they move: resident, streamed unit by unit, or on the host.
 
-A component's parameters are laid out in flat byte buffers, one for the shell (everything outside the blocks) and one per block.
-A flat buffer is one allocation, one copy and one free, so streaming a block is a single transfer into one of two reused slots.
+A component's parameters are laid out in flat byte buffers: one for the shell, one per unit (a block, or a part of one) and one
+per embedder. A flat buffer is one allocation, one copy and one free.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 from torch import nn
 
 from wanvram.engine.devices import Device
+from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
+from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
 
 __all__ = ["Component", "Layout"]
@@ -62,16 +67,25 @@ def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor]]) -> None:
         owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
-    """One separately placed piece: the shell, or one block. `prefix` makes its parameter names checkpoint keys."""
+    """One separately placed piece: the shell, one unit or one embedder. `prefix` makes its parameter names checkpoint keys."""
 
     module: nn.Module
     prefix: str
     layout: Layout
-    master: torch.Tensor | None = None
+    meta: tuple[tuple[str, nn.Parameter], ...]
     flat: torch.Tensor | None = None
-    meta: tuple[tuple[str, nn.Parameter], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def group(self) -> str:
+        """`blocks.3.self_attn.` -> `blocks.3`: what belongs together in a record, and becomes resident together."""
+        found = re.match(r"(.*?\.\d+)\.", self.prefix)
+        return found.group(1) if found else self.prefix.rstrip(".")
 
     def bind(self, flat: torch.Tensor) -> None:
         _bind(self.module, self.layout.views(flat))
@@ -79,68 +93,118 @@ class _Part:
     def unbind(self) -> None:
         _bind(self.module, iter(self.meta))
 
+    def clear(self) -> None:
+        self.unbind()
+        self.flat = None
+
 
 class Component:
     """A model whose parameters were built on `meta`, and the buffers that hold them.
 
-    `blocks` are visited through `walk`; the rest is the shell. Call exactly one of the `load_*` methods, then use the module
-    through `walk`, then `release`.
+    `units` are visited through `walk`, pass after pass. `embedders` are visited once, before, through `walk_embedders`, and are
+    gone after it. The rest is the shell. Call exactly one of the `load_*` methods, then use the module through the walks,
+    then `release`.
     """
 
-    def __init__(self, name: str, module: nn.Module, blocks: Sequence[nn.Module], device: Device) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        units: Sequence[nn.Module],
+        device: Device,
+        embedders: Sequence[nn.Module] = (),
+    ) -> None:
         self.name = name
         self.module = module
         self.device = device
         self.parameters = sum(p.numel() for p in module.parameters())
         prefixes = {id(m): prefix for prefix, m in module.named_modules()}
-        in_blocks = {id(p) for block in blocks for p in block.parameters()}
-        shell = [(n, p) for n, p in module.named_parameters() if id(p) not in in_blocks]
-        self._shell = _Part(module, "", Layout.of(shell), meta=tuple(shell))
-        self._blocks = {id(b): _block_part(b, prefixes[id(b)]) for b in blocks}
-        self._slots: list[torch.Tensor] = []
-        self._observe: Callable[[int], object] | None = None
+        self._units = {id(u): _part(u, prefixes[id(u)]) for u in units}
+        self._embedders = {id(e): _part(e, prefixes[id(e)]) for e in embedders}
+        placed = {id(p) for m in (*units, *embedders) for p in m.parameters()}
+        shell = [(n, p) for n, p in module.named_parameters() if id(p) not in placed]
+        self._shell = _Part(module, "", Layout.of(shell), tuple(shell))
+        self._ring: SlotRing | None = None
+        self._masters: dict[_Part, torch.Tensor] = {}
+        self._source: TensorSource | None = None
+        self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
     # --- loading -----------------------------------------------------------------------------------------------------------
 
     def load_resident(self, source: TensorSource | None) -> None:
         """Every parameter on the device, written there tensor by tensor: peaks at base memory plus nothing."""
         for part in self._parts():
-            part.flat = self.device.empty((part.layout.nbytes,), torch.uint8)
-            part.bind(part.flat)
-            self._fill(part, part.flat, source)
+            self._place(part, source)
 
-    def load_streamed(self, source: TensorSource | None, *, pinned: bool) -> None:
-        """The shell and two block slots on the device, all blocks in host RAM."""
-        self._load_shell(source)
-        largest = max(part.layout.nbytes for part in self._blocks.values())
-        self._slots = [self.device.empty((largest,), torch.uint8) for _ in range(2)]
-        for part in self._blocks.values():
-            part.master = self.device.host_empty((part.layout.nbytes,), torch.uint8, pinned=pinned)
-            staging = self._slots[0].narrow(0, 0, part.layout.nbytes)
-            self._fill(part, staging, source)
-            self.device.copy(part.master, staging)
+    def load_streamed(self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0) -> None:
+        """The shell, two slots and some resident groups of units on the device, all else at `home`.
+
+        home: pinned or pageable (RAM), or disk (the source, read again in every pass). Groups that stay resident are spread
+        evenly, so that the copies between them are, too.
+        """
+        self._source = source
+        if self._shell.nbytes:
+            self._place(self._shell, source)
+        for part in self._resident_units(resident_groups):
+            self._place(part, source)
+        streamed = [part for part in self._units.values() if part.flat is None]
+        largest = max((part.nbytes for part in streamed), default=0)
+        waiting = [*streamed, *self._embedders.values()]
+        self._masters = {} if home == "disk" else self._fill_masters(waiting, source, pinned=home == "pinned")
+        if streamed:
+            self._ring = SlotRing(self.device, self._home(home, largest), largest)
 
     def load_host(self, source: TensorSource | None) -> None:
         """Every parameter in host RAM; the module then computes on the CPU."""
         for part in self._parts():
-            part.flat = self.device.host_empty((part.layout.nbytes,), torch.uint8)
+            part.flat = self.device.host_empty((part.nbytes,), torch.uint8)
             part.bind(part.flat)
             if source is not None:
                 self._fill(part, part.flat, source)
 
     def release(self) -> None:
         """Drops every buffer; the module is back on meta and may be loaded again."""
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
         for part in self._parts():
-            part.unbind()
-            part.flat = part.master = None
-        self._slots = []
+            part.clear()
+        self._masters.clear()
+        self._source = None
 
-    def _load_shell(self, source: TensorSource | None) -> None:
-        if self._shell.layout.nbytes == 0:
-            return
-        self._shell.flat = self.device.empty((self._shell.layout.nbytes,), torch.uint8)
-        self._shell.bind(self._shell.flat)
-        self._fill(self._shell, self._shell.flat, source)
+    def _place(self, part: _Part, source: TensorSource | None) -> None:
+        part.flat = self.device.empty((part.nbytes,), torch.uint8)
+        part.bind(part.flat)
+        self._fill(part, part.flat, source)
+
+    def _home(self, home: str, largest: int) -> Home:
+        if home == "pinned":
+            return PinnedHome(self.device, self._masters)
+        return StagedHome(self.device, largest, self._read_from_disk if home == "disk" else self._read_from_ram)
+
+    def _read_from_ram(self, part: _Part, buffer: torch.Tensor) -> None:
+        self.device.copy_on_host(buffer, self._masters[part])
+
+    def _read_from_disk(self, part: _Part, buffer: torch.Tensor) -> None:
+        if self._source is not None:
+            self._fill(part, buffer, self._source)
+
+    def _fill_masters(
+        self, parts: Sequence[_Part], source: TensorSource | None, *, pinned: bool
+    ) -> dict[_Part, torch.Tensor]:
+        """Generated weights are made on the device, which is ten times as fast, one part at a time."""
+        masters = {}
+        for part in parts:
+            master = self.device.host_empty((part.nbytes,), torch.uint8, pinned=pinned)
+            if source is None or isinstance(source, RandomSource):
+                staging = self.device.empty((part.nbytes,), torch.uint8)
+                self._fill(part, staging, source)
+                self.device.copy(master, staging)
+                del staging
+            else:
+                self._fill(part, master, source)
+            masters[part] = master
+        return masters
 
     def _fill(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
         if source is None:
@@ -150,53 +214,75 @@ class Component:
             source.fill(part.prefix + name, view)
 
     def _parts(self) -> list[_Part]:
-        shell = [self._shell] if self._shell.layout.nbytes else []
-        return shell + list(self._blocks.values())
+        shell = [self._shell] if self._shell.nbytes else []
+        return [*shell, *self._embedders.values(), *self._units.values()]
 
-    # --- visiting the blocks -------------------------------------------------------------------------------------------------
+    def _resident_units(self, count: int) -> list[_Part]:
+        groups = list(dict.fromkeys(part.group for part in self._units.values()))
+        count = min(count, len(groups))
+        chosen = {g for i, g in enumerate(groups) if (i + 1) * count // len(groups) > i * count // len(groups)}
+        return [part for part in self._units.values() if part.group in chosen]
 
-    def observe(self, per_block: Callable[[int], object] | None) -> None:
-        """`per_block(i)` is a context manager entered around every block (the recorder's span)."""
-        self._observe = per_block
+    # --- visiting ------------------------------------------------------------------------------------------------------------
 
-    def walk(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
-        """Yields each block with its weights in place; valid until the next is asked for."""
-        visit = self._stream(blocks) if self._slots else iter(blocks)
-        for index, block in enumerate(visit):
+    def observe(self, per_group: Callable[[str], AbstractContextManager[object]] | None) -> None:
+        """`per_group(name)` is a context manager entered around the units of every group (the recorder's span)."""
+        self._observe = per_group
+
+    def walk(self, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """Yields each unit with its weights in place; valid until the next is asked for."""
+        parts = [self._units[id(unit)] for unit in units]
+        visit = self._visit(parts)
+        with closing(visit):
             if self._observe is None:
-                yield block
-            else:
-                with self._observe(index):  # type: ignore[attr-defined]
-                    yield block
+                yield from visit
+                return
+            for group, members in groupby(parts, key=lambda part: part.group):
+                with self._observe(group):
+                    yield from islice(visit, len(list(members)))
 
-    def _stream(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
-        """Copies block i+1 into the other slot while block i computes; a slot is overwritten only after its block is done."""
-        parts = [self._blocks[id(block)] for block in blocks]
-        done = [self.device.mark(), self.device.mark()]
-        ready = [self._fetch(parts[0], 0, done[0])]
-        for i, part in enumerate(parts):
-            if i + 1 < len(parts):
-                ready.append(self._fetch(parts[i + 1], (i + 1) % 2, done[(i + 1) % 2]))
-            self.device.wait(ready[i])
-            part.bind(self._slots[i % 2])
+    def _visit(self, parts: Sequence[_Part]) -> Iterator[nn.Module]:
+        streamed = [part for part in parts if part.flat is None]
+        coming = self._ring.walk(streamed) if self._ring is not None else iter(())
+        try:
+            for part in parts:
+                if part.flat is not None:
+                    yield part.module
+                    continue
+                part.bind(next(coming))
+                try:
+                    yield part.module
+                finally:
+                    part.unbind()
+            next(coming, None)  # the last unit is done: its slot may be filled for the next pass
+        finally:
+            if self._ring is not None:
+                coming.close()
+
+    def walk_embedders(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """Yields each embedder with its weights in place. Afterwards it is gone, on the device and at its home."""
+        for module in modules:
+            part = self._embedders[id(module)]
+            if part.flat is None:
+                part.flat = self.device.empty((part.nbytes,), torch.uint8)
+                part.bind(part.flat)
+                if part in self._masters:
+                    self.device.copy(part.flat, self._masters.pop(part))
+                else:
+                    self._fill(part, part.flat, self._source)
             try:
-                yield part.module
+                yield module
             finally:
-                part.unbind()
-            done[i % 2] = self.device.mark()
-
-    def _fetch(self, part: _Part, slot: int, after: object) -> object:
-        assert part.master is not None
-        return self.device.prefetch(self._slots[slot].narrow(0, 0, part.layout.nbytes), part.master, after)
+                part.clear()
 
     # --- sizes ---------------------------------------------------------------------------------------------------------------
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters in their storage dtypes, wherever they are."""
-        return sum(part.layout.nbytes for part in self._parts())
+        return sum(part.nbytes for part in self._parts())
 
 
-def _block_part(block: nn.Module, prefix: str) -> _Part:
-    named = list(block.named_parameters())
-    return _Part(block, prefix + ".", Layout.of(named), meta=tuple(named))
+def _part(module: nn.Module, prefix: str) -> _Part:
+    named = list(module.named_parameters())
+    return _Part(module, prefix + ".", Layout.of(named), tuple(named))

@@ -6,6 +6,23 @@ Convolution lives in `kernels.conv` and is imported from there.
 from __future__ import annotations
 
 from wanvram.kernels.attention import attention
-from wanvram.kernels.elementwise import gated_add_, gelu_tanh_, layer_norm_modulate, rms_norm_, rms_norm_rope_
+from wanvram.kernels.elementwise import (
+    gated_add_,
+    gelu_tanh_,
+    inverse_rms,
+    layer_norm_modulate,
+    rms_norm_,
+    rms_norm_rope_,
+    scaled_rope_,
+)
 
-__all__ = ["attention", "gated_add_", "gelu_tanh_", "layer_norm_modulate", "rms_norm_", "rms_norm_rope_"]
+__all__ = [
+    "attention",
+    "gated_add_",
+    "gelu_tanh_",
+    "inverse_rms",
+    "layer_norm_modulate",
+    "rms_norm_",
+    "rms_norm_rope_",
+    "scaled_rope_",
+]

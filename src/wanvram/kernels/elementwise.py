@@ -13,7 +13,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["gated_add_", "gelu_tanh_", "layer_norm_modulate", "rms_norm_", "rms_norm_rope_"]
+__all__ = [
+    "gated_add_",
+    "gelu_tanh_",
+    "inverse_rms",
+    "layer_norm_modulate",
+    "rms_norm_",
+    "rms_norm_rope_",
+    "scaled_rope_",
+]
 
 
 @cache
@@ -44,6 +52,16 @@ def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
 def rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
     """rms_norm_ over the full width, then rotation of each head's interleaved pairs by cos, sin [L, D/heads/2]."""
     _rms_norm_rope_(x, weight, cos, sin, num_heads, eps)
+
+
+def inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
+    """out [L] float32 = 1 / sqrt(mean of the row's squares + eps) for x [L,D]: the statistics of an RMSNorm."""
+    _inverse_rms(x, out, eps)
+
+
+def scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
+    """rms_norm_rope_ of some of the columns, x [L,D] with their weight [D], given the statistics of the full width [L]."""
+    _scaled_rope_(x, inverse, weight, cos, sin, num_heads)
 
 
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
@@ -78,11 +96,20 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, 
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _rms_normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.float().square().mean(-1) + eps)
+
+
+def _normalised(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
     """Float32 result; official rounds between the normalisation and the float32 weight, so this does too."""
-    wide = x.float()
-    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normalised.to(x.dtype).float().mul_(weight)
+    return (x.float() * inverse.unsqueeze(-1)).to(x.dtype).float().mul_(weight)
+
+
+def _rotated(wide: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Interleaved pairs of each head of wide [L,D], rotated."""
+    even, odd = wide.view(wide.shape[0], num_heads, -1, 2).unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).view(wide.shape)
 
 
 @torch.library.custom_op(
@@ -94,7 +121,7 @@ def _rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
 
         triton_elementwise.rms_norm_(x, weight, eps)
     else:
-        x.copy_(_rms_normalised(x, weight, eps))
+        x.copy_(_normalised(x, _inverse(x, eps), weight))
 
 
 @torch.library.custom_op(
@@ -108,11 +135,33 @@ def _rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_hea
 
         triton_elementwise.rms_norm_rope_(x, weight, cos, sin, num_heads, eps)
         return
-    pairs = _rms_normalised(x, weight, eps).view(x.shape[0], num_heads, -1, 2)
-    even, odd = pairs.unbind(-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    x.copy_(rotated.view(x.shape))
+    x.copy_(_rotated(_normalised(x, _inverse(x, eps), weight), cos, sin, num_heads))
+
+
+@torch.library.custom_op(
+    "wanvram::inverse_rms", mutates_args=("out",), schema="(Tensor x, Tensor(a!) out, float eps) -> ()"
+)
+def _inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
+    if _uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        triton_elementwise.inverse_rms(x, out, eps)
+    else:
+        out.copy_(_inverse(x, eps))
+
+
+@torch.library.custom_op(
+    "wanvram::scaled_rope_",
+    mutates_args=("x",),
+    schema="(Tensor(a!) x, Tensor inverse, Tensor weight, Tensor cos, Tensor sin, int num_heads) -> ()",
+)
+def _scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
+    if _uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        triton_elementwise.scaled_rope_(x, inverse, weight, cos, sin, num_heads)
+    else:
+        x.copy_(_rotated(_normalised(x, inverse, weight), cos, sin, num_heads))
 
 
 @torch.library.custom_op(
@@ -141,5 +190,5 @@ def _changes_nothing_in_shape(*_: object) -> None:
     """An in-place operation allocates nothing on meta tensors."""
 
 
-for _operation in (_rms_norm_, _rms_norm_rope_, _gated_add_, _gelu_tanh_):
+for _operation in (_rms_norm_, _rms_norm_rope_, _inverse_rms, _scaled_rope_, _gated_add_, _gelu_tanh_):
     _operation.register_fake(_changes_nothing_in_shape)

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gated_add_", "gelu_tanh_", "layer_norm_modulate", "rms_norm_", "rms_norm_rope_"]
+__all__ = [
+    "gated_add_",
+    "gelu_tanh_",
+    "inverse_rms",
+    "layer_norm_modulate",
+    "rms_norm_",
+    "rms_norm_rope_",
+    "scaled_rope_",
+]
 
 _FLAT_BLOCK = 4096
 
@@ -61,6 +69,36 @@ def _rms_norm_rope_kernel(
     factor = 1.0 / tl.sqrt(tl.sum(even * even + odd * odd, axis=0) / width + eps)
     even = (even * factor).to(x_ptr.dtype.element_ty).to(tl.float32)
     odd = (odd * factor).to(x_ptr.dtype.element_ty).to(tl.float32)
+    even = even * tl.load(weight_ptr + 2 * pair, mask=inside, other=0.0).to(tl.float32)
+    odd = odd * tl.load(weight_ptr + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
+    angle = row * table_stride + pair % head_pairs
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    tl.store(even_pointers, (even * cos - odd * sin).to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(even_pointers + 1, (even * sin + odd * cos).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inverse_rms_kernel(x_ptr, out_ptr, x_stride, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps))
+
+
+@triton.jit
+def _scaled_rope_kernel(
+    x_ptr, inverse_ptr, weight_ptr, cos_ptr, sin_ptr, x_stride, table_stride, width, head_pairs, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK)
+    inside = pair < width // 2
+    even_pointers = x_ptr + row * x_stride + 2 * pair
+    factor = tl.load(inverse_ptr + row)
+    even = tl.load(even_pointers, mask=inside, other=0.0).to(tl.float32) * factor
+    odd = tl.load(even_pointers + 1, mask=inside, other=0.0).to(tl.float32) * factor
+    even = even.to(x_ptr.dtype.element_ty).to(tl.float32)
+    odd = odd.to(x_ptr.dtype.element_ty).to(tl.float32)
     even = even * tl.load(weight_ptr + 2 * pair, mask=inside, other=0.0).to(tl.float32)
     odd = odd * tl.load(weight_ptr + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
     angle = row * table_stride + pair % head_pairs
@@ -124,6 +162,20 @@ def rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_head
         _rms_norm_rope_kernel[(rows,)](
             x, weight, cos, sin, x.stride(0), cos.stride(0), width, width // num_heads // 2, eps, **launch
         )
+
+
+def inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
+    rows, width = x.shape
+    with torch.cuda.device(x.device):
+        _inverse_rms_kernel[(rows,)](x, out, x.stride(0), width, eps, **_shape_of_launch(width))
+
+
+def scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
+    rows, width = x.shape
+    launch = {"BLOCK": triton.next_power_of_2(width // 2), "num_warps": 8 if width >= 4096 else 4}
+    pairs = width // num_heads // 2
+    with torch.cuda.device(x.device):
+        _scaled_rope_kernel[(rows,)](x, inverse, weight, cos, sin, x.stride(0), cos.stride(0), width, pairs, **launch)
 
 
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:

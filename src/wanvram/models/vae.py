@@ -5,11 +5,9 @@ frame per resolution exists beside the convolutions' two-frame caches (`vae_bloc
 at 3.76 GiB of activations at 832x480 and 8.51 GiB at 1280x720, of which the caches are 3.3 and 7.5 (official at
 832x480: 8.2).
 
-What would go below the caches, not built: exact spatial tiles. Keep the mid block's output of all latent frames (384
-x 60 x 104 x 21 float32 = 192 MiB at 832x480; its attention sees whole frames), then decode tile by tile, every tile
-over all frames with a Stream of its own. A tile needs a halo on each inner side of 7 pixels at the last level (6
-convolutions and the head) and ceil((halo above + 1) / 2) + 6 at each level below: 10, 12 and 13, cropped as it stops
-being needed. Two tiles of the 104 latent columns halve the caches for about 5 % more arithmetic.
+`decode_tiles` and `encode_tiles` go below the caches without blending (`vae_tiles`). What runs at the resolution of the
+latents, attention among it, sees whole pictures; its side of 384 x h x w per latent frame is kept. Everything above
+runs tile by tile, every tile over all frames with a stream of its own.
 """
 
 from __future__ import annotations

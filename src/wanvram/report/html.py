@@ -15,13 +15,13 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from wanvram import __version__
 from wanvram.errors import InputError
 from wanvram.record import RunRecord, Span
 from wanvram.report.answer import CARDS_GIB, answer, deciding_bytes, smallest_card, together
 from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import GLOSSARY, TEXTS, Texts
 from wanvram.report.timeline import thinned
+from wanvram.version import __version__
 
 __all__ = ["MAX_BYTES", "html_report"]
 

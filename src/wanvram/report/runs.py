@@ -191,6 +191,7 @@ def pairs(runs: Sequence[Run]) -> list[tuple[int, int]]:
 
 def _key(run: Run) -> str:
     settings = {k: v for k, v in run.settings().items() if k not in _FREE_KEYS and not k.startswith("logging.")}
+    settings = {k: v for k, v in settings.items() if v not in (None, False, [])}  # older records lack newer knobs
     weights = settings.get("request.weights")
     settings["request.weights"] = "tiny" if weights == "tiny" else "full size"
     return json.dumps(settings, sort_keys=True)

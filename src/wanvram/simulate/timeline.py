@@ -203,7 +203,7 @@ class Timeline:
 
     def _series(self) -> np.ndarray:
         """[3, events + 1] int64: allocated, reserved and outside bytes after each event."""
-        kinds, changes = np.array(self._kinds), np.array(self._changes)
+        kinds, changes = np.array(self._kinds, dtype=np.int64), np.array(self._changes, dtype=np.int64)
         series = np.zeros((3, len(kinds) + 1), dtype=np.int64)
         series[0, 1:] = np.where(kinds >= _FREE, changes, 0).cumsum()
         series[1, 1:] = self._reserved
@@ -217,16 +217,18 @@ class Timeline:
         return [list(point) for point in zip(kept.tolist(), allocated, reserved, device, strict=True)]
 
     def _blocks(self) -> _Blocks:
-        never = len(self._kinds) + 1
-        rows: list[list[int]] = []
-        live: dict[int, list[int]] = {}
-        for x, (kind, address, change) in enumerate(zip(self._kinds, self._addresses, self._changes, strict=True), 1):
-            if kind >= 0:
-                row = live[address] = [address, change, kind, x, never]
-                rows.append(row)
-            elif kind == _FREE:
-                live.pop(address)[4] = x
-        return _Blocks(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
+        """Calls ordered by address, then time, are malloc, free, malloc, ... of each address: pairs are neighbours."""
+        kinds, addresses = np.array(self._kinds, dtype=np.int64), np.array(self._addresses, dtype=np.int64)
+        calls = np.flatnonzero(kinds >= _FREE)
+        calls = calls[np.argsort(addresses[calls], kind="stable")]
+        following = np.append(calls[1:], len(kinds))
+        freed = np.append(addresses[calls[1:]] == addresses[calls[:-1]], False)
+        died = np.where(freed, following + 1, len(kinds) + 1)
+        mallocs = kinds[calls] >= 0
+        at, died = calls[mallocs], died[mallocs]
+        order = np.argsort(at)
+        at, died = at[order], died[order]
+        return _Blocks(addresses[at], np.array(self._changes, dtype=np.int64)[at], kinds[at], at + 1, died)
 
     def _owner_list(self) -> list[_Owner]:
         owners = []

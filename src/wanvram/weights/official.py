@@ -122,13 +122,13 @@ def blueprint(component: Component, spec: str, precision: str = "bf16") -> tuple
     with torch.device("meta"):
         if component == "dit":
             dit = WanDiT(DIT[spec], PRECISIONS[precision])
-            return dit, dit.walk_order()
+            return dit, [*dit.blocks, *getattr(dit, "vace_blocks", ())]
         if component == "text_encoder":
             t5 = T5Encoder(T5[spec], torch.bfloat16)  # as official stores and runs it
-            return t5, t5.walk_order()
+            return t5, list(t5.blocks)
         if component == "image_encoder":
             clip = CLIPVision(CLIP[spec], torch.float16)  # as official runs it
-            return clip, clip.walk_order()
+            return clip, list(clip.visual.transformer)
         return WanVAE(VAE[spec], torch.float32), []
 
 

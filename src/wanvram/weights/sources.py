@@ -150,26 +150,34 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // max(1, self.rows)
+
+    @property
+    def rows_per_chunk(self) -> int:
+        return max(1, min(self.rows, CHUNK_BYTES // max(1, self.row_bytes)))
+
     def read(self, file: FileIO, dest: Tensor, row: int = 0) -> None:
         """Fills `dest` (contiguous, on the host, of this dtype) with the rows from `row` on."""
         view = memoryview(dest.detach().reshape(-1).view(torch.uint8).numpy())
-        file.seek(self.offset + row * math.prod(self.shape[1:]) * self.dtype.itemsize)
+        file.seek(self.offset + row * self.row_bytes)
         while view:
             count = file.readinto(view)
             if not count:
                 raise CheckpointError(f"{self.path} became shorter while it was read")
             view = view[count:]
 
-    def chunks(self, file: FileIO) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their values) in pieces of about CHUNK_BYTES, each valid until the next is asked for."""
-        shape = self.shape or (1,)
-        width = math.prod(shape[1:])
-        step = max(1, CHUNK_BYTES // max(1, width * self.dtype.itemsize))
-        staging = torch.empty(min(step, shape[0]) * width, dtype=self.dtype)
-        scale = self.scales()
-        for first in range(0, shape[0], step):
-            count = min(step, shape[0] - first)
-            chunk = staging[: count * width].view(count, *shape[1:])
+    def chunks(self, file: FileIO, staging: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their values) piece by piece, each valid until the next is asked for. staging: uint8, large enough."""
+        scale, step = self.scales(), self.rows_per_chunk
+        for first in range(0, self.rows, step):
+            count = min(step, self.rows - first)
+            chunk = staging[: count * self.row_bytes].view(self.dtype).view(count, *self.shape[1:])
             self.read(file, chunk, first)
             rows = slice(first, first + count)
             yield rows, chunk if scale is None else chunk.float() * scale[rows]
@@ -190,6 +198,8 @@ class FileSource:
     def __init__(self, tensors: Mapping[str, Stored | Tensor], origin: str) -> None:
         self._tensors = dict(tensors)
         self._origin = origin
+        # One for all tensors: allocated anew for each, it would leave holes in the heap (100 MiB after a 1.3B transformer).
+        self._staging = torch.empty(0, dtype=torch.uint8)
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -209,7 +219,7 @@ class FileSource:
                 stored.read(file, dest)
                 return
             rows = dest if dest.dim() else dest.unsqueeze(0)
-            for where, chunk in stored.chunks(file):
+            for where, chunk in stored.chunks(file, self._buffer(stored)):
                 _assign(rows[where], chunk)
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
@@ -226,6 +236,12 @@ class FileSource:
 
     def close(self) -> None:
         self._tensors.clear()
+
+    def _buffer(self, stored: Stored) -> Tensor:
+        needed = stored.rows_per_chunk * stored.row_bytes
+        if self._staging.numel() < needed:
+            self._staging = torch.empty(max(needed, CHUNK_BYTES), dtype=torch.uint8)
+        return self._staging
 
     def _get(self, key: str) -> Stored | Tensor:
         if key not in self._tensors:

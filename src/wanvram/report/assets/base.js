@@ -1,4 +1,4 @@
-// The page's data, words, numbers and elements. Data reaches the page as text nodes only; no innerHTML anywhere.
+// The page's data, words, numbers and elements. Data becomes text nodes only, never HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const MIB = 2 ** 20;

@@ -68,11 +68,11 @@ function runsTable(show, pin) {
     titled: true,
     columns: [
       column("run", "run"),
+      column("peak_device_bytes", "peak_device", "mib"),
       { ...column("show", "show"), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
       { ...column("pin", "pin"), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
       column("kind", "kind"),
       column("task", "task"),
-      column("peak_device_bytes", "peak_device", "mib"),
       column("peak_reserved_bytes", "peak_reserved", "mib"),
       column("peak_allocated_bytes", "peak_allocated", "mib"),
       column("stage", "stage"),

@@ -227,8 +227,10 @@ function comparisonTables(a, b) {
     rows: comparedRows(figures(a, b), "a", "b"),
   });
   const keys = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])];
+  // A record of an older version lacks the settings that did not exist yet; they are as good as off.
+  const at = (run, key) => (["null", "false", "[]"].includes(run.settings[key]) ? "" : (run.settings[key] ?? ""));
   const different = keys
-    .filter((key) => a.settings[key] !== b.settings[key])
+    .filter((key) => at(a, key) !== at(b, key))
     .map((setting) => ({ setting, a: a.settings[setting] ?? null, b: b.settings[setting] ?? null }));
   if (!different.length) return [table, el("p", { text: t("no_difference") })];
   const words = [column("setting", "setting"), { key: "a", label: "A", type: "text" }, { key: "b", label: "B", type: "text" }];

@@ -1,0 +1,154 @@
+"""Weights on their way to the device: two reused slots, filled while earlier units compute.
+
+Where the weights wait is their home: pinned RAM (copied from directly), pageable RAM or the checkpoint's files (both read by a
+thread into two pinned buffers first, because a copy from anything else would stop the host).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from wanvram.engine.devices import Device
+from wanvram.errors import WanvramError
+
+__all__ = ["Home", "PinnedHome", "SlotRing", "StagedHome", "Streamed"]
+
+
+class Streamed(Protocol):
+    """A piece of weights that is copied as one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Home(Protocol):
+    """Where weights wait."""
+
+    def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
+        """Starts filling `slot` [nbytes] once the mark `after` has passed; returns the mark of its completion."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PinnedHome:
+    """Every piece has a master copy in pinned RAM. `masters`: piece -> uint8 [nbytes]."""
+
+    def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
+        self.device = device
+        self.masters = masters
+
+    def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
+        return self.device.prefetch(slot, self.masters[piece], after)
+
+    def close(self) -> None:
+        self.masters.clear()
+
+
+class StagedHome:
+    """`read(piece, buffer)` writes a piece into a pinned buffer; it runs in a thread where the device computes beside it."""
+
+    def __init__(self, device: Device, largest: int, read: Callable[[Any, torch.Tensor], None]) -> None:
+        self.device = device
+        self.read = read
+        self._buffers = [device.host_empty((largest,), torch.uint8, pinned=True) for _ in range(2)]
+        self._copied: list[Any] = [None, None]
+        self._turn = 0
+        self._thread = ThreadPoolExecutor(1, "wanvram-weights") if device.kind == "cuda" else None
+
+    def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
+        turn = self._turn % 2
+        self._turn += 1
+        if self._thread is None:
+            return self._read_and_copy(piece, slot, after, turn)
+        return self._thread.submit(self._read_and_copy, piece, slot, after, turn)
+
+    def _read_and_copy(self, piece: Any, slot: torch.Tensor, after: Any, turn: int) -> Any:
+        buffer = self._buffers[turn].narrow(0, 0, piece.nbytes)
+        self.device.wait_on_host(self._copied[turn])
+        try:
+            self.read(piece, buffer)
+        except (OSError, WanvramError) as error:
+            # Not the user's input: the file was good when the run began.
+            raise WanvramError(f"weights could not be read while they were streamed: {error}") from error
+        self._copied[turn] = self.device.prefetch(slot, buffer, after)
+        return self._copied[turn]
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        for mark in self._copied:
+            self.device.wait_on_host(mark)
+        self._buffers.clear()
+
+
+@dataclass(frozen=True)
+class _Coming:
+    piece: Any
+    slot: int
+    mark: Any
+
+
+class SlotRing:
+    """Two device buffers that pieces pass through in turn. What comes next is known, so both are always being filled.
+
+    Pieces are asked for in a cyclic order, pass after pass: the first two of the next pass are on their way while the
+    last of this one computes.
+    """
+
+    def __init__(self, device: Device, home: Home, largest: int) -> None:
+        self.device = device
+        self.home = home
+        self.slots = [device.empty((largest,), torch.uint8) for _ in range(2)]
+        self._free: list[Any] = [None, None]  # marks after which a slot may be overwritten
+        self._coming: deque[_Coming] = deque()
+        self._turn = 0
+
+    def walk(self, pieces: Sequence[Any]) -> Iterator[torch.Tensor]:
+        """Yields each piece's bytes on the device, [nbytes]; valid until the next is asked for."""
+        if not pieces:
+            return
+        if [c.piece for c in self._coming] != [pieces[i % len(pieces)] for i in range(len(self._coming))]:
+            self._drop()
+        for ahead in range(len(self._coming), 2):
+            self._start(pieces[ahead % len(pieces)])
+        for index in range(len(pieces)):
+            coming = self._coming.popleft()
+            self.device.wait(_resolved(coming.mark))
+            try:
+                yield self.slots[coming.slot].narrow(0, 0, coming.piece.nbytes)
+            finally:
+                self._free[coming.slot] = self.device.mark()
+            self._start(pieces[(index + 2) % len(pieces)])
+
+    def _start(self, piece: Any) -> None:
+        slot = self._turn % 2
+        self._turn += 1
+        target = self.slots[slot].narrow(0, 0, piece.nbytes)
+        self._coming.append(_Coming(piece, slot, self.home.fetch(piece, target, self._free[slot])))
+
+    def _drop(self) -> None:
+        """Another order was asked for, or the walk was broken off: what is coming is let in and forgotten."""
+        while self._coming:
+            coming = self._coming.popleft()
+            self.device.wait(_resolved(coming.mark))
+            self._free[coming.slot] = self.device.mark()
+        self._turn = 0
+
+    def close(self) -> None:
+        """Copies under way end before the slots' memory is given back."""
+        try:
+            self._drop()
+        finally:
+            self.home.close()
+            self.slots.clear()
+
+
+def _resolved(mark: Any) -> Any:
+    return mark.result() if isinstance(mark, Future) else mark

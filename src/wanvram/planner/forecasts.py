@@ -1,0 +1,152 @@
+"""What one component would cost under one Strategy, asked for once per choice that matters to it. No torch.
+
+The simulation itself is injected: the planner decides what to ask, `run` knows how to answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from wanvram.config import Measurement, Request, RunConfig, Strategy
+from wanvram.planner.budget import Budget
+
+__all__ = ["KNOBS", "Forecast", "StageForecast", "Trial", "Trials", "components_of", "total_seconds"]
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """A component from its loading to its release, alone on the device with what earlier stages hand to it.
+
+    Every peak includes loading; device is the driver's view with CUDA context and libraries. base_bytes: its weights on
+    the device once loaded. host_bytes: weights and copies of them in host RAM, pinned or not, at most. seconds: loading and
+    stage over all prompts, without denoising steps. seconds_per_step: a steady denoising step (dit only). None: unknown.
+    """
+
+    component: str
+    peak_device_bytes: int
+    peak_reserved_bytes: int
+    peak_allocated_bytes: int
+    base_bytes: int
+    host_bytes: int
+    seconds_per_step: float | None
+    seconds: float | None
+
+
+# (config, component) -> its forecast. The device has as much memory as it takes: a forecast never runs out of memory.
+Forecast = Callable[[RunConfig, str], StageForecast]
+
+# Which choices change a component's memory or time; everything else may differ without asking again.
+KNOBS: dict[str, tuple[str, ...]] = {
+    "text_encoder": ("load_strategy", "weights_in", "t5_cpu"),
+    "image_encoder": ("load_strategy", "weights_in"),
+    "vae_encoder": ("precision", "vae_tile", "vae_precision"),
+    "dit": (
+        "precision",
+        "weight_storage",
+        "load_strategy",
+        "attention_slicing",
+        "rows_per_chunk",
+        "cfg",
+        "weights_in",
+        "resident_blocks",
+    ),
+    "vae_decoder": ("vae_tile", "vae_precision"),
+}
+
+
+def components_of(request: Request) -> tuple[str, ...]:
+    """In the order of their stages; `vae_encoder` and `vae_decoder` are the halves of the VAE, loaded one at a time."""
+    image = ("image_encoder",) if request.kind in ("i2v", "flf2v") else ()
+    encoder = ("vae_encoder",) if request.kind in ("i2v", "flf2v", "vace") else ()
+    return ("text_encoder", *image, *encoder, "dit", "vae_decoder")
+
+
+def total_seconds(request: Request, stages: Iterable[StageForecast]) -> float | None:
+    """text + image + encode + steps x step + decode, over all prompts; None if any part is unknown."""
+    total = 0.0
+    for stage in stages:
+        seconds = stage_seconds(request, stage)
+        if seconds is None:
+            return None
+        total += seconds
+    return total
+
+
+def stage_seconds(request: Request, stage: StageForecast) -> float | None:
+    """The whole stage, steps included."""
+    if stage.component != "dit":
+        return stage.seconds
+    if stage.seconds is None or stage.seconds_per_step is None:
+        return None
+    return stage.seconds + stage.seconds_per_step * request.sample_steps * len(request.all_prompts())
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice that was considered and does not fit: `needed` bytes of `memory` (device or host) against `limit`.
+
+    forecast None: known not to fit without a simulation, so its time is unknown.
+    """
+
+    component: str
+    strategy: Strategy
+    memory: str
+    needed: int
+    limit: int
+    forecast: StageForecast | None
+
+
+@dataclass
+class Trials:
+    """The forecasts of one request, cached, checked against the budget, with a list of what did not fit."""
+
+    request: Request
+    budget: Budget
+    forecast: Forecast
+    failed: list[Trial] = field(default_factory=list)
+    _known: dict[tuple[object, ...], StageForecast] = field(default_factory=dict)
+
+    def of(self, component: str, strategy: Strategy) -> StageForecast:
+        key = (component, *(getattr(strategy, knob) for knob in KNOBS[component]))
+        if key not in self._known:
+            self._known[key] = self.forecast(self._config(strategy), component)
+        return self._known[key]
+
+    def fits_device(self, component: str, strategy: Strategy) -> bool:
+        forecast = self.of(component, strategy)
+        needed, limit = forecast.peak_device_bytes, self.budget.device_limit
+        if needed > limit:
+            self.failed.append(Trial(component, strategy, "device", needed, limit, forecast))
+        return needed <= limit
+
+    def fits_host(self, component: str, strategy: Strategy) -> bool:
+        forecast = self.of(component, strategy)
+        needed, limit = forecast.host_bytes, self.budget.host_limit(strategy.weights_in)
+        if needed > limit:
+            self.failed.append(Trial(component, strategy, "host", needed, int(limit), forecast))
+        return needed <= limit
+
+    def fits(self, component: str, strategy: Strategy) -> bool:
+        return self.fits_device(component, strategy) and self.fits_host(component, strategy)
+
+    def stages(self, strategy: Strategy) -> tuple[StageForecast, ...]:
+        return tuple(self.of(component, strategy) for component in components_of(self.request))
+
+    def seconds(self, strategy: Strategy) -> float | None:
+        return total_seconds(self.request, self.stages(strategy))
+
+    def for_request(self, **changes: object) -> Trials:
+        """The same question for another size or number of frames."""
+        return Trials(replace(self.request, **changes), self.budget, self.forecast)  # type: ignore[arg-type]
+
+    def _config(self, strategy: Strategy) -> RunConfig:
+        return RunConfig(
+            name="plan",
+            description="",
+            device="simulated",
+            request=self.request,
+            strategy=strategy,
+            measurement=Measurement(profile_memory=False),
+            gpu=self.budget.gpu,
+        )

@@ -1,0 +1,258 @@
+"""The HTML report without a browser: what is in the file, what reads it, how it is asked for. See tests/browser for the page itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import pytest
+
+from report_runs import Recipe, write_run
+from wanvram.cli import report
+from wanvram.errors import InputError
+from wanvram.record import Failure, Memory
+from wanvram.report.answer import answer, smallest_card
+from wanvram.report.html import MAX_BYTES, html_report
+from wanvram.report.runs import Advice, Run, find_runs, pairs, read_run
+from wanvram.report.texts import GLOSSARY, TEXTS, Texts
+from wanvram.report.timeline import checked_timeline, coarse_timeline, thinned, weights_at
+from wanvram.units import GIB, MIB
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028&amp;"
+
+
+def page_data(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found.group(1)))
+
+
+def command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    report.prepare_parser(parser)
+    return report.run(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "run"))
+
+
+def test_the_file_names_no_address_outside_and_forbids_everything_but_its_own_scripts(run: Run) -> None:
+    page = html_report([run])
+    assert re.findall(r'(?:src|href)="[^"#]', page.split("<script>")[0]) == []
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy is not None
+    assert re.fullmatch(
+        r"default-src 'none'; script-src 'sha256-\S+' 'sha256-\S+'; style-src 'sha256-\S+'; "
+        r"base-uri 'none'; form-action 'none'",
+        policy.group(1),
+    )
+    assert "innerHTML" not in page
+
+
+def test_hostile_text_cannot_leave_its_place_and_arrives_unchanged(tmp_path: Path) -> None:
+    page = html_report([read_run(write_run(tmp_path, Recipe(HOSTILE, prompt=HOSTILE)))])
+    assert "<img" not in page
+    assert page.count("</script>") == 3
+    run = page_data(page)["runs"][0]
+    assert (run["label"], run["settings"]["request.prompt"]) == (HOSTILE, HOSTILE)
+
+
+def test_the_answer_says_how_much_whether_it_fits_who_owns_it_and_what_to_change(tmp_path: Path) -> None:
+    said = answer(read_run(write_run(tmp_path, Recipe(budget_bytes=6 * GIB))), Texts())
+    assert said.headline == (
+        "This run will need 6,162.0 MiB of device memory; it does not fit the budget of 6,144.0 MiB: 18.0 MiB too much; "
+        "the smallest standard card that holds it has 8 GB."
+    )
+    assert said.owner == (
+        "decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. "
+        "The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0."
+    )
+    assert said.change == (
+        "To lower it: offload: true; 996.0 MiB of weights of other components lie on the device at the peak."
+    )
+
+
+def test_what_advice_computed_goes_before_the_knobs(run: Run) -> None:
+    advised = replace(run, advice=(Advice("a", 5 * MIB, None), Advice("offload: true", 900 * MIB, 3.5)))
+    assert answer(advised, Texts()).change == "To lower it: offload: true, which saves 900.0 MiB."
+    assert page_data(html_report([advised]))["runs"][0]["advice"][1]["seconds"] == 3.5
+
+
+def test_a_failed_run_opens_with_its_failure(run: Run) -> None:
+    failed = replace(run.record, failure=Failure("oom", "8.00 GiB are full.", stage="decode"), fits=False)
+    assert answer(replace(run, record=failed), Texts()).headline == (
+        "Out of memory in decode: 8.00 GiB are full. Until then: This run will need 6,162.0 MiB of device memory."
+    )
+    empty = replace(failed, stages=[], components=[])
+    page = html_report([replace(run, record=empty, timeline=coarse_timeline(empty), exact=False)])
+    assert page_data(page)["runs"][0]["peak"] is None
+
+
+@pytest.mark.parametrize(
+    ("used", "card"), [(0, 4), (int(7.84 * GIB), 8), (int(7.85 * GIB), 10), (78 * GIB, 80), (79 * GIB, None)]
+)
+def test_a_card_holds_98_percent_of_its_nominal_memory(used: int, card: int | None) -> None:
+    assert smallest_card(used) == card
+
+
+def test_twenty_large_runs_stay_under_two_megabytes_and_keep_their_peaks(tmp_path: Path) -> None:
+    large = read_run(write_run(tmp_path, Recipe(steps=10, events=260)))
+    groups = large.timeline["moments"][0]["alive"] * 20
+    moments = [moment | {"alive": groups} for moment in large.timeline["moments"]]
+    large = replace(large, timeline=large.timeline | {"moments": moments})
+    runs = [replace(large, label=f"run {i}") for i in range(20)]
+    page = html_report(runs)
+    assert len(page.encode()) < MAX_BYTES
+    for run in page_data(page)["runs"]:
+        assert run["shortened"]
+        assert max(run["timeline"]["points"][1]) == 5134 * MIB
+        assert sum(group[0] for group in run["timeline"]["moments"][0]["alive"]) == sum(g["bytes"] for g in groups)
+
+
+def test_thinning_keeps_the_highest_of_every_figure(run: Run) -> None:
+    thin = thinned(run.timeline, points=10, groups=3, blocks=0)
+    assert len(thin["points"]) == 10
+    for i in (1, 2, 3):
+        assert max(p[i] for p in thin["points"]) == max(p[i] for p in run.timeline["points"])
+    assert [group["operation"] for group in thin["moments"][0]["alive"]][-1] == "(other)"
+    assert sum(g["bytes"] for g in thin["moments"][0]["alive"]) == 5134 * MIB
+    assert thin["moments"][0]["segments"] == []
+
+
+def test_the_weights_on_the_device_are_those_whose_time_includes_the_moment(tmp_path: Path) -> None:
+    timeline = read_run(write_run(tmp_path, Recipe(offload=True))).timeline
+    peak = timeline["moments"][0]
+    assert weights_at(timeline, peak["x"]) == {"vae": 280 * MIB}
+
+
+def test_a_run_without_a_timeline_is_drawn_from_its_stages(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, Recipe(timeline=False)))
+    assert not run.exact
+    assert max(point[1] for point in run.timeline["points"]) == 5134 * MIB
+    assert [stage["name"] for stage in run.timeline["stages"]][-1] == "decode"
+    assert run.timeline["moments"] == []
+
+
+def test_a_prediction_pairs_with_the_measurement_of_the_same_configuration_only(tmp_path: Path) -> None:
+    recipes = Recipe("a"), Recipe("b", offload=True), Recipe("c", simulated=False, prompt="other words")
+    runs = find_runs([write_run(tmp_path / r.name, r) for r in recipes])
+    assert pairs(runs) == [(0, 2)]
+
+
+def test_a_directory_of_runs_is_all_its_runs_and_equal_names_are_told_apart(tmp_path: Path) -> None:
+    for directory in ("b", "a"):
+        write_run(tmp_path / directory, Recipe("same"))
+    assert [run.label for run in find_runs([tmp_path])] == ["same", "same (b)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("timeline.json", "{", "timeline.json is no valid JSON"),
+        ("timeline.json", '{"schema": 2}', "timeline.json is no timeline of schema 1"),
+        ("timeline.json", '{"schema": 1, "axis": "events", "points": [[0, "x", 1, null]]}', "'x' is no whole number"),
+        ("timeline.json", '{"schema": 1, "axis": "years", "points": []}', "'years' is none of events, seconds"),
+        ("advice.json", '{"advice": [{"change": "x"}]}', "advice.json is damaged: KeyError('saved_bytes')"),
+        ("record.json", "[]", "this is no wanvram record of schema 1"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, sentence: str) -> None:
+    (write_run(tmp_path) / name).write_text(text)
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        read_run(tmp_path)
+
+
+def test_a_record_whose_figures_are_text_is_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path) / "record.json"
+    data = json.loads(path.read_text())
+    data["stages"][0]["peak_device_bytes"] = "<b>"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"a value is not of its type"):
+        read_run(tmp_path)
+
+
+def test_numbers_that_are_none_reach_no_page(tmp_path: Path) -> None:
+    directory = write_run(tmp_path)
+    path = directory / "record.json"
+    path.write_text(path.read_text().replace('"seconds": 1.5', '"seconds": NaN'))
+    assert "NaN" not in html_report([read_run(directory)]).split('id="data">')[1].split("</script>")[0]
+
+
+def test_unknown_keys_of_a_timeline_are_dropped(run: Run) -> None:
+    data = run.timeline | {"schema": 1, "extra": HOSTILE}
+    assert checked_timeline(json.loads(json.dumps(data))) == run.timeline
+
+
+def test_device_memory_that_is_unknown_is_not_made_up(run: Run) -> None:
+    stages = [replace(span, peak=Memory(5 * GIB, 6 * GIB, None)) for span in run.record.stages]
+    said = answer(replace(run, record=replace(run.record, stages=stages, device="cpu")), Texts()).headline
+    assert said == "This run will need 6,144.0 MiB of reserved memory."
+
+
+def test_both_languages_have_every_string_with_the_same_blanks() -> None:
+    def blanks(text: str) -> set[str]:
+        return {name for _, name, _, _ in Formatter().parse(text) if name}
+
+    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
+    assert len(GLOSSARY["en"]) == len(GLOSSARY["zh"])
+    for key, text in TEXTS["en"].items():
+        assert blanks(text) == blanks(TEXTS["zh"][key]), key
+
+
+def test_every_string_the_page_asks_for_exists() -> None:
+    assets = resources.files("wanvram.report") / "assets"
+    for name in ("base.js", "tables.js", "timeline.js", "alive.js", "report.js"):
+        script = (assets / name).read_text()
+        asked = set(re.findall(r'\bt\("(\w+)"', script)) | set(re.findall(r'column\("\w+", "(\w+)"', script))
+        assert asked - TEXTS["en"].keys() == set()
+
+
+def test_the_page_is_chinese_when_asked(run: Run) -> None:
+    page = html_report([run], "zh")
+    assert '<html lang="zh-CN">' in page
+    assert page_data(page)["headline"] == "预计该运行需要 6,162.0 MiB 显存；能容纳它的最小标准显卡为 8 GB。"
+
+
+def test_the_command_writes_the_page_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_run(tmp_path / "run")
+    assert command(str(directory)) == 0
+    assert capsys.readouterr().out == f"Wrote {directory / 'report.html'}\n"
+    assert (directory / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_command_prints_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "both.md"
+    assert command(str(write_run(tmp_path / "run")), "--json", "-o", str(output)) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["written"], printed["runs"][0]["peak_device_bytes"]) == (str(output), 6162 * MIB)
+    assert output.read_text().startswith("# wanvram report\n")
+
+
+def test_text_and_markdown_go_to_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = str(write_run(tmp_path))
+    assert command(directory, "--format", "text") == 0
+    assert capsys.readouterr().out.startswith("baseline: t2v-1.3B 832*480 81 frames\n")
+    assert command(directory, "--format", "md", "--lang", "zh") == 0
+    assert capsys.readouterr().out.startswith("# wanvram 报告\n")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("-o", "x.pdf"), "x.pdf: a report ends in .html, .htm, .md, .markdown, .txt"),
+        (("-o", "x.md", "--format", "html"), "--format html contradicts the ending of x.md"),
+        (("nowhere",), "nowhere is no run directory"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        command(str(write_run(tmp_path)), *arguments)

@@ -1,0 +1,167 @@
+"""The Markdown report, letter for letter, for runs made by hand; what it escapes; that it does not change without reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from report_runs import Recipe, write_run
+from wanvram.record import Failure
+from wanvram.report.markdown import markdown_report
+from wanvram.report.runs import Run, find_runs, read_run
+from wanvram.units import GIB, MIB
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "run", Recipe(budget_bytes=8 * GIB)))
+
+
+def test_the_report_of_one_run_is_exactly_this(run: Run) -> None:
+    assert markdown_report([run]) == (
+        """\
+# wanvram report
+
+## baseline
+
+Predicted: simulated, nothing was run on a GPU (simulated:h200)
+
+This run will need 6,162.0 MiB of device memory; it fits the budget of 8,192.0 MiB with 2,030.0 MiB to spare; \
+the smallest standard card that holds it has 8 GB.
+
+decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. \
+The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0.
+
+To lower it: offload: true; 996.0 MiB of weights of other components lie on the device at the peak.
+
+### Components
+
+| component | parameters | base memory MiB | host memory MiB | activation MiB |
+| --- | ---: | ---: | ---: | ---: |
+| text_encoder | 385,875,968 | 736.0 | 0.0 | 80.0 |
+| dit | 136,314,880 | 260.0 | 0.0 | 500.0 |
+| vae | 146,800,640 | 280.0 | 0.0 | 3,858.0 |
+
+### Stages
+
+| stage | component | start MiB | activation MiB | peak device MiB | peak reserved MiB | peak allocated MiB | fragmentation | time |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| load text_encoder | text_encoder | 0.0 | 736.0 | 1,398.0 | 798.0 | 736.0 | 7.8% |  |
+| load vae | vae | 736.0 | 280.0 | 1,702.0 | 1,102.0 | 1,016.0 | 7.8% |  |
+| load dit | dit | 1,016.0 | 260.0 | 1,984.0 | 1,384.0 | 1,276.0 | 7.8% |  |
+| encode_text | text_encoder | 1,276.0 | 80.0 | 2,070.0 | 1,470.0 | 1,356.0 | 7.8% |  |
+| denoise | dit | 1,276.0 | 500.0 | 2,524.0 | 1,924.0 | 1,776.0 | 7.7% |  |
+| decode | vae | 1,276.0 | 3,858.0 | 6,162.0 | 5,562.0 | 5,134.0 | 7.7% |  |
+
+### What was alive: peak
+
+| size MiB | count | component | operation | shape | dtype | module |
+| ---: | ---: | --- | --- | --- | --- | --- |
+| 1,929.0 | 1 | vae | conv3d | 1x96x4x480x832 | float16 | decoder.up.0 |
+| 964.5 | 2 | vae | cat | 1x192x4x480x832 | float16 | decoder.up.1 |
+| 736.0 | 100 | text_encoder | weights | 1536x1536 | float16 | blocks |
+| 482.2 | 3 | vae | silu | 1x288x4x480x832 | float16 | decoder.up.2 |
+| 280.0 | 100 | vae | weights | 1536x1536 | float16 | blocks |
+| 260.0 | 100 | dit | weights | 1536x1536 | float16 | blocks |
+| 241.1 | 4 | vae | rms_norm | 1x384x4x480x832 | float16 | decoder.up.3 |
+| 120.6 | 5 | vae | clone | 1x480x4x480x832 | float16 | decoder.up.4 |
+| 120.6 | 6 | vae | add | 1x576x4x480x832 | float16 | decoder.up.5 |
+
+### Configuration
+
+- `model_config.device`: simulated
+- `model_config.load_strategy`: block
+- `model_config.offload`: false
+- `model_config.precision`: fp16
+- `model_config.t5_cpu`: false
+- `name`: baseline
+- `optimization.attention_slicing`: false
+- `optimization.expandable_segments`: false
+- `request.frame_num`: 81
+- `request.prompt`: Two cats.
+- `request.size`: 832\\*480
+- `request.task`: t2v-1.3B
+
+### Notes
+
+- made for a test
+"""
+    )
+
+
+def test_several_runs_open_with_the_best_a_table_and_the_errors_of_the_prediction(tmp_path: Path) -> None:
+    recipes = Recipe(), Recipe("lean", offload=True), Recipe("real", simulated=False, factor=1.01)
+    text = markdown_report(find_runs([write_run(tmp_path / r.name, r) for r in recipes]))
+    assert text.split("| load ")[0] == (
+        """\
+# wanvram report
+
+Of 3 runs “lean” has the lowest peak, 5,084.0 MiB; the smallest standard card that holds it has 6 GB. \
+The highest is “real” with 6,204.0 MiB.
+
+## Runs
+
+| run | kind | peak device MiB | peak reserved MiB | peak allocated MiB | stage | smallest card | verdict |
+| --- | --- | ---: | ---: | ---: | --- | --- | --- |
+| baseline | predicted | 6,162.0 | 5,562.0 | 5,134.0 | decode | 8 GB |  |
+| lean | predicted | 5,084.0 | 4,484.0 | 4,138.0 | decode | 6 GB |  |
+| real | measured | 6,204.0 | 5,604.0 | 5,172.6 | decode | 8 GB |  |
+
+## Predicted against measured: baseline, real
+
+Error is predicted minus measured: + means the prediction was too high.
+
+| figure | predicted MiB | measured MiB | error MiB | relative |
+| --- | ---: | ---: | ---: | ---: |
+| whole run: peak device | 6,162.0 | 6,204.0 | -42.0 | -0.68% |
+| whole run: peak reserved | 5,562.0 | 5,604.0 | -42.0 | -0.75% |
+| whole run: peak allocated | 5,134.0 | 5,172.6 | -38.6 | -0.75% |
+"""
+    )
+
+
+def test_a_changed_figure_changes_its_own_lines_only(run: Run) -> None:
+    before = markdown_report([run]).splitlines()
+    larger = replace(run.record.components[0], base_bytes=73_600_000 * MIB)
+    after = markdown_report([replace(run, record=replace(run.record, components=[larger, *run.record.components[1:]]))])
+    assert [line for line in after.splitlines() if line not in before] == [
+        "| text_encoder | 385,875,968 | 73,600,000.0 | 0.0 | 80.0 |"
+    ]
+
+
+def test_where_the_runs_lie_leaves_no_trace(tmp_path: Path) -> None:
+    texts = [markdown_report([read_run(write_run(tmp_path / place))]) for place in ("here", "there")]
+    assert texts[0] == texts[1]
+
+
+def test_markup_in_names_and_prompts_is_shown_not_obeyed(tmp_path: Path) -> None:
+    recipe = Recipe("a|b <img> `c`", prompt="*x*\n# _y_ [z](javascript:1)", timeline=False)
+    text = markdown_report([read_run(write_run(tmp_path, recipe))])
+    assert "## a\\|b &lt;img&gt; \\`c\\`\n" in text
+    assert "- `request.prompt`: \\*x\\* \\# \\_y\\_ \\[z\\](javascript:1)\n" in text
+    assert "<" not in text
+
+
+def test_a_long_prompt_is_cut(tmp_path: Path) -> None:
+    text = markdown_report([read_run(write_run(tmp_path, Recipe(prompt="word " * 1000)))])
+    assert max(len(line) for line in text.splitlines()) < 400
+
+
+def test_a_failure_takes_the_place_of_the_verdict(run: Run) -> None:
+    record = replace(run.record, failure=Failure("error", "The disk is full.", stage="decode"), fits=None)
+    text = markdown_report([replace(run, record=record), replace(run, label="good")])
+    assert "| baseline | predicted | 6,162.0 | 5,562.0 | 5,134.0 | decode | 8 GB | failed |" in text
+    assert "The run failed in decode: The disk is full. Until then: " in text
+    assert "Failed runs: 1." in text
+
+
+def test_of_a_moment_with_many_groups_the_ten_largest_are_listed_and_the_rest_is_summed(run: Run) -> None:
+    moment = run.timeline["moments"][0]
+    group = moment["alive"][0]
+    many = [group | {"bytes": n * MIB, "count": 1, "operation": f"op {n}"} for n in range(1, 16)]
+    timeline = run.timeline | {"moments": [moment | {"alive": many}]}
+    text = markdown_report([replace(run, timeline=timeline)])
+    assert "| 6.0 | 1 | vae | op 6 |" in text
+    assert "| 15.0 | 5 |  | other |  |  |  |\n" in text  # 1 + 2 + 3 + 4 + 5 MiB
