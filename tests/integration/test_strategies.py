@@ -27,6 +27,9 @@ LOSSLESS: list[dict[str, Any]] = [
     {"load_strategy": "full", "rows_per_chunk": 100},
     {"load_strategy": "full", "attention_slicing": True},
     {"load_strategy": "block", "offload": True, "attention_slicing": True, "rows_per_chunk": 37, "cfg": "joint"},
+    {"load_strategy": "block", "offload": True, "weights_in": "pageable", "resident_blocks": 1},
+    {"load_strategy": "block", "offload": False, "weights_in": "disk", "resident_blocks": 3},
+    {"load_strategy": "block", "offload": True, "resident_blocks": 99, "cfg": "joint"},
 ]
 
 
@@ -77,7 +80,7 @@ def build(kind: type[Pipeline], task: str, frames: int, strategy: dict[str, Any]
     how = Strategy(precision="fp32", **strategy)
     config = RunConfig(name="x", description="", device="cpu", request=request, strategy=how, weights="tiny")
     device = make_device(config)
-    weights = choose_weights("tiny", simulated=False, seed=3)
+    weights = choose_weights("tiny", simulated=False, task=task, seed=3)
     return kind(config, device, Recorder(device.meter, None, None), weights, inputs_of(task, frames))
 
 
@@ -144,6 +147,14 @@ def frames_of(task: str, frames: int, strategy: dict[str, Any], **given: Any) ->
     with pipeline.device.session():
         pipeline.run(lambda index: nullcontext(sink))
     return sink.frames
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tiles_give_the_frames_of_the_resident_run(task: str) -> None:
+    plain, tiled = (frames_of(task, FRAMES, s) for s in (PLAIN, PLAIN | {"vae_tile": 8}))
+    assert [f.shape for f in plain] == [f.shape for f in tiled]
+    for a, b in zip(plain, tiled, strict=True):
+        assert (a.int() - b.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("task", TASKS)

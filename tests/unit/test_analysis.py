@@ -178,6 +178,16 @@ def test_the_three_moments_of_the_specification_come_from_their_spans() -> None:
     assert moments.after_decode == Memory(42 * MIB, 92 * MIB, 192 * MIB)
 
 
+def test_of_several_prompts_the_first_start_the_highest_block_and_the_last_decode_count() -> None:
+    run = record([step(0, 43, blocks=[70])])
+    run.stages[3].name, run.stages[4].name = "denoise 0", "decode 0"
+    later = span("denoise 1", "stage", "dit", [(42, 92), (80, 92), (44, 92)], [step(0, 43, blocks=[75, 74])])
+    run.stages += [later, span("decode 1", "stage", "vae", [(44, 92), (61, 92), (45, 93)])]
+    moments = analyze_run(run, None).moments
+    assert (moments.before_forward, moments.after_decode) == (run.stages[3].start, run.stages[6].end)
+    assert (moments.highest_block, moments.block_activation_bytes) == ("block 0", 33 * MIB)
+
+
 def test_without_block_spans_nothing_is_said_about_blocks() -> None:
     moments = analyze_run(record([step(0, 43)]), None).moments
     assert (moments.inside_blocks, moments.highest_block, moments.block_activation_bytes) == (None, None, None)

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanvram.kernels import attention, gated_add_, gelu_tanh_, layer_norm_modulate, rms_norm_, rms_norm_rope_
+from wanvram.kernels import (
+    attention,
+    gated_add_,
+    gelu_tanh_,
+    inverse_rms,
+    layer_norm_modulate,
+    rms_norm_,
+    rms_norm_rope_,
+    scaled_rope_,
+)
 
 EPS = 1e-6
 HEADS = 4
@@ -146,6 +155,20 @@ def test_in_place_operations_run_on_meta_tensors() -> None:
     assert x.is_meta
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_by_column_groups_is_the_whole_norm(dtype: torch.dtype) -> None:
+    x, weight = randn(7, 24, dtype=dtype), randn(24, seed=1)
+    cos, sin = (t.float() for t in tables(7, 3))
+    whole, inverse = x.clone(), torch.empty(7)
+    rms_norm_rope_(whole, weight, cos, sin, HEADS, EPS)
+    inverse_rms(x, inverse, EPS)
+    near(inverse, (x.double().square().mean(-1) + EPS).rsqrt())
+    for columns, heads in ((slice(0, 6), 1), (slice(6, 24), 3)):
+        group = x[:, columns].contiguous()
+        scaled_rope_(group, inverse, weight[columns], cos, sin, heads)
+        assert torch.equal(group, whole[:, columns])
+
+
 @pytest.mark.parametrize("name", ["rms_norm_", "rms_norm_rope_", "gated_add_", "gelu_tanh_", "layer_norm_modulate"])
 def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
     x, weight = randn(6, 24), randn(24, seed=1)
@@ -178,6 +201,12 @@ def on_gpu(rows: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, T
     rms_norm_rope_(rope[3:], weight, cos[3:], sin[3:], heads, EPS)
     gelu_tanh_(gelu[3:])
     gated_add_(x[3:], low[3:], shift)
+    inverse = torch.empty(rows, device="cuda")
+    inverse_rms(low[3:], inverse, EPS)
+    half, columns = heads // 2, slice(0, width // 2)
+    part = low[:, columns].contiguous()
+    scaled_rope_(part[3:], inverse, weight[columns], cos[3:], sin[3:], half)
+    results |= {"inverse_rms": inverse, "scaled_rope_": part}
     return results | {"rms_norm_": rms, "rms_norm_rope_": rope, "gelu_tanh_": gelu, "gated_add_": x}
 
 
@@ -205,11 +234,14 @@ def test_triton_kernels_allocate_only_their_output() -> None:
     x, y = (randn(64, 5120, seed=s, device="cuda") for s in (0, 1))
     half, gate = y.bfloat16(), randn(5120, device="cuda")
     cos, sin = (t.float() for t in tables(64, 64, "cuda"))
+    inverse = torch.ones(64, device="cuda")
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "gated_add_": (lambda: gated_add_(x, half, gate), 0),
         "rms_norm_": (lambda: rms_norm_(half, gate, EPS), 0),
         "rms_norm_rope_": (lambda: rms_norm_rope_(half, gate, cos, sin, 40, EPS), 0),
         "gelu_tanh_": (lambda: gelu_tanh_(half), 0),
+        "inverse_rms": (lambda: inverse_rms(half, inverse, EPS), 0),
+        "scaled_rope_": (lambda: scaled_rope_(half, inverse, gate, cos, sin, 40), 0),
         "layer_norm_modulate": (lambda: layer_norm_modulate(x, gate, gate, EPS, 1.0, torch.bfloat16), half.nbytes),
     }
     for name, (call, expected) in calls.items():

@@ -10,7 +10,7 @@ from wanvram.config import Request, RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import InputError, OutOfMemory
 from wanvram.kernels.attention import attention
-from wanvram.run.execute import _simulated_memory
+from wanvram.run.simulated import simulated_memory
 from wanvram.simulate.gpus import GPUS, find_gpu
 from wanvram.units import MIB
 
@@ -20,7 +20,7 @@ MEBI_FLOATS = (512, 512)  # fp32: exactly 1 MiB
 def simulated(gpu: str = "h200", limit_bytes: int | None = None) -> SimulatedDevice:
     request = Request.for_task("t2v-1.3B")
     config = RunConfig("x", "", "simulated", request, gpu=gpu, memory_limit_bytes=limit_bytes)
-    return SimulatedDevice(_simulated_memory(config, keep_events=True))
+    return SimulatedDevice(simulated_memory(config, keep_events=True))
 
 
 def allocated(device: SimulatedDevice) -> int:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from wanvram.analysis.stages import analyze_run
 from wanvram.engine.devices import SimulatedDevice
-from wanvram.engine.residency import Component
 from wanvram.errors import InputError, OutOfMemory
-from wanvram.models.dit import Condition, WanDiT
-from wanvram.models.precision import PRECISIONS
+from wanvram.models.t5 import T5Encoder
 from wanvram.record import Failure, RunRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
@@ -25,7 +24,7 @@ from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.timeline import MAX_GROUPS, MAX_POINTS, Timeline
-from wanvram.specs import DIT
+from wanvram.specs import T5
 from wanvram.units import MIB
 
 SETTINGS = [AllocatorSettings(), AllocatorSettings(expandable_segments=True)]
@@ -292,85 +291,97 @@ def simulated(settings: AllocatorSettings, limit_bytes: int | None = None) -> Si
     return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=True)
 
 
-def two_steps(memory: SimulatedMemory, timeline: Timeline | None, *, streamed: bool) -> tuple[Recorder, Failure | None]:
-    """A tiny transformer loaded, run twice and released, under the recorder; an OutOfMemory ends it."""
+def two_prompts(memory: SimulatedMemory, timeline: Timeline | None) -> tuple[Recorder, Failure | None]:
+    """A tiny text encoder loaded, run twice and released, under the recorder; an OutOfMemory ends it."""
     device, recorder = SimulatedDevice(memory), Recorder(memory, None, None, timeline)
-    spec = replace(DIT["tiny-t2v"], num_layers=2)
     failure = None
+
+    def observed(blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        for number, block in enumerate(blocks):
+            with recorder.span(f"block {number}", kind="block", component="text_encoder"):
+                yield block
+
     try:
         with device.session():
-            with recorder.span("load dit", kind="load", component="dit"):
-                with device.building(), torch.device("meta"):
-                    dit = WanDiT(spec, PRECISIONS["bf16"])
-                component = Component("dit", dit, dit.walk_order(), device)
-                component.observe(lambda index: recorder.span(f"block {index}", kind="block", component="dit"))
-                component.load_streamed(None, pinned=True) if streamed else component.load_resident(None)
-            with recorder.span("denoise", kind="stage", component="dit"):
-                latent = device.empty((spec.in_dim, 5, 32, 32), torch.float32)
-                context = device.upload(device.host_empty((7, spec.text_dim), torch.bfloat16))
-                for step in range(2):
-                    with recorder.span(f"step {step}", kind="step", component="dit"):
-                        dit(latent, 500, [Condition(context)], rows_per_chunk=640, walk=component.walk)
-            component.release()
+            with recorder.span("load text_encoder", kind="load", component="text_encoder"):
+                encoder = _loaded(device)
+            with recorder.span("encode_text", kind="stage", component="text_encoder"):
+                contexts = []
+                for number, tokens in enumerate((40, 300)):
+                    with recorder.span(f"prompt {number}", kind="step", component="text_encoder"):
+                        rows = device.upload(device.host_empty((tokens, encoder.spec.dim), torch.bfloat16))
+                        contexts.append(encoder(rows, walk=observed))
+                        del rows
+            del encoder
             device.empty_cache()
     except OutOfMemory as error:
         failure = recorder.finish_open(Failure("oom", str(error)))
     return recorder, failure
 
 
+def _loaded(device: SimulatedDevice) -> T5Encoder:
+    """Every parameter a tensor of its own on the device."""
+    with device.building(), torch.device("meta"):
+        encoder = T5Encoder(T5["tiny"], torch.bfloat16)
+    for module in encoder.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            weight = device.empty(tuple(parameter.shape), parameter.dtype)
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    return encoder
+
+
 def record_of(recorder: Recorder, failure: Failure | None) -> RunRecord:
     return RunRecord("simulated:h200", True, {}, None, None, [], recorder.spans, {}, {}, failure)
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=["default", "expandable"])
 def test_a_simulated_run_is_the_same_with_a_timeline_and_its_peaks_are_the_recorders(
-    settings: AllocatorSettings, streamed: bool
+    settings: AllocatorSettings,
 ) -> None:
     plain = simulated(settings)
-    two_steps(plain, None, streamed=streamed)
+    two_prompts(plain, None)
     memory = simulated(settings)
     timeline = Timeline.attach(memory)
-    recorder, _ = two_steps(memory, timeline, streamed=streamed)
+    recorder, _ = two_prompts(memory, timeline)
     assert memory.events == plain.events
     result = json.loads(json.dumps(timeline.to_json()))
     check_sums(result)
     for span in recorder.spans:
         found = moment(result, f"peak of {span.name}")
-        assert (found["allocated_bytes"], found["component"]) == (span.peak.allocated_bytes, "dit")
+        assert (found["allocated_bytes"], found["component"]) == (span.peak.allocated_bytes, "text_encoder")
     at = {point[0]: point[1:] for point in result["points"]}
-    for entry, span in zip([s for s in result["stages"] if s["kind"] != "step"], recorder.spans, strict=True):
-        for memory_then, x in ((span.start, entry["start"]), (span.end, entry["end"])):
-            figures = [memory_then.allocated_bytes, memory_then.reserved_bytes, memory_then.device_bytes]
-            assert at[x] == figures, (span.name, x)
+    spans = [span for stage in recorder.spans for span in stage.walk() if span.kind != "block"]
+    for entry, span in zip(result["stages"], spans, strict=True):
+        assert entry["name"] == span.name
+        for figures, x in ((span.start, entry["start"]), (span.end, entry["end"])):
+            assert at[x] == [figures.allocated_bytes, figures.reserved_bytes, figures.device_bytes], (span.name, x)
+    (weights,) = [w for w in result["weights"] if w["start"] <= result["stages"][1]["start"] < w["end"]]
+    assert weights["bytes"] == recorder.spans[0].end.allocated_bytes
     analysis = analyze_run(record_of(recorder, None), result)
     assert sum(owner.bytes for owner in analysis.peaks[0].by_component) == recorder.spans[1].peak.allocated_bytes
-    assert analysis.moments.inside_blocks is not None
 
 
 def test_the_place_of_a_tensor_is_the_model_code_that_asked_and_its_caller() -> None:
     memory = simulated(AllocatorSettings())
     timeline = Timeline.attach(memory)
-    two_steps(memory, timeline, streamed=False)
-    modules = {owner.module for owner in timeline._owner_list() if owner.module}
-    paths = {re.sub(r":\d+|\b[a-z0-9_]+\.(?=_?[A-Z])", "", module) for module in modules}  # no lines, no files
-    assert any(path.endswith(" > SelfAttention.forward") for path in paths), "keys and values"
-    assert "SelfAttention.forward > Linear.forward" in paths, "the queries' product"
-    assert "Component.load_resident" in paths
-    assert all(":" in module for module in modules)
-    assert not any("kernels" in module or "comp>" in module or "devices" in module for module in modules)
+    two_prompts(memory, timeline)
+    places = {re.sub(r":\d+", "", owner.module or ""): owner.operation for owner in timeline._owner_list()}
+    assert places["t5.T5Block.forward > FeedForward.forward"] == "aten.mm.default"
+    assert places["t5.T5Encoder.forward > T5Block.forward"] == "aten.add.Tensor"
+    assert all(re.search(r":\d+$", owner.module) for owner in timeline._owner_list() if owner.module)
+    assert not any("comp>" in place or "genexpr>" in place or "devices" in place for place in places)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["default", "expandable"])
 def test_a_run_out_of_memory_has_a_timeline_up_to_its_end(settings: AllocatorSettings) -> None:
-    memory = simulated(settings, limit_bytes=22 * MIB)  # the pool's first segments, but no cuBLAS workspace
+    memory = simulated(settings, limit_bytes=22 * MIB)  # the pools' first segments, but no cuBLAS workspace
     timeline = Timeline.attach(memory)
-    recorder, failure = two_steps(memory, timeline, streamed=False)
+    recorder, failure = two_prompts(memory, timeline)
     assert failure is not None
-    assert failure.stage == "denoise"
+    assert failure.stage == "encode_text"
     result = timeline.to_json()
     check_sums(result)
-    assert [entry["name"] for entry in result["stages"]] == ["load dit", "denoise", "step 0"]
-    assert moment(result, "peak of denoise")["allocated_bytes"] == recorder.spans[-1].peak.allocated_bytes
+    assert [entry["name"] for entry in result["stages"]] == ["load text_encoder", "encode_text", "prompt 0"]
+    assert moment(result, "peak of encode_text")["allocated_bytes"] == recorder.spans[-1].peak.allocated_bytes
     assert result["points"][-1][2] == recorder.spans[-1].end.reserved_bytes
     assert analyze_run(record_of(recorder, failure), result).bottleneck is not None

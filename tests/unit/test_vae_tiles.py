@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unit.test_vae import SPEC, Calls, Storages, randn, random_vae
 from wanvram.errors import InputError
-from wanvram.models import vae
-from wanvram.models.vae import WanVAE, frame_chunks
+from wanvram.models import vae_blocks
+from wanvram.models.vae import WanVAE
 from wanvram.models.vae_tiles import Halos, Span, grid
 from wanvram.specs import VAE, VAESpec
 from wanvram.units import GIB
@@ -59,19 +59,19 @@ def test_a_video_decoded_in_tiles_is_the_video_decoded_whole(
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(MODELS), st.sampled_from((1, 5, 9, 17)), sizes, sizes, tile_sizes, seeds)
+@given(st.sampled_from(MODELS), st.sampled_from((1, 3, 5, 9, 17)), sizes, sizes, tile_sizes, seeds)
 def test_a_video_encoded_in_tiles_is_the_video_encoded_whole(
     model: WanVAE, frames: int, height: int, width: int, tile: tuple[int, int], seed: int
 ) -> None:
     video = randn(3, frames, model.scale * height, model.scale * width, seed=seed)
-    assert_equal(model.encode_tiles(lambda: frame_chunks(video), tile), model.encode([video]))
+    assert_equal(model.encode_tiles(lambda: video.split(3, dim=1), tile), model.encode([video]))
 
 
 @pytest.mark.parametrize("band_bytes", [1000, 20000])
 def test_rows_of_a_tile_in_bands_give_the_same_result(monkeypatch: pytest.MonkeyPatch, band_bytes: int) -> None:
     model, z, video = MODELS[0], randn(16, 2, 5, 6), randn(3, 5, 40, 48)
     decoded, encoded = torch.cat(list(model.decode(z)), dim=1), model.encode([video])
-    monkeypatch.setattr(vae, "TILE_BAND_BYTES", band_bytes)
+    monkeypatch.setattr(vae_blocks, "BAND_BYTES", band_bytes)
     for tile in ((5, 6), (2, 3)):
         assert_equal(assembled(model, z, tile), decoded)
         assert_equal(model.encode_tiles(lambda: [video], tile), encoded)
@@ -153,7 +153,7 @@ def test_wrong_tiles_frames_and_latents_are_refused() -> None:
     with pytest.raises(InputError, match="latents have shape"):
         next(model.decode_tiles(randn(8, 1, 2, 2), (2, 2)))
     with pytest.raises(InputError, match="multiples of 8"):
-        model.encode_tiles(lambda: [video[..., :12]], (1, 1))
+        model.encode_tiles(lambda: [video[..., :4]], (1, 1))
     with pytest.raises(InputError, match="no frame"):
         model.encode_tiles(list, (1, 1))
     once = iter([video[:, :1], video[:, 1:]])
@@ -162,7 +162,7 @@ def test_wrong_tiles_frames_and_latents_are_refused() -> None:
 
 
 def test_meta_tensors_take_the_same_operations_and_layouts_as_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae, "TILE_BAND_BYTES", 20_000)
+    monkeypatch.setattr(vae_blocks, "BAND_BYTES", 20_000)
     seen = []
     for device in ("cpu", "meta"):
         model, z, video = random_vae(device), randn(16, 2, 3, 5).to(device), randn(3, 5, 24, 40).to(device)
@@ -193,7 +193,7 @@ def full_size(frames: int, height: int, width: int) -> tuple[WanVAE, Tensor, Cal
 
 @pytest.mark.parametrize(
     ("size", "tile", "decode_gib", "encode_gib"),
-    [((60, 104), (30, 52), 0.99, 0.72), ((60, 104), (30, 35), 0.72, 0.55), ((90, 160), (45, 40), 1.15, 0.91)],
+    [((60, 104), (30, 52), 1.1, 0.79), ((60, 104), (30, 35), 0.78, 0.66), ((90, 160), (45, 40), 1.23, 0.99)],
 )
 def test_the_activation_peak_in_tiles_at_full_size(
     size: tuple[int, int], tile: tuple[int, int], decode_gib: float, encode_gib: float

@@ -78,7 +78,7 @@ class StageUse:
 class SpecMoments:
     """Memory before the first forward of the DiT, at the highest point inside one of its blocks, and after vae.decode.
 
-    inside_blocks needs block spans (profile_memory); block_activation_bytes is what it adds to before_forward.
+    inside_blocks needs block spans (profile_memory); block_activation_bytes is what it adds to its stage's start.
     """
 
     before_forward: Memory | None
@@ -279,17 +279,19 @@ def _fragmentation(span: Span, window: _Window | None) -> Fragmentation:
 
 
 def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
-    denoise = next((s for s in stages if s.kind == "stage" and s.component == "dit"), None)
-    decode = next((s for s in stages if s.kind == "stage" and s.name == "decode"), None)
-    blocks = [s for s in denoise.walk() if s.kind == "block"] if denoise else []
-    highest = max(blocks, key=lambda s: s.peak.allocated_bytes, default=None)
-    added = highest.peak.allocated_bytes - denoise.start.allocated_bytes if highest and denoise else None
+    """With several prompts: before the first forward of all, the highest of all blocks, after the last decode."""
+    denoise = [s for s in stages if s.kind == "stage" and s.name.partition(" ")[0] == "denoise"]
+    decode = [s for s in stages if s.kind == "stage" and s.name.partition(" ")[0] == "decode"]
+    blocks = [(stage, s) for stage in denoise for s in stage.walk() if s.kind == "block"]
+    stage, highest = max(blocks, key=lambda pair: pair[1].peak.allocated_bytes, default=(None, None))
     return SpecMoments(
-        before_forward=denoise.start if denoise else None,
+        before_forward=denoise[0].start if denoise else None,
         inside_blocks=highest.peak if highest else None,
         highest_block=highest.name if highest else None,
-        block_activation_bytes=added,
-        after_decode=decode.end if decode else None,
+        block_activation_bytes=highest.peak.allocated_bytes - stage.start.allocated_bytes
+        if highest and stage
+        else None,
+        after_decode=decode[-1].end if decode else None,
     )
 
 

@@ -169,13 +169,14 @@ class _Scanner:
             self._pos = found.end()
             try:
                 value, self._pos = parse(self._text, self._pos)
-            except ValueError:  # an event that goes on in the next chunk, the end of the list, or damage
+            except (
+                ValueError,
+                RecursionError,
+            ):  # an event that goes on in the next chunk, the end of the list, or damage
                 if self._next() == "]":
                     self._pos += 1
                     return
                 value = self._value()
-            except RecursionError as error:
-                raise InputError(f"{self._name} is no torch.profiler trace: an event is nested too deeply") from error
             yield value
 
     def _next(self) -> str:
@@ -303,12 +304,9 @@ class _Collector:
     def _times(self, event: dict[str, Any]) -> tuple[float, float, str]:
         start, duration, name = self._number(event, "ts"), self._number(event, "dur"), event.get("name")
         if duration < 0:
-            raise InputError(f"{self._name}: an event lasts {duration} microseconds; the trace is damaged")
+            raise InputError(f"{self._name}: event {self.events} lasts {duration} microseconds; the trace is damaged")
         end = start + duration
-        if start < self.first:
-            self.first = start
-        if end > self.last:
-            self.last = end
+        self.first, self.last = min(self.first, start), max(self.last, end)
         if name.__class__ is not str:
             name = "(no name)"
         elif name not in self.names and (len(name) > 200 or len(self.names) >= MAX_NAMES):
@@ -324,10 +322,8 @@ class _Collector:
     def _whole(self, numbers: dict[str, Any], key: str, least: int = -(1 << 62)) -> int:
         value: Any = numbers.get(key)
         if value.__class__ is not int or not least <= value < 1 << 62:
-            raise InputError(
-                f"{self._name}: memory event {self.events} has {key} {str(value)[:40]}; expected a whole number"
-                + (" that is not negative" if least == 0 else "")
-            )
+            kind = "whole number that is not negative" if least == 0 else "whole number"
+            raise InputError(f"{self._name}: event {self.events} has {key} {str(value)[:40]}; expected a {kind}")
         return int(value)
 
     def _thread(self, event: dict[str, Any]) -> int:
@@ -343,9 +339,7 @@ class _Collector:
     def _count(self) -> None:
         self.records += 1
         if self.records > MAX_RECORDS:
-            raise InputError(
-                f"{self._name} has over {MAX_RECORDS:,} operators and memory events; record fewer steps at a time"
-            )
+            raise InputError(f"{self._name} has over {MAX_RECORDS:,} operators and memory events; record fewer steps")
 
 
 def read_trace(path: Path) -> TraceSummary:
@@ -402,10 +396,8 @@ def _summary(path: Path, collector: _Collector, notes: list[str]) -> TraceSummar
 
 def _by_time(memory: _Memory) -> dict[str, Any]:
     columns = {key: np.asarray(value) for key, value in vars(memory).items()}
-    if len(memory.at) > 1 and np.any(np.diff(columns["at"]) < 0):
-        order = np.argsort(columns["at"], kind="stable")
-        columns = {key: value[order] for key, value in columns.items()}
-    return columns
+    order = np.argsort(columns["at"], kind="stable")
+    return {key: value[order] for key, value in columns.items()}
 
 
 def _curve(device: tuple[int, int], first: float, memory: dict[str, Any]) -> MemoryCurve:
@@ -449,15 +441,16 @@ def _span(span: tuple[str, float, float], first: float, memory: dict[str, Any] |
 def _operators(collector: _Collector, memory: dict[str, Any] | None) -> list[Operator]:
     names = [*collector.names, OUTSIDE]
     outside = len(names) - 1
-    calls, total, alone, taken, count = (np.zeros(len(names)) for _ in range(5))
-    taken = np.zeros(len(names), dtype=np.int64)
+    calls: Any = np.zeros(len(names), dtype=np.int64)
+    count, taken, total, alone = calls.copy(), calls.copy(), calls.astype(float), calls.astype(float)
     for index, thread in enumerate(collector.threads):
         start, end, name = _ordered(thread)
         if len(start):
             parent, inside = _parents(start, end)
+            own = np.maximum(end - start - inside, 0.0)
             calls += np.bincount(name, minlength=len(names))
-            total += np.bincount(name, weights=end - start, minlength=len(names))
-            alone += np.bincount(name, weights=np.maximum(end - start - inside, 0.0), minlength=len(names))
+            total += np.bincount(name, end - start, len(names))
+            alone += np.bincount(name, own, len(names))
         if memory is not None:
             mine = (memory["thread"] == index) & (memory["change"] > 0)
             place = _innermost(memory["at"][mine], start, end, parent if len(start) else start)

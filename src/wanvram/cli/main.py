@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from wanvram.cli import estimate, generate, profile
+from wanvram.cli import convert, estimate, generate, plan, profile, report
 from wanvram.errors import WanvramError
 from wanvram.version import __version__
 
 __all__ = ["main"]
 
-VERBS = (profile, estimate, generate)
+VERBS = (generate, plan, estimate, profile, report, convert)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -25,7 +25,6 @@ from wanvram.weights.tokenizer import Tokenizer
 __all__ = ["ModelSpecs", "Parts", "Weights", "model_specs"]
 
 T5_DTYPE = torch.bfloat16  # as the official checkpoint is stored and run
-VAE_DTYPE = torch.float32
 CLIP_DTYPE = torch.float16  # as official runs it
 
 
@@ -144,7 +143,7 @@ class Parts:
         return _Built(module, module.walk_order(), embedders=module.embedders())
 
     def _vae(self, *, encoder: bool = True, decoder: bool = True) -> _Built:
-        module = WanVAE(self.specs.vae, VAE_DTYPE)
+        module = WanVAE(self.specs.vae, PRECISIONS[self.config.strategy.vae_precision].matmul)
         if not encoder:
             del module.encoder
             del module.conv1

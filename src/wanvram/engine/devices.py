@@ -80,6 +80,9 @@ class Device:
         """Copies between host tensors."""
         destination.copy_(source)
 
+    def read_from_disk(self, nbytes: int) -> None:
+        """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked."""
+
     def generator(self, seed: int) -> torch.Generator | None:
         return torch.Generator(self.torch_device).manual_seed(seed)
 
@@ -240,6 +243,7 @@ class SimulatedDevice(Device):
     def __init__(self, memory: SimulatedMemory) -> None:
         self.memory = memory
         self.meter = memory
+        self.clock = memory.clock
         self.name = memory.device_name
 
     @contextmanager
@@ -252,18 +256,47 @@ class SimulatedDevice(Device):
             return torch.empty(shape, dtype=dtype, device="meta")
 
     def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(host.shape, dtype=dtype or host.dtype, device="meta")
+        result = torch.empty(host.shape, dtype=dtype or host.dtype, device="meta")
+        self.clock.transfer(result.nbytes, pinned=self.memory.is_pinned(host))
+        return result
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         with self.memory.on_host():
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            result = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        self.clock.transfer(result.nbytes, pinned=False)
+        return result
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        if destination.shape != source.shape:
-            raise AssertionError(f"copy of {tuple(source.shape)} into {tuple(destination.shape)}")
+        _check_shapes(destination, source)
+        host = destination if self.memory.is_host(destination) else source
+        self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        _check_shapes(destination, source)
+        return self.clock.prefetch(source.nbytes, after)
+
+    def mark(self) -> Any:
+        return self.clock.mark()
+
+    def wait(self, mark: Any) -> None:
+        if mark is not None:
+            self.clock.wait(mark)
+
+    def wait_on_host(self, mark: Any) -> None:
+        """Only the thread that reads weights waits so; here it is a timeline of the clock."""
+        if mark is not None:
+            self.clock.reader_waits(mark)
 
     def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        self.copy(destination, source)
+        """Into a pinned buffer the reading thread copies, beside the computation; anything else the host itself."""
+        _check_shapes(destination, source)
+        if self.memory.is_pinned(destination):
+            self.clock.read_from_ram(source.nbytes)
+        else:
+            self.clock.copy_on_host(source.nbytes)
+
+    def read_from_disk(self, nbytes: int) -> None:
+        self.clock.read_from_disk(nbytes)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")
@@ -280,3 +313,8 @@ class SimulatedDevice(Device):
     def empty_cache(self) -> None:
         gc.collect()
         self.memory.allocator.empty_cache()
+
+
+def _check_shapes(destination: torch.Tensor, source: torch.Tensor) -> None:
+    if destination.shape != source.shape:
+        raise AssertionError(f"copy of {tuple(source.shape)} into {tuple(destination.shape)}")

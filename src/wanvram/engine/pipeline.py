@@ -10,15 +10,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from wanvram.config import RunConfig
 from wanvram.engine.components import Parts, Weights
-from wanvram.engine.conditions import Inputs, clip_features, image_condition, vace_context
+from wanvram.engine.conditions import Frames, Inputs, clip_features, image_condition, vace_context
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
+from wanvram.engine.vae_stages import FrameSink, decode, encode
 from wanvram.models.dit import Condition, Prepared, Time
 from wanvram.models.precision import PRECISIONS
 from wanvram.record import ComponentRecord
@@ -32,12 +34,6 @@ TARGET_ROWS = (
 )
 HEAD_GROUPS = 4  # attention_slicing: on an H200 4 groups of 10 heads cost 2 % more time than one of 40 (h200.md)
 SIMULATED_STEPS = 4  # first, second, one of the steady state, last: all others repeat the third
-
-
-class FrameSink(Protocol):
-    """Takes finished frames, uint8 [t, H, W, 3] on the host, in order."""
-
-    def write(self, frames: torch.Tensor) -> None: ...
 
 
 OpenSink = Callable[[int], AbstractContextManager["FrameSink | None"]]
@@ -108,13 +104,13 @@ class Pipeline:
         if not self.config.strategy.offload:
             for name in self._components():
                 self._load(name, parts)
-        contexts = self._encode_text(parts)
+        contexts = self.encode_text(parts)
         extra = self._encode_pictures(parts)
-        plan = self._prepare(parts, contexts, extra)
+        plan = self.prepare(parts, contexts, extra)
         del contexts, extra
-        latents = self._denoise_all(parts, plan)
+        latents = self.denoise_all(parts, plan)
         del plan
-        self._decode_all(parts, latents, open_sink)
+        self.decode_all(parts, latents, open_sink)
 
     def _components(self) -> list[str]:
         kind = self.config.request.kind
@@ -169,7 +165,7 @@ class Pipeline:
 
     # --- stages --------------------------------------------------------------------------------------------------------------
 
-    def _encode_text(self, parts: Parts) -> list[torch.Tensor]:
+    def encode_text(self, parts: Parts) -> list[torch.Tensor]:
         """Every prompt, and the negative prompt last -> contexts [L, text_dim] on the device."""
         component = self._use("text_encoder", parts)
         with self.recorder.span("encode_text", kind="stage", component="text_encoder"):
@@ -181,28 +177,45 @@ class Pipeline:
         """Pictures and source frames -> what the transformer reads of them, in the dtype it would round them to."""
         kind = self.config.request.kind
         if kind in ("i2v", "flf2v"):
-            clip = self._encode_image(parts)
-            return _Extra(y=self._encode_video(parts, image_condition), clip_fea=clip)
+            clip = self.encode_image(parts)
+            return _Extra(y=self.encode_video(parts), clip_fea=clip)
         if kind == "vace":
-            return _Extra(vace_context=self._encode_video(parts, vace_context))
+            return _Extra(vace_context=self.encode_video(parts))
         return _Extra()
 
-    def _encode_image(self, parts: Parts) -> torch.Tensor:
+    def stand_in_pictures(self, parts: Parts) -> _Extra:
+        """Uninitialised tensors in place of what `_encode_pictures` gives: for forecasts of the transformer alone."""
+        kind, specs = self.config.request.kind, parts.specs
+        channels, *shape = self.inputs.noise_shape
+        dtype = PRECISIONS[self.config.strategy.precision].matmul
+        if kind == "vace":
+            return _Extra(vace_context=self.device.empty((specs.dit.vace_in_dim, *shape), dtype))
+        if kind not in ("i2v", "flf2v"):
+            return _Extra()
+        clip = (len(self.inputs.pictures), 257, specs.dit.clip_dim)
+        y = self.device.empty((specs.dit.in_dim - channels, *shape), dtype)
+        return _Extra(y=y, clip_fea=self.device.empty(clip, torch.float16))
+
+    def encode_image(self, parts: Parts) -> torch.Tensor:
         component = self._use("image_encoder", parts)
         with self.recorder.span("encode_image", kind="stage", component="image_encoder"):
             features = clip_features(component.module, self.device, self.inputs, component.walk)  # type: ignore[arg-type]
         self._done_with("image_encoder")
         return features
 
-    def _encode_video(self, parts: Parts, condition: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def encode_video(self, parts: Parts) -> torch.Tensor:
+        condition = vace_context if self.config.request.kind == "vace" else image_condition
         component = self._use("vae_encoder", parts)
         dtype = PRECISIONS[self.config.strategy.precision].matmul
         with self.recorder.span("encode_video", kind="stage", component="vae"):
-            encoded = condition(lambda make: component.module.encode(make()), self.device, self.inputs, dtype)  # type: ignore[operator]
+            encoded = condition(partial(self._encode_frames, component), self.device, self.inputs, dtype)
         self._done_with("vae")
         return encoded
 
-    def _prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra) -> _Plan:
+    def _encode_frames(self, component: Component, make_chunks: Frames) -> torch.Tensor:
+        return encode(component, self.device, make_chunks, self.config.strategy.vae_tile)
+
+    def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra) -> _Plan:
         """Embeds time, text and pictures for every step and prompt, and drops the weights that did it."""
         component, request = self._use("dit", parts), self.config.request
         schedule = timesteps_and_sigmas(request.sample_solver, request.sample_steps, request.sample_shift)
@@ -216,7 +229,7 @@ class Pipeline:
             self.device.empty_cache()
         return _Plan(times, prepared)
 
-    def _denoise_all(self, parts: Parts, plan: _Plan) -> list[torch.Tensor]:
+    def denoise_all(self, parts: Parts, plan: _Plan) -> list[torch.Tensor]:
         """One latent per prompt; between several of them a finished one waits on the host."""
         *positive, negative = plan.conditions
         latents: list[torch.Tensor] = []
@@ -299,7 +312,7 @@ class Pipeline:
         name = group.replace("_", " ").replace("blocks.", "block ")
         return self.recorder.span(name, kind="block", component="dit")
 
-    def _decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
+    def decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
         component = self._use("vae_decoder", parts)
         count = len(latents)
         for index in range(count):
@@ -314,22 +327,11 @@ class Pipeline:
     def _decode(self, component: Component, latent: torch.Tensor, sink: FrameSink | None) -> None:
         """Latent -> frames, handed to the sink as they are finished; those of reference pictures are not part of the video."""
         latent = latent[:, len(self.inputs.references) :]
-        decoder = component.module.decode(latent)  # type: ignore[operator]
-        for number in range(latent.shape[1]):
-            with self.recorder.span(f"frames {number}", kind="step", component="vae"):
-                pixels = _to_uint8(next(decoder))
-                host = self.device.download(pixels)
-                del pixels
+        for frames in decode(component, self.device, self.recorder, latent, self.config.strategy.vae_tile):
             if sink is not None:
-                sink.write(host)
+                sink.write(frames)
 
 
 def _numbered(stage: str, index: int) -> str:
     """`denoise`, `denoise 2`, ...: the first keeps the plain name, so that runs of one prompt compare with all others."""
     return stage if index == 0 else f"{stage} {index + 1}"
-
-
-def _to_uint8(frames: torch.Tensor) -> torch.Tensor:
-    """[3, t, H, W] float in [-1, 1], overwritten -> uint8 [t, H, W, 3]; truncating as the official video writer does."""
-    frames = frames.clamp_(-1.0, 1.0).add_(1.0).mul_(127.5)
-    return frames.permute(1, 2, 3, 0).to(torch.uint8, memory_format=torch.contiguous_format)

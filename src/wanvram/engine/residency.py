@@ -164,13 +164,15 @@ class Component:
 
     def release(self) -> None:
         """Drops every buffer; the module is back on meta and may be loaded again."""
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-        for part in self._parts():
-            part.clear()
-        self._masters.clear()
-        self._source = None
+        ring, self._ring = self._ring, None
+        try:
+            if ring is not None:
+                ring.close()
+        finally:
+            for part in self._parts():
+                part.clear()
+            self._masters.clear()
+            self._source = None
 
     def _place(self, part: _Part, source: TensorSource | None) -> None:
         part.flat = self.device.empty((part.nbytes,), torch.uint8)
@@ -240,6 +242,8 @@ class Component:
             for group, members in groupby(parts, key=lambda part: part.group):
                 with self._observe(group):
                     yield from islice(visit, len(list(members)))
+            # Lets the visit end by itself: closed at its last unit, it would not fill that unit's slot again.
+            next(visit, None)
 
     def _visit(self, parts: Sequence[_Part]) -> Iterator[nn.Module]:
         streamed = [part for part in parts if part.flat is None]
@@ -263,14 +267,14 @@ class Component:
         """Yields each embedder with its weights in place. Afterwards it is gone, on the device and at its home."""
         for module in modules:
             part = self._embedders[id(module)]
-            if part.flat is None:
-                part.flat = self.device.empty((part.nbytes,), torch.uint8)
-                part.bind(part.flat)
-                if part in self._masters:
-                    self.device.copy(part.flat, self._masters.pop(part))
-                else:
-                    self._fill(part, part.flat, self._source)
             try:
+                if part.flat is None:
+                    part.flat = self.device.empty((part.nbytes,), torch.uint8)
+                    part.bind(part.flat)
+                    if part in self._masters:
+                        self.device.copy(part.flat, self._masters.pop(part))
+                    else:
+                        self._fill(part, part.flat, self._source)
                 yield module
             finally:
                 part.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,11 +44,14 @@ class PinnedHome:
     def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
         self.device = device
         self.masters = masters
+        self._last: Any = None
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
-        return self.device.prefetch(slot, self.masters[piece], after)
+        self._last = self.device.prefetch(slot, self.masters[piece], after)
+        return self._last
 
     def close(self) -> None:
+        self.device.wait_on_host(self._last)  # copies end in order; RAM must stay pinned until the last has
         self.masters.clear()
 
 
@@ -129,15 +133,16 @@ class SlotRing:
 
     def _start(self, piece: Any) -> None:
         slot = self._turn % 2
-        self._turn += 1
         target = self.slots[slot].narrow(0, 0, piece.nbytes)
         self._coming.append(_Coming(piece, slot, self.home.fetch(piece, target, self._free[slot])))
+        self._turn += 1  # not before: after a fetch that failed, the other slot still holds what comes next
 
     def _drop(self) -> None:
         """Another order was asked for, or the walk was broken off: what is coming is let in and forgotten."""
         while self._coming:
             coming = self._coming.popleft()
-            self.device.wait(_resolved(coming.mark))
+            with suppress(WanvramError):  # it could not be read, and is not wanted any more
+                self.device.wait(_resolved(coming.mark))
             self._free[coming.slot] = self.device.mark()
         self._turn = 0
 

@@ -21,7 +21,10 @@ SMALLEST_NORM = 1e-12
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     """out = x / max(|x|, 1e-12) * sqrt(C) * gamma, then SiLU if asked; x and out [P,C] with unit column stride."""
-    _rms_norm_silu(x, gamma, out, silu)
+    if x.is_cuda:  # a custom operation costs tens of microseconds of Python a call
+        _compute(x, gamma, out, silu)
+    else:
+        _rms_norm_silu(x, gamma, out, silu)
 
 
 @cache
@@ -29,12 +32,7 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.library.custom_op(
-    "wanvram::rms_norm_silu",
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()",
-)
-def _rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
+def _compute(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     if x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference":
         from wanvram.kernels import triton_channel_norm
 
@@ -44,6 +42,15 @@ def _rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
     normalised = (wide / length).mul_(x.shape[1] ** 0.5).mul_(gamma)
     out.copy_(F.silu(normalised) if silu else normalised)
+
+
+@torch.library.custom_op(
+    "wanvram::rms_norm_silu",
+    mutates_args=("out",),
+    schema="(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()",
+)
+def _rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
+    _compute(x, gamma, out, silu)
 
 
 @_rms_norm_silu.register_fake

@@ -7,6 +7,8 @@ every buffer it takes is an ordinary allocation that a run on meta tensors sees 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,15 @@ def conv3d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int], padding: tuple[int, int, int]
 ) -> Tensor:
     """Cross-correlation of x [1,I,T,H,W] with weight [O,I,kT,kH,kW], both channels_last_3d -> channels_last_3d."""
+    if x.is_cuda:  # a custom operation costs tens of microseconds of Python a call, as much as a small convolution
+        return _compute(x, weight, bias, stride, padding)
     result: Tensor = _conv3d(x, weight, bias, stride, padding)
     return result
+
+
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    out = F.conv3d(x, weight, bias, stride=stride, padding=padding)
+    return out.contiguous(memory_format=torch.channels_last_3d)  # no copy where the library kept the layout
 
 
 @torch.library.custom_op(
@@ -30,8 +39,7 @@ def conv3d(
     schema="(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> Tensor",
 )
 def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
-    out = F.conv3d(x, weight, bias, stride=stride, padding=padding)
-    return out.contiguous(memory_format=torch.channels_last_3d)  # no copy where the library kept the layout
+    return _compute(x, weight, bias, stride, padding)
 
 
 @_conv3d.register_fake

@@ -25,7 +25,17 @@ from wanvram.kernels import (
 from wanvram.models.precision import Precision
 from wanvram.specs import DiTSpec
 
-__all__ = ["Block", "BlockInputs", "GeluTanh", "Head", "ImageEmbedding", "Linear", "PatchEmbedding", "VaceBlock", "parameter"]
+__all__ = [
+    "Block",
+    "BlockInputs",
+    "GeluTanh",
+    "Head",
+    "ImageEmbedding",
+    "Linear",
+    "PatchEmbedding",
+    "VaceBlock",
+    "parameter",
+]
 
 IMAGE_TOKENS = 257  # 16 x 16 patches and the class token of CLIP ViT-H/14 at 224 pixels
 IMAGE_NORM_EPS = 1e-5  # the two norms of the image MLP; every other norm uses the spec's 1e-6

@@ -32,7 +32,6 @@ from wanvram.models.vae_blocks import (
     new_frames,
 )
 from wanvram.models.vae_tiles import (
-    TILE_BAND_BYTES,
     Area,
     Halos,
     Move,
@@ -256,12 +255,11 @@ class WanVAE(nn.Module):
     def _decode_tile(self, kept: list[Tensor], wanted: Area, fetch: Move) -> Iterator[TilePiece]:
         halos = Halos(wanted).back((*self.decoder.upsamples[self.decoder.lowest :], self.decoder.head))
         rows, columns = halos.area
-        stream = Stream(len(kept) > 1, halos.cuts, TILE_BAND_BYTES)
+        stream = Stream(len(kept) > 1, halos.cuts)
         for index, picture in enumerate(kept):
             part = picture[rows.start : rows.stop, columns.start : columns.stop].contiguous()
-            features = self.decoder.rise(as_frame(fetch(part)), stream)
             pixels = self.conv2.weight.new_empty((3, self.group if index else 1, *wanted.size))
-            self._write(pixels, features, stream)
+            self._write(pixels, self.decoder.rise(as_frame(fetch(part)), stream), stream)
             first = 1 + self.group * (index - 1) if index else 0
             yield TilePiece(first, wanted.rows.start, wanted.columns.start, pixels)
             del pixels
@@ -296,6 +294,7 @@ class WanVAE(nn.Module):
         size = next((chunk.shape[2:] for chunk in make_chunks()), None)
         if size is None:
             raise InputError("there is no frame to encode")
+        self._check_size(*size)
         height, width = (length // self.scale for length in size)
         areas = list(grid(height, width, tile))
         kept = [[park(as_rows(x)) for x in self._descend_tile(make_chunks(), area)] for area in areas]
@@ -320,17 +319,14 @@ class WanVAE(nn.Module):
         halos = Halos(wanted).back((self.encoder.conv1, *self.encoder.downsamples[: self.encoder.lowest]))
         stream: Stream | None = None
         for frame, more in _one_ahead(chunks):
-            stream = stream or Stream(more, halos.cuts, TILE_BAND_BYTES)
+            stream = stream or Stream(more, halos.cuts)
             x = self.encoder.descend(self._encoder_input(frame, halos.area), stream)
             if x is not None:
                 yield x
 
     def _encoder_input(self, frame: Tensor, area: Area | None) -> Tensor:
         """[3,H,W], or an area of it, as one frame of the weights' type."""
-        if frame.shape[1] % self.scale or frame.shape[2] % self.scale:
-            raise InputError(
-                f"frames of {frame.shape[2]}x{frame.shape[1]} cannot be encoded: use multiples of {self.scale}"
-            )
+        self._check_size(*frame.shape[1:])
         part = frame if area is None else area.of(frame)
         pixels = new_frames(self.conv1.weight, 3, 1, *part.shape[1:])
         pixels[0, :, 0].copy_(part)
@@ -340,6 +336,10 @@ class WanVAE(nn.Module):
         """Encoder output -> latent means [1,16,1,h,w]."""
         means = slice(self.spec.z_dim)
         return conv3d(encoded, self.conv1.weight[means], self.conv1.bias[means], UNIT, (0, 0, 0))
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height % self.scale or width % self.scale:
+            raise InputError(f"frames of {width}x{height} cannot be encoded: use multiples of {self.scale}")
 
     def _check_latents(self, z: Tensor) -> None:
         if z.dim() != 4 or z.shape[0] != self.spec.z_dim:

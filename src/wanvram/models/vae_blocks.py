@@ -78,16 +78,14 @@ class Stream:
     """Everything one encode or decode call remembers between frames.
 
     remember False (the call has a single frame): nothing is kept, and a temporal convolution is its last tap alone,
-    because its history is zero. cuts: what convolutions and residual blocks leave out of their output; one that pads
-    by p leaves out p at most. band_bytes: aim at bands smaller than BAND_BYTES.
+    because its history is zero. cuts: for a tile, what convolutions and residual blocks leave out of their output;
+    a convolution that pads by p leaves out p at most.
     """
 
-    def __init__(
-        self, remember: bool, cuts: Mapping[nn.Module, Cut] | None = None, band_bytes: int | None = None
-    ) -> None:
+    def __init__(self, remember: bool, cuts: Mapping[nn.Module, Cut] | None = None) -> None:
         self.remember = remember
+        self.tiled = cuts is not None
         self.cuts = cuts or {}
-        self.band_bytes = band_bytes
         self.frames: dict[nn.Module, list[Tensor]] = {}
         self.weights: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.started: set[nn.Module] = set()
@@ -103,18 +101,17 @@ class Stream:
 
     def bands(self, start: int, stop: int, window_bytes: int) -> Iterator[tuple[int, int]]:
         """Row ranges from start to stop that cut a window of `window_bytes` into parts of about a band's bytes."""
-        limit = BAND_BYTES if self.band_bytes is None else min(BAND_BYTES, self.band_bytes)
-        rows = -(-(stop - start) // max(-(-window_bytes // limit), 1))
+        rows = -(-(stop - start) // max(-(-window_bytes // BAND_BYTES), 1))
         for top in range(start, stop, rows):
             yield top, min(top + rows, stop)
 
     def convolve(self, window: Tensor, weight: Tensor, bias: Tensor, sides: Cut) -> Tensor:
         """A convolution padded to the window's size, without `sides` of its output: a view or a new tensor.
 
-        In a tile, where both sides of a direction go, they are not computed either: 2 of 40 to 100 rows of a band.
+        In a tile, where both sides of a direction go, they are not computed, which also spares a copy.
         """
         halo = weight.shape[3] // 2
-        if self.band_bytes is None:
+        if not self.tiled:
             return sides.of(conv3d(window, weight, bias, UNIT, (0, halo, halo)))
         rows = 0 if min(sides.top, sides.bottom) >= halo else halo
         columns = 0 if min(sides.left, sides.right) >= halo else halo
@@ -186,10 +183,10 @@ class Conv(nn.Module):
         cut = stream.cut(self)
         start, stop = cut.top, height - cut.bottom
         ranges = list(stream.bands(start, stop, (len(history) + 1) * frame_bytes(x)))
-        if len(ranges) == 1 and add_to is None and cut == NO_CUT:
+        if len(ranges) == 1 and add_to is None:
             window = _window(x, history, norm)
             _commit(history, window, 0, height, commit)
-            out = conv3d(window, weight, bias, UNIT, (0, halo, halo))
+            out = stream.convolve(window, weight, bias, cut).contiguous(memory_format=torch.channels_last_3d)
         else:
             width = x.shape[4] - cut.left - cut.right
             out = new_frames(x, weight.shape[0], 1, stop - start, width) if add_to is None else add_to

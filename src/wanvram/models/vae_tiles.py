@@ -5,20 +5,25 @@ half of that, a convolution with stride 2 twice of that and one. Forwards every 
 row or column where its zero padding stood for a neighbour (`vae_blocks.Cut`), so halos shrink as they are used up and
 nothing is blended: at the picture's border, and only there, padding is what the whole picture has too.
 
-Halo of the full model on an inner side: decoding, 7 latent pixels, then 12, 10 and 7 behind the three
-upsamplings, 1 at the head; encoding, 29 pixels of video at the top and left, 36 at the bottom and right. Activation
-peak and additional multiplications for 81 frames in float32, simulated, with the features between the phases on the
-host (192 and 443 MiB there; on the device they come on top):
+Halo of the full model on an inner side: decoding, 7 latent pixels, then 12, 10 and 7 behind the three upsamplings, 1 at
+the head; encoding, 29 pixels of video at the top and left, 36 at the bottom and right. Activation peak and additional
+multiplications for 81 frames in float32, simulated, with the features between the phases on the host (192 and 443 MiB
+there; on the device they come on top):
 
     video      tiles  latent rows x columns   decode             encode
-    832x480    1      whole (`decode`)        3.79 GiB           2.61 GiB
-               2      60 x 52                 1.84 GiB   3.5 %   1.28 GiB   5.3 %
-               4      30 x 52                 1.00 GiB   9.2 %   0.75 GiB  14.5 %
-               6      30 x 35                 0.73 GiB  12.4 %   0.58 GiB  19.9 %
-    1280x720   1      whole (`decode`)        8.55 GiB           5.82 GiB
-               2      90 x 80                 4.12 GiB   1.4 %   2.85 GiB   2.5 %
-               4      45 x 80                 2.16 GiB   5.0 %   1.59 GiB   8.3 %
-               8      45 x 40                 1.17 GiB   9.1 %   0.94 GiB  15.1 %
+    832x480    1      whole, without tiles    3.79 GiB           2.61 GiB
+               2      60 x 52                 1.95 GiB   2.8 %   1.40 GiB   4.8 %
+               4      30 x 52                 1.11 GiB   9.0 %   0.80 GiB  14.5 %
+               6      30 x 35                 0.80 GiB  12.4 %   0.68 GiB  19.9 %
+    1280x720   1      whole, without tiles    8.55 GiB           5.82 GiB
+               2      90 x 80                 4.24 GiB   1.2 %   2.94 GiB   2.4 %
+               4      45 x 80                 2.29 GiB   4.8 %   1.68 GiB   8.3 %
+               8      45 x 40                 1.25 GiB   9.0 %   1.01 GiB  15.1 %
+
+On an H200 (17 frames) peaks were up to 0.08 GiB lower. The result was the same to the bit without TF32; with it, which
+is PyTorch's choice for convolutions, cuDNN takes other kernels for other shapes: up to 1e-3 of the largest value. Time
+grew more than arithmetic, since more launches come from one Python thread: decoding took 1.8 times the whole
+picture's at 30 x 35 and 1.9 times at 45 x 40.
 """
 
 from __future__ import annotations
@@ -31,11 +36,8 @@ from torch import Tensor, nn
 
 from wanvram.errors import InputError
 from wanvram.models.vae_blocks import Conv, Cut, Downsample, Head, ResidualBlock, Upsample
-from wanvram.units import MIB
 
-__all__ = ["TILE_BAND_BYTES", "Area", "Halos", "Move", "TilePiece", "as_frame", "as_rows", "grid", "stay"]
-
-TILE_BAND_BYTES = 32 * MIB  # tiles of 30 x 35: 0.73 GiB, against 0.80 with bands of 128 MiB, for 0.03 % more arithmetic
+__all__ = ["Area", "Halos", "Move", "TilePiece", "as_frame", "as_rows", "grid", "stay"]
 
 Move = Callable[[Tensor], Tensor]  # one tensor from the device to where it is kept, or back
 

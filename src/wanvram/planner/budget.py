@@ -65,11 +65,11 @@ class Budget:
         return min(whole, self.ram_bytes * PINNED_SHARE) if home == "pinned" else whole
 
     def smallest_for(self, peak_bytes: int) -> int:
-        """The smallest budget, a multiple of 0.1 GiB, whose margin leaves room for `peak_bytes`."""
-        tenths = math.ceil(peak_bytes / ROUND_BYTES)
-        while math.ceil(tenths * ROUND_BYTES) - self._margin_of(math.ceil(tenths * ROUND_BYTES)) < peak_bytes:
+        """The smallest multiple of 0.1 GiB whose margin leaves room for `peak_bytes`, as parse_bytes reads it."""
+        tenths = 1
+        while int(tenths * ROUND_BYTES) - self._margin_of(int(tenths * ROUND_BYTES)) < peak_bytes:
             tenths += 1
-        return math.ceil(tenths * ROUND_BYTES)
+        return int(tenths * ROUND_BYTES)
 
     def _margin_of(self, nbytes: int) -> int:
         if self.margin_bytes is not None:

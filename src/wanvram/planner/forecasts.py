@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.planner.budget import Budget
 
-__all__ = ["KNOBS", "Forecast", "StageForecast", "Trial", "Trials", "components_of", "total_seconds"]
+__all__ = ["KNOBS", "Forecast", "StageForecast", "Trial", "Trials", "components_of", "stage_seconds", "total_seconds"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,10 @@ class Trials:
             self._known[key] = self.forecast(self._config(strategy), component)
         return self._known[key]
 
+    def known(self, component: str, strategy: Strategy) -> StageForecast | None:
+        """What was already forecast."""
+        return self._known.get((component, *(getattr(strategy, knob) for knob in KNOBS[component])))
+
     def fits_device(self, component: str, strategy: Strategy) -> bool:
         forecast = self.of(component, strategy)
         needed, limit = forecast.peak_device_bytes, self.budget.device_limit
@@ -122,7 +126,8 @@ class Trials:
 
     def fits_host(self, component: str, strategy: Strategy) -> bool:
         forecast = self.of(component, strategy)
-        needed, limit = forecast.host_bytes, self.budget.host_limit(strategy.weights_in)
+        pinned = strategy.load_strategy == "block" and not (strategy.t5_cpu and component == "text_encoder")
+        needed, limit = forecast.host_bytes, self.budget.host_limit(strategy.weights_in if pinned else "pageable")
         if needed > limit:
             self.failed.append(Trial(component, strategy, "host", needed, int(limit), forecast))
         return needed <= limit

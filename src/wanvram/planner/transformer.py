@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from wanvram.config import Request, Strategy
-from wanvram.planner.forecasts import Trial, Trials
+from wanvram.planner.forecasts import StageForecast, Trial, Trials, stage_seconds
 from wanvram.specs import DIT
 from wanvram.tasks import TASKS, latent_shape
 
 __all__ = ["NEGLIGIBLE", "block_count", "fastest_streamed", "variants"]
 
-NEGLIGIBLE = 0.01  # of a step: what the time model cannot tell apart; within it the search stops looking for faster ways
+NEGLIGIBLE = 0.01  # of a step: within it of the resident transformer, the search stops looking for faster ways
 ROWS = (4096, 2048, 1024)  # below about 8192 rows (chosen by size) the matrix units begin to idle
 VERIFICATIONS = 4  # forecasts spent on the number of resident blocks; blocks of one size need one
 
@@ -40,34 +40,37 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
     Nothing streamed is faster than the resident transformer, so the search ends once a step is within 1 % of that. Unknown
     times: the first variant that fits, with as many resident blocks as fit.
     """
-    whole = trials.of("dit", _resident(base))
-    if not _host_can_hold(trials, base, whole.base_bytes):
+    if not _host_can_hold(trials, base):
         return None
     best: Strategy | None = None
     on_device = False
     for number, knobs in enumerate(variants(trials.request)):
-        if on_device and (number > 1 or (best and not _copy_bound(trials, best))):
+        if on_device and (number > 1 or (best is not None and not _copy_bound(trials, best))):
             break  # chunks of few rows cost more than the little that they leave for resident blocks
         found = _most_resident(trials, replace(base, **knobs))
         on_device = on_device or found is not None
-        if found is not None and trials.fits_host("dit", found):
-            best = _faster(trials, best, found)
+        best = _faster(trials, best, found)
     if best is not None and _copy_bound(trials, best):
         # Half the copies, for a second residual stream: slicing makes the room for that.
-        joint = _most_resident(trials, replace(best, cfg="joint", attention_slicing=True, resident_blocks=0))
-        if joint is not None and trials.fits_host("dit", joint):
-            best = _faster(trials, best, joint)
+        joint = replace(best, cfg="joint", attention_slicing=True, resident_blocks=0)
+        best = _faster(trials, best, _most_resident(trials, joint))
     return best
 
 
-def _resident(base: Strategy) -> Strategy:
-    return replace(base, load_strategy="full", weights_in="pinned", resident_blocks=0)
+def _plain(strategy: Strategy) -> Strategy:
+    """Without any lossless saving of activations, and without resident blocks."""
+    return replace(strategy, attention_slicing=False, rows_per_chunk=None, cfg="sequential", resident_blocks=0)
 
 
-def _host_can_hold(trials: Trials, base: Strategy, weight_bytes: int) -> bool:
-    """False, without a simulation, if the weights that cannot be on the device do not go into host RAM either."""
-    budget = trials.budget
-    least, limit = weight_bytes - budget.device_limit, budget.host_limit(base.weights_in)
+def _whole(trials: Trials, strategy: Strategy) -> StageForecast:
+    """The resident transformer: what `strategy` is compared with."""
+    return trials.of("dit", replace(_plain(strategy), load_strategy="full", weights_in="pinned"))
+
+
+def _host_can_hold(trials: Trials, base: Strategy) -> bool:
+    """False, without another simulation, if the weights that cannot be on the device do not go into host RAM either."""
+    least = _whole(trials, base).base_bytes - trials.budget.device_limit
+    limit = trials.budget.host_limit(base.weights_in)
     if base.weights_in == "disk" or least <= limit:
         return True
     trials.failed.append(Trial("dit", base, "host", least, int(limit), None))
@@ -75,19 +78,14 @@ def _host_can_hold(trials: Trials, base: Strategy, weight_bytes: int) -> bool:
 
 
 def _most_resident(trials: Trials, start: Strategy) -> Strategy | None:
-    """`start` with as many resident blocks as fit. Memory is linear in them: interpolated, then verified by a forecast."""
-    blocks, limit = block_count(trials.request), trials.budget.device_limit
-    everything = replace(start, resident_blocks=blocks)
-    whole = trials.of("dit", _resident(start)) if not _lean(start) else None
-    if whole is not None and whole.peak_device_bytes <= limit and trials.fits_device("dit", everything):
-        return everything
+    """`start` with as many resident blocks as fit the device. Memory is linear in them: interpolated, then verified."""
     if not trials.fits_device("dit", start):
         return None
+    blocks, limit = block_count(trials.request), trials.budget.device_limit
     least = trials.of("dit", start).peak_device_bytes
-    # Two blocks' worth of buffers are there without any resident one.
-    plain = trials.of("dit", replace(start, attention_slicing=False, rows_per_chunk=None, cfg="sequential"))
-    resident = trials.of("dit", _plain(start)).peak_device_bytes
-    per_block = max(1.0, (resident - plain.peak_device_bytes) / max(1, blocks - 2))
+    # Streaming keeps buffers of about two blocks, so the resident transformer holds two fewer than `blocks` more.
+    more = _whole(trials, start).peak_device_bytes - trials.of("dit", _plain(start)).peak_device_bytes
+    per_block = max(1.0, more / max(1, blocks - 2))
     fitting, too_many = 0, blocks + 1
     for _ in range(VERIFICATIONS):
         count = min(int((limit - least) / per_block), too_many - 1)
@@ -97,3 +95,20 @@ def _most_resident(trials: Trials, start: Strategy) -> Strategy | None:
         fitting, too_many = (count, too_many) if tried <= limit else (fitting, count)
         per_block = max(1.0, (tried - least) / count)
     return replace(start, resident_blocks=fitting)
+
+
+def _copy_bound(trials: Trials, strategy: Strategy) -> bool:
+    """A step waits for copies: it takes more than 1 % longer than with every block resident. Unknown times: no."""
+    now = trials.of("dit", strategy).seconds_per_step
+    resident = _whole(trials, strategy).seconds_per_step
+    return now is not None and resident is not None and now > resident * (1 + NEGLIGIBLE)
+
+
+def _faster(trials: Trials, best: Strategy | None, found: Strategy | None) -> Strategy | None:
+    """`found` if it fits host RAM and is the faster one; the first of two whose times are unknown."""
+    if found is None or not trials.fits_host("dit", found):
+        return best
+    if best is None:
+        return found
+    before, after = (stage_seconds(trials.request, trials.of("dit", s)) for s in (best, found))
+    return found if before is not None and after is not None and after < before else best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 import weakref
 from contextlib import suppress
 from typing import Any, Protocol
@@ -42,6 +43,10 @@ class Meter(Protocol):
         ...
 
     def synchronize(self) -> None: ...
+
+    def now(self, kind: str) -> float | None:
+        """Seconds on the clock that spans of this kind are timed with; None if their time is not known."""
+        ...
 
     def host(self) -> tuple[int, int]:
         """(host bytes of the process, of which pinned for transfers)."""
@@ -87,6 +92,9 @@ class CudaMeter:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._index)
+
+    def now(self, kind: str) -> float | None:
+        return time.perf_counter()
 
     def host(self) -> tuple[int, int]:
         return int(self._process.memory_info().rss), self.pinned_bytes
@@ -203,6 +211,9 @@ class CpuMeter(TorchDispatchMode):
 
     def synchronize(self) -> None:
         """CPU operations are finished when they return."""
+
+    def now(self, kind: str) -> float | None:
+        return time.perf_counter()
 
     def host(self) -> tuple[int, int]:
         return int(self._process.memory_info().rss), 0

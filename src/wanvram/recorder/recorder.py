@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +27,7 @@ class Recorder:
     """Watches one run through a Meter. Finished top-level spans are in `spans`.
 
     The meter's peak counter is reset at every span's start and end; what it had seen goes into all open spans first, so
-    nothing between two reads is lost. For a block nothing is synchronised and the driver is not asked.
+    nothing between two reads is lost. For a block nothing is synchronised, timed or asked of the driver.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Recorder:
         self.observer = observer
         self.spans: list[Span] = []
         self._open: list[Span] = []
-        self._started: list[float] = []
+        self._started: list[float | None] = []
 
     @contextmanager
     def span(self, name: str, *, kind: str, component: str | None = None) -> Iterator[Span]:
@@ -56,7 +55,7 @@ class Recorder:
         start = self._read(detailed)
         span = Span(name, kind, component, start, start, start)
         self._open.append(span)
-        self._started.append(time.perf_counter())
+        self._started.append(self.meter.now(kind))
         if self.observer is not None:
             self.observer.begin(name, kind, component)
         if kind in ("load", "stage"):
@@ -71,7 +70,7 @@ class Recorder:
             self._close(self._open[-1], False)
         if detailed:
             self.meter.synchronize()
-            span.seconds = time.perf_counter() - self._started[-1]
+            span.seconds = self._seconds(span)
             span.host_rss_bytes, span.pinned_bytes = self.meter.host()
         driver_unasked = self._carry_peak().device_bytes is None
         span.end = self._read(detailed)
@@ -91,6 +90,13 @@ class Recorder:
             self._log(span.name, span.peak, span.kind, span.component)
         if self.progress and span.kind == "stage":
             self.progress(f"{span.name} done, peak {human(span.peak.allocated_bytes)} allocated")
+
+    def _seconds(self, span: Span) -> float | None:
+        """Since the span began, with the repeats of spans inside it that stand for several and ran once."""
+        started, now = self._started[-1], self.meter.now(span.kind)
+        if started is None or now is None:
+            return None
+        return now - started + _repeated(span)
 
     def finish_open(self, failure: Failure) -> Failure:
         """Closes what an exception left open, outermost last; the failure is returned with its stage and component."""
@@ -115,6 +121,12 @@ class Recorder:
     def _log(self, name: str, memory: Memory, kind: str, component: str | None) -> None:
         if self.events is not None:
             self.events.log(name, memory, {"kind": kind, "component": component})
+
+
+def _repeated(span: Span) -> float:
+    """Seconds of the repeats inside a span that did not run."""
+    inside = span.children
+    return sum((c.repeats - 1) * (c.seconds or 0.0) + _repeated(c) for c in inside)
 
 
 def _with_device(peak: Memory, end: Memory) -> Memory:

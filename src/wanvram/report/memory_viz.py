@@ -17,15 +17,21 @@ from wanvram.simulate.allocator import SegmentView
 
 __all__ = ["allocator_segments", "write_memory_viz"]
 
+EXACT = 1 << 53  # the viewer's numbers are doubles; simulated addresses begin at 2**62
+_FIRST = 1 << 40
+_PLACELESS = ("oom", "snapshot")  # events whose addr is no address
 _STATES = {"allocated": "active_allocated", "free": "inactive"}
 
 
 def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterable[Segment]) -> None:
     """Writes the whole file or none of it. traces: the events of GPU 0 in order; segments: the allocator after them.
 
-    Raises OutputError naming the path.
+    Addresses over 2**53 are moved down, all by the same distance. Raises OutputError naming the path.
     """
-    writer = _Writer()
+    traces, segments = list(traces), list(segments)
+    used = [entry.addr for entry in traces if entry.action not in _PLACELESS] + [s.address for s in segments]
+    shift = _FIRST - min(used) if max(used, default=0) >= EXACT else 0
+    writer = _Writer(shift)
     content = {
         "segments": [writer.segment(segment) for segment in segments],
         "device_traces": [[writer.entry(entry) for entry in traces]],
@@ -47,14 +53,16 @@ def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterabl
 class _Writer:
     """Equal frames and stacks become one object each, which pickle stores once."""
 
-    def __init__(self) -> None:
+    def __init__(self, shift: int) -> None:
+        self._shift = shift
         self._frames: dict[Frame, dict[str, Any]] = {}
         self._stacks: dict[tuple[Frame, ...], list[dict[str, Any]]] = {}
 
     def entry(self, entry: TraceEntry) -> dict[str, Any]:
+        shift = 0 if entry.action in _PLACELESS else self._shift
         return {
             "action": entry.action,
-            "device_free" if entry.action == "oom" else "addr": entry.addr,
+            "device_free" if entry.action == "oom" else "addr": entry.addr + shift,
             "size": entry.size,
             "stream": entry.stream,
             "time_us": entry.time_us,
@@ -65,7 +73,7 @@ class _Writer:
         allocated = sum(b.size for b in segment.blocks if b.state == "active_allocated")
         return {
             "device": segment.device,
-            "address": segment.address,
+            "address": segment.address + self._shift,
             "total_size": segment.size,
             "allocated_size": allocated,
             "active_size": sum(b.size for b in segment.blocks if b.state != "inactive"),
@@ -80,7 +88,7 @@ class _Writer:
 
     def _block(self, block: Block) -> dict[str, Any]:
         return {
-            "address": block.address,
+            "address": block.address + self._shift,
             "size": block.size,
             "requested_size": block.requested_size,
             "state": block.state,

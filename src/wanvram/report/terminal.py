@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.units import MIB, human, seconds
 
-__all__ = ["summarize"]
+__all__ = ["summarize", "table"]
 
 
 def summarize(record: RunRecord) -> str:
@@ -60,7 +60,7 @@ def _components(record: RunRecord) -> str:
         [c.name, f"{c.parameters:,}", _mib(c.base_bytes), _mib(c.host_bytes), _mib(c.activation_bytes)]
         for c in record.components
     ]
-    return _table(rows)
+    return table(rows)
 
 
 def _stages(record: RunRecord) -> str:
@@ -68,7 +68,7 @@ def _stages(record: RunRecord) -> str:
     for span in record.stages:
         time = seconds(span.seconds) if span.seconds is not None and not record.simulated else "-"
         rows.append([span.name, _mib(span.start.allocated_bytes), *_peak_cells(span), time])
-    return _table(rows)
+    return table(rows)
 
 
 def _peak_cells(span: Span) -> list[str]:
@@ -99,7 +99,7 @@ def _mib(count: int) -> str:
     return f"{count / MIB:,.1f}"
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -14,6 +14,8 @@ RUN_FILES = (
     "config.yaml",
     "environment.json",
     "timeline.json",
+    "advice.json",
+    "report.html",
     "snapshot.pickle",
     "video*.mp4",
     "video*.json",

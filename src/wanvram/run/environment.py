@@ -9,9 +9,10 @@ from typing import Any
 import psutil
 import torch
 
-from wanvram import __version__
+from wanvram.errors import DeviceError
+from wanvram.version import __version__
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "free_device_bytes"]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -42,6 +43,22 @@ def describe_environment() -> dict[str, Any]:
             "driver": _driver_version(),
         }
     return result
+
+
+def free_device_bytes() -> tuple[int, int, str]:
+    """(free, total, name) of the first CUDA device. Raises DeviceError without one.
+
+    Asked through NVML, because asking CUDA would create the context, which takes 0.5 GiB of what is to be planned.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return int(memory.free), int(memory.total), str(pynvml.nvmlDeviceGetName(handle))
+    except pynvml.NVMLError as error:
+        raise DeviceError(f"no NVIDIA GPU answers here ({error}); state the memory, for example --vram 8GiB") from error
 
 
 def _driver_version() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
@@ -26,16 +27,12 @@ from wanvram.run.environment import describe_environment
 from wanvram.run.extension import prompt_extension
 from wanvram.run.inputs import prepare_inputs
 from wanvram.run.outputs import Outputs
+from wanvram.run.simulated import simulated_memory
 from wanvram.run.weights import NoWeights, choose_weights
-from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
-from wanvram.simulate.buffers import LibraryBuffers
-from wanvram.simulate.gpus import GPU, find_gpu
-from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.timeline import Timeline
 
-__all__ = ["DEFAULT_GPU", "Output", "execute", "make_device", "simulate"]
-
-DEFAULT_GPU = "h200"
+__all__ = ["Output", "execute", "make_device", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,9 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     _check_measurement(config)
     device = make_device(config)
     simulated = device.kind == "simulated"
-    weights = choose_weights(config.weights, simulated=simulated, seed=config.request.base_seed)
+    weights = choose_weights(
+        config.weights, simulated=simulated, task=config.request.task, seed=config.request.base_seed
+    )
     real = config.weights not in ("random", "tiny") and not simulated
     inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
     extend = prompt_extension(config.request)
@@ -75,7 +74,8 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
         write_atomically(directory / "environment.json", _json(environment))
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(directory / "memory_events.json")) if directory else None
-        recorder = Recorder(device.meter, events, progress)
+        timeline = Timeline.attach(device.memory) if directory and isinstance(device, SimulatedDevice) else None
+        recorder = Recorder(device.meter, events, progress, timeline)
         pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
         if progress and not simulated:
             pipeline.on_step = StepProgress(progress)
@@ -86,6 +86,8 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     record.notes += notes + (extend.notes if extend else [])
     if directory:
         record.write(directory / "record.json")
+    if directory and timeline:
+        write_atomically(directory / "timeline.json", json.dumps(timeline.to_json(), ensure_ascii=False) + "\n")
     return record
 
 
@@ -117,7 +119,7 @@ def _observe(stack: ExitStack, config: RunConfig, pipeline: Pipeline, directory:
 
 def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord, SimulatedMemory]:
     """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's."""
-    memory = _simulated_memory(config, keep_events=keep_events)
+    memory = simulated_memory(config, keep_events=keep_events)
     device = SimulatedDevice(memory)
     weights = NoWeights(tiny=config.weights == "tiny")
     inputs, notes = prepare_inputs(config.request, simulated=True, real_weights=False)
@@ -159,7 +161,7 @@ def make_device(config: RunConfig) -> Device:
                 "full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated"
             )
         return CpuDevice()
-    return SimulatedDevice(_simulated_memory(config))
+    return SimulatedDevice(simulated_memory(config))
 
 
 def _set_allocator(config: RunConfig) -> None:
@@ -170,20 +172,6 @@ def _set_allocator(config: RunConfig) -> None:
         raise InputError(
             f"PYTORCH_CUDA_ALLOC_CONF is '{given}' but the configuration says expandable_segments: {wanted}; unset one of them"
         )
-
-
-def _simulated_memory(config: RunConfig, *, keep_events: bool = False) -> SimulatedMemory:
-    gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
-    if config.strategy.precision == "bf16" and gpu.compute_capability < (8, 0):
-        raise InputError(
-            f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
-        )
-    settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
-    outside = gpu.context_bytes + sum(gpu.module_bytes.values())
-    usable = gpu.total_bytes - outside
-    limit = None if config.memory_limit_bytes is None else max(0, config.memory_limit_bytes - outside)
-    allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
-    return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)
 
 
 def _run(pipeline: Pipeline, outputs: Outputs | None) -> Failure | None:
@@ -274,6 +262,4 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
 
 
 def _json(value: object) -> str:
-    import json
-
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

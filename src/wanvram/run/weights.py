@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from wanvram.errors import CheckpointError
 from wanvram.specs import T5Spec
-from wanvram.weights.official import TOKENIZER_FILE, Component, open_official
+from wanvram.tasks import TASKS
+from wanvram.weights.official import Component, check_checkpoint, open_checkpoint, tokenizer_file
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
 from wanvram.weights.tokenizer import ByteTokenizer, Tokenizer, UMT5Tokenizer
@@ -15,25 +17,26 @@ __all__ = ["GeneratedWeights", "NoWeights", "OfficialWeights", "choose_weights"]
 
 
 class OfficialWeights:
-    """The official checkpoint directory; files are opened once and stay memory-mapped."""
+    """A checkpoint directory in one of its layouts; files are opened once."""
 
     tiny = False
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, components: Sequence[str], dit: str) -> None:
         if not directory.is_dir():
             raise CheckpointError(
                 f"{directory} is not a directory; --weights takes a checkpoint directory, random or tiny"
             )
+        check_checkpoint(directory, components, dit)
         self.directory = directory
         self._open: dict[str, TensorSource] = {}
 
     def source(self, component: Component) -> TensorSource:
         if component not in self._open:
-            self._open[component] = open_official(self.directory, component)
+            self._open[component] = open_checkpoint(self.directory, component)
         return self._open[component]
 
     def tokenizer(self, spec: T5Spec) -> Tokenizer:
-        return UMT5Tokenizer(self.directory / TOKENIZER_FILE)
+        return UMT5Tokenizer(tokenizer_file(self.directory))
 
     def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """A checkpoint knows its own shapes."""
@@ -75,10 +78,13 @@ class NoWeights:
         """Nothing is generated."""
 
 
-def choose_weights(weights: str, *, simulated: bool, seed: int = 0) -> OfficialWeights | GeneratedWeights | NoWeights:
-    """`random`, `tiny` or a checkpoint directory."""
+def choose_weights(
+    weights: str, *, simulated: bool, task: str, seed: int = 0
+) -> OfficialWeights | GeneratedWeights | NoWeights:
+    """`random`, `tiny` or a checkpoint directory, whose files are checked for everything the task needs."""
     if simulated:
         return NoWeights(tiny=weights == "tiny")
     if weights in ("random", "tiny"):
         return GeneratedWeights(seed, tiny=weights == "tiny")
-    return OfficialWeights(Path(weights))
+    pictures = ("image_encoder",) if TASKS[task].kind in ("i2v", "flf2v") else ()
+    return OfficialWeights(Path(weights), ("text_encoder", *pictures, "dit", "vae"), TASKS[task].dit)

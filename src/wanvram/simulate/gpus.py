@@ -1,7 +1,8 @@
 """The cards people own: memory, rates, and what CUDA takes outside the caching allocator. No torch.
 
-H200 figures were measured (benchmarks/*_h200_*.json). Every other card carries published rates, and for the CUDA context an
-estimate: the H200's, which is generous for cards with fewer multiprocessors. total_bytes is what the driver offers a process.
+Rates are published peaks; what of them is reached (`Efficiency`) was measured on the H200 and is applied to every card, so times
+on other cards are estimates. The H200's memory figures were measured (benchmarks/*_h200_*.json); for every other card the CUDA
+context is an estimate: the H200's, generous for cards with fewer multiprocessors. total_bytes is what the driver offers a process.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from dataclasses import dataclass, field
 from wanvram.errors import InputError
 from wanvram.units import GIB, MIB
 
-__all__ = ["GPU", "GPUS", "find_gpu"]
+__all__ = ["EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "find_gpu"]
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One card. Rates are dense, without sparsity, per second. module_bytes: device memory taken at a library's first use."""
+    """One card. module_bytes: device memory taken at a library's first use.
+
+    Rates are published peaks per second: products dense (no sparsity) with sums in float32, float32 without tensor cores.
+    pcie_bytes is not a peak but what a copy from pinned memory reaches: 55 GB/s on PCIe 5.0 x16 (measured), half for each step down.
+    """
 
     key: str
     name: str
@@ -33,6 +38,40 @@ class GPU:
     measured: bool = False
     note: str = ""
 
+    @property
+    def tf32_flops(self) -> float:
+        """float32 products with TF32, which cuDNN uses unless told not to: half of bf16 since Ampere (NVIDIA's data sheets)."""
+        return self.bf16_flops / 2 if self.compute_capability >= (8, 0) else self.fp32_flops
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """The share of a card's peak rates that long kernels reach, and what every operation costs besides. See EFFICIENCY."""
+
+    product: float  # 16-bit and 8-bit matrix products
+    product_fp32: float
+    attention: float  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
+    attention_fp32: float
+    conv_tf32: float
+    conv_tf32_narrow: float  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
+    conv_half: float
+    conv_half_narrow: float
+    memory: float  # of the bandwidth, in elementwise kernels and copies within the device
+    launch_seconds: float  # from one kernel's end to the next one's start
+    dispatch_seconds: float  # host time of one PyTorch operation with its share of Python and of views
+    custom_dispatch_seconds: float  # the same for `wanvram::*`, which go through Python and Triton's launcher
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine around the card, bytes and operations per second."""
+
+    pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
+    copy_bytes: float  # from RAM to RAM, in a thread beside the computation
+    disk_bytes: float  # checkpoint files
+    flops: float  # bf16 products on the CPU
+    memory_bytes: float  # read and written by operations on the CPU
+
 
 _MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 2 * MIB}
 _CONTEXT = 588 * MIB
@@ -42,7 +81,7 @@ _ESTIMATE = "published rates; context estimated from the H200; usable memory tak
 def _card(
     key: str, name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float, float, float | None]
 ) -> GPU:
-    """rates: bf16 TFLOP/s, fp32 TFLOP/s, memory GB/s, PCIe GB/s, fp8 TFLOP/s or None."""
+    """rates: bf16 TFLOP/s, fp32 TFLOP/s, memory GB/s, link GB/s, fp8 TFLOP/s or None."""
     bf16, fp32, bandwidth, pcie, fp8 = rates
     return GPU(
         key=key,
@@ -65,16 +104,33 @@ _H200 = GPU(
     name="NVIDIA H200",
     total_bytes=150_109_880_320,
     compute_capability=(9, 0),
-    bf16_flops=793e12,
-    fp32_flops=51e12,
-    fp8_flops=1282e12,
-    bandwidth_bytes=4.3e12,
+    bf16_flops=989e12,
+    fp32_flops=67e12,
+    fp8_flops=1979e12,
+    bandwidth_bytes=4.8e12,
     pcie_bytes=55.2e9,
     context_bytes=_CONTEXT,
     module_bytes=_MODULES,
     measured=True,
     note="measured 2026-11-24, driver 580.159, torch 2.11.0+cu130",
 )
+
+EFFICIENCY = Efficiency(
+    product=0.73,
+    product_fp32=0.76,
+    attention=0.60,
+    attention_fp32=0.65,
+    conv_tf32=0.415,
+    conv_tf32_narrow=0.275,
+    conv_half=0.63,
+    conv_half_narrow=0.30,
+    memory=0.85,
+    launch_seconds=3e-6,
+    dispatch_seconds=8e-6,
+    custom_dispatch_seconds=30e-6,
+)
+
+HOST = Host(pageable_bytes=9.1e9, copy_bytes=10e9, disk_bytes=3e9, flops=2e12, memory_bytes=20e9)
 
 GPUS: dict[str, GPU] = {
     gpu.key: gpu

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wanvram.record import Memory
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.buffers import BufferPlan, LibraryBuffers
+from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
 
 __all__ = ["AllocationEvent", "MemoryObserver", "SimulatedMemory"]
@@ -63,13 +64,15 @@ class SimulatedMemory(TorchDispatchMode):
         self.host_bytes = 0
         self.host_peak_bytes = 0
         self.pinned_bytes = 0
+        self.clock = Clock(gpu)
         self.events: list[AllocationEvent] | None = [] if keep_events else None
         self.observer: MemoryObserver | None = None
         self.live: dict[int, tuple[int, str]] = {}
         self._host: dict[int, int] = {}
         self._device: dict[int, int] = {}
         self._ignored: set[int] = set()
-        self._names: dict[Any, str] = {}
+        self._pinned: set[int] = set()
+        self._operations: dict[Any, tuple[str, Price | None]] = {}
         self._placing_host = False
         self._pinning = False
         self._ignoring = False
@@ -97,7 +100,11 @@ class SimulatedMemory(TorchDispatchMode):
         self.allocator.reset_peaks()
 
     def synchronize(self) -> None:
-        """Nothing runs late on this device."""
+        self.clock.synchronize()
+
+    def now(self, kind: str) -> float | None:
+        """Predicted seconds. Loading is unknown: generating, reading and pinning weights is not modelled, only their copies."""
+        return None if kind == "load" else self.clock.now()
 
     def host(self) -> tuple[int, int]:
         """(bytes in host tensors, of which pinned): what the run itself keeps in RAM, without Python and libraries."""
@@ -124,6 +131,12 @@ class SimulatedMemory(TorchDispatchMode):
         finally:
             self._ignoring = False
 
+    def is_host(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
+
     def load_library(self, name: str) -> None:
         """First use of a library: its modules take device memory outside the allocator."""
         if name not in self._loaded:
@@ -133,16 +146,27 @@ class SimulatedMemory(TorchDispatchMode):
             if self.observer is not None:
                 self.observer.outside(nbytes)
 
+    def load_everything(self) -> None:
+        """Every library as if used before, with its buffers: where a run stands in its later stages."""
+        for name in ("kernels", *self.gpu.module_bytes):
+            self.load_library(name)
+            for nbytes in self.libraries.persistent_buffers(name):
+                self._malloc(nbytes, name + " workspace")
+
     # --- dispatch --------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = self._names.get(func)
-        if name is None:
-            name = self._names[func] = str(func)
-        self._operation = name
+        known = self._operations.get(func)
+        if known is None:
+            name = str(func)
+            known = self._operations[func] = (
+                name,
+                None if getattr(func, "is_view", False) else self.clock.costs.price(name),
+            )
+        self._operation, price = known
         if self._ignoring:
             return self._ignore(func(*args, **kwargs))
         host = self._placing_host
@@ -156,6 +180,8 @@ class SimulatedMemory(TorchDispatchMode):
         if plan:
             self.load_library("kernels")  # PyTorch's own kernels come with the first one launched
             self._take(plan, before)
+        if price is not None:
+            (self.clock.compute_on_host if host else self.clock.compute)(price, args, result)
         return result
 
     def _take(self, plan: BufferPlan, before: list[int]) -> None:
@@ -189,6 +215,8 @@ class SimulatedMemory(TorchDispatchMode):
             self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
             pinned = nbytes if self._pinning else 0
             self.pinned_bytes += pinned
+            if pinned:
+                self._pinned.add(key)
             weakref.finalize(storage, self._forget_host, key, pinned).atexit = False
         else:
             self._device[key] = self._malloc(nbytes, self._operation, tensor)
@@ -196,6 +224,7 @@ class SimulatedMemory(TorchDispatchMode):
 
     def _forget_host(self, key: int, pinned: int) -> None:
         self.host_bytes -= self._host.pop(key)
+        self._pinned.discard(key)
         self.pinned_bytes -= pinned
 
     def _forget_device(self, key: int) -> None:

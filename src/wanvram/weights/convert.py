@@ -365,7 +365,9 @@ def _read(part: _Part, key: str, source: TensorSource) -> Tensor:
     dtype = torch.float32 if part.dtypes[key] == FP8 else part.dtypes[key]
     value = torch.empty(part.shapes[key], dtype=dtype)
     source.fill(key, value)
-    if not torch.isfinite(value).all():
+    if not all(
+        bound.isfinite() for bound in torch.aminmax(value)
+    ):  # isfinite of the whole needs three times its memory
         raise CheckpointError(f"{key} is not finite in {dtype}; choose bf16, or the file is damaged")
     return value
 

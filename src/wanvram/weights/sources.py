@@ -294,9 +294,16 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is truncated or damaged ({path.stat().st_size:,} bytes); expected a PyTorch state dict (.pth)"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} does not hold a state dict: expected a mapping from names to tensors")
+    if not isinstance(content, dict) or not all(_is_plain(value) for value in content.values()):
+        raise CheckpointError(f"{path} does not hold a state dict: expected a mapping from names to plain tensors")
     return content
+
+
+def _is_plain(value: object) -> bool:
+    """Dense numbers: neither sparse, nor quantised, nor without data (meta)."""
+    if not isinstance(value, Tensor) or value.is_quantized:
+        return False
+    return bool(value.device.type == "cpu" and value.layout == torch.strided)
 
 
 def _located(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
@@ -305,7 +312,7 @@ def _located(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
     maps = _mappings(path)
     with _opened(path) as file:
         for key, tensor in tensors.items():
-            if tensor.layout != torch.strided or not tensor.is_contiguous():
+            if not tensor.is_contiguous():
                 continue
             start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
             offset = next((start - low + at for low, high, at in maps if low <= start and start + size <= high), None)

@@ -1,0 +1,226 @@
+"""Whole runs under a hard memory cap: does a video fit the card, what does it cost in time, was it predicted?
+
+    python benchmarks/fit_card.py                         every case
+    python benchmarks/fit_card.py --only 14B-832x480      some
+    python benchmarks/fit_card.py --no-resident           without the resident run beside it
+
+Every case runs in a fresh process on the GPU with random full-size weights: T5, 4 steps, VAE, under the allocator's cap
+(`--vram`). Device memory is what NVML reports for the whole GPU, sampled every 10 ms by this process, less what it reported
+before the case began; it includes the CUDA context. After it, in the same process and without a cap, the resident run gives the
+step time to compare with. The case is predicted by the simulated device as well. Writes <out>/<date>_<gpu>_fit_card.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+MIB = 2**20
+
+
+def case(task: str, size: str, limit_gib: float, tile: int, resident_steps: int, **strategy: Any) -> dict[str, Any]:
+    return {
+        "name": f"{task}-{size.replace('*', 'x')}-{limit_gib:g}GiB" + "".join(f"-{v}" for v in strategy.values()),
+        "limit_bytes": int(limit_gib * GIB),
+        "resident_steps": resident_steps,
+        "config": {
+            "name": task,
+            "description": "fit_card",
+            "model_config": {"precision": "bf16", "load_strategy": "block", "offload": True},
+            "optimization": {"vae_tile": tile, "expandable_segments": True} | strategy,
+            "logging": {"log_interval": 4},
+            "request": {"task": task, "size": size, "sample_steps": 4, "base_seed": 1, "weights": "random"},
+        },
+    }
+
+
+CASES = [
+    case("t2v-1.3B", "832*480", 2, 30, 4),
+    case("t2v-14B", "832*480", 4, 52, 3),
+    case("t2v-14B", "1280*720", 6, 52, 2),
+    case("i2v-14B", "1280*720", 8, 52, 0),
+    case("vace-14B", "1280*720", 8, 52, 0),
+    case("flf2v-14B", "1280*720", 8, 52, 0),
+    case("vace-1.3B", "832*480", 2.5, 30, 0),
+    case("t2i-14B", "1280*720", 3, 52, 0),
+]
+
+
+class Sampler:
+    """The highest memory NVML saw on the GPU since the start, less what was there before."""
+
+    def __init__(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        self._read = lambda: pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used
+        self.idle = self.highest = self._read()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.01):
+            self.highest = max(self.highest, self._read())
+
+    def close(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self.highest - self.idle
+
+
+def run_here(case: dict[str, Any]) -> None:
+    """In the fresh process: the capped run, a line, the resident run, a line."""
+    from dataclasses import replace
+
+    import torch
+
+    from wanvram.config import RunConfig, Strategy
+    from wanvram.run.execute import Output, execute
+
+    config = RunConfig.from_dict(case["config"])
+    record = execute(replace(config, device="cuda", memory_limit_bytes=case["limit_bytes"]), Output(None))
+    print("CAPPED " + json.dumps(record.to_json()), flush=True)
+    if case["resident_steps"]:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        request = replace(config.request, sample_steps=case["resident_steps"], frame_num=config.request.frame_num)
+        plain = Strategy(load_strategy="full", offload=True, expandable_segments=True)
+        plain = replace(config, device="cuda", strategy=plain, request=request)
+        print("RESIDENT " + json.dumps(execute(plain, Output(None)).to_json()), flush=True)
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    sampler = Sampler()
+    command = [sys.executable, __file__, "--here", json.dumps(case)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    records: dict[str, Any] = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        kind, _, text = line.partition(" ")
+        if kind in ("CAPPED", "RESIDENT"):
+            records[kind] = json.loads(text)
+            if kind == "CAPPED":
+                records["nvml_bytes"] = sampler.close()
+    errors = process.stderr.read()[-3000:] if process.stderr else ""
+    if process.wait() != 0 or "CAPPED" not in records:
+        raise RuntimeError(f"{case['name']}: {errors}")
+    return records
+
+
+def predict(case: dict[str, Any], gpu: str) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from wanvram.config import RunConfig
+    from wanvram.run.execute import simulate
+
+    config = replace(RunConfig.from_dict(case["config"]), device="simulated", gpu=gpu)
+    return simulate(replace(config, memory_limit_bytes=case["limit_bytes"]))[0].to_json()
+
+
+def steady_step(record: dict[str, Any]) -> float | None:
+    """Mean seconds of a denoising step without the first, which compiles and warms up."""
+    denoise = next((s for s in record["stages"] if s["name"] == "denoise"), {"children": []})
+    seconds, count = 0.0, 0
+    for step in denoise["children"][1:]:
+        if step["seconds"] is not None:
+            seconds, count = seconds + step["seconds"] * step["repeats"], count + step["repeats"]
+    return seconds / count if count else None
+
+
+def row(case: dict[str, Any], records: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
+    capped, resident = records["CAPPED"], records.get("RESIDENT")
+    stages = []
+    by_name = {s["name"]: s for s in predicted["stages"]}
+    for stage in capped["stages"]:
+        other = by_name.get(stage["name"], {})
+        stages.append(
+            {"stage": stage["name"], "seconds": stage["seconds"], "predicted_seconds": other.get("seconds")}
+            | {
+                q: {"predicted": other.get(f"peak_{q}_bytes"), "measured": stage[f"peak_{q}_bytes"]}
+                for q in ("allocated", "reserved", "device")
+            }
+        )
+    return {
+        "name": case["name"],
+        "limit_bytes": case["limit_bytes"],
+        "nvml_peak_bytes": records["nvml_bytes"],
+        "device_peak_bytes": capped["peak"]["device_bytes"],
+        "predicted_device_bytes": predicted["peak"]["device_bytes"],
+        "failure": capped["failure"],
+        "step_seconds": steady_step(capped),
+        "predicted_step_seconds": steady_step(predicted),
+        "resident_step_seconds": steady_step(resident) if resident else None,
+        "resident_device_bytes": resident["peak"]["device_bytes"] if resident else None,
+        "resident_stages": {s["name"]: s["seconds"] for s in resident["stages"]} if resident else None,
+        "components": capped["components"],
+        "host": capped["host"],
+        "stages": stages,
+        "config": case["config"],
+    }
+
+
+def show(r: dict[str, Any]) -> None:
+    step, resident = r["step_seconds"], r["resident_step_seconds"]
+    ratio = f" = {step / resident:.3f} x resident {resident:.3f} s" if step and resident else ""
+    fits = "fits" if r["nvml_peak_bytes"] <= r["limit_bytes"] and not r["failure"] else "FAILS"
+    print(
+        f"{r['name']}: {fits}; NVML {r['nvml_peak_bytes'] / MIB:.0f} of {r['limit_bytes'] / MIB:.0f} MiB, own figure "
+        f"{r['device_peak_bytes'] / MIB:.0f}, predicted {r['predicted_device_bytes'] / MIB:.0f}; "
+        f"step {step and round(step, 3)} s{ratio}, predicted {r['predicted_step_seconds']}; pinned "
+        f"{r['host']['pinned_bytes'] / GIB:.1f} GiB, RSS {r['host']['peak_rss_bytes'] / GIB:.1f} GiB; {r['failure'] or ''}"
+    )
+    for s in r["stages"]:
+        cells = [
+            f"{q} {(s[q]['predicted'] or 0) / MIB:8.1f}/{s[q]['measured'] / MIB:8.1f} "
+            f"{((s[q]['predicted'] or 0) / s[q]['measured'] - 1) if s[q]['measured'] else 0:+.2%}"
+            for q in ("allocated", "reserved", "device")
+        ]
+        print(f"    {s['stage']:20s} {'  '.join(cells)}  {s['seconds']:.2f} s (predicted {s['predicted_seconds']})")
+    for c in r["components"]:
+        if c.get("streamed_bytes"):
+            print(f"    streamed {c['name']}: {c['streamed_bytes'] / GIB:.1f} GiB, hidden {c.get('hidden_share')}")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains one of these, comma separated")
+    parser.add_argument("--no-resident", action="store_true")
+    parser.add_argument("--gpu", default="h200", help="key of the simulated card")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this many seconds")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        run_here(json.loads(args.here))
+        return
+    import torch
+
+    start, rows = time.monotonic(), []
+    target = args.out / f"{datetime.date.today()}_{args.gpu}_fit_card.json"
+    for item in CASES:
+        if not any(part in item["name"] for part in args.only.split(",")) or time.monotonic() - start > args.seconds:
+            continue
+        chosen = item | ({"resident_steps": 0} if args.no_resident else {})
+        try:
+            rows.append(row(chosen, measure(chosen), predict(chosen, args.gpu)))
+        except RuntimeError as error:
+            print(f"{item['name']}: {error}", flush=True)
+            continue
+        show(rows[-1])
+        device = torch.cuda.get_device_name()
+        document = {"device": device, "date": str(datetime.date.today()), "torch": torch.__version__, "cases": rows}
+        target.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

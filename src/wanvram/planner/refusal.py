@@ -1,0 +1,148 @@
+"""When nothing fits: the smallest budget that would, and which smaller size or fewer frames fit this one. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from wanvram.config import Request, Strategy
+from wanvram.planner.budget import PROCESS_BYTES
+from wanvram.planner.forecasts import Trials, components_of
+from wanvram.planner.result import Alternative, Refusal
+from wanvram.planner.tiles import tiles_for
+from wanvram.planner.transformer import variants
+from wanvram.tasks import TASKS
+from wanvram.units import gib
+
+__all__ = ["refuse"]
+
+
+def refuse(trials: Trials, base: Strategy) -> Refusal:
+    """Explains with forecasts of the leanest strategies; `base` carries what the user fixed (precision, storage)."""
+    peaks = _least_peaks(trials, base)
+    component = max(peaks, key=lambda name: peaks[name])
+    if peaks[component] <= trials.budget.device_limit:
+        return _refuse_for_host(trials, base)
+    smallest = trials.budget.smallest_for(peaks[component])
+    alternatives = tuple(_alternatives(trials, base))
+    return Refusal(
+        trials.request,
+        trials.budget,
+        "device",
+        component,
+        smallest,
+        alternatives,
+        _message(trials, component, smallest, alternatives),
+    )
+
+
+def _refuse_for_host(trials: Trials, base: Strategy) -> Refusal:
+    """The device would do, but no way to keep the weights fits host RAM beside it."""
+    needed = {name: min(_host_bytes(trials, base, name)) for name in components_of(trials.request)}
+    component = max(needed, key=lambda name: needed[name])
+    smallest = needed[component] + PROCESS_BYTES
+    given = gib(trials.budget.ram_bytes or 0)
+    message = (
+        f"within {gib(trials.budget.usable_bytes)} of device memory the {component} needs {gib(smallest)} of host RAM, "
+        f"but --ram is {given}; give more of either"
+    )
+    return Refusal(trials.request, trials.budget, "host", component, smallest, (), message)
+
+
+def _host_bytes(trials: Trials, base: Strategy, component: str) -> list[int]:
+    """Of the lean strategies that fit the device."""
+    return [
+        trials.of(component, strategy).host_bytes
+        for strategy in _lean(trials.request, base, component)
+        if trials.of(component, strategy).peak_device_bytes <= trials.budget.device_limit
+    ]
+
+
+def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
+    """The lossless strategies among which a component's smallest peak is."""
+    block = replace(base, load_strategy="block", weights_in="disk")
+    if component.startswith("vae"):
+        return [replace(base, vae_tile=tiles_for(request)[-1])]
+    if component == "text_encoder":
+        return [block, replace(base, t5_cpu=True)]
+    if component == "image_encoder":
+        return [block]
+    return [replace(block, **variants(request)[-1])]
+
+
+def _least_peak(trials: Trials, base: Strategy, component: str) -> int:
+    return min(trials.of(component, s).peak_device_bytes for s in _lean(trials.request, base, component))
+
+
+def _least_peaks(trials: Trials, base: Strategy) -> dict[str, int]:
+    return {component: _least_peak(trials, base, component) for component in components_of(trials.request)}
+
+
+def _alternative(trials: Trials, base: Strategy, size: str, frames: int) -> Alternative | None:
+    """Forecast component by component until one does not fit: the last ones depend on the size, so they come first."""
+    other = trials.for_request(size=size, frame_num=frames)
+    peaks = []
+    for component in reversed(components_of(other.request)):
+        peaks.append(_least_peak(other, base, component))
+        if peaks[-1] > other.budget.device_limit:
+            return None
+    return Alternative(size, frames, max(peaks))
+
+
+def _alternatives(trials: Trials, base: Strategy) -> list[Alternative]:
+    """The next smaller sizes at these frames, and the most frames at this size; fewer frames of the smallest, if neither."""
+    request = trials.request
+    sizes = _smaller_sizes(request)
+    found = [_alternative(trials, base, size, request.frame_num) for size in sizes]
+    found.append(_most_frames(trials, base, request.size))
+    if not any(found) and sizes:
+        found.append(_most_frames(trials, base, sizes[-1]))
+    return [alternative for alternative in found if alternative is not None]
+
+
+def _smaller_sizes(request: Request) -> list[str]:
+    """Of the same orientation, the largest first."""
+
+    def pixels(size: str) -> int:
+        width, height = map(int, size.split("*"))
+        return width * height
+
+    def is_wide(size: str) -> bool:
+        width, height = map(int, size.split("*"))
+        return width >= height
+
+    own = pixels(request.size), is_wide(request.size)
+    smaller = [s for s in TASKS[request.task].sizes if pixels(s) < own[0] and is_wide(s) == own[1]]
+    return sorted(smaller, key=pixels, reverse=True)
+
+
+def _most_frames(trials: Trials, base: Strategy, size: str) -> Alternative | None:
+    """By bisection over 4n+1 below the request's frames."""
+    least = 1 if trials.request.kind == "flf2v" else 0  # flf2v has at least 5 frames
+    low, high = least - 1, (trials.request.frame_num - 1) // 4
+    best: Alternative | None = None
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _alternative(trials, base, size, 4 * middle + 1)
+        if fits is None:
+            high = middle
+        else:
+            low, best = middle, fits
+    return best
+
+
+def _message(trials: Trials, component: str, smallest: int, alternatives: tuple[Alternative, ...]) -> str:
+    r, budget = trials.request, trials.budget
+    text = (
+        f"{r.task} {r.size} with {r.frame_num} frames does not fit {gib(budget.usable_bytes)}: the {component} needs a budget "
+        f"of {gib(smallest)} even with every lossless saving (margin included)"
+    )
+    if smallest > budget.card.total_bytes:
+        text += f", more than the {budget.card.name} has"
+    changes = [_flags(r, a) for a in alternatives]
+    return text + ("; it would fit with " + ", or with ".join(changes) if changes else "")
+
+
+def _flags(request: Request, alternative: Alternative) -> str:
+    size = f"--size {alternative.size}" if alternative.size != request.size else ""
+    frames = f"--frame_num {alternative.frame_num}" if alternative.frame_num != request.frame_num else ""
+    return " ".join(part for part in (size, frames) if part)

@@ -1,0 +1,148 @@
+"""What the planner answers: a Plan that fits, or a Refusal that says what would. Plain data with JSON, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from wanvram.config import Request, Strategy
+from wanvram.planner.budget import PROCESS_BYTES, Budget
+from wanvram.planner.forecasts import StageForecast, stage_seconds, total_seconds
+
+__all__ = ["Alternative", "Offer", "Plan", "Refusal", "Rejected", "changed_knobs"]
+
+SCHEMA = 1
+
+
+def changed_knobs(strategy: Strategy, from_: Strategy | None = None) -> dict[str, Any]:
+    """The knobs in which `strategy` differs from another one, by default the plain resident run."""
+    before = Strategy() if from_ is None else from_
+    names = (field.name for field in fields(Strategy))
+    return {name: getattr(strategy, name) for name in names if getattr(strategy, name) != getattr(before, name)}
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A faster choice for one component that does not fit: memory (device or host) needed against its limit, margin taken off.
+
+    change: the knobs that differ from the plan. seconds_gained: of the whole run; None when unknown.
+    """
+
+    component: str
+    change: dict[str, Any]
+    memory: str
+    needed_bytes: int
+    limit_bytes: int
+    seconds_gained: float | None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One lossy knob on top of the plan, never chosen by the planner. Savings of the component it acts on; negative: costs.
+
+    peak_saved_bytes: of the whole run's device memory, whose peak may be another component's.
+    """
+
+    component: str
+    change: dict[str, Any]
+    device_saved_bytes: int
+    peak_saved_bytes: int
+    host_saved_bytes: int
+    seconds_saved: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fastest lossless strategy found whose predicted device memory and margin fit the budget."""
+
+    request: Request
+    budget: Budget
+    strategy: Strategy
+    stages: tuple[StageForecast, ...]
+    rejected: tuple[Rejected, ...] = ()
+    offers: tuple[Offer, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """Components come one after the other, so the run's peak is the highest of theirs."""
+        return max(stage.peak_device_bytes for stage in self.stages)
+
+    @property
+    def host_bytes(self) -> int:
+        """RAM of the process: the largest component's weights and the process itself."""
+        return PROCESS_BYTES + max(stage.host_bytes for stage in self.stages)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return next(stage.seconds_per_step for stage in self.stages if stage.component == "dit")
+
+    @property
+    def seconds(self) -> float | None:
+        return total_seconds(self.request, self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes are integers, seconds floats or null."""
+        stages = [asdict(s) | {"total_seconds": stage_seconds(self.request, s)} for s in self.stages]
+        return {
+            "schema": SCHEMA,
+            "fits": True,
+            "request": asdict(self.request),
+            "budget": _budget_json(self.budget),
+            "strategy": asdict(self.strategy),
+            "changed": changed_knobs(self.strategy),
+            "peak_device_bytes": self.peak_device_bytes,
+            "host_bytes": self.host_bytes,
+            "seconds_per_step": self.seconds_per_step,
+            "seconds": self.seconds,
+            "stages": stages,
+            "rejected": [asdict(r) for r in self.rejected],
+            "lossy": [asdict(o) for o in self.offers],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another size or number of frames, forecast to fit the budget."""
+
+    size: str
+    frame_num: int
+    peak_device_bytes: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Nothing fits. component: the one that needs the most. smallest_bytes: the smallest budget of that memory that would do."""
+
+    request: Request
+    budget: Budget
+    memory: str
+    component: str
+    smallest_bytes: int
+    alternatives: tuple[Alternative, ...]
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "fits": False,
+            "request": asdict(self.request),
+            "budget": _budget_json(self.budget),
+            "memory": self.memory,
+            "component": self.component,
+            "smallest_bytes": self.smallest_bytes,
+            "alternatives": [asdict(a) for a in self.alternatives],
+            "message": self.message,
+        }
+
+
+def _budget_json(budget: Budget) -> dict[str, Any]:
+    return {
+        "vram_bytes": budget.vram_bytes,
+        "usable_bytes": budget.usable_bytes,
+        "margin_bytes": budget.margin,
+        "ram_bytes": budget.ram_bytes,
+        "gpu": budget.card.key,
+        "gpu_measured": budget.card.measured,
+    }

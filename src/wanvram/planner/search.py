@@ -1,0 +1,195 @@
+"""The fastest lossless Strategy that fits a budget. No torch: the simulation is injected as `forecast`.
+
+Components come one after the other (offload), so each is searched alone and the run's peak is the highest of theirs. Keeping
+all of them on the device would save no time: each is loaded once per run either way. What couples them is load_strategy and
+weights_in, one knob each for all. Orders that the search relies on: resident blocks are never slower than streamed ones, larger
+tiles never slower than smaller ones, pinned RAM never slower than pageable, that never slower than disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from wanvram.config import WEIGHT_HOMES, Request, Strategy
+from wanvram.errors import BudgetError
+from wanvram.planner.budget import Budget
+from wanvram.planner.forecasts import KNOBS, Forecast, StageForecast, Trial, Trials, components_of, total_seconds
+from wanvram.planner.refusal import refuse
+from wanvram.planner.result import Offer, Plan, Refusal, Rejected
+from wanvram.planner.tiles import largest_tile
+from wanvram.planner.transformer import fastest_streamed
+from wanvram.units import gib
+
+__all__ = ["Options", "plan", "search"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """base: what the user fixed; the planner overwrites only knobs that lose nothing. offers: also forecast lossy ones."""
+
+    base: Strategy = field(default_factory=Strategy)
+    offers: bool = True
+
+
+def plan(request: Request, budget: Budget, options: Options, forecast: Forecast) -> Plan:
+    """As `search`; BudgetError with the smallest budget that would do if nothing fits."""
+    result = search(request, budget, options, forecast)
+    if isinstance(result, Refusal):
+        raise BudgetError(result.message)
+    return result
+
+
+def search(request: Request, budget: Budget, options: Options, forecast: Forecast) -> Plan | Refusal:
+    """A Plan whose peak plus margin is within the budget, every stage of it forecast as it will run; or why there is none."""
+    trials = Trials(request, budget, forecast)
+    base = _clean(options.base)
+    tiled = largest_tile(trials, base)
+    chosen = None if tiled is None else _placement(trials, tiled)
+    if chosen is None:
+        return refuse(trials, base)
+    return Plan(
+        request,
+        budget,
+        chosen,
+        trials.stages(chosen),
+        rejected=tuple(_rejected(trials, chosen)),
+        offers=tuple(_offers(trials, chosen)) if options.offers else (),
+        notes=tuple(_notes(trials, chosen)),
+    )
+
+
+def _clean(base: Strategy) -> Strategy:
+    """Every knob that the planner decides at the value of the plain run; offload costs nothing."""
+    plain = Strategy()
+    knobs = {knob for names in KNOBS.values() for knob in names} - {"precision", "weight_storage", "vae_precision"}
+    return replace(base, offload=True, **{knob: getattr(plain, knob) for knob in knobs})
+
+
+def _placement(trials: Trials, base: Strategy) -> Strategy | None:
+    """Where the weights of every component are: everything resident in turn, else the faster of what streaming or the host allow."""
+    dit_fits = trials.fits("dit", base)
+    if dit_fits and _encoders_fit(trials, base):
+        return base
+    candidates = [_streamed(trials, base)]
+    on_host = replace(base, t5_cpu=True)
+    if dit_fits and _encoders_fit(trials, on_host):
+        candidates.append(on_host)
+    found = [candidate for candidate in candidates if candidate is not None]
+    times = [trials.seconds(candidate) for candidate in found]
+    known = [time for time in times if time is not None]
+    if not found or len(known) < len(times):
+        return found[0] if found else None
+    return found[known.index(min(known))]
+
+
+def _encoders_fit(trials: Trials, strategy: Strategy) -> bool:
+    names = [name for name in components_of(trials.request) if name in ("text_encoder", "image_encoder")]
+    return all(trials.fits(name, strategy) for name in names)
+
+
+def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
+    """Blocks streamed from the fastest place that holds them."""
+    for home in WEIGHT_HOMES:
+        block = replace(base, load_strategy="block", weights_in=home)
+        fitting = next((s for s in (block, replace(block, t5_cpu=True)) if _encoders_fit(trials, s)), None)
+        found = fastest_streamed(trials, fitting) if fitting is not None else None
+        if found is not None:
+            return found
+    return None
+
+
+# --- explanations ------------------------------------------------------------------------------------------------------------
+
+
+def _rejected(trials: Trials, chosen: Strategy) -> list[Rejected]:
+    """What did not fit and is faster than what was chosen, or of unknown time; each change once, the largest gain first."""
+    result: dict[tuple[object, ...], Rejected] = {}
+    for trial in trials.failed:
+        change = _change(trial, chosen)
+        gained = _gained(trials, trial, chosen)
+        if not change or (gained is not None and gained <= 0):
+            continue
+        key = trial.component, trial.memory, tuple(change.items())
+        result[key] = Rejected(trial.component, change, trial.memory, trial.needed, trial.limit, gained)
+    return sorted(result.values(), key=lambda r: -(r.seconds_gained or 0.0))
+
+
+def _change(trial: Trial, chosen: Strategy) -> dict[str, object]:
+    """Knobs of the component that differ from the plan. The number of resident blocks is no choice of its own."""
+    if trial.forecast is None:
+        return {"weights_in": trial.strategy.weights_in}
+    names = [knob for knob in KNOBS[trial.component] if knob != "resident_blocks"]
+    if trial.strategy.load_strategy == "full":
+        names = [knob for knob in names if knob != "weights_in"]
+    values = {name: getattr(trial.strategy, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(chosen, name)}
+
+
+def _gained(trials: Trials, trial: Trial, chosen: Strategy) -> float | None:
+    """Of the whole run. A component not forecast with the other load_strategy or home counts with the time it has."""
+    if trial.forecast is None:
+        return None
+    other = chosen
+    if trial.component not in ("vae_encoder", "vae_decoder"):
+        other = replace(
+            chosen,
+            load_strategy=trial.strategy.load_strategy,
+            weights_in=trial.strategy.weights_in,
+            resident_blocks=trial.strategy.resident_blocks,
+        )
+    stages = trials.stages(chosen)
+    changed = [
+        trial.forecast if stage.component == trial.component else trials.known(stage.component, other) or stage
+        for stage in stages
+    ]
+    now, then = total_seconds(trials.request, stages), total_seconds(trials.request, changed)
+    return None if now is None or then is None else now - then
+
+
+def _offers(trials: Trials, chosen: Strategy) -> list[Offer]:
+    half = "bf16" if trials.budget.card.compute_capability >= (8, 0) else "fp16"
+    offers = []
+    if chosen.precision == "fp32":
+        offers.append(_offer(trials, chosen, "precision", half))
+    if chosen.weight_storage == "same":
+        offers.append(_offer(trials, chosen, "weight_storage", "fp8"))
+    if chosen.vae_precision == "fp32":
+        offers.append(_offer(trials, chosen, "vae_precision", half))
+    return offers
+
+
+def _offer(trials: Trials, chosen: Strategy, knob: str, value: str) -> Offer:
+    lossy = replace(chosen, **{knob: value})  # type: ignore[arg-type]
+    now, then = trials.stages(chosen), trials.stages(lossy)
+    pairs = [(a, b) for a, b in zip(now, then, strict=True) if knob in KNOBS[a.component]]
+    before, after = [a for a, _ in pairs], [b for _, b in pairs]
+    times = total_seconds(trials.request, now), total_seconds(trials.request, then)
+    return Offer(
+        "vae" if knob == "vae_precision" else "dit",
+        {knob: value},
+        _peak(before) - _peak(after),
+        _peak(now) - _peak(then),
+        max(s.host_bytes for s in before) - max(s.host_bytes for s in after),
+        None if times[0] is None or times[1] is None else times[0] - times[1],
+    )
+
+
+def _peak(stages: Iterable[StageForecast]) -> int:
+    return max(stage.peak_device_bytes for stage in stages)
+
+
+def _notes(trials: Trials, chosen: Strategy) -> list[str]:
+    budget, card = trials.budget, trials.budget.card
+    notes = []
+    if not card.measured:
+        notes.append(f"{card.name}: {card.note}; memory and time were not measured on this card")
+    if budget.usable_bytes < budget.vram_bytes:
+        notes.append(f"the {card.name} offers a process {gib(budget.usable_bytes)}, so that is the budget")
+    if trials.seconds(chosen) is None:
+        notes.append("times are unknown: choices were ordered by how much they usually cost, not by prediction")
+    if budget.ram_bytes is None:
+        notes.append("host RAM was not limited; --ram 16GiB makes the plan respect it")
+    lossy = [k for k in ("weight_storage", "vae_precision") if getattr(chosen, k) != getattr(Strategy(), k)]
+    notes += [f"{knob} {getattr(chosen, knob)} is lossy and was asked for" for knob in lossy]
+    return notes

@@ -1,0 +1,44 @@
+"""The VAE's part of the search: whole frames, or the largest tiles that fit. One knob for encoder and decoder. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from wanvram.config import Request, Strategy
+from wanvram.planner.forecasts import Trials, components_of
+
+__all__ = ["largest_tile", "tiles_for"]
+
+TILES = (
+    80,
+    52,
+    40,
+    30,
+    20,
+)  # latent pixels, those whose cuDNN workspaces were measured; smaller tiles have larger halos in proportion: less memory, more time
+
+
+def tiles_for(request: Request) -> list[int | None]:
+    """Whole frames first, then what is smaller than a frame, the fastest first."""
+    longest = max(request.width, request.height) // 8
+    return [None, *(tile for tile in TILES if tile < longest)]
+
+
+def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
+    """`base` with the largest tiles with which both halves of the VAE fit, by bisection; None: even the smallest do not."""
+    tiles = tiles_for(trials.request)
+    parts = [name for name in components_of(trials.request) if name.startswith("vae")]
+
+    def fits(index: int) -> bool:
+        strategy = replace(base, vae_tile=tiles[index])
+        return all(trials.fits(part, strategy) for part in parts)
+
+    if fits(0):
+        return replace(base, vae_tile=None)
+    too_large, smallest = 0, len(tiles) - 1
+    if not fits(smallest):
+        return None
+    while smallest - too_large > 1:
+        middle = (too_large + smallest) // 2
+        too_large, smallest = (too_large, middle) if fits(middle) else (middle, smallest)
+    return replace(base, vae_tile=tiles[smallest])

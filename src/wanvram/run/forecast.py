@@ -1,0 +1,105 @@
+"""The planner's question answered by the simulated device: one component of a run, alone, from its loading to its release."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from wanvram.config import RunConfig
+from wanvram.engine.components import Parts
+from wanvram.engine.devices import SimulatedDevice
+from wanvram.engine.pipeline import Pipeline
+from wanvram.planner.forecasts import StageForecast
+from wanvram.record import Span
+from wanvram.recorder.recorder import Recorder
+from wanvram.run.inputs import prepare_inputs
+from wanvram.run.simulated import simulated_memory
+from wanvram.run.weights import NoWeights
+
+__all__ = ["simulate_stage"]
+
+PROMPT_TOKENS = 512  # the longest context: what a prompt can cost at most
+
+
+def simulate_stage(config: RunConfig, component: str) -> StageForecast:
+    """Peaks, base and host memory, and predicted seconds of `component` (planner.forecasts.components_of names it).
+
+    Shortened where a run repeats itself: two denoising steps, and for the VAE three latent frames, whose time is scaled and
+    to whose memory the rest of the latent is added. What a plan settles on is simulated whole (run.planning).
+    """
+    strategy = replace(config.strategy, offload=True)
+    config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy)
+    short = _shortened(config, component)
+    memory = simulated_memory(short, unlimited=True)
+    device = SimulatedDevice(memory)
+    inputs, _ = prepare_inputs(short.request, simulated=True, real_weights=False)
+    pipeline = Pipeline(short, device, Recorder(memory, None, None), NoWeights(), inputs)
+    with device.session():
+        memory.load_everything()
+        _run(component, pipeline, Parts(short, device, pipeline.weights), device)
+    spans = pipeline.recorder.spans
+    (record,) = [r for r in pipeline.records() if r.name in (component, component.partition("_")[0])]
+    full, part = _latent_frames(config), _latent_frames(short)
+    missing = (full - part) * 16 * (inputs.height // 8) * (inputs.width // 8) * 4
+    stages = [span for span in spans if not span.name.startswith("denoise")]
+    return StageForecast(
+        component=component,
+        peak_device_bytes=max(span.peak.device_bytes or 0 for span in spans) + missing,
+        peak_reserved_bytes=max(span.peak.reserved_bytes for span in spans) + missing,
+        peak_allocated_bytes=max(span.peak.allocated_bytes for span in spans) + missing,
+        base_bytes=record.base_bytes,
+        host_bytes=memory.host_peak_bytes,
+        seconds_per_step=_mean([step for s in spans if s.name == "denoise" for step in s.children][-1:]),
+        seconds=_sum(stages, full / part),
+    )
+
+
+def _shortened(config: RunConfig, component: str) -> RunConfig:
+    request = config.request
+    if component.startswith("vae"):
+        request = replace(request, frame_num=min(request.frame_num, 9))
+    return replace(config, request=replace(request, sample_steps=min(request.sample_steps, 2)))
+
+
+def _latent_frames(config: RunConfig) -> int:
+    return 1 + (config.request.frame_num - 1) // 4
+
+
+def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevice) -> None:
+    """The component's stages, with what earlier stages hand to it held on the device."""
+    prompts = pipeline.config.request.all_prompts()
+    pipeline.prompts = list(prompts)
+    if component == "text_encoder":
+        pipeline.encode_text(parts)
+        return
+    contexts = [
+        device.empty((PROMPT_TOKENS, parts.specs.text_encoder.dim), torch.bfloat16) for _ in (*prompts, "negative")
+    ]
+    if component == "image_encoder":
+        pipeline.encode_image(parts)
+    elif component == "vae_encoder":
+        pipeline.encode_video(parts)
+    elif component == "dit":
+        plan = pipeline.prepare(parts, contexts, pipeline.stand_in_pictures(parts))
+        del contexts
+        pipeline.denoise_all(parts, plan)
+    else:
+        del contexts
+        latents = [device.empty(pipeline.inputs.noise_shape, torch.float32) for _ in prompts]
+        pipeline.decode_all(parts, latents, lambda index: nullcontext())
+
+
+def _mean(spans: list[Span]) -> float | None:
+    seconds = [span.seconds for span in spans for _ in range(span.repeats)]
+    known = [s for s in seconds if s is not None]
+    return sum(known) / len(known) if known and len(known) == len(seconds) else None
+
+
+def _sum(spans: list[Span], factor: float) -> float | None:
+    """Loading as it is, stages times `factor`."""
+    seconds = [(span.seconds, 1.0 if span.kind == "load" else factor) for span in spans]
+    if any(value is None for value, _ in seconds):
+        return None
+    return sum((value or 0.0) * times for value, times in seconds)

@@ -1,0 +1,55 @@
+"""A budget becomes a strategy that keeps it: the planner's choice, simulated whole before it is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from wanvram.config import RunConfig
+from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
+from wanvram.record import RunRecord
+from wanvram.run.execute import simulate
+from wanvram.run.forecast import simulate_stage
+
+__all__ = ["plan_run", "planned_config"]
+
+Progress = Callable[[str], None]
+ATTEMPTS = 3
+
+
+def plan_run(
+    config: RunConfig, budget: Budget, *, offers: bool = True, show: Progress | None = None
+) -> tuple[Plan | Refusal, RunRecord | None]:
+    """The fastest lossless strategy whose whole predicted run stays within the budget less its margin, and that run.
+
+    Forecasts are shortened; where the whole run needs more than they said, the difference is kept free and the search is
+    made again. The allocator's expandable segments are always used: they cost nothing and leave no holes.
+    """
+    base = replace(config.strategy, expandable_segments=True)
+    known: dict[tuple[RunConfig, str], StageForecast] = {}
+
+    def forecast(asked: RunConfig, component: str) -> StageForecast:
+        if (asked, component) not in known:
+            known[asked, component] = simulate_stage(asked, component)
+            if show is not None:
+                show(f"{component}: {known[asked, component].peak_device_bytes / 2**30:.2f} GiB")
+        return known[asked, component]
+
+    tried = budget
+    for _ in range(ATTEMPTS):
+        result = search(config.request, tried, Options(base, offers), forecast)
+        if isinstance(result, Refusal):
+            return result, None
+        record, _ = simulate(replace(planned_config(config, result), memory_limit_bytes=None))
+        peak = record.peak()
+        excess = (peak.device_bytes or 0) - budget.device_limit if peak is not None else 0
+        if excess <= 0:
+            return replace(result, budget=budget), record
+        tried = replace(budget, margin_bytes=tried.margin + excess)
+    return result, record
+
+
+def planned_config(config: RunConfig, plan: Plan) -> RunConfig:
+    """The configuration that runs the plan, with the budget as a hard cap."""
+    budget = plan.budget
+    return replace(config, strategy=plan.strategy, gpu=budget.gpu, memory_limit_bytes=budget.usable_bytes)

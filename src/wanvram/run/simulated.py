@@ -1,0 +1,34 @@
+"""A simulated card for a configuration: the allocator, the libraries and the limits of the GPU it names."""
+
+from __future__ import annotations
+
+from wanvram.config import RunConfig
+from wanvram.errors import InputError
+from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
+from wanvram.simulate.buffers import LibraryBuffers
+from wanvram.simulate.gpus import GPU, find_gpu
+from wanvram.simulate.libraries import Libraries
+from wanvram.simulate.memory import SimulatedMemory
+
+__all__ = ["DEFAULT_GPU", "simulated_memory"]
+
+DEFAULT_GPU = "h200"
+UNLIMITED_BYTES = 2**50
+
+
+def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited: bool = False) -> SimulatedMemory:
+    """Raises InputError for an unknown GPU, or one that cannot compute in the precision.
+
+    unlimited: a card of 1 PiB, to learn what a run would take.
+    """
+    gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
+    if config.strategy.precision == "bf16" and gpu.compute_capability < (8, 0):
+        raise InputError(
+            f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
+        )
+    settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
+    outside = gpu.context_bytes + sum(gpu.module_bytes.values())
+    usable = UNLIMITED_BYTES if unlimited else gpu.total_bytes - outside
+    limit = None if config.memory_limit_bytes is None else max(0, config.memory_limit_bytes - outside)
+    allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
+    return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)

@@ -1,0 +1,284 @@
+"""What a run would take: a clock that the simulated device's operations and copies advance. No torch.
+
+Four timelines, as on a real machine: the host issues work, the device computes in order, a copy engine runs beside it, and a
+thread on the host reads weights into pinned buffers. Each moves by prices from a card's rates (gpus.py); one waits for another
+only through marks and blocking calls, so a copy is hidden exactly where it would be.
+
+Not modelled: a first use's compilation and tuning (0.7 to 2.8 s once per process on an H200), making, reading and pinning weights
+at loading, encoding the video, and other programs on the same machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from wanvram.simulate.gpus import EFFICIENCY, GPU, HOST, Efficiency, Host
+
+__all__ = ["CATEGORIES", "Clock", "Copies", "Costs", "Price"]
+
+CATEGORIES = ("attention", "product", "convolution", "elementwise")
+
+RAMP_KEYS = (
+    256  # attention over few keys: filling and draining the pipeline costs a query as much as this many more keys
+)
+NARROW_CHANNELS = 128
+CHANNEL_TILE = (
+    32  # 3 output channels cost as much as 32: 0.88 ms for 96 -> 3 at 480x832 (benchmarks/*_probe_libraries.json)
+)
+
+_NO_KERNEL = (
+    "aten.empty.",
+    "aten.empty_",
+    "aten.new_empty",
+    "aten._unsafe_view.",
+    "aten._reshape_alias.",
+    "aten.lift_fresh.",
+    "aten.set_.",
+    "aten.resize_",
+)
+_WRITES_ONLY = (
+    "aten.fill_.",
+    "aten.zero",
+    "aten.one",
+    "aten.full",
+    "aten.new_zeros",
+    "aten.new_ones",
+    "aten.new_full",
+    "aten.arange",
+    "aten.rand",
+    "aten.normal_",
+    "aten.uniform_",
+)
+_LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
+_PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.addmm_": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
+
+Arguments = tuple[Any, ...]
+Work = tuple[
+    float, float, float
+]  # arithmetic operations, how many of them the device does per second, bytes of traffic
+
+
+@dataclass(frozen=True)
+class Price:
+    """One operation: its category, its work for (arguments, result), and the seconds of host time that issue it."""
+
+    category: str
+    work: Callable[[Arguments, Any], Work]
+    dispatch: float
+
+
+class Costs:
+    """Prices of operations on one card, at the rates that are reached."""
+
+    def __init__(self, gpu: GPU, efficiency: Efficiency = EFFICIENCY) -> None:
+        self.gpu = gpu
+        self.efficiency = efficiency
+        self.bandwidth = gpu.bandwidth_bytes * efficiency.memory
+
+    def price(self, operation: str) -> Price | None:
+        """Of an operation by its full name, such as `aten.mm.out`; None if it runs nothing on the device."""
+        if operation.startswith(_NO_KERNEL):
+            return None
+        name = operation.rpartition(".")[0]
+        ours = name.startswith("wanvram.")
+        dispatch = self.efficiency.custom_dispatch_seconds if ours else self.efficiency.dispatch_seconds
+        if name in _PRODUCTS:
+            first = _PRODUCTS[name]
+            return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
+        if name == "wanvram.attention":
+            return Price("attention", self._attention, dispatch)
+        if name in ("wanvram.conv3d", "aten.convolution"):
+            return Price("convolution", self._convolution, dispatch)
+        return Price("elementwise", _traffic(operation), dispatch)
+
+    def seconds(self, work: Work) -> float:
+        """The larger of arithmetic and memory traffic: they overlap."""
+        flops, rate, nbytes = work
+        return max(flops / rate, nbytes / self.bandwidth)
+
+    def _product(self, a: Any, b: Any) -> Work:
+        """[..., M, K] x [..., K, N]. float32 products do not use TF32 unless told to, and nothing here tells them."""
+        batch, m, k, n = prod(a.shape[:-2]), a.shape[-2], a.shape[-1], b.shape[-1]
+        out = batch * m * n * max(a.itemsize, 2)
+        return 2 * batch * m * k * n, self._product_rate(a.itemsize), a.nbytes + b.nbytes + out
+
+    def _product_rate(self, itemsize: int) -> float:
+        gpu, reached = self.gpu, self.efficiency
+        if itemsize == 1:
+            return (gpu.fp8_flops or gpu.bf16_flops) * reached.product
+        if itemsize == 2:
+            return gpu.bf16_flops * reached.product
+        return gpu.fp32_flops * reached.product_fp32
+
+    def _attention(self, args: Arguments, result: Any) -> Work:
+        """q [Lq,H,D], k [Lk,H,D]: two products of 2 Lq Lk H D each."""
+        q, k = args[0], args[1]
+        flops = 4 * prod(q.shape) * (k.shape[0] + RAMP_KEYS)
+        gpu, reached = self.gpu, self.efficiency
+        rate = gpu.bf16_flops * reached.attention if q.itemsize == 2 else gpu.fp32_flops * reached.attention_fp32
+        return flops, rate, 2 * q.nbytes + 2 * k.nbytes
+
+    def _convolution(self, args: Arguments, result: Any) -> Work:
+        """x [N,I,...], weight [O,I,kernel...], result [N,O,...]. cuDNN may use TF32 for float32: PyTorch's default."""
+        x, weight = args[0], args[1]
+        narrow = min(weight.shape[:2])
+        padding = -(-narrow // CHANNEL_TILE) * CHANNEL_TILE / narrow
+        flops = 2 * padding * prod(weight.shape[1:]) * prod(result.shape)
+        rate = self._conv_rate(x.itemsize, narrow < NARROW_CHANNELS)
+        return flops, rate, x.nbytes + weight.nbytes + result.nbytes
+
+    def _conv_rate(self, itemsize: int, narrow: bool) -> float:
+        gpu, reached = self.gpu, self.efficiency
+        if itemsize == 2:
+            return gpu.bf16_flops * (reached.conv_half_narrow if narrow else reached.conv_half)
+        if gpu.compute_capability < (8, 0):
+            return gpu.fp32_flops * reached.product_fp32
+        return gpu.tf32_flops * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
+
+
+def _traffic(operation: str) -> Callable[[Arguments, Any], Work]:
+    """Bytes read and written: arguments and result, with exceptions by name. An argument changed in place is both."""
+    if operation.startswith("aten.copy_."):
+        return lambda args, result: (0.0, 1.0, args[0].nbytes + args[1].nbytes)
+    if operation.startswith(_WRITES_ONLY):
+        return lambda args, result: (0.0, 1.0, nbytes_of((result,)))
+    if operation.startswith(_LOOKUPS):
+        return lambda args, result: (0.0, 1.0, 2 * nbytes_of((result,)))
+    if operation.startswith("wanvram.") and operation.split(".")[1].endswith("_"):
+        return lambda args, result: (0.0, 1.0, args[0].nbytes + nbytes_of(args))
+    return lambda args, result: (0.0, 1.0, nbytes_of(args) + nbytes_of((result,)))
+
+
+def nbytes_of(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among an operation's arguments or results, in lists too; everything else has none."""
+    total = 0
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            total += nbytes_of(value)
+        else:
+            total += getattr(value, "nbytes", 0)
+    return total
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies that run beside the computation. stalled_seconds: how long the computation waited for them."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+    stalled_seconds: float = 0.0
+
+    def __sub__(self, earlier: Copies) -> Copies:
+        """What was copied since."""
+        return Copies(
+            self.nbytes - earlier.nbytes,
+            self.seconds - earlier.seconds,
+            self.stalled_seconds - earlier.stalled_seconds,
+        )
+
+    @property
+    def hidden_share(self) -> float | None:
+        """The part of the copying that cost no time, 0 to 1; None if nothing was copied."""
+        return max(0.0, 1.0 - self.stalled_seconds / self.seconds) if self.seconds else None
+
+
+@dataclass
+class Clock:
+    """Timelines in seconds since the start. `busy`: seconds of computation by category, and of `launch`es between them.
+
+    A mark is a moment, in seconds.
+    """
+
+    gpu: GPU
+    efficiency: Efficiency = EFFICIENCY
+    machine: Host = HOST
+    copied: Copies = Copies()
+    busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
+    _host: float = 0.0
+    _compute: float = 0.0
+    _copies: float = 0.0
+    _reader: float = 0.0
+    _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
+
+    def __post_init__(self) -> None:
+        self.costs = Costs(self.gpu, self.efficiency)
+        self._pageable = min(self.machine.pageable_bytes, self.gpu.pcie_bytes)
+
+    def now(self) -> float:
+        """What the host would read on its clock."""
+        return self._host
+
+    def synchronize(self) -> None:
+        """The host waits for the device: for the computation and for the copies that were started."""
+        computed = max(self._host, self._compute)
+        self._stall(self._copies - computed)
+        self._host = max(computed, self._copies)
+
+    # --- computation -----------------------------------------------------------------------------------------------------
+
+    def compute(self, price: Price, args: Arguments, result: Any) -> None:
+        """One operation on the device, queued behind all earlier ones."""
+        seconds, launch = self.costs.seconds(price.work(args, result)), self.efficiency.launch_seconds
+        self._host += price.dispatch
+        self._compute = max(self._compute, self._host) + launch + seconds
+        self.busy[price.category] += seconds
+        self.busy["launch"] += launch
+
+    def compute_on_host(self, price: Price, args: Arguments, result: Any) -> None:
+        """One operation on host tensors, which the host does itself."""
+        flops, _, nbytes = price.work(args, result)
+        self._host += price.dispatch + max(flops / self.machine.flops, nbytes / self.machine.memory_bytes)
+
+    # --- copies ----------------------------------------------------------------------------------------------------------
+
+    def mark(self) -> float:
+        """When everything computed so far is done."""
+        return max(self._compute, self._host)
+
+    def prefetch(self, nbytes: int, after: float | None) -> float:
+        """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read."""
+        start = max(self._copies, self._host, after or 0.0, self._read)
+        self._read = 0.0
+        seconds = nbytes / self.gpu.pcie_bytes
+        self._copies = start + seconds
+        self.copied = Copies(self.copied.nbytes + nbytes, self.copied.seconds + seconds, self.copied.stalled_seconds)
+        return self._copies
+
+    def wait(self, mark: float) -> None:
+        """Later computation waits for a mark."""
+        computed = max(self._compute, self._host)
+        self._stall(mark - computed)
+        self._compute = max(computed, mark)
+
+    def _stall(self, seconds: float) -> None:
+        if seconds > 0.0:
+            self.copied = Copies(self.copied.nbytes, self.copied.seconds, self.copied.stalled_seconds + seconds)
+
+    def transfer(self, nbytes: int, *, pinned: bool) -> None:
+        """A copy between host and device in the computation's order, which the host waits for."""
+        rate = self.gpu.pcie_bytes if pinned else self._pageable
+        self._host = self._compute = max(self._compute, self._host) + nbytes / rate
+
+    def copy_on_host(self, nbytes: int) -> None:
+        """The host itself copies between its tensors."""
+        self._host += nbytes / self.machine.copy_bytes
+
+    # --- reading ahead ---------------------------------------------------------------------------------------------------
+
+    def reader_waits(self, mark: float) -> None:
+        """The reading thread may overwrite its buffer once the copy from it is done."""
+        self._reader = max(self._reader, mark)
+
+    def read_from_ram(self, nbytes: int) -> None:
+        """The reading thread copies pageable memory into a pinned buffer; the next prefetch is of it."""
+        self._read_ahead(nbytes / self.machine.copy_bytes)
+
+    def read_from_disk(self, nbytes: int) -> None:
+        """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it."""
+        self._read_ahead(nbytes / self.machine.disk_bytes)
+
+    def _read_ahead(self, seconds: float) -> None:
+        self._reader = self._read = max(self._reader, self._host) + seconds

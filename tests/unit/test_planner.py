@@ -1,0 +1,370 @@
+"""The planner against forecasts made by hand: what it chooses, what it promises, what it says when nothing fits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from planner_card import Card
+from wanvram.config import Request, RunConfig, Strategy
+from wanvram.errors import BudgetError, InputError
+from wanvram.planner.budget import PROCESS_BYTES, Budget
+from wanvram.planner.forecasts import KNOBS, StageForecast
+from wanvram.planner.result import Plan, Refusal
+from wanvram.planner.search import Options, plan, search
+from wanvram.planner.transformer import NEGLIGIBLE
+from wanvram.units import GIB, MIB, parse_bytes
+
+
+def request(task: str = "t2v-14B", size: str = "1280*720", **given: object) -> Request:
+    return Request.for_task(task, size=size, **given)
+
+
+def budget(gibibytes: float, ram: float | None = None, gpu: str = "h200") -> Budget:
+    return Budget(int(gibibytes * GIB), ram_bytes=None if ram is None else int(ram * GIB), gpu=gpu)
+
+
+def planned(*asked: object, gibibytes: float, ram: float | None = None, card: Card | None = None) -> Plan:
+    return plan(request(*asked), budget(gibibytes, ram), Options(), card or Card())  # type: ignore[arg-type]
+
+
+# --- what is chosen ----------------------------------------------------------------------------------------------------------
+
+
+def test_with_room_for_everything_nothing_is_streamed_sliced_or_tiled() -> None:
+    card = Card()
+    result = planned(gibibytes=80, card=card)
+    assert result.strategy == Strategy(offload=True)
+    assert not result.rejected
+    assert len(card.calls) <= 5  # three components and two lossy offers
+
+
+def test_a_small_card_streams_with_as_many_resident_blocks_as_fit() -> None:
+    card = Card()
+    result = planned(gibibytes=16, card=card)
+    assert result.strategy.load_strategy == "block"
+    one_more = replace(result.strategy, resident_blocks=result.strategy.resident_blocks + 1)
+    config = RunConfig("x", "", "simulated", result.request, one_more)
+    assert result.strategy.resident_blocks > 0
+    assert card(config, "dit").peak_device_bytes > result.budget.device_limit
+
+
+def test_blocks_of_different_sizes_still_end_on_a_number_that_was_forecast_to_fit() -> None:
+    class Uneven(Card):
+        """The first ten blocks weigh twice as much."""
+
+        def dit(self, request: Request, s: Strategy) -> tuple[int, int, int, float]:
+            base, extra, host, seconds = super().dit(request, s)
+            more = min(s.resident_blocks if s.load_strategy == "block" else 40, 10)
+            return base + more * self.block_bytes(request, s), extra, host, seconds
+
+    result = planned(gibibytes=16, card=Uneven())
+    one_more = replace(result.strategy, resident_blocks=result.strategy.resident_blocks + 1)
+    config = RunConfig("x", "", "simulated", result.request, one_more)
+    assert result.peak_device_bytes <= result.budget.device_limit
+    assert Uneven()(config, "dit").peak_device_bytes > result.budget.device_limit
+
+
+def test_a_resident_transformer_does_not_wait_for_a_text_encoder_that_does_not_fit() -> None:
+    result = planned("t2v-1.3B", "832*480", gibibytes=8)
+    assert result.strategy.load_strategy == "block"
+    assert result.strategy.resident_blocks == 30
+    assert ("text_encoder", {"load_strategy": "full"}) in [(r.component, r.change) for r in result.rejected]
+
+
+@pytest.mark.parametrize(("gibibytes", "tiled"), [(40, False), (12, False), (6, True)])
+def test_the_vae_is_tiled_only_when_whole_frames_do_not_fit(gibibytes: float, tiled: bool) -> None:
+    result = planned(gibibytes=gibibytes)
+    assert (result.strategy.vae_tile is not None) is tiled
+    tile_rejected = [r.change for r in result.rejected if r.component == "vae_decoder"]
+    assert ({"vae_tile": None} in tile_rejected) is tiled
+
+
+def test_the_largest_tile_that_fits_is_taken_for_both_halves_of_the_vae() -> None:
+    class HungryEncoder(Card):
+        def __call__(self, config: RunConfig, component: str) -> StageForecast:
+            forecast = super().__call__(config, component)
+            more = 5 * GIB if component == "vae_encoder" and (config.strategy.vae_tile or 99) > 24 else 0
+            return replace(forecast, peak_device_bytes=forecast.peak_device_bytes + more)
+
+    strategies = [planned("i2v-14B", gibibytes=6, card=card).strategy.vae_tile for card in (Card(), HungryEncoder())]
+    assert strategies[0] is not None
+    assert strategies[0] > 24
+    assert strategies[1] == 24
+
+
+def test_attention_is_sliced_when_that_makes_it_fit() -> None:
+    roomy, tight = planned(gibibytes=8), planned(gibibytes=6.5)
+    assert not roomy.strategy.attention_slicing
+    assert tight.strategy.attention_slicing
+    assert {"attention_slicing": False} in [r.change for r in tight.rejected if r.component == "dit"]
+
+
+@pytest.mark.parametrize(
+    ("ram", "home"), [(None, "pinned"), (64, "pinned"), (32, "pageable"), (24, "disk"), (8, "disk")]
+)
+def test_weights_wait_in_the_fastest_memory_that_holds_them(ram: float | None, home: str) -> None:
+    result = planned(gibibytes=6, ram=ram)
+    assert result.strategy.weights_in == home
+    assert ram is None or result.host_bytes <= ram * GIB
+    refused = [r.change.get("weights_in") for r in result.rejected if r.memory == "host"]
+    assert ("pinned" in refused) is (home != "pinned")
+
+
+def test_both_guidance_passes_share_a_streamed_block_only_when_copies_are_the_bottleneck() -> None:
+    slow_copies, fast_copies = Card(copy_rate=6e9), Card()
+    assert planned("t2v-14B", "832*480", gibibytes=8, card=slow_copies).strategy.cfg == "joint"
+    assert planned("t2v-14B", "832*480", gibibytes=8, card=fast_copies).strategy.cfg == "sequential"
+
+
+def test_t5_computes_on_the_host_only_when_its_blocks_do_not_fit() -> None:
+    class LargeLayers(Card):
+        def text_encoder(self, request: Request, s: Strategy) -> tuple[int, int, int, float]:
+            base, extra, host, seconds = super().text_encoder(request, s)
+            return 6 * base, extra, host, seconds
+
+    assert not planned("t2v-1.3B", "832*480", gibibytes=4).strategy.t5_cpu
+    assert planned("t2v-1.3B", "832*480", gibibytes=4, card=LargeLayers()).strategy.t5_cpu
+
+
+def test_a_resident_transformer_beside_t5_on_the_host_wins_when_streaming_t5_is_slower() -> None:
+    crawling = planned("t2v-1.3B", "832*480", gibibytes=8, card=Card(copy_rate=0.3e9))
+    assert crawling.strategy == Strategy(offload=True, t5_cpu=True)
+
+
+@pytest.mark.parametrize("gibibytes", [6, 8, 16, 24, 80])
+def test_an_ordinary_plan_needs_at_most_twelve_forecasts_and_asks_nothing_twice(gibibytes: float) -> None:
+    card = Card()
+    planned(gibibytes=gibibytes, ram=64, card=card)
+    asked = [(name, *(getattr(s, knob) for knob in KNOBS[name])) for name, s, _ in card.calls]
+    assert len(asked) <= 12
+    assert len(set(asked)) == len(asked)
+
+
+def test_unknown_times_are_said_and_the_least_aggressive_strategy_that_fits_is_taken() -> None:
+    result = planned(gibibytes=8, card=Card(timed=False))
+    assert (result.seconds, result.seconds_per_step) == (None, None)
+    assert result.strategy == replace(planned(gibibytes=8).strategy)
+    assert any("times are unknown" in note for note in result.notes)
+    assert all(r.seconds_gained is None for r in result.rejected)
+
+
+def test_the_total_is_the_sum_of_the_stages_with_every_step_of_every_prompt() -> None:
+    one = plan(request(sample_steps=10), budget(80), Options(), Card())
+    two = plan(request(sample_steps=10, prompts=("a", "b")), budget(80), Options(), Card())
+    step = one.seconds_per_step
+    assert step is not None
+    others = sum(stage.seconds or 0.0 for stage in one.stages)
+    assert one.seconds == pytest.approx(others + 10 * step)
+    assert two.seconds == pytest.approx(others + 20 * step)
+
+
+# --- what is said about the rest ---------------------------------------------------------------------------------------------
+
+
+def test_a_rejected_way_says_what_it_needs_what_is_allowed_and_what_it_would_save() -> None:
+    result = planned(gibibytes=6, card=Card(copy_rate=6e9))
+    whole = next(r for r in result.rejected if r.change.get("load_strategy") == "full")
+    assert whole.component == "dit"
+    assert whole.needed_bytes > whole.limit_bytes == result.budget.device_limit
+    assert whole.seconds_gained is not None
+    assert whole.seconds_gained > 0
+
+
+def test_a_way_that_would_gain_nothing_is_not_listed_as_rejected() -> None:
+    class AlwaysAsFast(Card):
+        def __call__(self, config: RunConfig, component: str) -> StageForecast:
+            forecast = super().__call__(config, component)
+            return replace(forecast, seconds=1.0, seconds_per_step=1.0)
+
+    result = planned(gibibytes=6, card=AlwaysAsFast())
+    assert result.strategy.load_strategy == "block"
+    assert result.rejected == ()
+
+
+def test_lossy_knobs_are_offered_with_their_savings_and_never_chosen() -> None:
+    result = planned(gibibytes=6)
+    assert (result.strategy.weight_storage, result.strategy.vae_precision) == ("same", "fp32")
+    offers = {next(iter(o.change.items())): o for o in result.offers}
+    assert set(offers) == {("weight_storage", "fp8"), ("vae_precision", "bf16")}
+    assert offers["weight_storage", "fp8"].device_saved_bytes > 0
+    assert offers["vae_precision", "bf16"].device_saved_bytes > 0
+
+
+def test_an_offer_for_the_vae_counts_both_of_its_halves() -> None:
+    class HungryEncoder(Card):
+        """The encoder takes twice what the decoder does."""
+
+        def __call__(self, config: RunConfig, component: str) -> StageForecast:
+            forecast = super().__call__(config, component)
+            factor = 2 if component == "vae_encoder" else 1
+            return replace(forecast, peak_device_bytes=factor * forecast.peak_device_bytes)
+
+    result = planned("i2v-14B", "832*480", gibibytes=40, card=HungryEncoder())
+    offer = next(o for o in result.offers if "vae_precision" in o.change)
+    peaks = {stage.component: stage.peak_device_bytes for stage in result.stages}
+    half = replace(result.strategy, vae_precision="bf16")
+    lossy = HungryEncoder()(RunConfig("x", "", "simulated", result.request, half), "vae_encoder")
+    assert offer.device_saved_bytes == peaks["vae_encoder"] - lossy.peak_device_bytes > 0
+
+
+def test_fp32_is_kept_and_half_precision_offered_as_the_card_has_it() -> None:
+    asked = Options(Strategy(precision="fp32"))
+    result = plan(request(), budget(15, gpu="t4"), asked, Card())
+    assert result.strategy.precision == "fp32"
+    assert {"precision": "fp16"} in [o.change for o in result.offers]
+    assert {"vae_precision": "fp16"} in [o.change for o in result.offers]
+
+
+def test_a_lossy_knob_that_the_user_fixed_is_kept_and_named() -> None:
+    result = plan(request(), budget(12), Options(Strategy(weight_storage="fp8"), offers=False), Card())
+    assert result.strategy.weight_storage == "fp8"
+    assert any("weight_storage fp8 is lossy" in note for note in result.notes)
+    assert not result.offers
+
+
+def test_a_card_nobody_measured_and_a_budget_above_it_are_noted() -> None:
+    result = plan(request("t2v-1.3B", "832*480"), budget(8, gpu="rtx4060"), Options(), Card())
+    assert result.budget.usable_bytes < 8 * GIB
+    assert any("not measured on this card" in note for note in result.notes)
+    assert any("7.84 GiB" in note for note in result.notes)
+    assert not any("not measured" in note for note in planned(gibibytes=8).notes)
+
+
+# --- nothing fits ------------------------------------------------------------------------------------------------------------
+
+
+def refused(*asked: object, gibibytes: float, ram: float | None = None) -> Refusal:
+    result = search(request(*asked), budget(gibibytes, ram), Options(), Card())  # type: ignore[arg-type]
+    assert isinstance(result, Refusal)
+    return result
+
+
+def test_nothing_fits_is_exit_code_3_with_the_smallest_budget_and_it_is_the_smallest() -> None:
+    refusal = refused(gibibytes=3)
+    with pytest.raises(BudgetError) as caught:
+        planned(gibibytes=3)
+    assert caught.value.exit_code == 3
+    assert str(caught.value) == refusal.message
+    assert f"{refusal.smallest_bytes / GIB:.2f} GiB" in refusal.message
+    assert planned(gibibytes=refusal.smallest_bytes / GIB).peak_device_bytes <= refusal.smallest_bytes
+    assert isinstance(search(request(), budget(refusal.smallest_bytes / GIB - 0.11), Options(), Card()), Refusal)
+
+
+def test_smaller_sizes_and_fewer_frames_that_fit_are_named_and_do_fit() -> None:
+    refusal = refused(gibibytes=3.8)
+    assert [(a.size, a.frame_num != 81) for a in refusal.alternatives] == [("832*480", False), ("1280*720", True)]
+    assert "--size 832*480" in refusal.message
+    for other in refusal.alternatives:
+        result = plan(request(size=other.size, frame_num=other.frame_num), budget(3.8), Options(), Card())
+        assert result.peak_device_bytes <= result.budget.device_limit
+    fewer = refusal.alternatives[1]
+    more = request(frame_num=fewer.frame_num + 4)
+    assert isinstance(search(more, budget(3.8), Options(), Card()), Refusal)
+
+
+def test_fewer_frames_of_a_smaller_size_are_tried_last() -> None:
+    refusal = refused(gibibytes=2380 / 1024)  # one frame of 1280*720 would need 2360 MiB and the margin of 64
+    assert [a.size for a in refusal.alternatives] == ["832*480"]
+    assert refusal.alternatives[0].frame_num < 81
+    assert f"--size 832*480 --frame_num {refusal.alternatives[0].frame_num}" in refusal.message
+
+
+def test_a_budget_no_request_could_meet_offers_no_change() -> None:
+    refusal = refused(gibibytes=0.5)
+    assert refusal.alternatives == ()
+    assert "would fit" not in refusal.message
+
+
+def test_a_need_beyond_the_card_is_said() -> None:
+    huge = Card()
+    huge.vae = lambda request, s: (9 * GIB, 9 * GIB, 0, 1.0)  # type: ignore[method-assign]
+    refusal = search(request("t2v-1.3B", "832*480"), budget(8, gpu="rtx4060"), Options(), huge)
+    assert isinstance(refusal, Refusal)
+    assert "more than the NVIDIA GeForce RTX 4060 8GB has" in refusal.message
+
+
+def test_too_little_host_ram_is_named_as_such() -> None:
+    class NoDisk(Card):
+        """Even from disk, everything is held in RAM."""
+
+        def text_encoder(self, request: Request, s: Strategy) -> tuple[int, int, int, float]:
+            base, extra, _, seconds = super().text_encoder(request, s)
+            return base, extra, 10600 * MIB, seconds
+
+    refusal = search(request(), budget(6, ram=8), Options(), NoDisk())
+    assert isinstance(refusal, Refusal)
+    assert (refusal.memory, refusal.component) == ("host", "text_encoder")
+    assert refusal.smallest_bytes == 10600 * MIB + PROCESS_BYTES
+    assert "host RAM" in refusal.message
+
+
+@given(peak=st.integers(1, 200 * GIB))
+def test_the_smallest_budget_can_be_typed_as_it_is_printed(peak: int) -> None:
+    smallest = Budget(GIB).smallest_for(peak)
+    typed = Budget(parse_bytes(f"{smallest / GIB:.1f}GiB"), gpu="h200")
+    assert typed.vram_bytes == smallest
+    assert smallest - Budget(1)._margin_of(smallest) >= peak > smallest - GIB // 10 - Budget(1)._margin_of(smallest) - 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"vram_bytes": 0}, {"vram_bytes": GIB, "ram_bytes": GIB}, {"vram_bytes": GIB, "gpu": "x"}]
+)
+def test_an_impossible_budget_is_bad_input(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        Budget(**wrong)  # type: ignore[arg-type]
+
+
+# --- the promise -------------------------------------------------------------------------------------------------------------
+
+TASKS = st.sampled_from(
+    [("t2v-1.3B", "832*480"), ("t2v-14B", "1280*720"), ("i2v-14B", "832*480"), ("vace-14B", "1280*720")]
+)
+CARDS = st.builds(Card, copy_rate=st.sampled_from([5e9, 12e9, 55e9]), flops=st.sampled_from([20e12, 100e12, 500e12]))
+
+
+@settings(max_examples=400)
+@given(asked=TASKS, gibibytes=st.floats(1, 12) | st.floats(1, 80), ram=st.none() | st.floats(4, 64), card=CARDS)
+def test_a_plan_with_its_margin_never_exceeds_the_budget(
+    asked: tuple[str, str], gibibytes: float, ram: float | None, card: Card
+) -> None:
+    result = search(request(*asked), budget(gibibytes, ram), Options(), card)
+    if isinstance(result, Refusal):
+        assert result.smallest_bytes > (result.budget.usable_bytes if result.memory == "device" else ram * GIB)  # type: ignore[operator]
+        return
+    config = RunConfig("x", "", "simulated", result.request, result.strategy)
+    peaks = [card(config, stage.component).peak_device_bytes for stage in result.stages]
+    assert result.peak_device_bytes == max(peaks)
+    assert max(peaks) + result.budget.margin <= result.budget.vram_bytes
+    assert ram is None or result.host_bytes <= ram * GIB
+
+
+@settings(max_examples=400)
+@given(
+    asked=TASKS,
+    low=st.floats(2, 12) | st.floats(2, 80),
+    more=st.floats(0, 30),
+    ram=st.none() | st.floats(6, 64),
+    card=CARDS,
+)
+def test_a_larger_budget_is_never_slower(
+    asked: tuple[str, str], low: float, more: float, ram: float | None, card: Card
+) -> None:
+    small, large = (search(request(*asked), budget(g, ram), Options(offers=False), card) for g in (low, low + more))
+    assume(isinstance(small, Plan))
+    assert isinstance(large, Plan)
+    assert isinstance(small, Plan)
+    assert small.seconds is not None
+    assert large.seconds is not None
+    # Steps within 1 % of the resident transformer's count as equal.
+    assert large.seconds <= small.seconds * (1 + NEGLIGIBLE)
+
+
+def test_the_planner_loads_without_torch() -> None:
+    code = "import sys, wanvram.planner, wanvram.report.plan, wanvram.cli.plan; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
