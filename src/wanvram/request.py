@@ -17,6 +17,7 @@ __all__ = ["MAX_PROMPTS", "Request"]
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_PROMPTS = 1000
+MAX_FRAMES = 4093  # 1024 latent frames: as far as the official transformer's positions go
 EXTEND_METHODS = ("local_qwen", "dashscope")
 # Which task reads which file; what a task does not read is refused rather than ignored.
 MEDIA = {
@@ -77,6 +78,7 @@ class Request:
             are_frames_valid(self.frame_num),
             f"frame_num: {self.frame_num} is not of the form 4n+1 (1, 5, 9, ..., 81)",
         )
+        require(self.frame_num <= MAX_FRAMES, f"frame_num: {self.frame_num}; at most {MAX_FRAMES} frames in one video")
         require(task.frames != 1 or self.frame_num == 1, f"frame_num: {self.task} makes one image; frame_num must be 1")
         require(
             task.kind != "flf2v" or self.frame_num > 1, "frame_num: flf2v needs at least 5, the first and last differ"
@@ -103,6 +105,7 @@ class Request:
                 len(text) <= MAX_PROMPT_CHARACTERS,
                 f"{name}: {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} (the model reads 512 tokens)",
             )
+            require(_is_unicode(text), f"{name}: is not UTF-8 text")
         require(
             self.prompt_extend_method in EXTEND_METHODS,
             f"prompt_extend_method: '{self.prompt_extend_method}'; choose {' or '.join(EXTEND_METHODS)}",
@@ -116,8 +119,13 @@ class Request:
         kind = TASKS[self.task].kind
         for name, kinds in MEDIA.items():
             require(
-                not getattr(self, name) or kind in kinds, f"{name}: {self.task} does not read it; only {kinds[0]} does"
+                not _given(getattr(self, name)) or kind in kinds,
+                f"{name}: {self.task} does not read it; only {kinds[0]} does",
             )
+        for flag, path in self.media_files():
+            name = flag.removeprefix("--")
+            require(path != Path(), f"{name}: is empty; give a file")
+            require(_is_unicode(str(path)), f"{name}: {path!a} is not a UTF-8 file name; rename the file")
         require(self.src_mask is None or self.src_video is not None, "src_mask: needs src_video, whose parts it marks")
         if kind == "flf2v":
             both = (self.first_frame is None) == (self.last_frame is None)
@@ -167,4 +175,14 @@ class Request:
         """(flag, path) of every file this request reads."""
         named = [(name, getattr(self, name)) for name in MEDIA if name != "src_ref_images"]
         named += [("src_ref_images", path) for path in self.src_ref_images]
-        return [("--" + name, Path(path)) for name, path in named if path]
+        return [("--" + name, Path(path)) for name, path in named if path is not None]
+
+
+def _given(value: str | tuple[str, ...] | None) -> bool:
+    """An empty name is given too, and refused rather than ignored."""
+    return value is not None and value != ()
+
+
+def _is_unicode(text: str) -> bool:
+    """Bytes of a command line that are no UTF-8 reach Python as lone surrogates, which no file can hold."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

@@ -192,9 +192,7 @@ def test_the_sidecar_says_how_to_make_it_again(task: str, generated: Runs) -> No
     assert (request["task"], request["size"], request["sample_steps"]) == (task, TINY_SIZE, 2)
 
 
-def test_the_configuration_of_a_sidecar_makes_the_same_video_again(
-    generated: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_configuration_of_a_sidecar_makes_the_same_video_again(generated: Runs, tmp_path: Path) -> None:
     first = generated("vace-1.3B")
     config = tmp_path / "again.yaml"
     config.write_text(yaml.safe_dump(read_json(made(first).with_suffix(".json"))["config"]))
@@ -326,9 +324,7 @@ def test_a_converted_checkpoint_gives_the_video_of_its_source(task: str, generat
     assert largest_difference(source, generated(task)) > 0, "bf16 is another precision"
 
 
-def test_the_weights_of_the_checkpoint_decide_the_video(
-    generated: Runs, checkpoint: Callable[[str, str], Path], tmp_path: Path
-) -> None:
+def test_the_weights_of_the_checkpoint_decide_the_video(generated: Runs, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "other"

@@ -61,6 +61,9 @@ class FakeMeter:
     def synchronize(self) -> None:
         self.calls["synchronize"] += 1
 
+    def now(self, kind: str) -> float:
+        return time.perf_counter()
+
     def host(self) -> tuple[int, int]:
         return 5, 2
 

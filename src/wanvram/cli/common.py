@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from wanvram.errors import InputError
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
+from wanvram.units import parse_bytes
 
-__all__ = ["add_device_flags", "add_output_flags", "finish", "progress_printer"]
+__all__ = ["add_device_flags", "add_output_flags", "finish", "memory_limit", "progress_printer"]
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +27,19 @@ def add_output_flags(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("-o", "--output", type=Path, help=f"run directory (default: {default})")
     parser.add_argument("--force", action="store_true", help="replace the run that is already in the directory")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+
+
+def memory_limit(args: argparse.Namespace) -> int | None:
+    """Bytes of --vram, None when it is absent. Raises InputError that names the flag."""
+    if args.vram is None:
+        return None
+    try:
+        limit = parse_bytes(args.vram)
+    except (InputError, OverflowError):
+        limit = 0
+    if limit < 1:
+        raise InputError(f"--vram: '{args.vram}' is not an amount of memory; write for example 8GiB, 8GB or 512MiB")
+    return limit
 
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:

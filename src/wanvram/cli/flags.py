@@ -17,6 +17,13 @@ __all__ = ["add_request_flags", "add_strategy_flags", "boolean", "config_from_fl
 REQUEST_DEFAULTS: dict[str, Any] = {"task": "t2v-14B", "size": "1280*720"}
 STRATEGY_DEFAULTS: dict[str, Any] = {"precision": "fp16", "load_strategy": "block", "offload": True}
 MAX_PROMPT_FILE_BYTES = 8 * 1024 * 1024
+# Keys of the YAML whose flag has another name.
+FLAG_OF = {
+    "prompts": "prompt_file",
+    "offload": "offload_model",
+    "weights": "ckpt_dir",
+    "memory_limit_bytes": "vram",
+}
 
 
 def boolean(text: str) -> bool:
@@ -124,6 +131,8 @@ def config_from_flags(
         _forget_defaults(data["request"])
     for section, values in _sections(strategy, device).items():
         data[section].update(values)
+    if "prompts" in request or "prompt" in request:  # either replaces both of the file
+        data["request"] |= {"prompt": "", "prompts": []}
     data["request"].update(request | {k: v for k, v in others.items() if v is not None})
     return _from_dict(data)
 
@@ -134,7 +143,10 @@ def _from_dict(data: dict[str, Any]) -> RunConfig:
         return RunConfig.from_dict(data)
     except InputError as error:
         section, dot, rest = str(error).partition(".")
-        raise InputError("--" + rest if dot and section in data else str(error)) from error
+        if not dot or section not in data:
+            raise
+        key, colon, sentence = rest.partition(":")
+        raise InputError(f"--{FLAG_OF.get(key, key)}{colon}{sentence}") from error
 
 
 def _sections(strategy: dict[str, Any], device: str | None) -> dict[str, dict[str, Any]]:
@@ -169,8 +181,8 @@ def _given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 def _given_request(args: argparse.Namespace) -> dict[str, Any]:
     given = _given(args, Request)
-    if args.src_ref_images:
-        given["src_ref_images"] = [path for path in args.src_ref_images.split(",") if path]
+    if args.src_ref_images is not None:
+        given["src_ref_images"] = args.src_ref_images.split(",")
     if args.prompt_file is not None:
         given["prompts"] = _read_prompts(args.prompt_file)
     return given
@@ -182,12 +194,14 @@ def _read_prompts(path: Path) -> list[str]:
         size = path.stat().st_size
         if size > MAX_PROMPT_FILE_BYTES:
             raise InputError(f"--prompt_file {path}: {size} bytes; at most {MAX_PROMPT_FILE_BYTES}")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # Windows writes a mark in front
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt_file {path}: is not UTF-8 text") from error
     except OSError as error:
         raise InputError(f"--prompt_file {path}: cannot be read ({error.strerror or error})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    if "\0" in text:
+        raise InputError(f"--prompt_file {path}: is not text but binary; write one prompt per line")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"--prompt_file {path}: holds no prompt; write one per line")
     return prompts

@@ -16,10 +16,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from wanvram.cli.common import add_device_flags, add_output_flags, finish, progress_printer
+from wanvram.cli.budget import add_budget_flags, planned
+from wanvram.cli.common import add_device_flags, add_output_flags, finish, memory_limit, progress_printer
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.errors import InputError
-from wanvram.units import parse_bytes
 
 __all__ = ["prepare_parser", "run"]
 
@@ -28,6 +28,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_request_flags(parser)
     add_strategy_flags(parser)
     add_device_flags(parser)
+    add_budget_flags(parser)
     parser.add_argument("--ckpt_dir", "--weights", dest="weights", help="official checkpoint directory, random or tiny")
     parser.add_argument(
         "--save_file", type=Path, help="the video's (or picture's) file (default: in the run directory)"
@@ -39,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.weights and args.config is None:
         raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
     device = args.device or ("cpu" if args.weights == "tiny" else None)
-    limit = parse_bytes(args.vram) if args.vram else None
+    limit = memory_limit(args)
     config = config_from_flags(args, device=device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit)
     if config.request.base_seed < 0:
         import secrets
 
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
+    config = planned(config, args)
     from wanvram.run.directory import unused_directory
     from wanvram.run.execute import Output, execute
 

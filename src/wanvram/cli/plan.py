@@ -17,20 +17,17 @@ from pathlib import Path
 
 import yaml
 
+from wanvram.cli.budget import budget_of
 from wanvram.cli.common import progress_printer
 from wanvram.cli.flags import add_request_flags, config_from_flags
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
-from wanvram.planner.budget import Budget
 from wanvram.planner.result import Plan, Refusal
 from wanvram.record import write_atomically
 from wanvram.report.plan import summarize_plan
-from wanvram.simulate.gpus import find_gpu
-from wanvram.units import gib, parse_bytes
+from wanvram.units import gib
 
 __all__ = ["prepare_parser", "run"]
-
-DEFAULT_GPU = "h200"
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_flags(args, device=None, weights=args.weights, gpu=args.gpu, memory_limit_bytes=None)
     if args.output is not None and args.output.exists() and not args.force:
         raise InputError(f"{args.output} exists; --force replaces it")
-    budget = _budget(args, config)
+    budget = budget_of(args.vram, args.ram, config)
     from wanvram.run.planning import plan_run, planned_config
 
     result, _ = plan_run(config, budget, show=progress_printer(args))
@@ -68,22 +65,6 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(f"Wrote {args.output}")
     return 0
-
-
-def _budget(args: argparse.Namespace, config: RunConfig) -> Budget:
-    ram = parse_bytes(args.ram) if args.ram else None
-    if args.vram.strip().lower() != "auto":
-        return Budget(parse_bytes(args.vram), ram_bytes=ram, gpu=config.gpu or DEFAULT_GPU)
-    free, name = _free_memory()
-    return Budget(free, ram_bytes=ram, gpu=config.gpu or find_gpu(name).key)
-
-
-def _free_memory() -> tuple[int, str]:
-    """(free bytes, name) of the first CUDA device; DeviceError without one."""
-    from wanvram.run.environment import free_device_bytes
-
-    free, _, name = free_device_bytes()
-    return free, name
 
 
 def _yaml(planned: RunConfig, plan: Plan) -> str:

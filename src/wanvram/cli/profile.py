@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from wanvram.cli.budget import add_budget_flags, planned
 from wanvram.cli.common import add_device_flags, add_output_flags, finish, progress_printer
 from wanvram.config import load_config
 from wanvram.units import parse_bytes
@@ -24,6 +25,7 @@ __all__ = ["prepare_parser", "run"]
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="+", type=Path, help="YAML configuration file")
     add_device_flags(parser)
+    add_budget_flags(parser)
     add_output_flags(parser, default="profiler_logs/<name>")
     parser.add_argument("--weights", help="checkpoint directory, random or tiny; overrides the file")
 
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         config = replace(config, weights=args.weights)
     if args.vram:
         config = replace(config, memory_limit_bytes=parse_bytes(args.vram))
+    config = planned(config, args)
     directory = args.output or Path("profiler_logs") / config.name
     from wanvram.run.execute import Output, execute
 
@@ -54,7 +57,7 @@ def _run_each(args: argparse.Namespace) -> int:
     for path in args.config:
         config = load_config(path)
         command = [sys.executable, "-m", "wanvram", "profile", str(path), "-o", str(base / config.name)]
-        for flag in ("device", "gpu", "weights", "vram"):
+        for flag in ("device", "gpu", "weights", "vram", "vram_budget", "ram"):
             if getattr(args, flag):
                 command += [f"--{flag}", str(getattr(args, flag))]
         command += ["--force"] if args.force else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from wanvram.errors import InputError, OutputError
@@ -39,6 +40,8 @@ def _files_of_a_run(path: Path) -> list[Path]:
 
 def prepare_directory(path: Path, *, force: bool) -> Path:
     """Creates the directory, or empties it of an earlier run's files when `force`. Raises InputError if it holds a run."""
+    if os.path.isfile(path):
+        raise InputError(f"-o {path} is a file; name a directory")
     existing = _files_of_a_run(path)
     if existing and not force:
         names = ", ".join(file.name for file in existing)

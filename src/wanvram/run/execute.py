@@ -62,10 +62,8 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     real = config.weights not in ("random", "tiny") and not simulated
     inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
     extend = prompt_extension(config.request)
+    outputs = _outputs(config, device, output)
     directory = prepare_directory(output.directory, force=output.force) if output.directory else None
-    outputs = None
-    if output.video and directory and not simulated:
-        outputs = Outputs(config, directory, device.name, output.save_file, output.force)
     environment = describe_environment()
     if directory:
         write_atomically(
@@ -89,6 +87,17 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     if directory and timeline:
         write_atomically(directory / "timeline.json", json.dumps(timeline.to_json(), ensure_ascii=False) + "\n")
     return record
+
+
+def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | None:
+    """Checked before the run directory is made, so that a refused run leaves nothing behind."""
+    if not output.video or output.directory is None:
+        return None
+    if device.kind != "simulated":
+        return Outputs(config, output.directory, device.name, output.save_file, output.force)
+    if output.save_file is not None:
+        raise InputError(f"--save_file {output.save_file}: nothing is generated on the simulated device")
+    return None
 
 
 class StepProgress:

@@ -12,10 +12,12 @@ from torch import Tensor
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.errors import InputError
 from wanvram.request import Request
-from wanvram.run.media import SourceVideo, picture_size, plan_frames, probe_video, read_picture
+from wanvram.run.media import MAX_PICTURE_PIXELS, SourceVideo, picture_size, plan_frames, probe_video, read_picture
 
 __all__ = ["prepare_inputs"]
 
+# Tokens are 16 pixels wide; the official transformer's positions go to 1024 of them.
+MIN_SIDE, MAX_SIDE = 16, 16 * 1024
 NEEDED = {"i2v": "--image", "flf2v": "--first_frame and --last_frame"}
 
 
@@ -44,17 +46,35 @@ def _from_pictures(request: Request, simulated: bool, real_weights: bool) -> tup
         size = (request.height, request.width, 3)
         pictures = [_blank(size, simulated) for _ in names]
         notes = [f"no picture was given: a grey one of {request.width}x{request.height} stands in"]
+    _check_last(pictures, paths)
     height, width = pictures[0].shape[:2]
     width, height = request.video_size((width, height))
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_SIDE:
+        raise InputError(
+            f"--{names[0]} {paths[0]} is too long and thin: a video of its shape within the area of {request.size} would be "
+            f"{width}x{height}; sides must be {MIN_SIDE} to {MAX_SIDE} pixels"
+        )
     if (width, height) != (request.width, request.height):
         notes.append(f"the video is {width}x{height}: the picture's aspect ratio within the area of {request.size}")
     return Inputs(request.frame_num, height, width, tuple(pictures)), notes
 
 
+def _check_last(pictures: list[Tensor], paths: list[str]) -> None:
+    """The last frame is scaled until it covers the first: InputError if that would be a giant."""
+    sizes = [picture.shape[:2] for picture in pictures]
+    (height, width), (last_height, last_width) = sizes[0], sizes[-1]
+    scale = max(height / last_height, width / last_width)
+    if scale > 1 and last_height * last_width * scale**2 > MAX_PICTURE_PIXELS:
+        raise InputError(
+            f"--last_frame {paths[-1]} is {last_width}x{last_height}, too thin to be cut to the first frame's {width}x{height}; "
+            "give pictures of about the same shape"
+        )
+
+
 def _from_source(request: Request, simulated: bool) -> tuple[Inputs, list[str]]:
-    references = tuple(_picture(Path(path), "--src_ref_images", simulated) for path in request.src_ref_images)
+    references = [_picture(Path(path), "--src_ref_images", simulated) for path in request.src_ref_images]
     if request.src_video is None:
-        return Inputs(request.frame_num, request.height, request.width, references=references), []
+        return _with_references(Inputs(request.frame_num, request.height, request.width), references, simulated), []
     path = Path(request.src_video)
     info = probe_video(path, "--src_video")
     mask_path = Path(request.src_mask) if request.src_mask else None
@@ -68,7 +88,15 @@ def _from_source(request: Request, simulated: bool) -> tuple[Inputs, list[str]]:
         source = lambda: _pieces(3, frames, plan.height, plan.width)  # noqa: E731
         mask = mask and (lambda: _pieces(1, frames, plan.height, plan.width))
     notes = [f"the video is {plan.width}x{plan.height} with {frames} frames, after {path.name}"]
-    return Inputs(frames, plan.height, plan.width, source=source, mask=mask, references=references), notes
+    inputs = Inputs(frames, plan.height, plan.width, source=source, mask=mask)
+    return _with_references(inputs, references, simulated), notes
+
+
+def _with_references(inputs: Inputs, references: list[Tensor], simulated: bool) -> Inputs:
+    """Simulated ones have the size of the video from the start, which they are brought to on the host."""
+    if simulated:
+        references = [_blank((inputs.height, inputs.width, 3), simulated) for _ in references]
+    return replace(inputs, references=tuple(references))
 
 
 def _picture(path: Path, flag: str, simulated: bool) -> Tensor:

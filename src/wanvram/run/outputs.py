@@ -20,6 +20,7 @@ from wanvram.version import __version__
 __all__ = ["Outputs"]
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+MAX_NAME_BYTES = 200  # file systems take 255; a number and the mark of an unfinished file must still fit
 
 
 @dataclass
@@ -41,14 +42,24 @@ class Outputs:
             check_encoder()
         if self.save_file is None:
             return
+        if len(self.save_file.name.encode()) > MAX_NAME_BYTES:
+            raise InputError(
+                f"--save_file {self.save_file.name[:20]}...: its name is too long; at most {MAX_NAME_BYTES} bytes"
+            )
         allowed = (".png",) if is_picture else VIDEO_SUFFIXES
         if self.save_file.suffix.lower() not in allowed:
             raise InputError(f"--save_file {self.save_file}: its name must end in {' or '.join(allowed)}")
         for index in range(len(self.config.request.all_prompts())):
-            if self.path(index).exists() and not self.force:
-                raise InputError(f"--save_file {self.path(index)} exists; give --force to replace it")
+            for path in (self.path(index), self.path(index).with_suffix(".json")):
+                if path.is_dir():
+                    raise InputError(f"--save_file {path} is a directory; name a file")
+                if path.exists() and not self.force:
+                    raise InputError(f"--save_file {path} exists; give --force to replace it")
+        probe = self.save_file.parent / ".wanvram-write-test"
         try:
             self.save_file.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
         except OSError as error:
             raise OutputError(f"cannot write to {self.save_file.parent}: {error.strerror or error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,12 +23,13 @@ class OfficialWeights:
     tiny = False
 
     def __init__(self, directory: Path, components: Sequence[str], dit: str) -> None:
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
             raise CheckpointError(
-                f"{directory} is not a directory; --weights takes a checkpoint directory, random or tiny"
+                f"--ckpt_dir {directory} is not a directory; give a checkpoint directory, random or tiny"
             )
         check_checkpoint(directory, components, dit)
         self.directory = directory
+        self._tokenizer = UMT5Tokenizer(tokenizer_file(directory))
         self._open: dict[str, TensorSource] = {}
 
     def source(self, component: Component) -> TensorSource:
@@ -36,7 +38,7 @@ class OfficialWeights:
         return self._open[component]
 
     def tokenizer(self, spec: T5Spec) -> Tokenizer:
-        return UMT5Tokenizer(tokenizer_file(self.directory))
+        return self._tokenizer
 
     def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """A checkpoint knows its own shapes."""

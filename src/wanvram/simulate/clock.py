@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from wanvram.simulate.gpus import EFFICIENCY, GPU, HOST, Efficiency, Host
+from wanvram.simulate.gpus import GPU, HOST, Host
 
 __all__ = ["CATEGORIES", "Clock", "Copies", "Costs", "Price"]
 
@@ -53,6 +53,7 @@ _WRITES_ONLY = (
     "aten.uniform_",
 )
 _LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
+_DIRECT = ("wanvram.conv3d", "wanvram.rms_norm_silu")  # on CUDA these are called without PyTorch's dispatcher
 _PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.addmm_": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
 
 Arguments = tuple[Any, ...]
@@ -73,18 +74,16 @@ class Price:
 class Costs:
     """Prices of operations on one card, at the rates that are reached."""
 
-    def __init__(self, gpu: GPU, efficiency: Efficiency = EFFICIENCY) -> None:
+    def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
-        self.efficiency = efficiency
-        self.bandwidth = gpu.bandwidth_bytes * efficiency.memory
+        self.bandwidth = gpu.bandwidth_bytes * gpu.efficiency.memory
 
     def price(self, operation: str) -> Price | None:
-        """Of an operation by its full name, such as `aten.mm.out`; None if it runs nothing on the device."""
+        """Of an operation by its full name, such as `aten.mm.out`; None for an allocation."""
         if operation.startswith(_NO_KERNEL):
             return None
         name = operation.rpartition(".")[0]
-        ours = name.startswith("wanvram.")
-        dispatch = self.efficiency.custom_dispatch_seconds if ours else self.efficiency.dispatch_seconds
+        dispatch = self._dispatch(name)
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
@@ -93,6 +92,12 @@ class Costs:
         if name in ("wanvram.conv3d", "aten.convolution"):
             return Price("convolution", self._convolution, dispatch)
         return Price("elementwise", _traffic(operation), dispatch)
+
+    def _dispatch(self, name: str) -> float:
+        if name in _DIRECT:
+            return self.gpu.efficiency.triton_seconds
+        custom = name.startswith("wanvram.")
+        return self.gpu.efficiency.custom_seconds if custom else self.gpu.efficiency.dispatch_seconds
 
     def seconds(self, work: Work) -> float:
         """The larger of arithmetic and memory traffic: they overlap."""
@@ -106,7 +111,7 @@ class Costs:
         return 2 * batch * m * k * n, self._product_rate(a.itemsize), a.nbytes + b.nbytes + out
 
     def _product_rate(self, itemsize: int) -> float:
-        gpu, reached = self.gpu, self.efficiency
+        gpu, reached = self.gpu, self.gpu.efficiency
         if itemsize == 1:
             return (gpu.fp8_flops or gpu.bf16_flops) * reached.product
         if itemsize == 2:
@@ -117,7 +122,7 @@ class Costs:
         """q [Lq,H,D], k [Lk,H,D]: two products of 2 Lq Lk H D each."""
         q, k = args[0], args[1]
         flops = 4 * prod(q.shape) * (k.shape[0] + RAMP_KEYS)
-        gpu, reached = self.gpu, self.efficiency
+        gpu, reached = self.gpu, self.gpu.efficiency
         rate = gpu.bf16_flops * reached.attention if q.itemsize == 2 else gpu.fp32_flops * reached.attention_fp32
         return flops, rate, 2 * q.nbytes + 2 * k.nbytes
 
@@ -131,7 +136,7 @@ class Costs:
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
 
     def _conv_rate(self, itemsize: int, narrow: bool) -> float:
-        gpu, reached = self.gpu, self.efficiency
+        gpu, reached = self.gpu, self.gpu.efficiency
         if itemsize == 2:
             return gpu.bf16_flops * (reached.conv_half_narrow if narrow else reached.conv_half)
         if gpu.compute_capability < (8, 0):
@@ -193,7 +198,6 @@ class Clock:
     """
 
     gpu: GPU
-    efficiency: Efficiency = EFFICIENCY
     machine: Host = HOST
     copied: Copies = Copies()
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
@@ -204,7 +208,7 @@ class Clock:
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
 
     def __post_init__(self) -> None:
-        self.costs = Costs(self.gpu, self.efficiency)
+        self.costs = Costs(self.gpu)
         self._pageable = min(self.machine.pageable_bytes, self.gpu.pcie_bytes)
 
     def now(self) -> float:
@@ -221,11 +225,15 @@ class Clock:
 
     def compute(self, price: Price, args: Arguments, result: Any) -> None:
         """One operation on the device, queued behind all earlier ones."""
-        seconds, launch = self.costs.seconds(price.work(args, result)), self.efficiency.launch_seconds
+        seconds, launch = self.costs.seconds(price.work(args, result)), self.gpu.efficiency.launch_seconds
         self._host += price.dispatch
         self._compute = max(self._compute, self._host) + launch + seconds
         self.busy[price.category] += seconds
         self.busy["launch"] += launch
+
+    def view(self) -> None:
+        """An operation that runs nothing: only the host is busy with it."""
+        self._host += self.gpu.efficiency.view_seconds
 
     def compute_on_host(self, price: Price, args: Arguments, result: Any) -> None:
         """One operation on host tensors, which the host does itself."""

@@ -17,6 +17,62 @@ __all__ = ["EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "find_gpu"
 
 
 @dataclass(frozen=True)
+class Efficiency:
+    """The share of a card's peak rates that long kernels reach, and what every operation costs besides. See EFFICIENCY."""
+
+    product: float  # 16-bit and 8-bit matrix products
+    product_fp32: float
+    attention: float  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
+    attention_fp32: float
+    conv_tf32: float
+    conv_tf32_narrow: float  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
+    conv_half: float
+    conv_half_narrow: float
+    memory: float  # of the bandwidth, in elementwise kernels and copies within the device
+    launch_seconds: float  # from one kernel's end to the next one's start
+    view_seconds: float  # host time of a view or an allocation; the device does nothing
+    dispatch_seconds: float  # host time of one operation with its share of Python
+    triton_seconds: float  # the same for Triton's launcher and convolutions
+    custom_seconds: float  # the same for operations registered with PyTorch, `wanvram::*`
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine around the card, bytes and operations per second."""
+
+    pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
+    copy_bytes: float  # from RAM to RAM, in a thread beside the computation
+    disk_bytes: float  # checkpoint files
+    flops: float  # bf16 products on the CPU
+    memory_bytes: float  # read and written by operations on the CPU
+
+
+# Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
+# attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
+# single kernels (h200.md, *_probe_libraries.json). The host's times per operation are estimates.
+EFFICIENCY = Efficiency(
+    product=0.715,
+    product_fp32=0.71,
+    attention=0.59,
+    attention_fp32=0.62,
+    conv_tf32=0.41,
+    conv_tf32_narrow=0.275,
+    conv_half=0.63,
+    conv_half_narrow=0.30,
+    memory=0.78,
+    launch_seconds=3e-6,
+    view_seconds=2e-6,
+    dispatch_seconds=8e-6,
+    triton_seconds=25e-6,
+    custom_seconds=50e-6,
+)
+
+# The H200's machine, 16 cores: pageable_bytes is measured, flops and memory_bytes follow from T5 on the CPU (2.0 s for two
+# prompts). copy_bytes (one thread's memcpy) and disk_bytes (an NVMe drive, files not in the page cache) are assumptions.
+HOST = Host(pageable_bytes=9.1e9, copy_bytes=10e9, disk_bytes=3e9, flops=3e12, memory_bytes=20e9)
+
+
+@dataclass(frozen=True)
 class GPU:
     """One card. module_bytes: device memory taken at a library's first use.
 
@@ -35,6 +91,7 @@ class GPU:
     pcie_bytes: float
     context_bytes: int
     module_bytes: Mapping[str, int] = field(default_factory=dict)
+    efficiency: Efficiency = EFFICIENCY
     measured: bool = False
     note: str = ""
 
@@ -42,35 +99,6 @@ class GPU:
     def tf32_flops(self) -> float:
         """float32 products with TF32, which cuDNN uses unless told not to: half of bf16 since Ampere (NVIDIA's data sheets)."""
         return self.bf16_flops / 2 if self.compute_capability >= (8, 0) else self.fp32_flops
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """The share of a card's peak rates that long kernels reach, and what every operation costs besides. See EFFICIENCY."""
-
-    product: float  # 16-bit and 8-bit matrix products
-    product_fp32: float
-    attention: float  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
-    attention_fp32: float
-    conv_tf32: float
-    conv_tf32_narrow: float  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
-    conv_half: float
-    conv_half_narrow: float
-    memory: float  # of the bandwidth, in elementwise kernels and copies within the device
-    launch_seconds: float  # from one kernel's end to the next one's start
-    dispatch_seconds: float  # host time of one PyTorch operation with its share of Python and of views
-    custom_dispatch_seconds: float  # the same for `wanvram::*`, which go through Python and Triton's launcher
-
-
-@dataclass(frozen=True)
-class Host:
-    """The machine around the card, bytes and operations per second."""
-
-    pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
-    copy_bytes: float  # from RAM to RAM, in a thread beside the computation
-    disk_bytes: float  # checkpoint files
-    flops: float  # bf16 products on the CPU
-    memory_bytes: float  # read and written by operations on the CPU
 
 
 _MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 2 * MIB}
@@ -114,23 +142,6 @@ _H200 = GPU(
     measured=True,
     note="measured 2026-11-24, driver 580.159, torch 2.11.0+cu130",
 )
-
-EFFICIENCY = Efficiency(
-    product=0.73,
-    product_fp32=0.76,
-    attention=0.60,
-    attention_fp32=0.65,
-    conv_tf32=0.415,
-    conv_tf32_narrow=0.275,
-    conv_half=0.63,
-    conv_half_narrow=0.30,
-    memory=0.85,
-    launch_seconds=3e-6,
-    dispatch_seconds=8e-6,
-    custom_dispatch_seconds=30e-6,
-)
-
-HOST = Host(pageable_bytes=9.1e9, copy_bytes=10e9, disk_bytes=3e9, flops=2e12, memory_bytes=20e9)
 
 GPUS: dict[str, GPU] = {
     gpu.key: gpu

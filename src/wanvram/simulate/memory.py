@@ -20,6 +20,7 @@ from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.buffers import BufferPlan, LibraryBuffers
 from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
+from wanvram.simulate.shortcuts import SHORTCUTS
 
 __all__ = ["AllocationEvent", "MemoryObserver", "SimulatedMemory"]
 
@@ -174,13 +175,16 @@ class SimulatedMemory(TorchDispatchMode):
             host = any(t.untyped_storage()._cdata in self._host for t in _meta_tensors((*args, *kwargs.values())))
         plan = None if host else self.libraries.plan(self._operation, args, kwargs)
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
-        result = func(*args, **kwargs)
+        shortcut = SHORTCUTS.get(self._operation) if args and getattr(args[0], "is_meta", False) else None
+        result = func(*args, **kwargs) if shortcut is None else shortcut(args, kwargs)
         for tensor in _meta_tensors((result,)):
             self._register(tensor.untyped_storage(), host, tensor)
         if plan:
             self.load_library("kernels")  # PyTorch's own kernels come with the first one launched
             self._take(plan, before)
-        if price is not None:
+        if price is None:
+            self.clock.view()
+        else:
             (self.clock.compute_on_host if host else self.clock.compute)(price, args, result)
         return result
 
