@@ -70,6 +70,10 @@ class Strategy:
         )
         _choose("weights_in", self.weights_in, WEIGHT_HOMES)
         _choose("weight_storage", self.weight_storage, ("same", "fp8"))
+        require(
+            self.weight_storage == "same" or self.precision != "fp32",
+            "weight_storage: fp8 is for bf16 and fp16; precision fp32 asks for full precision",
+        )
         _choose("vae_precision", self.vae_precision, ("fp32", "bf16", "fp16"))
         require(self.resident_blocks >= 0, f"resident_blocks: {self.resident_blocks} must be at least 0")
         require(

@@ -119,13 +119,12 @@ class Request:
         kind = TASKS[self.task].kind
         for name, kinds in MEDIA.items():
             require(
-                not _given(getattr(self, name)) or kind in kinds,
+                not _listed(getattr(self, name)) or kind in kinds,
                 f"{name}: {self.task} does not read it; only {kinds[0]} does",
             )
-        for flag, path in self.media_files():
-            name = flag.removeprefix("--")
-            require(path != Path(), f"{name}: is empty; give a file")
-            require(_is_unicode(str(path)), f"{name}: {path!a} is not a UTF-8 file name; rename the file")
+            for path in _listed(getattr(self, name)):
+                require(path != "", f"{name}: is empty; give a file")
+                require(_is_unicode(path), f"{name}: {path!a} is not a UTF-8 file name; rename the file")
         require(self.src_mask is None or self.src_video is not None, "src_mask: needs src_video, whose parts it marks")
         if kind == "flf2v":
             both = (self.first_frame is None) == (self.last_frame is None)
@@ -173,14 +172,14 @@ class Request:
 
     def media_files(self) -> list[tuple[str, Path]]:
         """(flag, path) of every file this request reads."""
-        named = [(name, getattr(self, name)) for name in MEDIA if name != "src_ref_images"]
-        named += [("src_ref_images", path) for path in self.src_ref_images]
-        return [("--" + name, Path(path)) for name, path in named if path is not None]
+        return [("--" + name, Path(path)) for name in MEDIA for path in _listed(getattr(self, name))]
 
 
-def _given(value: str | tuple[str, ...] | None) -> bool:
-    """An empty name is given too, and refused rather than ignored."""
-    return value is not None and value != ()
+def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The file names given; an empty one counts, to be refused rather than ignored."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
 
 
 def _is_unicode(text: str) -> bool:

@@ -77,7 +77,7 @@ def inputs_of(task: str, frames: int) -> Inputs:
 def build(kind: type[Pipeline], task: str, frames: int, strategy: dict[str, Any], **given: Any) -> Pipeline:
     given = {"prompt": "a cat"} | given
     request = Request.for_task(task, frame_num=frames, sample_steps=2, base_seed=3, **given)
-    how = Strategy(precision="fp32", **strategy)
+    how = Strategy(**({"precision": "fp32"} | strategy))
     config = RunConfig(name="x", description="", device="cpu", request=request, strategy=how, weights="tiny")
     device = make_device(config)
     weights = choose_weights("tiny", simulated=False, task=task, seed=3)
@@ -101,6 +101,15 @@ def test_a_lossless_strategy_gives_the_latent_of_the_resident_run(task: str, str
     # Chunks and head groups let the CPU library choose other product kernels; everything else is bit for bit.
     reordered = "rows_per_chunk" in strategy or "attention_slicing" in strategy
     assert error <= (1e-5 if reordered else 0.0)
+
+
+@pytest.mark.parametrize("how", [{"load_strategy": "full"}, {"load_strategy": "block", "resident_blocks": 2}])
+def test_fp8_storage_loses_a_little_and_the_same_wherever_the_weights_are(how: dict[str, Any]) -> None:
+    exact = latent_of("t2v-1.3B", (("precision", "bf16"),))
+    lossy = latent_of("t2v-1.3B", (("precision", "bf16"), ("weight_storage", "fp8"), *how.items()))
+    assert torch.equal(lossy, latent_of("t2v-1.3B", (("precision", "bf16"), ("weight_storage", "fp8"))))
+    error = (lossy - exact).abs().max() / exact.abs().max()
+    assert 1e-4 < error < 0.1
 
 
 @pytest.mark.parametrize("task", TASKS[1:])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -477,37 +477,32 @@ def test_a_walk_enters_the_observer_around_every_group(
 # --- the order of copies and computation --------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class LateCopy:
-    destination: Tensor
-    source: Tensor
-    done: bool = False
-
-
 class LateDevice(CpuDevice):
-    """Copies as late as a GPU might: only when waited for. Other marks are the number of units computed so far."""
+    """Copies as late as a GPU might, in order: only when waited for. Other marks are the number of units computed so far."""
 
     def __init__(self) -> None:
         super().__init__()
         self.computed = 0
         self.starts: list[tuple[int, int | None]] = []
         self.waited = 0
+        self.pending: deque[Callable[[], object]] = deque()
 
     def mark(self) -> int:
         return self.computed
 
     def prefetch(self, destination: Tensor, source: Tensor, after: Any) -> Any:
         self.starts.append((self.computed, after))
-        return LateCopy(destination, source)
+        copy = partial(destination.copy_, source)
+        self.pending.append(copy)
+        return copy
 
     def wait(self, mark: Any) -> None:
         self.waited += 1
         self.wait_on_host(mark)
 
     def wait_on_host(self, mark: Any) -> None:
-        if mark is not None and not mark.done:
-            mark.destination.copy_(mark.source)
-            mark.done = True
+        while any(mark is copy for copy in self.pending):
+            self.pending.popleft()()
 
 
 @pytest.mark.parametrize("home", HOMES)

@@ -100,8 +100,9 @@ class Parts:
         source = self.weights.source(name)
         if source is not None:
             check_keys(expected, source, name, ignored=_unused(source, built.unused))
-        component = Component(name, built.module, built.units, self.device, built.embedders)
         strategy = self.config.strategy
+        fp8 = name == "dit" and strategy.weight_storage == "fp8"
+        component = Component(name, built.module, built.units, self.device, built.embedders, fp8=fp8)
         if name == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
         elif built.units and strategy.load_strategy == "block":

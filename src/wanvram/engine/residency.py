@@ -16,48 +16,13 @@ import torch
 from torch import nn
 
 from wanvram.engine.devices import Device
+from wanvram.engine.layout import Layout
+from wanvram.engine.packing import Packing
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
 
-__all__ = ["Component", "Layout"]
-
-ALIGNMENT_BYTES = 256  # cuBLAS and cuDNN pick their fastest kernels for operands aligned to 16 bytes; 256 is CUDA's own
-
-
-@dataclass(frozen=True)
-class _Place:
-    name: str
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Offsets of a module's parameters in one flat byte buffer of `nbytes`."""
-
-    places: tuple[_Place, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, parameters: Sequence[tuple[str, torch.Tensor]]) -> Layout:
-        places, offset = [], 0
-        for name, p in parameters:
-            places.append(_Place(name, offset, p.dtype, tuple(p.shape), tuple(p.stride())))
-            size = p.numel() * p.element_size()
-            offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return cls(tuple(places), offset)
-
-    def views(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(parameter name, view into `flat` [nbytes] uint8) for every parameter."""
-        for place in self.places:
-            count = 1
-            for size in place.shape:
-                count *= size
-            span = flat.narrow(0, place.offset, count * place.dtype.itemsize).view(place.dtype)
-            yield place.name, span.as_strided(place.shape, place.stride)
+__all__ = ["Component"]
 
 
 def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -75,11 +40,13 @@ class _Part:
     prefix: str
     layout: Layout
     meta: tuple[tuple[str, nn.Parameter], ...]
+    packing: Packing | None = None
     flat: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.layout.nbytes
+        """As stored, on the device or at its home."""
+        return self.layout.nbytes if self.packing is None else self.packing.stored.nbytes
 
     @property
     def group(self) -> str:
@@ -113,13 +80,15 @@ class Component:
         units: Sequence[nn.Module],
         device: Device,
         embedders: Sequence[nn.Module] = (),
+        *,
+        fp8: bool = False,
     ) -> None:
         self.name = name
         self.module = module
         self.device = device
         self.parameters = sum(p.numel() for p in module.parameters())
         prefixes = {id(m): prefix for prefix, m in module.named_modules()}
-        self._units = {id(u): _part(u, prefixes[id(u)]) for u in units}
+        self._units = {id(u): _part(u, prefixes[id(u)], fp8) for u in units}
         self._embedders = {id(e): _part(e, prefixes[id(e)]) for e in embedders}
         placed = {id(p) for m in (*units, *embedders) for p in m.parameters()}
         shell = [(n, p) for n, p in module.named_parameters() if id(p) not in placed]
@@ -127,6 +96,7 @@ class Component:
         self._ring: SlotRing | None = None
         self._masters: dict[_Part, torch.Tensor] = {}
         self._source: TensorSource | None = None
+        self._unpacked: torch.Tensor | None = None
         self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
     # --- loading -----------------------------------------------------------------------------------------------------------
@@ -135,6 +105,7 @@ class Component:
         """Every parameter on the device, written there tensor by tensor: peaks at base memory plus nothing."""
         for part in self._parts():
             self._place(part, source)
+        self._make_room_to_unpack()
 
     def load_streamed(self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0) -> None:
         """The shell, two slots and some resident groups of units on the device, all else at `home`.
@@ -153,14 +124,15 @@ class Component:
         self._masters = {} if home == "disk" else self._fill_masters(waiting, source, pinned=home == "pinned")
         if streamed:
             self._ring = SlotRing(self.device, self._home(home, largest), largest)
+        self._make_room_to_unpack()
 
     def load_host(self, source: TensorSource | None) -> None:
         """Every parameter in host RAM; the module then computes on the CPU."""
         for part in self._parts():
             part.flat = self.device.host_empty((part.nbytes,), torch.uint8)
-            part.bind(part.flat)
             if source is not None:
                 self._fill(part, part.flat, source)
+            part.bind(part.flat)
 
     def release(self) -> None:
         """Drops every buffer; the module is back on meta and may be loaded again."""
@@ -172,12 +144,18 @@ class Component:
             for part in self._parts():
                 part.clear()
             self._masters.clear()
-            self._source = None
+            self._source = self._unpacked = None
 
     def _place(self, part: _Part, source: TensorSource | None) -> None:
         part.flat = self.device.empty((part.nbytes,), torch.uint8)
-        part.bind(part.flat)
         self._fill(part, part.flat, source)
+        if part.packing is None:
+            part.bind(part.flat)
+
+    def _make_room_to_unpack(self) -> None:
+        largest = max((part.layout.nbytes for part in self._units.values() if part.packing is not None), default=0)
+        if largest:
+            self._unpacked = self.device.empty((largest,), torch.uint8)
 
     def _home(self, home: str, largest: int) -> Home:
         if home == "pinned":
@@ -209,11 +187,17 @@ class Component:
         return masters
 
     def _fill(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
+        """The part's tensors from the source into `flat` [part.nbytes], packed if the part is."""
+        plain = flat
+        if part.packing is not None:
+            plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
         if source is None:
             self.device.generated_weights()
-            return
-        for name, view in part.layout.views(flat):
-            source.fill(part.prefix + name, view)
+        else:
+            for name, view in part.layout.views(plain):
+                source.fill(part.prefix + name, view)
+        if part.packing is not None:
+            part.packing.pack(plain, flat)
 
     def _parts(self) -> list[_Part]:
         shell = [self._shell] if self._shell.nbytes else []
@@ -250,10 +234,15 @@ class Component:
         coming = self._ring.walk(streamed) if self._ring is not None else iter(())
         try:
             for part in parts:
-                if part.flat is not None:
+                stored = next(coming) if part.flat is None else part.flat
+                if part.packing is not None:
+                    assert self._unpacked is not None
+                    part.packing.unpack(stored, self._unpacked.narrow(0, 0, part.layout.nbytes))
+                    stored = self._unpacked
+                elif part.flat is not None:
                     yield part.module
                     continue
-                part.bind(next(coming))
+                part.bind(stored)
                 try:
                     yield part.module
                 finally:
@@ -287,6 +276,7 @@ class Component:
         return sum(part.nbytes for part in self._parts())
 
 
-def _part(module: nn.Module, prefix: str) -> _Part:
+def _part(module: nn.Module, prefix: str, fp8: bool = False) -> _Part:
     named = list(module.named_parameters())
-    return _Part(module, prefix + ".", Layout.of(named), tuple(named))
+    layout = Layout.of(named)
+    return _Part(module, prefix + ".", layout, tuple(named), Packing.of(layout) if fp8 else None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,7 +34,9 @@ class Home(Protocol):
         """Starts filling `slot` [nbytes] once the mark `after` has passed; returns the mark of its completion."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Returns when no copy is under way any more."""
+        ...
 
 
 class PinnedHome:
@@ -119,7 +120,8 @@ class SlotRing:
         if not pieces:
             return
         if [c.piece for c in self._coming] != [pieces[i % len(pieces)] for i in range(len(self._coming))]:
-            self._drop()
+            # Another order, or the last walk was broken off. What is coming is overwritten: copies keep their order.
+            self._coming.clear()
         for ahead in range(len(self._coming), 2):
             self._start(pieces[ahead % len(pieces)])
         for index in range(len(pieces)):
@@ -137,21 +139,12 @@ class SlotRing:
         self._coming.append(_Coming(piece, slot, self.home.fetch(piece, target, self._free[slot])))
         self._turn += 1  # not before: after a fetch that failed, the other slot still holds what comes next
 
-    def _drop(self) -> None:
-        """Another order was asked for, or the walk was broken off: what is coming is let in and forgotten."""
-        while self._coming:
-            coming = self._coming.popleft()
-            with suppress(WanvramError):  # it could not be read, and is not wanted any more
-                self.device.wait(_resolved(coming.mark))
-            self._free[coming.slot] = self.device.mark()
-        self._turn = 0
-
     def close(self) -> None:
         """Copies under way end before the slots' memory is given back."""
+        self._coming.clear()
         try:
-            self._drop()
-        finally:
             self.home.close()
+        finally:
             self.slots.clear()
 
 
