@@ -44,7 +44,7 @@ def case(task: str, size: str, limit_gib: float, tile: int, resident_steps: int,
 
 CASES = [
     case("t2v-1.3B", "832*480", 2, 30, 4),
-    case("t2v-14B", "832*480", 4, 52, 3),
+    case("t2v-14B", "832*480", 4, 52, 2),
     case("t2v-14B", "1280*720", 6, 52, 2),
     case("i2v-14B", "1280*720", 8, 52, 0),
     case("vace-14B", "1280*720", 8, 52, 0),

@@ -150,13 +150,20 @@ _THROUGH = "the same memory through "
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """base_bytes: on the device once loaded. host_bytes: weights in RAM. activation_bytes: its highest stage."""
+    """base_bytes: on the device once loaded. host_bytes: weights in RAM. activation_bytes: its highest stage.
+
+    streamed_bytes: copied to the device beside the computation, in copy_seconds; hidden_share: the part of that time that the
+    computation did not wait for (None: nothing was streamed).
+    """
 
     name: str
     parameters: int
     base_bytes: int
     host_bytes: int
     activation_bytes: int
+    streamed_bytes: int = 0
+    copy_seconds: float = 0.0
+    hidden_share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -2,108 +2,33 @@
 
 from __future__ import annotations
 
-import gc
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
+from toy_component import (
+    HOMES,
+    LOADS,
+    CountingDevice,
+    CountingSource,
+    LateDevice,
+    Model,
+    all_on_meta,
+    assert_same_results,
+    finish,
+    load,
+    on_meta,
+    padded_bytes,
+)
 from wanvram.engine.devices import CpuDevice
-from wanvram.engine.residency import ALIGNMENT_BYTES, Component, Layout
-from wanvram.errors import CheckpointError, WanvramError
+from wanvram.engine.layout import Layout
+from wanvram.errors import CheckpointError
 from wanvram.weights.sources import MappingSource
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a copy or a thread that never ends must fail, not hang
-
-WIDTH = 16
-HIDDEN = (24, 32, 40, 24)
-HOMES = ("pinned", "pageable", "disk")
-LOADS = ("resident", "host", *HOMES)
-Walk = Callable[[Sequence[nn.Module]], Iterator[nn.Module]]
-
-
-class Block(nn.Module):
-    """Two units. Blocks differ in size (`hidden`) and hold two dtypes, as the transformer's do."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(WIDTH, hidden, dtype=torch.bfloat16)
-        self.down = nn.Linear(hidden, WIDTH)
-
-
-class Model(nn.Module):
-    """A shell with a convolution in channels_last_3d, two embedders, and by default four blocks, the third the largest."""
-
-    def __init__(self, hidden: Sequence[int] = HIDDEN) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(3, WIDTH, (1, 2, 2), stride=(1, 2, 2))
-        with torch.no_grad():
-            self.patch.weight = nn.Parameter(self.patch.weight.to(memory_format=torch.channels_last_3d))
-        self.time = nn.Linear(6, 7)
-        self.text = nn.Linear(7, WIDTH)
-        self.blocks = nn.ModuleList(Block(size) for size in hidden)
-        self.head = nn.Linear(WIDTH, 5)
-
-    def embedders(self) -> list[nn.Module]:
-        return [self.time, self.text]
-
-    def units(self) -> list[nn.Module]:
-        return [unit for block in self.blocks for unit in (block.up, block.down)]
-
-    def prepare(self, condition: Tensor, walk: Walk = iter) -> Tensor:
-        for embedder in walk(self.embedders()):
-            condition = torch.tanh(embedder(condition))
-        return condition
-
-    def forward(self, x: Tensor, condition: Tensor, walk: Walk = iter) -> Tensor:
-        h = self.patch(x).flatten(2).transpose(1, 2) + condition
-        for index, unit in enumerate(walk(self.units())):
-            if index % 2 == 0:
-                inner = torch.relu(unit(h.to(torch.bfloat16)))
-            else:
-                h = h + unit(inner.float())
-        return self.head(h)  # type: ignore[no-any-return]
-
-
-def on_meta(device: CpuDevice, hidden: Sequence[int] = HIDDEN) -> tuple[Model, Component]:
-    with torch.device("meta"):
-        model = Model(hidden)
-    return model, Component("toy", model, model.units(), device, model.embedders())
-
-
-def load(component: Component, how: str, source: MappingSource, resident_groups: int = 0) -> None:
-    if how in HOMES:
-        component.load_streamed(source, home=how, resident_groups=resident_groups)
-    else:
-        getattr(component, f"load_{how}")(source)
-
-
-def finish(walk: Iterator[nn.Module]) -> None:
-    for _ in walk:
-        pass
-
-
-def all_on_meta(*modules: nn.Module) -> bool:
-    return all(p.is_meta for module in modules for p in module.parameters())
-
-
-def padded_bytes(*modules: nn.Module) -> int:
-    parameters = [p for module in modules for p in module.parameters()]
-    return sum(-(-p.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for p in parameters)
-
-
-def reading_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("wanvram-weights")]
 
 
 @pytest.fixture
@@ -129,24 +54,6 @@ def inputs(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 # --- the same model wherever its weights are ----------------------------------------------------------------------------
-
-
-def assert_same_results(
-    model: Model, component: Component, plain: Model, inputs: tuple[Tensor, Tensor], passes: int = 3
-) -> None:
-    """Several passes: a second step must find the slots as good as the first did."""
-    x, condition = inputs
-    condition, expected = model.prepare(condition, component.walk_embedders), plain.prepare(condition)
-    assert torch.equal(condition, expected)
-    for _ in range(passes):
-        assert torch.equal(model(x, condition, component.walk), plain(x, expected))
-        x = x * 1.5
-
-
-def allocated_before(device: CpuDevice, plain: Model, inputs: tuple[Tensor, Tensor]) -> int:
-    """Bytes allocated once the plain model has run: the meter counts what existed before at its first use."""
-    plain(inputs[0], plain.prepare(inputs[1]))
-    return device.meter.read().allocated_bytes
 
 
 @pytest.mark.parametrize("how", LOADS)
@@ -246,24 +153,6 @@ def test_the_sizes_are_those_of_all_parameters_and_do_not_depend_on_where_they_a
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 
-class CountingDevice(CpuDevice):
-    """Keeps apart what is asked for on the device and on the host, which on a CPU are the same memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on_device: list[int] = []
-        self.on_host: list[int] = []
-        self.pinned: list[int] = []
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        self.on_device.append(shape[0])
-        return super().empty(shape, dtype)
-
-    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
-        (self.pinned if pinned else self.on_host).append(shape[0])
-        return super().host_empty(shape, dtype)
-
-
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("resident_groups", [0, 1])
 def test_streaming_takes_the_shell_the_resident_groups_and_two_of_the_largest_unit_on_the_device(
@@ -356,21 +245,6 @@ def test_loading_resident_weights_peaks_at_the_weights_themselves(source: Mappin
 
 
 # --- embedders ----------------------------------------------------------------------------------------------------------
-
-
-class CountingSource(MappingSource):
-    """Keys in the order they are read. `errors`: the next read of a key raises its error."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__(tensors)
-        self.read: list[str] = []
-        self.errors: dict[str, Exception] = {}
-
-    def fill(self, key: str, dest: Tensor) -> None:
-        self.read.append(key)
-        if key in self.errors:
-            raise self.errors.pop(key)
-        super().fill(key, dest)
 
 
 @pytest.mark.parametrize("how", LOADS)
@@ -472,227 +346,3 @@ def test_a_walk_enters_the_observer_around_every_group(
     component.observe(None)
     finish(component.walk(model.units()))
     assert len(seen) == 16
-
-
-# --- the order of copies and computation --------------------------------------------------------------------------------
-
-
-class LateDevice(CpuDevice):
-    """Copies as late as a GPU might, in order: only when waited for. Other marks are the number of units computed so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.computed = 0
-        self.starts: list[tuple[int, int | None]] = []
-        self.waited = 0
-        self.pending: deque[Callable[[], object]] = deque()
-
-    def mark(self) -> int:
-        return self.computed
-
-    def prefetch(self, destination: Tensor, source: Tensor, after: Any) -> Any:
-        self.starts.append((self.computed, after))
-        copy = partial(destination.copy_, source)
-        self.pending.append(copy)
-        return copy
-
-    def wait(self, mark: Any) -> None:
-        self.waited += 1
-        self.wait_on_host(mark)
-
-    def wait_on_host(self, mark: Any) -> None:
-        while any(mark is copy for copy in self.pending):
-            self.pending.popleft()()
-
-
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("observed", [False, True])
-def test_two_units_are_always_on_their_way_and_overwrite_a_slot_only_after_its_unit(
-    home: str, observed: bool, plain: Model, source: MappingSource
-) -> None:
-    """In the end they are the first two of the next pass."""
-    device = LateDevice()
-    model, component = on_meta(device)
-    component.load_streamed(source, home=home)
-    if observed:
-        component.observe(lambda _group: torch.no_grad())
-    for steps in (1, 2, 3):
-        for unit, expected in zip(component.walk(model.units()), plain.units(), strict=True):
-            assert torch.equal(unit.weight, expected.weight), "the copy was waited for before the unit is used"
-            device.computed += 1
-        # (units computed when the copy was issued, units that must be computed before it may overwrite its slot)
-        assert device.starts == [(0, None), (0, None), *((done, done) for done in range(1, 8 * steps + 1))]
-        assert device.waited == 8 * steps
-
-
-# --- reading and copying beside the computation -------------------------------------------------------------------------
-
-
-class Passed:
-    """A mark; on this device computation is over when the host goes on, so that only copies are waited for."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self.future = future
-
-
-class BesideDevice(CpuDevice):
-    """Poses as CUDA: a thread copies in order while the host goes on. `hold` stops all copies until it is set."""
-
-    kind = "cuda"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies = ThreadPoolExecutor(1, "toy-copies")
-        self.go_on = threading.Event()
-        self.go_on.set()
-        self.started = self.ended = 0
-
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        with super().session(), self.copies:
-            yield
-
-    def prefetch(self, destination: Tensor, source: Tensor, after: Any) -> Passed:
-        self.started += 1
-        return Passed(self.copies.submit(self._copy, destination, source))
-
-    def _copy(self, destination: Tensor, source: Tensor) -> None:
-        assert self.go_on.wait(30)
-        time.sleep(0.0005)  # s; long enough for the host to run ahead
-        destination.copy_(source)
-        self.ended += 1
-
-    def wait(self, mark: Any) -> None:
-        self.wait_on_host(mark)
-
-    def wait_on_host(self, mark: Any) -> None:
-        if mark is not None:
-            mark.future.result(timeout=30)
-
-
-@pytest.fixture
-def beside() -> Iterator[BesideDevice]:
-    device = BesideDevice()
-    with device.session():
-        yield device
-    assert not reading_threads()
-
-
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("resident_groups", [0, 1])
-def test_copies_beside_the_computation_change_no_result(
-    home: str,
-    resident_groups: int,
-    plain: Model,
-    source: MappingSource,
-    beside: BesideDevice,
-    inputs: tuple[Tensor, Tensor],
-) -> None:
-    model, component = on_meta(beside)
-    component.load_streamed(source, home=home, resident_groups=resident_groups)
-    assert_same_results(model, component, plain, inputs, passes=5)
-    assert len(reading_threads()) == (0 if home == "pinned" else 1)
-    component.release()
-
-
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("visited", [0, 1, 4, 8])
-def test_release_in_the_middle_waits_for_copies_under_way_and_then_frees_everything(
-    home: str, visited: int, source: MappingSource, beside: BesideDevice
-) -> None:
-    before = beside.meter.read().allocated_bytes
-    model, component = on_meta(beside)
-    component.load_streamed(source, home=home)
-    walk = component.walk(model.units())
-    for _ in range(visited):
-        next(walk)
-    beside.go_on.clear()
-    timer = threading.Timer(0.02, beside.go_on.set)
-    timer.start()
-    component.release()
-    timer.join()
-    assert beside.started == beside.ended
-    assert not reading_threads()
-    assert all_on_meta(model)
-    walk.close()
-    assert beside.meter.read().allocated_bytes == before
-
-
-def walk_twice(component: Component, model: Model) -> None:
-    """The first two units were fetched in the pass before."""
-    for _ in range(2):
-        finish(component.walk(model.units()))
-
-
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("error", [partial(OSError, 5), CheckpointError])
-@pytest.mark.parametrize("key", ["blocks.0.up.weight", "blocks.2.down.bias", "blocks.3.down.weight"])
-def test_a_disk_read_error_in_a_pass_is_a_failed_run_and_release_frees_everything(
-    kind: str, error: Callable[[str], Exception], key: str, plain: Model, inputs: tuple[Tensor, Tensor]
-) -> None:
-    source = CountingSource(plain.state_dict())
-    device = BesideDevice() if kind == "cuda" else CpuDevice()
-    with device.session():
-        before = allocated_before(device, plain, inputs)
-        model, component = on_meta(device)
-        component.load_streamed(source, home="disk")
-        finish(component.walk(model.units()))
-        source.errors[key] = error("sector 7")
-        with pytest.raises(WanvramError, match=r"could not be read while they were streamed: .*sector 7") as caught:
-            walk_twice(component, model)
-        assert type(caught.value) is WanvramError
-        assert caught.value.exit_code == 1
-        assert all_on_meta(model.blocks)
-        assert_same_results(model, component, plain, inputs)  # the disk can be read again
-        component.release()
-        del caught
-        gc.collect()  # the error's traceback held the slot that was to be filled
-        assert device.meter.read().allocated_bytes == before
-    assert not reading_threads()
-
-
-def test_a_read_error_that_nobody_met_does_not_stop_the_release(plain: Model, beside: BesideDevice) -> None:
-    source = CountingSource(plain.state_dict())
-    model, component = on_meta(beside)
-    component.load_streamed(source, home="disk")
-    source.errors["blocks.0.up.weight"] = OSError("bad sector")
-    walk = component.walk(model.units())
-    with pytest.raises(WanvramError, match="bad sector"):
-        next(walk)
-    source.errors["blocks.0.down.weight"] = OSError("bad sector")
-    walk = component.walk(model.units())
-    next(walk)
-    walk.close()
-    component.release()
-    assert all_on_meta(model)
-
-
-# --- any shape ----------------------------------------------------------------------------------------------------------
-
-
-@given(
-    hidden=st.lists(st.integers(1, 300), min_size=1, max_size=5),
-    resident_groups=st.integers(0, 6),
-    how=st.sampled_from(LOADS),
-    make_device=st.sampled_from([CpuDevice, LateDevice, BesideDevice]),
-    broken_off=st.integers(0, 10),
-)
-@settings(max_examples=60)
-def test_any_number_and_size_of_units_gives_the_plain_result_and_leaves_nothing(
-    hidden: list[int], resident_groups: int, how: str, make_device: Callable[[], CpuDevice], broken_off: int
-) -> None:
-    plain = Model(hidden).requires_grad_(False)
-    source = MappingSource(plain.state_dict())
-    device = make_device()
-    with device.session():
-        inputs = torch.randn(1, 3, 1, 4, 4), torch.randn(6)
-        before = allocated_before(device, plain, inputs)
-        model, component = on_meta(device, hidden)
-        load(component, how, source, resident_groups)
-        assert_same_results(model, component, plain, inputs, passes=2)
-        for _ in zip(range(broken_off), component.walk(model.units()), strict=False):
-            pass
-        component.release()
-        assert all_on_meta(model)
-        assert device.meter.read().allocated_bytes == before
-    assert not reading_threads()

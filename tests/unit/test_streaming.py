@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_component import reading_threads
 
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
@@ -155,10 +156,6 @@ class BesideDevice(QueueDevice):
     """Computes beside the host, so that a staged home reads in a thread."""
 
     kind = "cuda"
-
-
-def reading_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("wanvram-weights")]
 
 
 @pytest.fixture

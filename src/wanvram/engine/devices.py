@@ -18,6 +18,7 @@ import torch
 
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
 from wanvram.recorder.meters import CpuMeter, CudaMeter, Meter
+from wanvram.simulate.clock import Copies
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.units import human
 
@@ -72,6 +73,10 @@ class Device:
 
     def wait(self, mark: Any) -> None:
         """Lets later computation wait for a mark returned by `prefetch`."""
+
+    def copies(self) -> Copies:
+        """Prefetching since the start: bytes, how long it took and how long computation waited for it."""
+        return Copies()
 
     def wait_on_host(self, mark: Any) -> None:
         """Stops the calling thread until a mark returned by `prefetch` has passed."""
@@ -140,7 +145,9 @@ class CudaDevice(Device):
         self.meter = CudaMeter(index)
         if limit_bytes is not None:
             total = torch.cuda.mem_get_info(index)[1]
-            outside = total - torch.cuda.mem_get_info(index)[0] + LIBRARY_MODULES
+            outside = (
+                self.meter.device_memory() or 0
+            ) + LIBRARY_MODULES  # this process's: others may use the card, too
             if limit_bytes <= outside:
                 raise BudgetError(
                     f"{human(limit_bytes)} cannot hold the CUDA context and libraries, which take {human(outside)} on this GPU"
@@ -148,6 +155,9 @@ class CudaDevice(Device):
             torch.cuda.set_per_process_memory_fraction(min(1.0, (limit_bytes - outside) / total), index)
         self.limit_bytes = limit_bytes
         self._copies = torch.cuda.Stream(index)
+        self._copied = Copies()
+        self._copying: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._waiting: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -178,6 +188,7 @@ class CudaDevice(Device):
         pages = mmap.mmap(-1, nbytes)
         pages.madvise(mmap.MADV_HUGEPAGE)
         tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+        tensor.zero_()  # all cores fault the pages in; left to the registration, one core does it at 1 GB/s
         self._pin(tensor)
         return tensor
 
@@ -203,18 +214,40 @@ class CudaDevice(Device):
         return tensor.cpu()
 
     def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
+            start.record()
             destination.copy_(source, non_blocking=True)
-            return self._copies.record_event()
+            end.record()
+        self._copying.append((source.nbytes, start, end))
+        return end
 
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.torch_device).record_event()
 
     def wait(self, mark: Any) -> None:
-        if mark is not None:
-            torch.cuda.current_stream(self.torch_device).wait_event(mark)
+        """The time between two events around the wait is how long the computation stood still."""
+        if mark is None:
+            return
+        stream = torch.cuda.current_stream(self.torch_device)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(stream)
+        stream.wait_event(mark)
+        after.record(stream)
+        self._waiting.append((before, after))
+
+    def copies(self) -> Copies:
+        torch.cuda.synchronize(self.torch_device)
+        nbytes = sum(n for n, _, _ in self._copying)
+        seconds = sum(start.elapsed_time(end) for _, start, end in self._copying) / 1000
+        stalled = sum(before.elapsed_time(after) for before, after in self._waiting) / 1000
+        self._copying.clear()
+        self._waiting.clear()
+        total = self._copied
+        self._copied = Copies(total.nbytes + nbytes, total.seconds + seconds, total.stalled_seconds + stalled)
+        return self._copied
 
     def wait_on_host(self, mark: Any) -> None:
         if mark is not None:
@@ -281,6 +314,9 @@ class SimulatedDevice(Device):
     def wait(self, mark: Any) -> None:
         if mark is not None:
             self.clock.wait(mark)
+
+    def copies(self) -> Copies:
+        return self.clock.copied
 
     def wait_on_host(self, mark: Any) -> None:
         """Only the thread that reads weights waits so; here it is a timeline of the clock."""

@@ -26,6 +26,7 @@ from wanvram.models.precision import PRECISIONS
 from wanvram.record import ComponentRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.sampling import solve, timesteps_and_sigmas
+from wanvram.simulate.clock import Copies
 
 __all__ = ["FrameSink", "Pipeline", "rows_per_chunk"]
 
@@ -60,6 +61,7 @@ class _Loaded:
     component: Component
     base_bytes: int
     host_bytes: int
+    copied_before: Copies
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Pipeline:
     prompts: list[str] = field(default_factory=list)
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _finished: list[ComponentRecord] = field(default_factory=list)
+    _streamed: dict[str, Copies] = field(default_factory=dict)
 
     def run(self, open_sink: OpenSink) -> None:
         """`open_sink(i)` opens what takes the frames of the i-th prompt."""
@@ -128,12 +131,16 @@ class Pipeline:
                 activation[span.component] = max(activation.get(span.component, 0), span.activation_bytes)
         records: dict[str, ComponentRecord] = {}
         for c in self._finished:
+            copies = self._streamed.get(c.name, Copies())
             before = records.get(c.name, ComponentRecord(c.name, 0, 0, 0, activation.get(c.name, 0)))
             records[c.name] = replace(
                 before,
                 parameters=before.parameters + c.parameters,
                 base_bytes=max(before.base_bytes, c.base_bytes),
                 host_bytes=max(before.host_bytes, c.host_bytes),
+                streamed_bytes=copies.nbytes,
+                copy_seconds=copies.seconds,
+                hidden_share=copies.hidden_share,
             )
         return list(records.values())
 
@@ -149,7 +156,7 @@ class Pipeline:
             component = parts.load(which)
         base = span.end.allocated_bytes - span.start.allocated_bytes
         host = component.weight_bytes - base if component.weight_bytes > base else 0
-        self._loaded[name] = _Loaded(component, base, host)
+        self._loaded[name] = _Loaded(component, base, host, self.device.copies())
         self._finished.append(ComponentRecord(name, component.parameters, base, host, 0))
 
     def _use(self, which: str, parts: Parts) -> Component:
@@ -159,6 +166,8 @@ class Pipeline:
         return self._loaded[name].component
 
     def _done_with(self, name: str) -> None:
+        copied = self.device.copies() - self._loaded[name].copied_before
+        self._streamed[name] = self._streamed.get(name, Copies()) + copied
         if self.config.strategy.offload:
             self._loaded.pop(name).component.release()
             self.device.empty_cache()

@@ -234,15 +234,11 @@ class Component:
         coming = self._ring.walk(streamed) if self._ring is not None else iter(())
         try:
             for part in parts:
-                stored = next(coming) if part.flat is None else part.flat
-                if part.packing is not None:
-                    assert self._unpacked is not None
-                    part.packing.unpack(stored, self._unpacked.narrow(0, 0, part.layout.nbytes))
-                    stored = self._unpacked
-                elif part.flat is not None:
+                if part.flat is not None and part.packing is None:
                     yield part.module
                     continue
-                part.bind(stored)
+                # Only the module holds the bytes, no local: release in the middle of a walk must free them.
+                part.bind(self._unpack(part, next(coming) if part.flat is None else part.flat))
                 try:
                     yield part.module
                 finally:
@@ -251,6 +247,13 @@ class Component:
         finally:
             if self._ring is not None:
                 coming.close()
+
+    def _unpack(self, part: _Part, stored: torch.Tensor) -> torch.Tensor:
+        if part.packing is None:
+            return stored
+        assert self._unpacked is not None
+        part.packing.unpack(stored, self._unpacked.narrow(0, 0, part.layout.nbytes))
+        return self._unpacked
 
     def walk_embedders(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Yields each embedder with its weights in place. Afterwards it is gone, on the device and at its home."""

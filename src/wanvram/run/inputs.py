@@ -66,8 +66,8 @@ def _check_last(pictures: list[Tensor], paths: list[str]) -> None:
     scale = max(height / last_height, width / last_width)
     if scale > 1 and last_height * last_width * scale**2 > MAX_PICTURE_PIXELS:
         raise InputError(
-            f"--last_frame {paths[-1]} is {last_width}x{last_height}, too thin to be cut to the first frame's {width}x{height}; "
-            "give pictures of about the same shape"
+            f"--last_frame {paths[-1]} is {last_width}x{last_height}, of too different a shape to be cut to the first frame's "
+            f"{width}x{height}; give pictures of about the same shape"
         )
 
 

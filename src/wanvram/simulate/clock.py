@@ -176,6 +176,11 @@ class Copies:
     seconds: float = 0.0
     stalled_seconds: float = 0.0
 
+    def __add__(self, other: Copies) -> Copies:
+        return Copies(
+            self.nbytes + other.nbytes, self.seconds + other.seconds, self.stalled_seconds + other.stalled_seconds
+        )
+
     def __sub__(self, earlier: Copies) -> Copies:
         """What was copied since."""
         return Copies(

@@ -1,0 +1,505 @@
+"""Bad input for every flag of `wanvram generate`: a sentence and exit code 2, before any model is loaded, and nothing left behind.
+
+Every case is a complete good call with one thing wrong; a test shows that the good calls reach the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from checkpoints import TINY_SIZE, tiny_models, write_download, write_tokenizer
+from wanvram.cli import generate
+from wanvram.cli.main import main
+from wanvram.engine.components import Parts
+from wanvram.tasks import TASKS
+from wanvram.weights.official import CLIP_FILE, DIT_FILE, T5_FILE, TOKENIZER_FILE, VAE_FILE
+
+
+class Loaded(Exception):
+    """A model was about to be loaded."""
+
+
+# --- the user's files -------------------------------------------------------------------------------------------------------
+
+
+def write_picture(path: Path, width: int = 80, height: int = 80) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_header(path: Path, width: int, height: int) -> None:
+    """A PNG that states its size and has next to no pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0"))]
+    parts = [
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in (*chunks, (b"IEND", b""))
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def write_video(path: Path, frames: int = 5, width: int = 96, height: int = 64) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            pixels = np.full((height, width, 3), 40 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_media(folder: Path) -> None:
+    write_picture(folder / "good.png")
+    write_video(folder / "good.mp4")
+    (folder / "text.png").write_text("a picture of a cat")
+    (folder / "text.mp4").write_text("a video of a cat")
+    (folder / "empty.png").touch()
+    (folder / "empty.mp4").touch()
+    (folder / "folder.png").mkdir()
+    (folder / "folder.mp4").mkdir()
+    write_picture(folder / "one.png", 1, 1)
+    write_header(folder / "giant.png", 20000, 20000)
+    write_picture(folder / "large.png", 1000, 999)
+    write_picture(folder / "thin.png", 32, 40000)
+    write_picture(folder / "wide.png", 40000, 32)
+    shutil.copy(folder / "good.mp4", folder / "video.png")
+    shutil.copy(folder / "good.png", folder / "picture.mp4")
+    for name, keep in (("good.png", 0.5), ("good.mp4", 0.6)):
+        data = (folder / name).read_bytes()
+        (folder / f"cut{Path(name).suffix}").write_bytes(data[: int(len(data) * keep)])
+    write_video(folder / "small.mp4", width=8, height=8)
+
+
+def write_texts(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    (folder / "no-prompts.txt").write_text(" \n\n")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "nul.txt").write_bytes(b"a\0b")
+    (folder / "long-prompt.txt").write_text("a cat\n" + "x" * 100_000)
+    (folder / "many-prompts.txt").write_text("a cat\n" * 1001)
+    (folder / "bad.yaml").write_text("name: [")
+    (folder / "list.yaml").write_text("- a\n- b\n")
+    (folder / "unknown.yaml").write_text("name: x\nrequest: {sampel_steps: 3}\n")
+    (folder / "binary.yaml").write_bytes(bytes(range(256)))
+    (folder / "frames.yaml").write_text(yaml.safe_dump({"name": "x", "request": {"frame_num": 4}}))
+    (folder / "existing.mp4").touch()
+    (folder / "sidecar.json").touch()
+    (folder / "a-file").touch()
+
+
+CHECKPOINTS = {"t2v": "tiny-t2v", "i2v": "tiny-i2v", "flf2v": "tiny-flf2v", "vace": "tiny-vace"}
+
+
+def write_checkpoints(folder: Path) -> None:
+    """A good one of each kind, and damaged copies of that for i2v, which has every file."""
+    for kind, dit in CHECKPOINTS.items():
+        (folder / kind).mkdir()
+        write_download(folder / kind, dit, sharded=kind == "flf2v")
+    for number, name in enumerate((T5_FILE, VAE_FILE, CLIP_FILE, DIT_FILE, TOKENIZER_FILE)):
+        for damage in ("missing", "cut"):
+            copy = folder / f"{damage}{number}"
+            shutil.copytree(folder / "i2v", copy)
+            os.truncate(copy / name, (copy / name).stat().st_size // 2) if damage == "cut" else (copy / name).unlink()
+    shutil.copytree(folder / "flf2v", folder / "shard")
+    (folder / "shard/diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    shutil.copytree(folder / "t2v", folder / "swapped")
+    shutil.copy(folder / "t2v" / VAE_FILE, folder / "swapped" / T5_FILE)
+    (folder / "nothing").mkdir()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_media(folder)
+    write_texts(folder)
+    write_checkpoints(folder)
+    return folder
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------------
+
+# What a good call of each kind gives; {files} is the folder of files.
+GOOD: dict[str, list[str]] = {
+    "t2v": ["--task", "t2v-1.3B"],
+    "i2v": ["--task", "i2v-14B", "--image", "{files}/good.png"],
+    "flf2v": ["--task", "flf2v-14B", "--first_frame", "{files}/good.png", "--last_frame", "{files}/good.png"],
+    "vace": ["--task", "vace-1.3B", "--src_video", "{files}/good.mp4", "--src_mask", "{files}/good.mp4"],
+}
+COMMON = ["--size", TINY_SIZE, "--frame_num", "5", "--sample_steps", "1", "--precision", "fp32", "--device", "cpu"]
+
+
+def call(kind: str, flags: Sequence[str], files: Path, out: Path) -> int:
+    """Exit code of the good call with `flags` after it; a None among them takes the flag before it out of the good call."""
+    good = [*GOOD[kind], *COMMON, "--prompt", "a cat", "--ckpt_dir", "{files}/" + kind, "-o", str(out)]
+    for flag in [f.removeprefix("-without") for f in flags if f.startswith("-without")]:
+        where = good.index(flag)
+        del good[where : where + 2]
+    given = [f for f in flags if not f.startswith("-without")]
+    arguments = [text.replace("{files}", str(files)) for text in (*good, *given)]
+    with tiny_models(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parts, "load", _refuse_to_load)
+        for name in ("DASH_API_KEY", "DASHSCOPE_API_KEY"):
+            patch.delenv(name, raising=False)
+        try:
+            return main(["generate", *arguments])
+        except SystemExit as exit:
+            return int(str(exit.code))
+
+
+def _refuse_to_load(*_: Any) -> None:
+    raise Loaded
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_good_call_reaches_the_models(kind: str, files: Path, tmp_path: Path) -> None:
+    with pytest.raises(Loaded):
+        call(kind, [], files, tmp_path / "out")
+
+
+ALLOWED = {
+    "empty prompt": ("t2v", ["--prompt", ""]),
+    "empty negative prompt": ("t2v", ["--negative_prompt", ""]),
+    "prompt of exactly the longest length": ("t2v", ["--prompt", "x" * 20_000]),
+    "prompt file": ("t2v", ["-without--prompt", "--prompt_file", "{files}/prompts.txt"]),
+    "frames of the source decide": ("vace", ["--frame_num", "81"]),
+    "vace from text alone": ("vace", ["-without--src_video", "-without--src_mask"]),
+    "existing save file with --force": ("t2v", ["--save_file", "{files}/existing.mp4", "--force"]),
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_what_looks_odd_but_means_something_is_allowed(case: str, files: Path, tmp_path: Path) -> None:
+    kind, flags = ALLOWED[case]
+    with pytest.raises(Loaded):
+        call(kind, flags, files, tmp_path / "out")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------
+
+Case = tuple[
+    str, list[str], str
+]  # kind of the good call, what is given after it, what the sentence must say (a pattern)
+
+PICTURES = {
+    "absent.png": "does not exist",
+    "folder.png": "is not a file",
+    "text.png": "is not an image",
+    "empty.png": "is not an image",
+    "video.png": "is not an image",
+    "one.png": "is 1x1; both sides need at least 32 pixels",
+    "giant.png": "is 20000x20000, 400,000,000 pixels; at most 64,000,000",
+    "cut.png": "is truncated or damaged",
+}
+VIDEOS = {
+    "absent.mp4": "does not exist",
+    "folder.png": "is not a file",
+    "text.mp4": "is not a video",
+    "empty.mp4": "is not a video",
+    "picture.mp4": "is not a video",
+    "small.mp4": "is 8x8; both sides must be 16 to 8192 pixels",
+    "cut.mp4": "has no video stream",
+}
+PICTURE_FLAGS = {"image": "i2v", "first_frame": "flf2v", "last_frame": "flf2v", "src_ref_images": "vace"}
+
+MEDIA: list[Case] = [
+    *(
+        (kind, [f"--{flag}", f"{{files}}/{name}"], rf"--{flag} \S*{re.escape(name)} {sentence}")
+        for flag, kind in PICTURE_FLAGS.items()
+        for name, sentence in PICTURES.items()
+    ),
+    *(
+        ("vace", [f"--{flag}", f"{{files}}/{name}"], rf"--{flag} \S*{re.escape(name)} {sentence}")
+        for flag in ("src_video", "src_mask")
+        for name, sentence in VIDEOS.items()
+    ),
+    *((kind, [f"--{flag}", ""], f"--{flag}: is empty; give a file") for flag, kind in PICTURE_FLAGS.items()),
+    *(("vace", [f"--{flag}", ""], f"--{flag}: is empty; give a file") for flag in ("src_video", "src_mask")),
+    ("vace", ["--src_ref_images", "{files}/good.png,"], "--src_ref_images: is empty"),
+    ("vace", ["--src_ref_images", "{files}/good.png,{files}/text.png"], r"text\.png is not an image"),
+    ("i2v", ["--image", "{files}/thin.png"], r"--image \S+ is too long and thin: .* 0x\d+; sides must be 16 to 16384"),
+    ("flf2v", ["--first_frame", "{files}/wide.png"], "--last_frame .*is 80x80, of too different a shape .*40000x32"),
+    (
+        "flf2v",
+        ["--first_frame", "{files}/large.png", "--last_frame", "{files}/thin.png"],
+        "--last_frame .*is 32x40000, of too different a shape .*1000x999",
+    ),
+    ("i2v", ["-without--image"], "--image: i2v-14B makes a video from it; give a picture"),
+    ("flf2v", ["-without--last_frame"], "only one is given; flf2v needs both"),
+    ("flf2v", ["-without--first_frame"], "only one is given; flf2v needs both"),
+    ("flf2v", ["-without--first_frame", "-without--last_frame"], "--first_frame and --last_frame: flf2v-14B"),
+    ("vace", ["-without--src_video"], "--src_mask: needs src_video"),
+    *(
+        ("t2v", [f"--{flag}", "{files}/good.png"], f"--{flag}: t2v-1.3B does not read it")
+        for flag in (*PICTURE_FLAGS, "src_video", "src_mask")
+    ),
+    ("t2v", ["--image", ""], "--image: t2v-1.3B does not read it"),
+    ("i2v", ["--image", "caf\udce9.png"], "--image: .* is not a UTF-8 file name"),
+    ("i2v", ["--image", "x" * 300 + ".png"], "--image x+.png does not exist"),
+]
+
+NUMBERS: list[Case] = [
+    *(("t2v", ["--frame_num", n], r"--frame_num: \S+ is not of the form 4n\+1") for n in ("4", "0", "-3")),
+    ("t2v", ["--frame_num", "4097"], "--frame_num: 4097; at most 4093"),
+    ("t2v", ["--frame_num", "five"], "--frame_num: invalid int value"),
+    ("flf2v", ["--frame_num", "1"], "--frame_num: flf2v needs at least 5"),
+    ("t2v", ["--task", "t2i-14B"], "--frame_num: t2i-14B makes one image"),
+    *(("t2v", ["--sample_steps", n], r"--sample_steps: \S+ is outside 1\.\.1000") for n in ("0", "-1", "1001")),
+    ("t2v", ["--sample_steps", "1.5"], "--sample_steps: invalid int value"),
+    *(("t2v", [f"--sample_shift={x}"], r"--sample_shift: \S+ is outside") for x in ("nan", "inf", "0", "-1", "-inf")),
+    ("t2v", ["--sample_shift", "big"], "--sample_shift: invalid float value"),
+    *(("t2v", [f"--sample_guide_scale={x}"], "--sample_guide_scale: .* finite") for x in ("nan", "inf", "-inf")),
+    ("t2v", ["--sample_guide_scale", ""], "--sample_guide_scale: invalid float value"),
+    ("t2v", ["--sample_solver", "euler"], "--sample_solver: invalid choice: 'euler'.*unipc.*dpm"),
+    *(("t2v", ["--base_seed", n], r"--base_seed: \S+ is outside -1") for n in ("-2", str(2**63))),
+    ("t2v", ["--base_seed", "x"], "--base_seed: invalid int value"),
+    ("t2v", ["--task", "t2v-5B"], "--task: invalid choice: 't2v-5B'.*t2v-14B"),
+    *(
+        (
+            "t2v",
+            ["--size", size],
+            rf"--size: '{re.escape(size)}' is not supported by t2v-1\.3B; choose 480\*832, 832\*480",
+        )
+        for size in ("1280x720", "1280*720", "", "96*-64", "cat")
+    ),
+]
+
+TEXTS: list[Case] = [
+    ("t2v", ["--prompt", "x" * 100_000], "--prompt: 100000 characters; at most 20000"),
+    ("t2v", ["--prompt", "\udcff"], "--prompt: is not UTF-8 text"),
+    ("t2v", ["--negative_prompt", "x" * 100_000], "--negative_prompt: 100000 characters"),
+    ("t2v", ["--prompt_file", "{files}/prompts.txt"], "--prompt_file: given together with prompt"),
+    *(
+        ("t2v", ["-without--prompt", "--prompt_file", "{files}/" + name], f"--prompt_file{sentence}")
+        for name, sentence in {
+            "absent.txt": r" \S+: cannot be read \(No such file",
+            "folder.png": r" \S+: cannot be read \(Is a directory",
+            "no-prompts.txt": r" \S+: holds no prompt",
+            "binary.txt": r" \S+: is not UTF-8 text",
+            "nul.txt": r" \S+: is not text but binary",
+            "long-prompt.txt": ": 100000 characters",
+            "many-prompts.txt": ": 1001; at most 1000",
+        }.items()
+    ),
+    ("t2v", ["--use_prompt_extend", "maybe"], "--use_prompt_extend: 'maybe' is not a boolean"),
+    ("t2v", ["--prompt_extend_optional", "maybe"], "--prompt_extend_optional: 'maybe' is not a boolean"),
+    ("t2v", ["--prompt_extend_method", "magic"], "--prompt_extend_method: invalid choice"),
+    ("t2v", ["--prompt_extend_target_lang", "fr"], "--prompt_extend_target_lang: invalid choice"),
+    ("t2v", ["--use_prompt_extend", "--prompt_extend_method", "dashscope"], "set DASH_API_KEY or DASHSCOPE_API_KEY"),
+]
+
+HOW: list[Case] = [
+    ("t2v", ["--precision", "int8"], "--precision: invalid choice"),
+    ("t2v", ["--precision", "fp16"], "--precision: fp16 has no fast CPU kernels; use bf16 or fp32"),
+    ("t2v", ["--load_strategy", "lazy"], "--load_strategy: invalid choice"),
+    *(
+        ("t2v", [f"--{flag}", "perhaps"], f"--{flag}: 'perhaps' is not a boolean; write True or False")
+        for flag in (
+            *("offload_model", "t5_cpu", "attention_slicing", "gradient_checkpointing", "expandable_segments"),
+            *("t5_fsdp", "dit_fsdp"),
+        )
+    ),
+    *(("t2v", ["--rows_per_chunk", n], "--rows_per_chunk: .* at least 1") for n in ("0", "-5")),
+    ("t2v", ["--cfg", "none"], "--cfg: invalid choice"),
+    ("t2v", ["--weights_in", "cloud"], "--weights_in: invalid choice"),
+    (
+        "t2v",
+        ["--weights_in", "disk", "--load_strategy", "full"],
+        "--weights_in: has no meaning with load_strategy full",
+    ),
+    ("t2v", ["--resident_blocks", "-1"], "--resident_blocks: -1 must be at least 0"),
+    ("t2v", ["--weight_storage", "int4"], "--weight_storage: invalid choice"),
+    ("t2v", ["--vae_tile", "4"], "--vae_tile: 4 must be at least 8"),
+    ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),
+    *(("t2v", [f"--{flag}", "2"], f"--{flag}: 2; running on several GPUs") for flag in ("ulysses_size", "ring_size")),
+    *(("t2v", [f"--{flag}", "True"], f"--{flag}: true; running on several GPUs") for flag in ("t5_fsdp", "dit_fsdp")),
+    ("t2v", ["--ulysses_size", "0"], "--ulysses_size: 0; "),
+    ("t2v", ["--device", "tpu"], "--device: invalid choice"),
+    ("t2v", ["--device", "simulated", "--gpu", "rtx9"], "rtx9"),
+    *(
+        ("t2v", [f"--vram={text}"], rf"--vram: '{text}' is not an amount of memory; write for example 8GiB")
+        for text in ("0", "abc", "", "-8GiB", "nan", "9" * 400 + "G")
+    ),
+]
+
+BUDGET: list[Case] = [
+    ("t2v", ["--vram_budget", "abc"], "'abc' is not an amount of memory"),
+    ("t2v", ["--vram_budget", ""], "'' is not an amount of memory"),
+    ("t2v", ["--vram_budget", "8GiB", "--ram", "abc"], "'abc' is not an amount of memory"),
+    ("t2v", ["--vram_budget", "8GiB", "--vram", "8GiB"], "--vram_budget and --vram: give one of them"),
+]
+
+WHERE: list[Case] = [
+    ("t2v", ["-without--ckpt_dir"], "--ckpt_dir is required"),
+    ("t2v", ["--ckpt_dir", ""], "--ckpt_dir is required"),
+    *(
+        ("t2v", ["--ckpt_dir", name], r"--ckpt_dir \S+ is not a directory; give a checkpoint directory, random or tiny")
+        for name in ("{files}/absent", "{files}/good.png", "x" * 300)
+    ),
+    ("t2v", ["--ckpt_dir", "random"], "full-size random weights on the CPU would take hours"),
+    (
+        "t2v",
+        ["--ckpt_dir", "{files}/nothing"],
+        rf"{re.escape(T5_FILE)} does not exist.*\(dit, vae: not usable either\)",
+    ),
+    *(
+        ("i2v", ["--ckpt_dir", f"{{files}}/{damage}{number}"], sentence.format(re.escape(name)))
+        for number, name in enumerate((T5_FILE, VAE_FILE, CLIP_FILE, DIT_FILE, TOKENIZER_FILE))
+        for damage, sentence in (("missing", "{0}.*expected|expected {0}"), ("cut", "{0} is (truncated or )?damaged"))
+    ),
+    ("flf2v", ["--ckpt_dir", "{files}/shard"], "diffusion_pytorch_model-00002-of-00003.safetensors does not exist"),
+    ("i2v", ["--ckpt_dir", "{files}/flf2v"], r"36 input channels and 2 images \(\S+\) instead of .* 1 image \(\S+\)"),
+    ("t2v", ["--ckpt_dir", "{files}/vace"], "and 2 VACE blocks .* instead of"),
+    ("vace", ["--ckpt_dir", "{files}/t2v"], "instead of .* and 2 VACE blocks"),
+    ("t2v", ["--ckpt_dir", "{files}/swapped"], "not those of text_encoder umt5-xxl"),
+    ("t2v", ["--save_file", "{files}/new.avi"], r"--save_file \S+: its name must end in \.mp4 or \.mkv or \.mov"),
+    ("t2v", ["--save_file", ""], "--save_file .*its name must end in"),
+    ("t2v", ["--task", "t2i-14B", "--frame_num", "1", "--save_file", "{files}/new.jpg"], r"must end in \.png"),
+    ("t2v", ["--save_file", "{files}/existing.mp4"], r"--save_file \S+existing\.mp4 exists; give --force"),
+    ("t2v", ["--save_file", "{files}/sidecar.mp4"], r"--save_file \S+sidecar\.json exists; give --force"),
+    ("t2v", ["--save_file", "{files}/folder.mp4", "--force"], r"--save_file \S+folder\.mp4 is a directory"),
+    ("t2v", ["--save_file", "x" * 300 + ".mp4"], "--save_file x+...: its name is too long"),
+    ("t2v", ["--device", "simulated", "--save_file", "{files}/a.mp4"], "nothing is generated on the simulated device"),
+    ("t2v", ["-o", "{files}/a-file"], "-o .*a-file is a file; name a directory"),
+    ("t2v", ["--output", "{files}/a-file", "--force"], "-o .*a-file is a file; name a directory"),
+    ("t2v", ["--config", "{files}/absent.yaml"], r"absent\.yaml: cannot be read \(No such file"),
+    ("t2v", ["--config", "{files}/folder.png"], r"folder\.png: cannot be read \(Is a directory"),
+    ("t2v", ["--config", "{files}/bad.yaml"], r"bad\.yaml: is not valid YAML at line \d"),
+    ("t2v", ["--config", "{files}/list.yaml"], r"list\.yaml: the configuration is not a mapping"),
+    ("t2v", ["--config", "{files}/unknown.yaml"], r"unknown\.yaml: request\.sampel_steps: .*did you mean sample_steps"),
+    ("t2v", ["--config", "{files}/binary.yaml"], r"binary\.yaml: is not UTF-8 text"),
+    ("t2v", ["--config", "{files}/frames.yaml"], r"frames\.yaml: request\.frame_num: 4 is not of the form"),
+    *(("t2v", [f"--{flag}=yes"], f"--{flag}: ignored explicit argument") for flag in ("force", "json", "debug")),
+    ("t2v", ["--fast"], "unrecognized arguments: --fast"),
+    ("t2v", ["cat.png"], "unrecognized arguments: cat.png"),
+]
+
+REFUSED = [*MEDIA, *NUMBERS, *TEXTS, *HOW, *BUDGET, *WHERE]
+
+
+def check_sentence(message: str) -> None:
+    """One or two sentences on one line, and no traceback."""
+    assert message.endswith("\n")
+    assert message.count("\n") == 1, message
+    assert "Traceback" not in message
+    assert message.startswith("wanvram")
+    assert len(re.findall(r"\.(?= [A-Z])", message)) <= 1, message
+
+
+def _id(case: Case) -> str:
+    return " ".join([case[0], *(Path(text).name[:24] for text in case[1])])
+
+
+@pytest.mark.parametrize(("kind", "flags", "sentence"), REFUSED, ids=map(_id, REFUSED))
+def test_bad_input_is_a_sentence_and_exit_code_2_before_any_model_is_loaded(
+    kind: str, flags: list[str], sentence: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(kind, flags, files, tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    check_sentence(captured.err)
+    assert re.search(sentence, captured.err), captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists(), "a refused run leaves nothing behind"
+
+
+def test_every_flag_of_generate_has_a_case() -> None:
+    parser = argparse.ArgumentParser()
+    generate.prepare_parser(parser)
+    given = {text.partition("=")[0].removeprefix("-without") for _, flags, _ in REFUSED for text in flags}
+    options = [action.option_strings for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    untested = [names for names in options if not given & set(names)]
+    assert [names for names in untested if names != ["--prompt_extend_model"]] == []  # it has a test of its own
+
+
+def test_a_missing_extension_model_is_refused_before_any_model_is_loaded(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    flags = ["--use_prompt_extend", "--prompt_extend_model", "{files}/absent"]
+    assert call("t2v", flags, files, tmp_path / "out") == 2
+    message = capsys.readouterr().err.splitlines()[-1] + "\n"  # before it comes progress
+    check_sentence(message)
+    assert re.search(r"files\d+/absent", message)
+
+
+def test_a_run_directory_in_use_is_refused_with_its_files(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/video.mp4").write_bytes(b"precious")
+    assert call("t2v", [], files, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    check_sentence(message)
+    assert "already holds a run (video.mp4)" in message
+    assert "--force" in message
+    assert (tmp_path / "out/video.mp4").read_bytes() == b"precious"
+
+
+def test_a_refused_save_file_leaves_the_earlier_run_alone_even_with_force(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/video.mp4").write_bytes(b"precious")
+    assert call("t2v", ["--force", "--save_file", "{files}/new.avi"], files, tmp_path / "out") == 2
+    assert (tmp_path / "out/video.mp4").read_bytes() == b"precious"
+    check_sentence(capsys.readouterr().err)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_a_sentence(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is found when a prompt needs such a token, after the text encoder was loaded."""
+    import json
+
+    folder = tmp_path / "ckpt"
+    shutil.copytree(files / "t2v", folder)
+    path = folder / TOKENIZER_FILE
+    write_tokenizer(path)
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] += [[f"<{n}>", -20.0] for n in range(200)] + [["▁zebra", -1.0]]
+    path.write_text(json.dumps(content))
+    arguments = [*GOOD["t2v"], *COMMON, "--prompt", "zebra", "--ckpt_dir", str(folder), "-o", str(tmp_path / "out")]
+    with tiny_models():
+        assert main(["generate", *arguments]) == 2
+    message = capsys.readouterr().err.splitlines()[-1] + "\n"
+    check_sentence(message)
+    assert "token_embedding.weight" in message
+
+
+SAME_AS_GENERATE: list[tuple[list[str], str]] = [
+    (["--frame_num", "4"], r"--frame_num: 4 is not of the form"),
+    (["--size", "1280x720"], "--size: '1280x720' is not supported"),
+    (["--sample_shift", "nan"], "--sample_shift: nan is outside"),
+    (["--task", "i2v-14B", "--image", "{files}/giant.png"], "--image .*giant.png is 20000x20000"),
+    (["--task", "i2v-14B", "--image", "{files}/thin.png"], "--image .*thin.png is too long and thin"),
+    (["--task", "vace-1.3B", "--src_video", "{files}/text.mp4"], "--src_video .*text.mp4 is not a video"),
+    (["--gpu", "rtx9"], "rtx9"),
+]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), SAME_AS_GENERATE, ids=lambda value: str(value)[:40])
+def test_an_estimate_refuses_the_same(
+    flags: list[str], sentence: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--task", "t2v-1.3B", "--size", "832*480", *(f.replace("{files}", str(files)) for f in flags)]
+    assert main(["estimate", *arguments, "-o", str(out)]) == 2
+    message = capsys.readouterr().err
+    check_sentence(message)
+    assert re.search(sentence, message)
+    assert not out.exists()
+
+
+def test_all_seven_tasks_are_among_the_good_calls_kinds() -> None:
+    assert {TASKS[task].kind for task in TASKS} - {"t2i"} == set(GOOD)
