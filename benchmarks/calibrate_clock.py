@@ -3,7 +3,7 @@
     python benchmarks/calibrate_clock.py                        what is in benchmarks/*.json
     python benchmarks/calibrate_clock.py FILE...                these instead: fit_card, predict_vs_measure or beside_diffusers
                                                                 JSONs, or record.json of a run on a GPU
-    python benchmarks/calibrate_clock.py --fit FILE...          also suggests efficiencies (simulates each case once per rate)
+    python benchmarks/calibrate_clock.py --fit FILE...          also suggests efficiencies (simulates each case once per rate: minutes)
 
 Times marked * include what happens once in a process (loading libraries, compiling, tuning) or is not on the clock (encoding
 the video): they are shown, not fitted. Steps are means without the first. The fit minimises relative errors with every rate
@@ -155,21 +155,21 @@ def show(measurements: Sequence[Measured], predictions: Predictions) -> None:
         print(f"\n{len(errors)} warm times: worst error {max(errors, key=abs):+.1%}")
 
 
-def suggest(measurements: Sequence[Measured], predictions: Predictions) -> Efficiency:
+def suggest(measurements: Sequence[Measured], predictions: Predictions, rates: Sequence[str]) -> Efficiency:
     """Ridge regression of log errors on log rates, one Gauss-Newton step by finite differences."""
     fitted = [(m, p) for m in measurements if m.warm and (p := predictions.seconds(m))]
     start = GPUS[predictions.gpu].efficiency
     columns = []
-    for rate in RATES:
+    for rate in rates:
         nudged = predictions.with_efficiency(replace(start, **{rate: getattr(start, rate) * (1 + NUDGE)}))
         moved = [nudged.seconds(m) or p for m, p in fitted]
         columns.append([math.log(new / p) / math.log(1 + NUDGE) for new, (_, p) in zip(moved, fitted, strict=True)])
     predictions.with_efficiency(start)
     slopes = torch.tensor(columns, dtype=torch.float64).t()
     wanted = torch.tensor([math.log(m.seconds / p) for m, p in fitted], dtype=torch.float64)
-    ridge = STIFFNESS**2 * torch.eye(len(RATES), dtype=torch.float64)
+    ridge = STIFFNESS**2 * torch.eye(len(rates), dtype=torch.float64)
     change = torch.linalg.solve(slopes.t() @ slopes + ridge, slopes.t() @ wanted).exp()
-    return replace(start, **{rate: getattr(start, rate) * float(c) for rate, c in zip(RATES, change, strict=True)})
+    return replace(start, **{rate: getattr(start, rate) * float(c) for rate, c in zip(rates, change, strict=True)})
 
 
 def default_files() -> list[Path]:
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h200", help="key of the card the files were measured on")
     parser.add_argument("--only", default="", help="only cases whose label matches this regular expression")
     parser.add_argument("--fit", action="store_true", help="suggest efficiencies")
+    parser.add_argument("--rates", nargs="+", default=RATES, choices=RATES, metavar="RATE", help="fit only these")
     args = parser.parse_args()
     measurements = [m for path in args.files or default_files() for m in read(path) if re.search(args.only, m.label)]
     predictions = Predictions(args.gpu)
@@ -190,9 +191,9 @@ def main() -> None:
     if not args.fit:
         return
     start = GPUS[args.gpu].efficiency
-    fitted = suggest(measurements, predictions)
+    fitted = suggest(measurements, predictions, args.rates)
     print("\nsuggested efficiencies")
-    for rate in RATES:
+    for rate in args.rates:
         before, after = getattr(start, rate), getattr(fitted, rate)
         print(f"  {rate:18s} {before:10.4g} -> {after:10.4g}   {after / before - 1:+.1%}")
     print("\nwith them:")

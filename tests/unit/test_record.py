@@ -50,6 +50,7 @@ def test_the_json_has_the_keys_and_figures_of_the_design() -> None:
     assert {"device", "config", "fits", "components", "stages", "fragmentation", "fluctuation", "host"} <= set(data)
     assert data["components"][0] == {
         "name": "dit", "parameters": 5, "base_bytes": 10, "host_bytes": 0, "activation_bytes": 30,
+        "streamed_bytes": 0, "copy_seconds": 0.0, "hidden_share": None,
     }  # fmt: skip
     stage = data["stages"][1]
     assert (stage["name"], stage["component"], stage["kind"]) == ("denoise", "dit", "stage")

@@ -154,15 +154,16 @@ def test_the_sizes_are_those_of_all_parameters_and_do_not_depend_on_where_they_a
 
 
 @pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("resident_groups", [0, 1])
+@pytest.mark.parametrize("blocks", [[], [3], [1, 2, 3]])
 def test_streaming_takes_the_shell_the_resident_groups_and_two_of_the_largest_unit_on_the_device(
-    home: str, resident_groups: int, plain: Model, source: MappingSource
+    home: str, blocks: list[int], plain: Model, source: MappingSource
 ) -> None:
+    """`blocks` are resident; the largest block may be among them."""
     device = CountingDevice()
     model, component = on_meta(device)
-    component.load_streamed(source, home=home, resident_groups=resident_groups)
-    resident = [padded_bytes(unit) for unit in plain.units()[6:]] if resident_groups else []
-    streamed = [padded_bytes(unit) for unit in plain.units()][: 8 - len(resident)]
+    component.load_streamed(source, home=home, resident_groups=len(blocks))
+    resident = [padded_bytes(unit) for index, unit in enumerate(plain.units()) if index // 2 in blocks]
+    streamed = [padded_bytes(unit) for index, unit in enumerate(plain.units()) if index // 2 not in blocks]
     embedders = [padded_bytes(embedder) for embedder in plain.embedders()]
     expected = [padded_bytes(plain.patch, plain.head), *resident, max(streamed), max(streamed)]
     assert device.on_device == expected

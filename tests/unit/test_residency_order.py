@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ class BesideDevice(CpuDevice):
         self.go_on = threading.Event()
         self.go_on.set()
         self.started = self.ended = 0
+        self.pending: deque[tuple[Tensor, Tensor]] = deque()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -106,9 +108,12 @@ class BesideDevice(CpuDevice):
 
     def prefetch(self, destination: Tensor, source: Tensor, after: Any) -> Passed:
         self.started += 1
-        return Passed(self.copies.submit(self._copy, destination, source))
+        self.pending.append((destination, source))
+        return Passed(self.copies.submit(self._copy))
 
-    def _copy(self, destination: Tensor, source: Tensor) -> None:
+    def _copy(self) -> None:
+        """Its tensors are no arguments: the executor would keep them for a moment after the copy is known to be over."""
+        destination, source = self.pending.popleft()
         assert self.go_on.wait(30)
         time.sleep(0.0005)  # s; long enough for the host to run ahead
         destination.copy_(source)

@@ -59,7 +59,7 @@ class Fragmentation:
 
 @dataclass(frozen=True)
 class StageUse:
-    """One load or stage. time_share: of all stages' seconds; None for a simulated run, whose seconds mean nothing."""
+    """One load or stage. time_share: of all stages' seconds, predicted ones without loading."""
 
     name: str
     kind: str
@@ -233,11 +233,11 @@ def fragmentation_over_time(timeline: dict[str, Any]) -> list[tuple[float, float
 
 
 def _stages(record: RunRecord, windows: Sequence[_Window | None]) -> tuple[StageUse, ...]:
-    timed = [] if record.simulated else [s.seconds for s in record.stages if s.seconds is not None]
+    timed = [s.seconds for s in record.stages if s.seconds is not None]
     total = sum(timed)
     result = []
     for span, window in zip(record.stages, windows, strict=True):
-        seconds = None if record.simulated else span.seconds
+        seconds = span.seconds
         result.append(
             StageUse(
                 name=span.name,

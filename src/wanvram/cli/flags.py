@@ -117,6 +117,7 @@ def config_from_flags(
     """Checked RunConfig from --config and the flags that override it; raises InputError naming the flag or key."""
     request, strategy = _given_request(args), _given(args, Strategy)
     others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes}
+    data: dict[str, Any]
     if args.config is None:
         data = {
             "name": "flags",
@@ -132,7 +133,7 @@ def config_from_flags(
     for section, values in _sections(strategy, device).items():
         data[section].update(values)
     if "prompts" in request or "prompt" in request:  # either replaces both of the file
-        data["request"] |= {"prompt": "", "prompts": []}
+        data["request"].update(prompt="", prompts=[])
     data["request"].update(request | {k: v for k, v in others.items() if v is not None})
     return _from_dict(data)
 

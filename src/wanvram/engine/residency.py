@@ -168,6 +168,8 @@ class Component:
     def _read_from_disk(self, part: _Part, buffer: torch.Tensor) -> None:
         if self._source is not None:
             self._fill(part, buffer, self._source)
+        else:
+            self.device.read_from_disk(buffer.nbytes)
 
     def _fill_masters(
         self, parts: Sequence[_Part], source: TensorSource | None, *, pinned: bool

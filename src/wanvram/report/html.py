@@ -143,7 +143,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "notes": [_short(note) for note in record.notes],
         "advice": [asdict(advice) | {"change": _short(advice.change)} for advice in run.advice],
         "components": [asdict(component) for component in record.components],
-        "stages": [_stage(span, record.simulated) for span in record.stages],
+        "stages": [_stage(span) for span in record.stages],
         "exact": run.exact,
     }
 
@@ -158,9 +158,9 @@ def _fragmentation(span: Span) -> float:
 
 
 def _seconds(record: RunRecord) -> float | None:
-    """Of a simulated run the time is the simulation's own, which says nothing about a GPU."""
+    """Of a simulated run: predicted, without loading."""
     times = [span.seconds for span in record.stages if span.seconds is not None]
-    return None if record.simulated or not times else sum(times)
+    return None if not times else sum(times)
 
 
 def _short(value: object) -> str:
@@ -168,7 +168,7 @@ def _short(value: object) -> str:
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
-def _stage(span: Span, simulated: bool) -> dict[str, Any]:
+def _stage(span: Span) -> dict[str, Any]:
     return {
         "name": span.name,
         "component": span.component,
@@ -177,7 +177,7 @@ def _stage(span: Span, simulated: bool) -> dict[str, Any]:
         "activation": span.activation_bytes,
         "fragmentation": _fragmentation(span),
         "fluctuation": span.fluctuation_bytes,
-        "seconds": None if simulated else span.seconds,
+        "seconds": span.seconds,
     }
 
 

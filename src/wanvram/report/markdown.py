@@ -102,15 +102,15 @@ def _components(run: Run, texts: Texts) -> list[str]:
 
 def _stages(run: Run, texts: Texts) -> list[str]:
     heads = ["stage", "component", "start", "activation", "peak_device", "peak_reserved", "peak_allocated"]
-    rows = [_stage(span, timed=not run.record.simulated) for span in run.record.stages]
+    rows = [_stage(span) for span in run.record.stages]
     names = [_head(key, texts) for key in heads] + [texts("fragmentation"), texts("time")]
     return _table(names, rows, numbers=range(2, 9))
 
 
-def _stage(span: Span, *, timed: bool) -> list[str | None]:
+def _stage(span: Span) -> list[str | None]:
     reserved = span.peak.reserved_bytes
     share = (reserved - span.peak.allocated_bytes) / reserved if reserved > 0 else 0.0
-    time = seconds(span.seconds) if timed and span.seconds is not None else None
+    time = seconds(span.seconds) if span.seconds is not None else None
     start, activation = _mib(span.start.allocated_bytes), _mib(span.activation_bytes)
     return [span.name, span.component, start, activation, *_figures(span.peak), f"{share:.1%}", time]
 

@@ -66,7 +66,7 @@ def _components(record: RunRecord) -> str:
 def _stages(record: RunRecord) -> str:
     rows = [["stage", "start MiB", "peak MiB", "activation MiB", "reserved MiB", "device MiB", "time"]]
     for span in record.stages:
-        time = seconds(span.seconds) if span.seconds is not None and not record.simulated else "-"
+        time = seconds(span.seconds) if span.seconds is not None else "-"
         rows.append([span.name, _mib(span.start.allocated_bytes), *_peak_cells(span), time])
     return table(rows)
 

@@ -18,7 +18,7 @@ from wanvram.config import RunConfig
 from wanvram.engine.devices import CpuDevice, CudaDevice, Device, SimulatedDevice
 from wanvram.engine.pipeline import FrameSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, WanvramError
-from wanvram.record import Failure, RunRecord, write_atomically
+from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.recorder import Recorder
 from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
@@ -232,7 +232,7 @@ def _record(
         config=config.to_dict(),
         fits=_fits(config, failure, pipeline.recorder),
         budget_bytes=config.memory_limit_bytes,
-        components=pipeline.records(),
+        components=_components(pipeline),
         stages=pipeline.recorder.spans,
         environment=environment,
         host={"peak_rss_bytes": rss, "pinned_bytes": pinned},
@@ -240,6 +240,16 @@ def _record(
         notes=_notes(config, pipeline),
     )
     return record
+
+
+def _components(pipeline: Pipeline) -> list[ComponentRecord]:
+    """Those of the pipeline, after the prompt extender, which came and went before them."""
+    extender = pipeline.extend.record if pipeline.extend else None
+    if extender is None:
+        return pipeline.records()
+    stages = [s for s in pipeline.recorder.spans if s.component == extender.name and s.kind == "stage"]
+    activation = max((stage.activation_bytes for stage in stages), default=0)
+    return [replace(extender, activation_bytes=activation), *pipeline.records()]
 
 
 def _fits(config: RunConfig, failure: Failure | None, recorder: Recorder) -> bool | None:
@@ -266,7 +276,7 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
     if gpu is not None and not gpu.measured:
-        notes.append(f"{gpu.name}: library buffers and CUDA context are estimates, not measured on this card")
+        notes.append(f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card")
     return notes
 
 

@@ -98,8 +98,6 @@ def _mean(spans: list[Span]) -> float | None:
 
 
 def _sum(spans: list[Span], factor: float) -> float | None:
-    """Loading as it is, stages times `factor`."""
-    seconds = [(span.seconds, 1.0 if span.kind == "load" else factor) for span in spans]
-    if any(value is None for value, _ in seconds):
-        return None
-    return sum((value or 0.0) * times for value, times in seconds)
+    """Stages times `factor`; None if the time of one is unknown. Loading is not timed on the simulated device."""
+    seconds = [span.seconds for span in spans if span.kind != "load"]
+    return None if None in seconds else factor * sum(s for s in seconds if s is not None)

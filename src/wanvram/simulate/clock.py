@@ -214,6 +214,7 @@ class Clock:
 
     def __post_init__(self) -> None:
         self.costs = Costs(self.gpu)
+        self._launch, self._view = self.gpu.efficiency.launch_seconds, self.gpu.efficiency.view_seconds
         self._pageable = min(self.machine.pageable_bytes, self.gpu.pcie_bytes)
 
     def now(self) -> float:
@@ -230,15 +231,15 @@ class Clock:
 
     def compute(self, price: Price, args: Arguments, result: Any) -> None:
         """One operation on the device, queued behind all earlier ones."""
-        seconds, launch = self.costs.seconds(price.work(args, result)), self.gpu.efficiency.launch_seconds
+        seconds, busy = self.costs.seconds(price.work(args, result)), self.busy
         self._host += price.dispatch
-        self._compute = max(self._compute, self._host) + launch + seconds
-        self.busy[price.category] += seconds
-        self.busy["launch"] += launch
+        self._compute = max(self._compute, self._host) + self._launch + seconds
+        busy[price.category] += seconds
+        busy["launch"] += self._launch
 
     def view(self) -> None:
         """An operation that runs nothing: only the host is busy with it."""
-        self._host += self.gpu.efficiency.view_seconds
+        self._host += self._view
 
     def compute_on_host(self, price: Price, args: Arguments, result: Any) -> None:
         """One operation on host tensors, which the host does itself."""
