@@ -6,6 +6,7 @@ Every case is a complete good call with one thing wrong; a test shows that the g
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,6 @@ from checkpoints import TINY_SIZE, tiny_models, write_download, write_tokenizer
 from wanvram.cli import generate
 from wanvram.cli.main import main
 from wanvram.engine.components import Parts
-from wanvram.tasks import TASKS
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, T5_FILE, TOKENIZER_FILE, VAE_FILE
 
 
@@ -460,8 +460,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_a_sentence(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is found when a prompt needs such a token, after the text encoder was loaded."""
-    import json
-
     folder = tmp_path / "ckpt"
     shutil.copytree(files / "t2v", folder)
     path = folder / TOKENIZER_FILE
@@ -499,7 +497,3 @@ def test_an_estimate_refuses_the_same(
     check_sentence(message)
     assert re.search(sentence, message)
     assert not out.exists()
-
-
-def test_all_seven_tasks_are_among_the_good_calls_kinds() -> None:
-    assert {TASKS[task].kind for task in TASKS} - {"t2i"} == set(GOOD)

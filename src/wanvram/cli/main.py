@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from wanvram.cli import convert, estimate, generate, plan, profile, report
+from wanvram.cli import analyze, check, compare, convert, estimate, generate, plan, profile, report
 from wanvram.errors import WanvramError
 from wanvram.version import __version__
 
 __all__ = ["main"]
 
-VERBS = (generate, plan, estimate, profile, report, convert)
+VERBS = (generate, plan, estimate, profile, analyze, compare, report, check, convert)
 
 
 class _Parser(argparse.ArgumentParser):

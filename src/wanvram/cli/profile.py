@@ -1,66 +1,140 @@
-"""Run a configuration and record where every MiB goes: measured on a GPU, or simulated without one.
+"""Run configurations and record where every MiB goes: measured on a GPU, or simulated without one.
 
 examples:
   wanvram profile tests/configs/baseline.yaml                      whatever this machine has
-  wanvram profile tests/configs/baseline.yaml --device simulated --gpu rtx4060
-  wanvram profile a.yaml b.yaml -o profiler_logs                   one fresh process each
+  wanvram profile tests/configs/baseline.yaml --device simulated --gpu rtx4060 --live
+  wanvram profile tests/configs/*.yaml -o profiler_logs            one fresh process each, into profiler_logs/<name>
+  wanvram profile tests/configs/matrix.yaml --timeout 600          every combination of the file's axes
+
+Of several configurations only those without a result are run, so an interrupted series goes on where it was. A run out of
+memory and a failed run are results, too. The exit code is the highest of all: 0 ok, 1 a run failed, 3 one does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from wanvram.cli.budget import add_budget_flags, planned
-from wanvram.cli.common import add_device_flags, add_output_flags, finish, progress_printer
-from wanvram.config import load_config
-from wanvram.units import parse_bytes
+from wanvram.cli.common import add_device_flags, add_output_flags, finish, memory_limit, progress_printer
+from wanvram.config import RunConfig
+from wanvram.errors import InputError
+from wanvram.matrix.grid import is_matrix, load_configurations
+from wanvram.matrix.jobs import Job, exit_code
+from wanvram.matrix.progress import display
+from wanvram.matrix.runner import Outcome, die_with_parent, run_all
+from wanvram.report.compare import runs_table
+from wanvram.simulate.gpus import find_gpu
 
 __all__ = ["prepare_parser", "run"]
 
+LOGS = Path("profiler_logs")
+
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="+", type=Path, help="YAML configuration file")
+    parser.add_argument("config", nargs="+", type=Path, help="YAML configuration or matrix file")
     add_device_flags(parser)
     add_budget_flags(parser)
-    add_output_flags(parser, default="profiler_logs/<name>")
+    add_output_flags(parser, default="profiler_logs/<name>; of several the folder above, profiler_logs")
     parser.add_argument("--weights", help="checkpoint directory, random or tiny; overrides the file")
+    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a run that takes longer, go on")
+    parser.add_argument(
+        "--retry", action="store_true", help="of several, run those that failed (not: out of memory) again"
+    )
+    parser.add_argument("--live", action="store_true", help="show stages, memory and time left while it runs")
+    parser.add_argument("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to
 
 
 def run(args: argparse.Namespace) -> int:
-    if len(args.config) > 1:
-        return _run_each(args)
-    config = load_config(args.config[0])
-    if args.device:
-        config = replace(config, device=args.device)
-    if args.gpu:
-        config = replace(config, gpu=args.gpu)
-    if args.weights:
-        config = replace(config, weights=args.weights)
+    configs = [_overridden(config, args) for config in load_configurations(args.config)]
+    single = len(args.config) == 1 and not is_matrix(args.config[0])
+    if not single or args.timeout is not None:
+        return _run_each(configs, args, single)
+    if args.retry:
+        raise InputError("--retry is for several configurations; a single one is run again with --force")
+    return _run_here(configs[0], args)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e7:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
+    return value
+
+
+def _overridden(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """With what the flags say instead of the file."""
+    changes = {key: getattr(args, key) for key in ("device", "gpu", "weights") if getattr(args, key)}
+    config = replace(config, **changes)
     if args.vram:
-        config = replace(config, memory_limit_bytes=parse_bytes(args.vram))
+        config = replace(config, memory_limit_bytes=memory_limit(args))
+    return config
+
+
+def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
+    if args.child_of is not None:
+        die_with_parent(args.child_of)
     config = planned(config, args)
-    directory = args.output or Path("profiler_logs") / config.name
+    directory = args.output or LOGS / config.name
     from wanvram.run.execute import Output, execute
 
-    record = execute(config, Output(directory, args.force), progress_printer(args))
-    return finish(record, args, directory)
+    output = Output(directory, args.force)
+    if args.live:
+        from wanvram.report.live import LiveView
+
+        view = LiveView(config.name, config.memory_limit_bytes)
+        record = execute(config, output, view.message, view.watch)
+    else:
+        record = execute(config, output, progress_printer(args))
+    return exit_code(record) if args.child_of is not None else finish(record, args, directory)
 
 
-def _run_each(args: argparse.Namespace) -> int:
-    """Every configuration in a process of its own, so that none sees another's allocator; the worst exit code is returned."""
-    worst = 0
-    base = args.output or Path("profiler_logs")
-    for path in args.config:
-        config = load_config(path)
-        command = [sys.executable, "-m", "wanvram", "profile", str(path), "-o", str(base / config.name)]
-        for flag in ("device", "gpu", "weights", "vram", "vram_budget", "ram"):
-            if getattr(args, flag):
-                command += [f"--{flag}", str(getattr(args, flag))]
-        command += ["--force"] if args.force else []
-        command += ["--json"] if args.json else []
-        worst = max(worst, subprocess.run(command, check=False).returncode)
-    return worst
+def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bool) -> int:
+    """Every configuration in a process of its own; the highest exit code is returned."""
+    if args.live:
+        raise InputError("--live shows one run; give one configuration, without --timeout")
+    if args.vram and args.vram_budget:
+        raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
+    base = args.output or LOGS
+    for config in configs:
+        if config.gpu is not None:
+            find_gpu(config.gpu)
+    jobs = [Job(c, base / c.name, args.vram_budget, args.ram) for c in configs]
+    if single and args.output is not None:
+        jobs = [replace(jobs[0], directory=args.output)]
+    with display(quiet=args.json) as shown:
+        outcomes = run_all(jobs, shown, timeout=args.timeout, force=args.force, retry=args.retry)
+    code = max(outcome.exit_code for outcome in outcomes)
+    if args.json:
+        print(json.dumps(_document(base, outcomes, code), ensure_ascii=False))
+    else:
+        print(runs_table([(o.job.name, o.record) for o in outcomes]))
+        print(
+            f"\nWrote {sum(o.seconds is not None for o in outcomes)} of {len(outcomes)} runs to {base}; the rest was there"
+        )
+    return code
+
+
+def _document(base: Path, outcomes: Sequence[Outcome], code: int) -> dict[str, object]:
+    return {
+        "schema": 1,
+        "directory": str(base),
+        "exit_code": code,
+        "runs": [
+            {
+                "name": outcome.job.name,
+                "directory": str(outcome.job.directory),
+                "kept": outcome.seconds is None,
+                "seconds": outcome.seconds,
+                "exit_code": outcome.exit_code,
+                "record": outcome.record.to_json(),
+            }
+            for outcome in outcomes
+        ],
+    }

@@ -1,0 +1,306 @@
+"""Runs beside each other: every figure of a record under a dotted name, differences, and conditions that fail a build. No torch.
+
+Names: `peak.device_bytes`, `stages.denoise.peak_allocated_bytes`, `components.dit.base_bytes`, `fragmentation.at_peak`, `seconds`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import operator as op
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wanvram.errors import InputError
+from wanvram.record import RunRecord, Span
+from wanvram.units import human, parse_bytes
+
+__all__ = ["Comparison", "Condition", "Key", "PredictionError", "Violation", "compare", "metrics", "parse_condition"]
+
+Number = int | float
+Key = tuple[str, ...]  # ("peak", "device_bytes"), ("stages", "denoise", "seconds"), ("seconds",)
+_UNCOMPARED = ("name", "description")
+_COMPONENT_FIGURES = ("parameters", "base_bytes", "host_bytes", "activation_bytes", "streamed_bytes")
+_PREDICTED = (
+    "allocated_bytes",
+    "reserved_bytes",
+    "device_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_device_bytes",
+    "base_bytes",
+    "seconds",
+)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------------
+
+
+def metrics(record: RunRecord) -> dict[Key, Number | None]:
+    """Every figure; None where it is unknown. A stage that ran twice gives its higher bytes and the sum of its seconds.
+
+    `seconds` leaves loading out, which has no time on the simulated device. Raises InputError for a value of a wrong type.
+    """
+    result: dict[Key, Number | None] = {}
+    for key, value in _figures(record):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise InputError(f"the record is damaged: {'.'.join(key)} is {str(value)[:40]!r}")
+        result[key] = _joined(key, result.get(key), value)
+    return result
+
+
+def _figures(record: RunRecord) -> Iterator[tuple[Key, Any]]:
+    try:
+        peak, where = record.peak(), record.peak_span()
+        if peak is not None and where is not None:
+            for name in ("allocated_bytes", "reserved_bytes", "device_bytes"):
+                yield ("peak", name), getattr(peak, name)
+            share = (where.peak.reserved_bytes - where.peak.allocated_bytes) / max(1, where.peak.reserved_bytes)
+            yield ("fragmentation", "at_peak"), share
+        for span in record.stages:
+            for name, value in _stage(span):
+                yield ("stages", span.name, name), value
+        for component in record.components:
+            for name in _COMPONENT_FIGURES:
+                yield ("components", component.name, name), getattr(component, name)
+        for name, value in record.host.items():
+            yield ("host", name), value
+        timed = [s.seconds for s in record.stages if s.kind == "stage" and s.seconds is not None]
+        yield ("seconds",), sum(timed) if timed else None
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"the record is damaged: {error!r}") from error
+
+
+def _stage(span: Span) -> Iterator[tuple[str, Any]]:
+    yield "start_allocated_bytes", span.start.allocated_bytes
+    yield "peak_allocated_bytes", span.peak.allocated_bytes
+    yield "peak_reserved_bytes", span.peak.reserved_bytes
+    yield "peak_device_bytes", span.peak.device_bytes
+    yield "activation_bytes", span.activation_bytes
+    yield "seconds", span.seconds
+
+
+def _joined(key: Key, first: Number | None, second: Number | None) -> Number | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second if key[-1] == "seconds" else max(first, second)
+
+
+# --- comparison ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PredictionError:
+    """One figure, predicted and measured. error: (predicted - measured) / measured, None where nothing was measured."""
+
+    key: Key
+    predicted: Number
+    measured: Number
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """figures: for every key one value per run, None where a run has none. changed: configuration keys that differ.
+
+    predictions: (index predicted, index measured, figures) of runs of one configuration.
+    """
+
+    labels: tuple[str, ...]
+    records: tuple[RunRecord, ...]
+    changed: dict[str, tuple[Any, ...]]
+    figures: dict[Key, tuple[Number | None, ...]]
+    predictions: tuple[tuple[int, int, tuple[PredictionError, ...]], ...]
+
+    def difference(self, key: Key, run: int) -> Number | None:
+        """What the run has more than the first."""
+        first, value = self.figures[key][0], self.figures[key][run]
+        return None if first is None or value is None else value - first
+
+    def names(self, group: str) -> list[str]:
+        """Stages or components of any run, in the order of the runs."""
+        return list(dict.fromkeys(key[1] for key in self.figures if key[0] == group and len(key) == 3))
+
+    def to_json(self) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for key, values in self.figures.items():
+            place = figures
+            for part in key[:-1]:
+                place = place.setdefault(part, {})
+            differences = [self.difference(key, run) for run in range(len(values))]
+            place[key[-1]] = {"values": list(values), "differences": differences}
+        return {
+            "schema": 1,
+            "runs": [_described(*pair) for pair in zip(self.labels, self.records, strict=True)],
+            "changed": {key: list(values) for key, values in self.changed.items()},
+            **figures,
+            "predictions": [
+                {
+                    "predicted": self.labels[p],
+                    "measured": self.labels[m],
+                    "errors": {
+                        ".".join(e.key): {"predicted": e.predicted, "measured": e.measured, "error": e.error}
+                        for e in errors
+                    },
+                }
+                for p, m, errors in self.predictions
+            ],
+        }
+
+
+def _described(label: str, record: RunRecord) -> dict[str, Any]:
+    failure = record.failure.kind if record.failure else None
+    return {
+        "label": label,
+        "device": record.device,
+        "simulated": record.simulated,
+        "fits": record.fits,
+        "failure": failure,
+    }
+
+
+def compare(labels: Sequence[str], records: Sequence[RunRecord], pairs: Sequence[tuple[int, int]] = ()) -> Comparison:
+    """The runs beside each other; differences count from the first. pairs: (predicted, measured) of one configuration."""
+    each = [metrics(record) for record in records]
+    keys = dict.fromkeys(key for figures in each for key in figures)
+    return Comparison(
+        tuple(labels),
+        tuple(records),
+        _changed([dict(_dotted(record.config, "")) for record in records]),
+        {key: tuple(figures.get(key) for figures in each) for key in keys},
+        tuple((p, m, tuple(_errors(each[p], each[m]))) for p, m in pairs),
+    )
+
+
+def _dotted(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _changed(settings: Sequence[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    keys = dict.fromkeys(key for one in settings for key in one if key not in _UNCOMPARED)
+    rows = {key: tuple(one.get(key) for one in settings) for key in keys}
+    return {key: values for key, values in rows.items() if len({json.dumps(v, sort_keys=True) for v in values}) > 1}
+
+
+def _errors(predicted: dict[Key, Number | None], measured: dict[Key, Number | None]) -> Iterator[PredictionError]:
+    for key, truth in measured.items():
+        guess = predicted.get(key)
+        if guess is not None and truth is not None and key[-1] in _PREDICTED:
+            yield PredictionError(key, guess, truth, (guess - truth) / truth if truth else None)
+
+
+# --- conditions ----------------------------------------------------------------------------------------------------------
+
+_CONDITION = re.compile(r"\s*(\S.*?)\s*(>=|<=|>|<)\s*([+-]?)\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[A-Za-z]*)\s*")
+_HELP = "write for example 'peak.reserved_bytes > +2%', 'peak.device_bytes > 8GiB' or 'seconds > +10'"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """figure OP limit. relative: the limit counts from the first run's figure; share: it is a part of that, or of 1."""
+
+    text: str
+    key: Key
+    operator: str
+    amount: float
+    relative: bool
+    share: bool
+
+    def violations(self, comparison: Comparison) -> list[Violation]:
+        """Every run but the first that meets the condition; the first itself if it is alone.
+
+        A run that failed meets every condition: its figures stop where it did. Raises InputError if a figure is unknown.
+        """
+        values = self._values(comparison)
+        if self.relative and len(values) == 1:
+            raise InputError(f"--fail-if '{self.text}' compares with the first run; give two runs")
+        broken = [i for i, record in enumerate(comparison.records) if record.failure is not None]
+        result = [
+            Violation(self.text, comparison.labels[i], None, None, _stopped(comparison.records[i])) for i in broken
+        ]
+        for run in range(1, len(values)) if len(values) > 1 else [0]:
+            if run in broken or 0 in broken:
+                continue
+            value, first = values[run], values[0]
+            if value is None or (self.relative and first is None):
+                missing = comparison.labels[run if value is None else 0]
+                raise InputError(f"--fail-if '{self.text}': {missing} has no {'.'.join(self.key)}")
+            limit = self._limit(first or 0)
+            if _OPERATORS[self.operator](value, limit):
+                text = f"{_shown(self.key, value)} {self.operator} {_shown(self.key, limit)}"
+                result.append(Violation(self.text, comparison.labels[run], value, limit, text))
+        return result
+
+    def _values(self, comparison: Comparison) -> tuple[Number | None, ...]:
+        if self.key in comparison.figures:
+            return comparison.figures[self.key]
+        names = [".".join(key) for key in comparison.figures]
+        close = difflib.get_close_matches(".".join(self.key), names, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else f"; there are for example {', '.join(names[:4])}"
+        raise InputError(f"--fail-if '{self.text}': no run has a figure {'.'.join(self.key)}{hint}")
+
+    def _limit(self, first: Number) -> float:
+        if self.share:
+            return first * (1 + self.amount) if self.relative else self.amount
+        return first + self.amount if self.relative else self.amount
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A condition that a run meets. value and limit are None for a run that failed."""
+
+    condition: str
+    label: str
+    value: Number | None
+    limit: Number | None
+    text: str
+
+
+_OPERATORS = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
+
+
+def parse_condition(text: str) -> Condition:
+    """`peak.reserved_bytes > +2%`: with a sign counted from the first run, without one absolute. Raises InputError."""
+    match = _CONDITION.fullmatch(text[:500])
+    if match is None:
+        raise InputError(f"--fail-if '{text[:80]}' is not understood; {_HELP}")
+    name, operator, sign, digits, unit = match.groups()
+    key = _key(name)
+    factor = -1 if sign == "-" else 1
+    if unit == "%":
+        if not sign and key[0] != "fragmentation":
+            raise InputError(
+                f"--fail-if '{text}': a share of what? With a sign, +{digits}%, it counts from the first run"
+            )
+        return Condition(text, key, operator, factor * float(digits) / 100, bool(sign), True)
+    if key[-1].endswith("_bytes"):
+        return Condition(text, key, operator, factor * parse_bytes(digits + unit), bool(sign), False)
+    if unit not in ("", "s") or (unit == "s" and key[-1] != "seconds"):
+        raise InputError(f"--fail-if '{text}': {name} is not counted in {unit}; {_HELP}")
+    return Condition(text, key, operator, factor * float(digits), bool(sign), False)
+
+
+def _key(name: str) -> Key:
+    """The name of a stage may itself hold dots and spaces."""
+    group, _, rest = name.partition(".")
+    if group in ("stages", "components") and "." in rest:
+        inner, _, figure = rest.rpartition(".")
+        return group, inner, figure
+    return (group, rest) if rest else (group,)
+
+
+def _stopped(record: RunRecord) -> str:
+    assert record.failure is not None
+    return f"the run failed ({record.failure.kind}): {record.failure.message}"
+
+
+def _shown(key: Key, value: Number) -> str:
+    if key[-1].endswith("_bytes"):
+        return f"{human(round(value))} ({round(value):,} bytes)"
+    return f"{value:,.4g}"

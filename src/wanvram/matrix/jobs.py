@@ -1,0 +1,96 @@
+"""One configuration of many: where it goes, and whether its result is already there. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wanvram.config import RunConfig, load_config
+from wanvram.errors import InputError
+from wanvram.record import RunRecord
+from wanvram.simulate.gpus import find_gpu
+from wanvram.units import parse_bytes
+
+__all__ = ["Job", "changed_keys", "exit_code", "finished"]
+
+DEFAULT_GPU = "h200"
+_MEDIA = ("video*", "image*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """vram_budget, ram: the planner chooses the strategy in the run's own process."""
+
+    config: RunConfig
+    directory: Path
+    vram_budget: str | None = None
+    ram: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+def finished(job: Job, *, force: bool, retry: bool) -> RunRecord | None:
+    """The record of a run of exactly this configuration; None if it must be run: never begun, killed, or interrupted.
+
+    force: none counts as finished. retry: nor does one that failed for another reason than memory. Raises InputError
+    if the directory holds something else and `force` is not given.
+    """
+    if job.directory.is_file():
+        raise InputError(f"{job.directory} is a file; it must be a directory for the run '{job.name}'")
+    if force or not job.directory.exists():
+        return None
+    config, record = _written_config(job.directory), _written_record(job.directory)
+    if config is None:
+        if record is not None or any(any(job.directory.glob(pattern)) for pattern in _MEDIA):
+            raise InputError(f"{job.directory} holds results without a config.yaml; --force replaces them")
+        return None
+    changed = changed_keys(config, _expected(job, config))
+    if changed:
+        what = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+        raise InputError(f"{job.directory} holds a run of another configuration ({what} differ); --force replaces it")
+    kind = record.failure.kind if record is not None and record.failure is not None else None
+    return None if kind == "interrupted" or (retry and kind == "error") else record
+
+
+def exit_code(record: RunRecord) -> int:
+    """0, 1 for a failed run, 3 when it does not fit the memory given."""
+    if record.fits is False:
+        return 3
+    return 1 if record.failure is not None else 0
+
+
+def changed_keys(first: RunConfig, second: RunConfig) -> list[str]:
+    """Dotted keys in which two configurations differ."""
+    before, after = first.to_dict(), second.to_dict()
+    result = []
+    for section, values in before.items():
+        if not isinstance(values, dict):
+            result += [section] if values != after[section] else []
+            continue
+        result += [f"{section}.{key}" for key, value in values.items() if value != after[section][key]]
+    return result
+
+
+def _expected(job: Job, found: RunConfig) -> RunConfig:
+    """What the job's config.yaml says, with what a run decides itself taken from `found`: a seed drawn, a strategy planned."""
+    config = replace(job.config, description=found.description)
+    if config.request.base_seed < 0:
+        config = replace(config, request=replace(config.request, base_seed=found.request.base_seed))
+    if job.vram_budget is None:
+        return config
+    limit = found.memory_limit_bytes
+    if job.vram_budget.strip().lower() != "auto":
+        limit = min(parse_bytes(job.vram_budget), find_gpu(found.gpu or DEFAULT_GPU).total_bytes)
+    return replace(config, strategy=found.strategy, gpu=config.gpu or found.gpu, memory_limit_bytes=limit)
+
+
+def _written_config(directory: Path) -> RunConfig | None:
+    path = directory / "config.yaml"
+    return load_config(path) if path.is_file() else None
+
+
+def _written_record(directory: Path) -> RunRecord | None:
+    path = directory / "record.json"
+    return RunRecord.read(path) if path.is_file() else None

@@ -1,0 +1,92 @@
+"""How far a series of runs is: a bar on a terminal, plain lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from wanvram.matrix.runner import Display, Outcome
+from wanvram.units import human, seconds
+
+__all__ = ["Lines", "describe", "display"]
+
+
+def describe(outcome: Outcome) -> str:
+    """`peak 9,870.5 MiB, fits`: one run in a line."""
+    record, peak = outcome.record, outcome.record.peak()
+    parts = ["already done"] if outcome.seconds is None else [seconds(outcome.seconds)]
+    if peak is not None:
+        parts.append(f"peak {human(peak.device_bytes if peak.device_bytes is not None else peak.reserved_bytes)}")
+    if record.failure is not None:
+        parts.append(f"{record.failure.kind}: {record.failure.message}")
+    elif record.fits is not None:
+        parts.append("fits" if record.fits else "does not fit")
+    return ", ".join(parts)
+
+
+class Lines:
+    """One line per event, with the time since the start."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._start = time.monotonic()
+
+    def started(self, number: int, count: int, name: str) -> None:
+        self._line(f"{number}/{count} {name}: started")
+
+    def message(self, name: str, text: str) -> None:
+        self._line(f"  {text}")
+
+    def finished(self, number: int, count: int, outcome: Outcome) -> None:
+        self._line(f"{number}/{count} {outcome.job.name}: {describe(outcome)}")
+
+    def _line(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
+
+
+class _Bar:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+
+    def started(self, number: int, count: int, name: str) -> None:
+        self._progress.update(self._task, total=count, completed=number - 1, description=escape(name))
+
+    def message(self, name: str, text: str) -> None:
+        self._progress.update(self._task, description=f"{escape(name)}: {escape(text[:100])}")
+
+    def finished(self, number: int, count: int, outcome: Outcome) -> None:
+        self._progress.update(self._task, total=count, completed=number)
+        self._progress.console.print(f"{number}/{count} {outcome.job.name}: {describe(outcome)}", markup=False)
+
+
+class _Silent:
+    def started(self, number: int, count: int, name: str) -> None: ...
+
+    def message(self, name: str, text: str) -> None: ...
+
+    def finished(self, number: int, count: int, outcome: Outcome) -> None: ...
+
+
+@contextmanager
+def display(*, quiet: bool) -> Iterator[Display]:
+    """quiet: nothing at all unless stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield _Silent() if quiet else Lines(sys.stderr)
+        return
+    columns = (
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(20),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _Bar(progress)

@@ -1,0 +1,231 @@
+"""Runs many configurations one after the other, each in a fresh process, into directories that say what is already done.
+
+A process of its own means that no run sees another's allocator, library workspaces or peak. Whatever happens to it ends as a
+record: out of memory, a crash, a time-out. If this process is killed the running one dies with it, and the next
+`run_all` does what is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+
+from wanvram.config import RunConfig
+from wanvram.errors import InputError, OutputError
+from wanvram.matrix.jobs import Job, exit_code, finished
+from wanvram.record import Failure, RunRecord, write_atomically
+
+__all__ = ["LOG", "Display", "Outcome", "die_with_parent", "run_all"]
+
+LOG = "run.log"  # what the run printed, in its directory
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 15.0  # from the interrupt to the kill: a step of the 14B model at 720p takes about 10 s on an H200
+_PR_SET_PDEATHSIG = 1
+_CLOCK = re.compile(r"^\[ *[0-9.]+ s\] ")  # each process counts from its own start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """seconds: of the whole process, None for a result that was there already."""
+
+    job: Job
+    record: RunRecord
+    seconds: float | None
+
+    @property
+    def exit_code(self) -> int:
+        return exit_code(self.record)
+
+
+class Display(Protocol):
+    """Hears how far a series of runs is."""
+
+    def started(self, number: int, count: int, name: str) -> None: ...
+
+    def message(self, name: str, text: str) -> None: ...
+
+    def finished(self, number: int, count: int, outcome: Outcome) -> None: ...
+
+
+def run_all(
+    jobs: Sequence[Job], display: Display, *, timeout: float | None = None, force: bool = False, retry: bool = False
+) -> list[Outcome]:
+    """One outcome per job, in order; see `finished` for what is not run again. timeout: seconds per run.
+
+    Raises InputError, before anything runs, for a directory that holds something else; OutputError; KeyboardInterrupt
+    after the running process has recorded what it had.
+    """
+    known = [finished(job, force=force, retry=retry) for job in jobs]
+    outcomes = []
+    with _only_one_in({job.directory.parent for job in jobs}):
+        for number, (job, record) in enumerate(zip(jobs, known, strict=True), 1):
+            if record is not None:
+                outcome = Outcome(job, record, None)
+            else:
+                display.started(number, len(jobs), job.name)
+                outcome = _run(job, timeout, lambda text, job=job: display.message(job.name, text))  # type: ignore[misc]
+            display.finished(number, len(jobs), outcome)
+            outcomes.append(outcome)
+    return outcomes
+
+
+@contextmanager
+def _only_one_in(folders: set[Path]) -> Iterator[None]:
+    """Two series in one folder would take each other's directories, and two runs on one card each other's memory."""
+    handles = []
+    try:
+        for folder in sorted(folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handles.append(os.open(folder, os.O_RDONLY))
+                fcntl.flock(handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another wanvram profile is writing to {folder}; wait for it or give -o DIR"
+                ) from error
+            except OSError as error:
+                raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+        yield
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcome:
+    start = time.monotonic()
+    log = job.directory / LOG
+    try:
+        job.directory.mkdir(parents=True, exist_ok=True)
+        (job.directory / "record.json").unlink(missing_ok=True)  # of an earlier run: what is there next is this run's
+        log.write_bytes(b"")
+    except OSError as error:
+        raise OutputError(f"cannot write to {job.directory}: {error.strerror or error}") from error
+    with tempfile.TemporaryDirectory(prefix="wanvram-") as scratch:
+        path = Path(scratch) / "config.yaml"
+        path.write_text(_yaml(job.config), encoding="utf-8")
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                _command(job, path),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        timed_out = _watch(process, log, timeout, tell)
+    seconds = time.monotonic() - start
+    return Outcome(job, _result(job, process.returncode, timeout if timed_out else None, log), seconds)
+
+
+def _command(job: Job, path: Path) -> list[str]:
+    command = [sys.executable, "-m", "wanvram", "profile", str(path), "-o", str(job.directory), "--force"]
+    command += ["--child_of", str(os.getpid())]
+    for flag, value in (("--vram_budget", job.vram_budget), ("--ram", job.ram)):
+        command += [flag, value] if value is not None else []
+    return command
+
+
+def _watch(process: subprocess.Popen[bytes], log: Path, timeout: float | None, tell: Callable[[str], None]) -> bool:
+    """Until the process ends, passing on what it prints; True if it had to be stopped for the time it took."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        with log.open("rb") as printed:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+                for line in printed.read().decode("utf-8", "replace").splitlines():
+                    tell(_CLOCK.sub("", line))
+                if process.returncode is not None:
+                    return False
+                if deadline is not None and time.monotonic() >= deadline:
+                    _stop(process)
+                    return True
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """An interrupt, on which a run records what it has; then a kill."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
+    """The record the run wrote, or one that says why it wrote none."""
+    path = job.directory / "record.json"
+    written = RunRecord.read(path) if path.is_file() else None
+    if written is not None and (timeout is None or written.failure is None):
+        return written
+    if timeout is not None:
+        failure = Failure("error", f"it was stopped after {timeout:g} s (--timeout)")
+        if written is not None and written.failure is not None:
+            failure = replace(written.failure, kind="error", message=failure.message)
+    else:
+        # 3: the planner found nothing that fits, which is an answer like running out of memory.
+        failure = Failure("oom" if code == 3 else "error", _reason(code, log))
+    record = written or _empty_record(job.config)
+    record.failure = failure
+    record.fits = False if failure.kind == "oom" else record.fits
+    if not (job.directory / "config.yaml").is_file():
+        write_atomically(job.directory / "config.yaml", _yaml(job.config))
+    record.write(path)
+    return record
+
+
+def _reason(code: int, log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = lines[-1].removeprefix("wanvram: ")[:500] if lines else "it printed nothing"
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the host may have run out of memory" if -code == signal.SIGKILL else ""
+        return f"the process was ended by {name}{hint}; last it said: {last}"
+    return last
+
+
+def _empty_record(config: RunConfig) -> RunRecord:
+    """Of a run that left none."""
+    return RunRecord(
+        device=config.device,
+        simulated=config.device == "simulated",
+        config=config.to_dict(),
+        fits=None,
+        budget_bytes=config.memory_limit_bytes,
+        components=[],
+        stages=[],
+        environment={},
+        host={},
+        notes=[f"the run left no record; what it printed is in {LOG}, what it had measured in memory_events.json"],
+    )
+
+
+def _yaml(config: RunConfig) -> str:
+    return str(yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False))
+
+
+def die_with_parent(parent: int) -> None:
+    """For the process of one run: ends when process `parent` does, even by kill -9. Linux only; elsewhere nothing."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)

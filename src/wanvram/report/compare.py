@@ -1,0 +1,175 @@
+"""Several runs side by side as plain text. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from wanvram.analysis.compare import Comparison, Key, PredictionError, Violation
+from wanvram.errors import InputError
+from wanvram.record import RunRecord
+from wanvram.report.runs import MAX_FILE_BYTES, Run, find_runs
+from wanvram.report.terminal import table
+from wanvram.units import MIB, seconds
+
+__all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
+
+MAX_CELL = 40
+_STAGE_FIGURES = (
+    ("stages", "peak_allocated_bytes", "peak allocated MiB"),
+    ("stages", "activation_bytes", "activation MiB"),
+    ("stages", "peak_reserved_bytes", "peak reserved MiB"),
+    ("stages", "peak_device_bytes", "peak device MiB"),
+    ("stages", "seconds", "time s"),
+    ("components", "base_bytes", "base MiB"),
+    ("components", "activation_bytes", "activation MiB"),
+    ("components", "host_bytes", "host MiB"),
+)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Run directories, directories of them, and record files of any name. Raises InputError."""
+    runs: list[Run] = []
+    taken: set[str] = set()
+    for path in paths:
+        found = [_read_file(path)] if path.is_file() else find_runs([path])
+        for run in found:
+            label, number = run.label, 2
+            while label in taken:
+                label, number = f"{run.label} ({number})", number + 1
+            taken.add(label)
+            runs.append(Run(label, run.record, run.timeline, run.exact, run.advice))
+    return runs
+
+
+def _read_file(path: Path) -> Run:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path} has {path.stat().st_size} bytes; a record has at most {MAX_FILE_BYTES}")
+        record = RunRecord.read(path)
+    except OSError as error:
+        raise InputError(f"{path} is not a readable record: {error.strerror or error}") from error
+    if not isinstance(record.config, dict):
+        raise InputError(f"{path} is not a readable record: its config is no mapping")
+    return Run(str(record.config.get("name") or path.stem), record, {}, False)
+
+
+# --- many runs -----------------------------------------------------------------------------------------------------------
+
+
+def runs_table(runs: Sequence[tuple[str, RunRecord]]) -> str:
+    """One line per run: what came out, the peak and where, the time without loading."""
+    rows = [["configuration", "result", "allocated MiB", "reserved MiB", "device MiB", "peak in", "time"]]
+    for name, record in runs:
+        peak, where = record.peak(), record.peak_span()
+        cells = ["-"] * 3
+        if peak is not None:
+            figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes)
+            cells = ["-" if figure is None else f"{figure / MIB:,.1f}" for figure in figures]
+        timed = [s.seconds for s in record.stages if s.kind == "stage" and s.seconds is not None]
+        time = seconds(sum(timed)) if timed else "-"
+        rows.append([name, _result(record), *cells, where.name if where else "-", time])
+    failures = [f"{name}: {r.failure.message}" for name, r in runs if r.failure is not None]
+    return "\n".join([table(rows), *(["", *failures] if failures else [])])
+
+
+def _result(record: RunRecord) -> str:
+    kind = "predicted" if record.simulated else "measured"
+    if record.failure is not None:
+        return "out of memory" if record.failure.kind == "oom" else "FAILED"
+    return kind if record.fits is None else f"{kind}, {'fits' if record.fits else 'DOES NOT FIT'}"
+
+
+# --- two or more, figure by figure ---------------------------------------------------------------------------------------
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Runs are called A, B, C, ...; every difference counts from A. Figures equal in all runs are left out."""
+    parts = [_legend(comparison), _configuration(comparison), _peaks(comparison)]
+    for group, figure, title in _STAGE_FIGURES:
+        keys = [(name, (group, name, figure)) for name in comparison.names(group)]
+        parts.append(_differences(comparison, f"{group.removesuffix('s')}, {title}", keys))
+    parts += [_prediction(*pair) for pair in comparison.predictions]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else f"R{index + 1}"
+
+
+def _legend(comparison: Comparison) -> str:
+    lines = []
+    for index, (label, record) in enumerate(zip(comparison.labels, comparison.records, strict=True)):
+        kind = "predicted" if record.simulated else "measured"
+        failed = f", FAILED ({record.failure.kind}): {record.failure.message}" if record.failure else ""
+        lines.append(f"{_letter(index)}: {label} ({kind}, {record.device}){failed}")
+    return "\n".join(lines)
+
+
+def _configuration(comparison: Comparison) -> str:
+    if not comparison.changed:
+        return "The configurations are the same." if len(comparison.labels) > 1 else ""
+    rows = [["changed", *map(_letter, range(len(comparison.labels)))]]
+    rows += [[key, *(_cell(value) for value in values)] for key, values in comparison.changed.items()]
+    return table(rows)
+
+
+def _cell(value: Any) -> str:
+    text = {True: "true", False: "false", None: "-"}[value] if value is None or isinstance(value, bool) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
+
+
+def _peaks(comparison: Comparison) -> str:
+    keys: list[tuple[str, Key]] = [
+        ("allocated", ("peak", "allocated_bytes")),
+        ("reserved", ("peak", "reserved_bytes")),
+        ("device", ("peak", "device_bytes")),
+    ]
+    return _differences(comparison, "peak, MiB", [k for k in keys if k[1] in comparison.figures], always=True)
+
+
+def _differences(comparison: Comparison, title: str, keys: Sequence[tuple[str, Key]], *, always: bool = False) -> str:
+    """A row per key: A's figure, then for each other run its figure, the difference, and that in per cent of A."""
+    head = [title, "A"]
+    for run in range(1, len(comparison.labels)):
+        head += [_letter(run), f"{_letter(run)}-A", "%"]
+    rows = [head]
+    for name, key in keys:
+        values = comparison.figures.get(key, ())
+        if values and (always or len(set(values)) > 1):
+            rows.append([name, *_cells(comparison, key, values)])
+    return table(rows) if len(rows) > 1 else ""
+
+
+def _cells(comparison: Comparison, key: Key, values: Sequence[int | float | None]) -> Iterator[str]:
+    show = _format(key)
+    yield show(values[0], "")
+    for run in range(1, len(values)):
+        difference = comparison.difference(key, run)
+        yield show(values[run], "")
+        yield show(difference, "+")
+        first = values[0]
+        yield f"{100 * difference / first:+.1f}" if difference is not None and first else "-"
+
+
+def _format(key: Key) -> Callable[[int | float | None, str], str]:
+    if key[-1] == "seconds":
+        return lambda value, sign: "-" if value is None else format(value, f"{sign},.2f")
+    return lambda value, sign: "-" if value is None else format(value / MIB, f"{sign},.1f")
+
+
+def _prediction(predicted: int, measured: int, errors: Sequence[PredictionError]) -> str:
+    title = f"{_letter(predicted)} predicted, {_letter(measured)} measured"
+    rows = [[title, "predicted", "measured", "error %"]]
+    for error in errors:
+        show = _format(error.key)
+        share = "-" if error.error is None else f"{100 * error.error:+.2f}"
+        rows.append([" ".join(error.key), show(error.predicted, ""), show(error.measured, ""), share])
+    return table(rows) + "\nBytes in MiB, time in seconds; + is predicted too high."
+
+
+def violations_text(violations: Sequence[Violation]) -> str:
+    """One line per condition that a run meets."""
+    return "".join(f"FAIL {v.label}: {v.condition}: {v.text}\n" for v in violations)

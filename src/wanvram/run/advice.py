@@ -1,0 +1,335 @@
+"""Advice by simulation: which changes of strategy lower a run's peak most, each tried on the simulated device.
+
+A forecast of the components that a change touches estimates what it can save; the most promising are then simulated whole, and
+only what that says is given as advice. Savings are differences of two predictions, also for a measured run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from wanvram.config import Measurement, RunConfig, Strategy
+from wanvram.engine.devices import SimulatedDevice
+from wanvram.engine.pipeline import Pipeline, rows_per_chunk
+from wanvram.errors import OutOfMemory
+from wanvram.planner import StageForecast
+from wanvram.planner.forecasts import KNOBS, Forecast, components_of, stage_seconds
+from wanvram.record import ComponentRecord, RunRecord, Span, write_atomically
+from wanvram.recorder.recorder import Recorder
+from wanvram.run.extension import prompt_extension
+from wanvram.run.forecast import simulate_stage
+from wanvram.run.inputs import prepare_inputs
+from wanvram.run.simulated import DEFAULT_GPU, simulated_memory
+from wanvram.run.weights import NoWeights
+from wanvram.simulate.gpus import find_gpu
+from wanvram.tasks import latent_shape
+
+__all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]
+
+LOSSY = ("precision", "weight_storage", "vae_precision")
+TILES = (52, 30, 20)  # latent pixels whose cuDNN workspaces were measured; the two largest that are smaller than what is used
+FLAGS = {"offload": "offload_model"}  # the knob whose flag has another name
+BASIS = (
+    "differences between two simulated runs, of this configuration with and without the change; loading is not in the times"
+)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change and what the whole simulated run says of it.
+
+    change: the flags. saved_*_bytes: of the run's peak. seconds: added to the run, loading aside, negative if it is faster,
+    None when times are unknown. lossless: the result stays the same up to rounding of reordered sums.
+    peak_device_bytes, peak_stage_after: the run's peak with the change, and the stage that then owns it.
+    """
+
+    change: str
+    knobs: dict[str, Any]
+    saved_device_bytes: int
+    saved_allocated_bytes: int
+    seconds: float | None
+    lossless: bool
+    peak_device_bytes: int
+    peak_stage_after: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The spans and components of a run, simulated whole."""
+
+    stages: tuple[Span, ...]
+    components: tuple[ComponentRecord, ...]
+
+    @property
+    def top(self) -> Span:
+        return max(self.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes))
+
+    @property
+    def device_bytes(self) -> int:
+        return self.top.peak.device_bytes or 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        return max(span.peak.allocated_bytes for span in self.stages)
+
+    @property
+    def seconds(self) -> float | None:
+        """All stages; loading is not timed on the simulated device."""
+        times = [span.seconds for span in self.stages if span.kind == "stage"]
+        return None if None in times else sum(time for time in times if time is not None)
+
+
+# (config, unlimited) -> the whole run, or None if it runs out of memory; unlimited: on a card of any size.
+Predict = Callable[[RunConfig, bool], Prediction | None]
+
+
+def predict(config: RunConfig, unlimited: bool) -> Prediction | None:
+    """As run.execute.simulate, but also on a card that is as large as it takes, and never asking DashScope."""
+    memory = simulated_memory(config, unlimited=unlimited)
+    device = SimulatedDevice(memory)
+    inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
+    extend = prompt_extension(config.request) if config.request.prompt_extend_method != "dashscope" else None
+    weights = NoWeights(tiny=config.weights == "tiny")
+    pipeline = Pipeline(config, device, Recorder(memory, None, None), weights, inputs, extend=extend)
+    try:
+        with device.session():
+            pipeline.run(lambda _: nullcontext())
+    except OutOfMemory:
+        return None
+    return Prediction(tuple(pipeline.recorder.spans), tuple(pipeline.records()))
+
+
+def advise(
+    config: RunConfig,
+    record: RunRecord,
+    *,
+    count: int = 3,
+    show: Callable[[str], None] | None = None,
+    forecast: Forecast = simulate_stage,
+    predict: Predict = predict,
+) -> list[Advice]:
+    """The `count` single changes that lower the device peak of `record`, a run of `config`, most; one per knob.
+
+    Fewer if fewer lower it. A run that did not fit is compared on a card without limit. Raises InputError if the record's
+    card is unknown to the simulator.
+    """
+    measurement = Measurement(profile_memory=False)  # spans of single blocks change no peak and cost a second a run
+    card = find_gpu(record.device.partition(":")[2] or config.gpu or DEFAULT_GPU)
+    config = replace(config, device="simulated", gpu=card.key, measurement=measurement)
+    base = _reused(config, record) or predict(config, False)
+    unlimited = base is None
+    base = base or predict(config, True)
+    assert base is not None  # a card of 1 PiB
+    runs = _Runs(config, base, unlimited, predict, forecast)
+    return _best(runs, sorted(_estimated(runs), key=lambda e: (e.device_bytes, e.seconds)), count, show)
+
+
+def write_advice(directory: Path, advices: list[Advice]) -> Path:
+    """advice.json of a run directory, as report.runs reads it, with the other fields of Advice beside."""
+    items = [
+        {"change": a.change + ("" if a.lossless else " (lossy)"), "saved_bytes": a.saved_device_bytes} | _without(a)
+        for a in advices
+    ]
+    document = {"schema": 1, "basis": BASIS, "advice": items}
+    write_atomically(directory / "advice.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return directory / "advice.json"
+
+
+def _without(advice: Advice) -> dict[str, Any]:
+    return {key: value for key, value in asdict(advice).items() if key not in ("change", "saved_device_bytes")}
+
+
+def _reused(config: RunConfig, record: RunRecord) -> Prediction | None:
+    """The record itself, if it is a whole simulation of this configuration."""
+    same = {**record.config, "logging": None} == {**_as_run(config, record), "logging": None}
+    if not record.simulated or record.failure is not None or not same or config.request.use_prompt_extend:
+        return None
+    return Prediction(tuple(record.stages), tuple(record.components))
+
+
+def _as_run(config: RunConfig, record: RunRecord) -> dict[str, Any]:
+    """The configuration with what a run writes differently: the card may be left out, a random seed is drawn."""
+    data = config.to_dict()
+    for section, key in (("request", "gpu"), ("request", "base_seed"), ("model_config", "device")):
+        data[section][key] = record.config[section][key]
+    return data
+
+
+# --- what could be changed ---------------------------------------------------------------------------------------------------
+
+
+def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Every single change that can lower a peak and is not made yet."""
+    s, r = config.strategy, config.request
+    if s.load_strategy == "full":
+        yield {"load_strategy": "block"}
+    yield from ({"resident_blocks": blocks} for blocks in {0, s.resident_blocks // 2} if blocks < s.resident_blocks)
+    wanted = {"attention_slicing": True, "offload": True, "t5_cpu": True, "expandable_segments": True, "cfg": "sequential"}
+    yield from ({knob: value} for knob, value in wanted.items() if getattr(s, knob) != value)
+    _, frames, height, width = latent_shape(r.frame_num, r.height, r.width)
+    rows = rows_per_chunk(frames * height * width // 4, s.rows_per_chunk)
+    if rows > 1:
+        yield {"rows_per_chunk": rows // 2}
+    edge = s.vae_tile or max(height, width)
+    yield from ({"vae_tile": tile} for tile in [tile for tile in TILES if tile < edge][:2])
+    yield from _lossy_changes(s, "bf16" if find_gpu(config.gpu or DEFAULT_GPU).compute_capability >= (8, 0) else "fp16")
+
+
+def _lossy_changes(s: Strategy, half: str) -> Iterator[dict[str, Any]]:
+    if s.precision == "fp32":
+        yield {"precision": half}
+    elif s.weight_storage == "same":
+        yield {"weight_storage": "fp8"}
+    if s.vae_precision == "fp32":
+        yield {"vae_precision": half}
+
+
+# --- how much it could save --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """The run's device peak and added seconds with a change, before it is simulated whole."""
+
+    knobs: dict[str, Any]
+    device_bytes: int
+    seconds: float
+
+
+@dataclass
+class _Runs:
+    """The base run, and forecasts and whole runs of others, each made once."""
+
+    config: RunConfig
+    base: Prediction
+    unlimited: bool
+    predict: Predict
+    forecast: Forecast
+    _forecasts: dict[tuple[object, ...], StageForecast] = field(default_factory=dict)
+    _wholes: dict[Strategy, Prediction | None] = field(default_factory=dict)
+
+    def whole(self, strategy: Strategy) -> Prediction | None:
+        if strategy not in self._wholes:
+            self._wholes[strategy] = self.predict(replace(self.config, strategy=strategy), self.unlimited)
+        return self._wholes[strategy]
+
+    def stage(self, strategy: Strategy, component: str) -> StageForecast:
+        key = _key(strategy, component)
+        if key not in self._forecasts:
+            self._forecasts[key] = self.forecast(replace(self.config, strategy=strategy), component)
+        return self._forecasts[key]
+
+    def peaks(self, *, without_holes: bool = False) -> dict[str, int]:
+        """The base run's device peak by component, largest first; without what was reserved and not allocated."""
+        result: dict[str, int] = {}
+        for span in self.base.stages:
+            holes = span.peak.reserved_bytes - span.peak.allocated_bytes if without_holes else 0
+            name = _component(span)
+            result[name] = max(result.get(name, 0), (span.peak.device_bytes or 0) - holes)
+        return dict(sorted(result.items(), key=lambda item: -item[1]))
+
+
+def _key(strategy: Strategy, component: str) -> tuple[object, ...]:
+    return component, *(getattr(strategy, knob) for knob in KNOBS.get(component, ()))
+
+
+def _component(span: Span) -> str:
+    """As planner.forecasts names them: the halves of the VAE apart."""
+    if span.component != "vae":
+        return span.component or span.name
+    return "vae_encoder" if span.name.startswith("encode") else "vae_decoder"
+
+
+def _estimated(runs: _Runs) -> Iterator[_Estimate]:
+    """Every change that may lower the peak."""
+    for knobs in _changes(runs.config):
+        estimate = _estimate(runs, knobs)
+        if estimate.device_bytes < runs.base.device_bytes:
+            yield estimate
+
+
+def _estimate(runs: _Runs, knobs: dict[str, Any]) -> _Estimate:
+    strategy = replace(runs.config.strategy, **knobs)
+    if runs.config.weights == "tiny":  # forecasts are of full-size models; a tiny run takes no longer than one of them
+        whole = runs.whole(strategy)
+        return _Estimate(knobs, whole.device_bytes if whole else runs.base.device_bytes, 0.0)
+    if "expandable_segments" in knobs:
+        return _Estimate(knobs, max(runs.peaks(without_holes=True).values()), 0.0)
+    if "offload" in knobs:
+        return _Estimate(knobs, max(_alone(runs).values()), 0.0)
+    return _staged(runs, knobs, strategy)
+
+
+def _alone(runs: _Runs) -> dict[str, int]:
+    """Peaks without the weights of all other components."""
+    bases = {c.name: c.base_bytes for c in runs.base.components if c.name != "prompt_extender"}
+    total = sum(bases.values())
+    own = {name: bases.get("vae" if name.startswith("vae") else name, total) for name in runs.peaks()}
+    return {name: peak - total + own[name] for name, peak in runs.peaks().items()}
+
+
+def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate:
+    """Base peaks plus what the forecasts of the touched components differ by; without offload their weights count everywhere."""
+    base, peaks = runs.config.strategy, runs.peaks()
+    touched = [c for c in components_of(runs.config.request) if _key(base, c) != _key(strategy, c)]
+    grown: dict[str, int] = {}
+    if not base.offload:
+        grown = {c: runs.stage(strategy, c).base_bytes - runs.stage(base, c).base_bytes for c in touched}
+    highest, seconds = 0, 0.0
+    for name, peak in peaks.items():
+        if peak <= highest:
+            break  # no change here raises a peak: the others stay below, whatever they save
+        peak += sum(nbytes for other, nbytes in grown.items() if other != name)
+        if name in touched:
+            before, after = runs.stage(base, name), runs.stage(strategy, name)
+            peak += after.peak_device_bytes - before.peak_device_bytes
+            times = [stage_seconds(runs.config.request, stage) or 0.0 for stage in (before, after)]
+            seconds += times[1] - times[0]
+        highest = max(highest, peak)
+    return _Estimate(knobs, highest, seconds)
+
+
+# --- what it does save -------------------------------------------------------------------------------------------------------
+
+
+def _best(
+    runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[str], None] | None
+) -> list[Advice]:
+    """Simulates whole, best first, until no further estimate promises more than the `count`-th best that was found."""
+    found: list[Advice] = []
+    for estimate in estimates:
+        promised = runs.base.device_bytes - estimate.device_bytes
+        if len(found) >= count and promised <= found[count - 1].saved_device_bytes:
+            break
+        if any(advice.knobs.keys() == estimate.knobs.keys() for advice in found):
+            continue
+        advice = _advice(runs, estimate.knobs)
+        if advice is not None:
+            found.append(advice)
+            if show is not None:
+                show(f"{advice.change}: {advice.saved_device_bytes / 2**30:.2f} GiB less")
+        found.sort(key=lambda a: (-a.saved_device_bytes, a.seconds or 0.0))
+    return found[:count]
+
+
+def _advice(runs: _Runs, knobs: dict[str, Any]) -> Advice | None:
+    """None if the whole run saves nothing."""
+    after = runs.whole(replace(runs.config.strategy, **knobs))
+    if after is None or after.device_bytes >= runs.base.device_bytes:
+        return None
+    times = runs.base.seconds, after.seconds
+    return Advice(
+        change=" ".join(f"--{FLAGS.get(knob, knob)} {value}" for knob, value in knobs.items()),
+        knobs=knobs,
+        saved_device_bytes=runs.base.device_bytes - after.device_bytes,
+        saved_allocated_bytes=runs.base.allocated_bytes - after.allocated_bytes,
+        seconds=None if times[0] is None or times[1] is None else times[1] - times[0],
+        lossless=not knobs.keys() & set(LOSSY),
+        peak_device_bytes=after.device_bytes,
+        peak_stage_after=after.top.name,
+    )
