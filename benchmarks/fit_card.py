@@ -139,9 +139,7 @@ def steady_step(record: dict[str, Any]) -> float | None:
 def row(case: dict[str, Any], records: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
     capped, resident = records["CAPPED"], records.get("RESIDENT")
     stages = []
-    by_name = {s["name"]: s for s in predicted["stages"]}
-    for stage in capped["stages"]:
-        other = by_name.get(stage["name"], {})
+    for stage, other in zip(capped["stages"], predicted["stages"], strict=False):
         stages.append(
             {"stage": stage["name"], "seconds": stage["seconds"], "predicted_seconds": other.get("seconds")}
             | {

@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fit_card import GIB, MIB, Sampler, steady_step
+from fit_card import GIB, MIB, measure, steady_step
 
 from wanvram.config import Request, RunConfig
 from wanvram.specs import DIT
@@ -90,35 +90,10 @@ def plan_cases(target: Path, count: int, longest: float, processes: int) -> None
             target.write_text(json.dumps(cases, indent=1) + "\n")
 
 
-def keep_pinned_pages() -> Any:
-    """Makes CudaDevice reuse pinned buffers; returns the function that frees them all for the next case."""
-    from wanvram.engine.devices import CudaDevice
-
-    original, pool, used = CudaDevice.host_empty, {}, {}
-
-    def host_empty(self: Any, shape: tuple[int, ...], dtype: Any, *, pinned: bool = False) -> Any:
-        if not pinned:
-            return original(self, shape, dtype)
-        key = (shape, dtype)
-        index = used[key] = used.get(key, -1) + 1
-        buffers = pool.setdefault(key, [])
-        if index == len(buffers):
-            buffers.append(original(self, shape, dtype, pinned=True))
-        return buffers[index]
-
-    CudaDevice.host_empty = host_empty  # type: ignore[method-assign]
-    return used.clear
-
-
-def run_case(case: dict[str, Any], sampler: Sampler) -> dict[str, Any]:
-    import torch
-
-    from wanvram.run.execute import Output, execute
-
-    torch.cuda.empty_cache()
-    sampler.highest = sampler.idle
-    record = execute(RunConfig.from_dict(case["config"]), Output(None)).to_json()
-    nvml = sampler.highest - sampler.idle
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """In a fresh process: what one run leaves behind (libraries, a cap, a failed run's tensors) is no part of another."""
+    records = measure(case | {"limit_bytes": case["budget_bytes"], "resident_steps": 0})
+    record, nvml = records["CAPPED"], records["nvml_bytes"]
     predicted = case["predicted"]["device_bytes"]
     return case | {
         "measured": record["peak"],
@@ -135,8 +110,7 @@ def run_case(case: dict[str, Any], sampler: Sampler) -> dict[str, Any]:
 def run_cases(cases: list[dict[str, Any]], out: Path, seconds: float) -> None:
     import torch
 
-    sampler, start, rows = Sampler(), time.monotonic(), []
-    start_over = keep_pinned_pages()
+    start, rows = time.monotonic(), []
     target = out / f"{datetime.date.today()}_h200_keep_promise.json"
     for case in cases:
         if "refused" in case:
@@ -144,8 +118,7 @@ def run_cases(cases: list[dict[str, Any]], out: Path, seconds: float) -> None:
             continue
         if time.monotonic() - start > seconds:
             break
-        start_over()
-        rows.append(run_case(case, sampler))
+        rows.append(run_case(case))
         r = rows[-1]
         print(
             f"{r['name']:28s} budget {r['budget_bytes'] / GIB:6.2f} GiB: NVML {r['nvml_bytes'] / MIB:8.0f}, own "

@@ -15,12 +15,14 @@ from planner_card import Card
 from wanvram.cli import generate
 from wanvram.cli import main as command
 from wanvram.cli import plan as verb
-from wanvram.config import Request, Strategy, load_config
+from wanvram.config import Request, RunConfig, Strategy, load_config
 from wanvram.errors import DeviceError
 from wanvram.planner.budget import Budget
 from wanvram.planner.result import Offer, Plan, Rejected
 from wanvram.planner.search import Options, plan
+from wanvram.record import Memory
 from wanvram.report.plan import flags_of, summarize_plan
+from wanvram.run.planning import plan_run
 from wanvram.units import GIB
 
 REQUEST = Request.for_task("t2v-14B", size="1280*720")
@@ -33,13 +35,19 @@ def free_memory_of(name: str, nbytes: int) -> ModuleType:
     return module
 
 
+class WholeRun:
+    """The simulation of what was chosen: it confirms the forecasts."""
+
+    def peak(self) -> Memory:
+        return Memory(0, 0, 0)
+
+
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     """The only verb is plan, and it simulates on a card made by hand."""
     card = Card()
-    module = ModuleType("wanvram.run.forecast")
-    module.simulate_stage = card  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wanvram.run.forecast", module)
+    monkeypatch.setattr("wanvram.run.planning.simulate_stage", card)
+    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config: (WholeRun(), None))
     monkeypatch.setattr(command, "VERBS", (verb,))
     return card
 
@@ -146,7 +154,24 @@ def test_progress_names_every_forecast(capsys: pytest.CaptureFixture[str], card:
     assert command.main([*T2V, "--vram", "6GiB"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(card.calls)
-    assert any("dit: " in line and "resident_blocks" in line for line in lines)
+    assert any("dit: " in line and "GiB" in line for line in lines)
+
+
+def test_a_whole_run_above_its_forecasts_is_planned_again_with_that_much_more_kept_free(
+    monkeypatch: pytest.MonkeyPatch, card: Card
+) -> None:
+    peaks = iter([6 * GIB + 100, 4 * GIB])
+
+    class Higher(WholeRun):
+        def peak(self) -> Memory:
+            return Memory(0, 0, next(peaks))
+
+    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config: (Higher(), None))
+    config = RunConfig("x", "", "simulated", REQUEST, Strategy(load_strategy="block"))
+    result, _ = plan_run(config, Budget(6 * GIB), offers=False)
+    assert isinstance(result, Plan)
+    assert result.budget == Budget(6 * GIB)
+    assert result.peak_device_bytes <= 2 * Budget(6 * GIB).device_limit - 6 * GIB - 100
 
 
 def made_by_hand() -> Plan:

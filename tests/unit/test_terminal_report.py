@@ -45,7 +45,7 @@ def simulated() -> RunRecord:
     )
 
 
-def test_a_simulated_run_that_fits_is_said_to_be_simulated_and_has_no_times() -> None:
+def test_a_simulated_run_that_fits_is_said_to_be_simulated() -> None:
     assert summarize(simulated()) == (
         """\
 lean: t2v-1.3B 832*480 81 frames

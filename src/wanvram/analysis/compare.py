@@ -14,10 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.record import RunRecord, Span
+from wanvram.record import Failure, RunRecord, Span
 from wanvram.units import human, parse_bytes
 
-__all__ = ["Comparison", "Condition", "Key", "PredictionError", "Violation", "compare", "metrics", "parse_condition"]
+__all__ = [
+    "Comparison",
+    "Condition",
+    "Key",
+    "PredictionError",
+    "Violation",
+    "compare",
+    "judge",
+    "metrics",
+    "parse_condition",
+]
 
 Number = int | float
 Key = tuple[str, ...]  # ("peak", "device_bytes"), ("stages", "denoise", "seconds"), ("seconds",)
@@ -215,17 +225,14 @@ class Condition:
     def violations(self, comparison: Comparison) -> list[Violation]:
         """Every run but the first that meets the condition; the first itself if it is alone.
 
-        A run that failed meets every condition: its figures stop where it did. Raises InputError if a figure is unknown.
+        Runs that failed are left to `judge`. Raises InputError if a figure is unknown.
         """
         values = self._values(comparison)
         if self.relative and len(values) == 1:
             raise InputError(f"--fail-if '{self.text}' compares with the first run; give two runs")
-        broken = [i for i, record in enumerate(comparison.records) if record.failure is not None]
-        result = [
-            Violation(self.text, comparison.labels[i], None, None, _stopped(comparison.records[i])) for i in broken
-        ]
+        result: list[Violation] = []
         for run in range(1, len(values)) if len(values) > 1 else [0]:
-            if run in broken or 0 in broken:
+            if comparison.records[run].failure is not None:
                 continue
             value, first = values[run], values[0]
             if value is None or (self.relative and first is None):
@@ -286,6 +293,15 @@ def parse_condition(text: str) -> Condition:
     return Condition(text, key, operator, factor * float(digits), bool(sign), False)
 
 
+def judge(comparison: Comparison, conditions: Sequence[Condition]) -> list[Violation]:
+    """Everything that fails a build. With any condition, so does a run that failed: its figures stop where it did."""
+    if not conditions:
+        return []
+    pairs = zip(comparison.labels, comparison.records, strict=True)
+    broken = [Violation("the run failed", label, None, None, _stopped(r.failure)) for label, r in pairs if r.failure]
+    return broken + [violation for condition in conditions for violation in condition.violations(comparison)]
+
+
 def _key(name: str) -> Key:
     """The name of a stage may itself hold dots and spaces."""
     group, _, rest = name.partition(".")
@@ -295,9 +311,8 @@ def _key(name: str) -> Key:
     return (group, rest) if rest else (group,)
 
 
-def _stopped(record: RunRecord) -> str:
-    assert record.failure is not None
-    return f"the run failed ({record.failure.kind}): {record.failure.message}"
+def _stopped(failure: Failure) -> str:
+    return f"{failure.kind}: {failure.message}"
 
 
 def _shown(key: Key, value: Number) -> str:

@@ -1,4 +1,82 @@
-"""TODO"""
+"""Look at the machine before measuring: GPUs, who else uses them, versions, settings, RAM and disk.
+
+examples:
+  wanvram check
+  wanvram check --json
+  wanvram check --terminate 4711       asks first, and only for a process of yours that uses the GPU
+
+Warms the GPU up where there is one. Ends no process by itself; every measuring run stores the same checks in its record.
+"""
+
+from __future__ import annotations
+
 import argparse
-def prepare_parser(parser): ...
-def run(args): return 0
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from wanvram.errors import InputError, WanvramError
+from wanvram.report.check import check_text
+from wanvram.units import human
+
+__all__ = ["prepare_parser", "run", "terminate"]
+
+WAIT_SECONDS = 10.0
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--terminate", type=int, metavar="PID", help="end this process of yours on the GPU, after asking"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from wanvram.run.checks import run_checks, warm_up
+
+    checks = run_checks()
+    ended = None
+    if args.terminate is not None:
+        ended = terminate(args.terminate, checks, _ask, _end)
+        checks = run_checks()
+    checks["warm_up"] = warm_up()
+    if args.json:
+        print(json.dumps({"schema": 1, **checks, "terminated": ended}, ensure_ascii=False))
+    else:
+        print(check_text(checks), end="")
+    return 0
+
+
+def terminate(pid: int, checks: dict[str, Any], ask: Callable[[str], bool], end: Callable[[int], None]) -> bool:
+    """Ends the process if it is the user's, uses a GPU and the answer is yes. Raises InputError if it may not be ended."""
+    from wanvram.run.checks import own_gpu_process
+
+    process = own_gpu_process(pid, checks)
+    used = "" if process["used_bytes"] is None else f", {human(process['used_bytes'])}"
+    if not ask(f"End process {pid} ({process['name']}{used} on GPU {process['gpu']})? [y/N] "):
+        print(f"Process {pid} goes on.", file=sys.stderr)
+        return False
+    end(pid)
+    return True
+
+
+def _ask(question: str) -> bool:
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _end(pid: int) -> None:
+    """SIGTERM, which a program may use to save its work; never SIGKILL."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        process.terminate()
+        process.wait(WAIT_SECONDS)
+    except psutil.NoSuchProcess:
+        return
+    except psutil.AccessDenied as error:
+        raise InputError(f"--terminate {pid}: the system does not allow it") from error
+    except psutil.TimeoutExpired as error:
+        raise WanvramError(f"process {pid} was asked to end and has not after {WAIT_SECONDS:g} s") from error

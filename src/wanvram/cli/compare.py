@@ -17,7 +17,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from wanvram.analysis.compare import compare, parse_condition
+from wanvram.analysis.compare import compare, judge, parse_condition
 from wanvram.report.compare import comparison_text, read_runs, violations_text
 from wanvram.report.runs import pairs
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     conditions = [parse_condition(text) for text in args.fail_if]
     runs = read_runs(args.runs)
     comparison = compare([r.label for r in runs], [r.record for r in runs], pairs(runs))
-    violations = [v for condition in conditions for v in condition.violations(comparison)]
+    violations = judge(comparison, conditions)
     if args.json:
         document = comparison.to_json() | {"violations": [asdict(v) for v in violations]}
         print(json.dumps(document, ensure_ascii=False))

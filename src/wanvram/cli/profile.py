@@ -115,9 +115,8 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
         print(json.dumps(_document(base, outcomes, code), ensure_ascii=False))
     else:
         print(runs_table([(o.job.name, o.record) for o in outcomes]))
-        print(
-            f"\nWrote {sum(o.seconds is not None for o in outcomes)} of {len(outcomes)} runs to {base}; the rest was there"
-        )
+        ran = sum(outcome.seconds is not None for outcome in outcomes)
+        print(f"\n{ran} run, {len(outcomes) - ran} already done; `wanvram report {base}` shows them side by side")
     return code
 
 

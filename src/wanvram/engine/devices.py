@@ -132,6 +132,7 @@ class CudaDevice(Device):
     """One CUDA GPU. `limit_bytes` caps what the allocator may reserve: more is an OutOfMemory, never a spill."""
 
     kind = "cuda"
+    _context_bytes = 0  # of this process, when the first device was made
 
     def __init__(self, index: int = 0, *, limit_bytes: int | None = None) -> None:
         if not torch.cuda.is_available():
@@ -158,6 +159,15 @@ class CudaDevice(Device):
         self._copied = Copies()
         self._copying: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._waiting: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _outside(self) -> int:
+        """What this process holds outside the allocator: the context, and the libraries once all are loaded.
+
+        In a second run of one process the libraries are there already and must not be counted twice.
+        """
+        now = (self.meter.device_memory() or 0) - torch.cuda.memory_reserved(self.torch_device)
+        CudaDevice._context_bytes = min(CudaDevice._context_bytes or now, now)
+        return max(now, CudaDevice._context_bytes + LIBRARY_MODULES)
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -152,7 +152,7 @@ def _offers(trials: Trials, chosen: Strategy) -> list[Offer]:
     offers = []
     if chosen.precision == "fp32":
         offers.append(_offer(trials, chosen, "precision", half))
-    if chosen.weight_storage == "same":
+    if chosen.weight_storage == "same" and chosen.precision != "fp32":
         offers.append(_offer(trials, chosen, "weight_storage", "fp8"))
     if chosen.vae_precision == "fp32":
         offers.append(_offer(trials, chosen, "vae_precision", half))

@@ -45,6 +45,11 @@ class Recorder:
         self._open: list[Span] = []
         self._started: list[float | None] = []
 
+    @property
+    def open_spans(self) -> tuple[Span, ...]:
+        """The spans begun and not ended, outermost first; each holds those ended inside it."""
+        return tuple(self._open)
+
     @contextmanager
     def span(self, name: str, *, kind: str, component: str | None = None) -> Iterator[Span]:
         """Records everything inside. A span left by an exception stays open until `finish_open`."""

@@ -19,6 +19,7 @@ from wanvram.engine.pipeline import Pipeline, rows_per_chunk
 from wanvram.errors import OutOfMemory
 from wanvram.planner import StageForecast
 from wanvram.planner.forecasts import KNOBS, Forecast, components_of, stage_seconds
+from wanvram.planner.tiles import tiles_for
 from wanvram.record import ComponentRecord, RunRecord, Span, write_atomically
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.extension import prompt_extension
@@ -32,11 +33,13 @@ from wanvram.tasks import latent_shape
 __all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]
 
 LOSSY = ("precision", "weight_storage", "vae_precision")
-TILES = (52, 30, 20)  # latent pixels whose cuDNN workspaces were measured; the two largest that are smaller than what is used
+TILES = (
+    52,
+    30,
+    20,
+)  # latent pixels whose cuDNN workspaces were measured; the two largest that are smaller than what is used
 FLAGS = {"offload": "offload_model"}  # the knob whose flag has another name
-BASIS = (
-    "differences between two simulated runs, of this configuration with and without the change; loading is not in the times"
-)
+BASIS = "differences between two simulated runs, of this configuration with and without the change; loading is not in the times"
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ Predict = Callable[[RunConfig, bool], Prediction | None]
 
 def predict(config: RunConfig, unlimited: bool) -> Prediction | None:
     """As run.execute.simulate, but also on a card that is as large as it takes, and never asking DashScope."""
+    if unlimited:
+        config = replace(config, memory_limit_bytes=None)
     memory = simulated_memory(config, unlimited=unlimited)
     device = SimulatedDevice(memory)
     inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
@@ -115,8 +120,8 @@ def advise(
 ) -> list[Advice]:
     """The `count` single changes that lower the device peak of `record`, a run of `config`, most; one per knob.
 
-    Fewer if fewer lower it. A run that did not fit is compared on a card without limit. Raises InputError if the record's
-    card is unknown to the simulator.
+    Of those that save the same, lossless ones come first, then the fastest. Fewer than `count` if fewer lower it. A run that
+    did not fit is compared on a card without limit. Raises InputError if the record's card is unknown to the simulator.
     """
     measurement = Measurement(profile_memory=False)  # spans of single blocks change no peak and cost a second a run
     card = find_gpu(record.device.partition(":")[2] or config.gpu or DEFAULT_GPU)
@@ -126,7 +131,8 @@ def advise(
     base = base or predict(config, True)
     assert base is not None  # a card of 1 PiB
     runs = _Runs(config, base, unlimited, predict, forecast)
-    return _best(runs, sorted(_estimated(runs), key=lambda e: (e.device_bytes, e.seconds)), count, show)
+    estimates = sorted(_estimated(runs), key=lambda e: (e.device_bytes, _is_lossy(e.knobs), e.seconds))
+    return _best(runs, estimates, count, show)
 
 
 def write_advice(directory: Path, advices: list[Advice]) -> Path:
@@ -146,18 +152,18 @@ def _without(advice: Advice) -> dict[str, Any]:
 
 def _reused(config: RunConfig, record: RunRecord) -> Prediction | None:
     """The record itself, if it is a whole simulation of this configuration."""
-    same = {**record.config, "logging": None} == {**_as_run(config, record), "logging": None}
-    if not record.simulated or record.failure is not None or not same or config.request.use_prompt_extend:
+    same = _settings(config.to_dict()) == _settings(record.config)
+    whole = record.simulated and record.failure is None and bool(record.stages)
+    if not (whole and same) or config.request.use_prompt_extend:
         return None
     return Prediction(tuple(record.stages), tuple(record.components))
 
 
-def _as_run(config: RunConfig, record: RunRecord) -> dict[str, Any]:
-    """The configuration with what a run writes differently: the card may be left out, a random seed is drawn."""
-    data = config.to_dict()
-    for section, key in (("request", "gpu"), ("request", "base_seed"), ("model_config", "device")):
-        data[section][key] = record.config[section][key]
-    return data
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What changes memory or time. The card is the record's; a random seed is drawn when the run begins."""
+    sections = {name: config.get(name) or {} for name in ("model_config", "optimization", "request")}
+    keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {k: v for k, v in keys.items() if k not in ("model_config.device", "request.gpu", "request.base_seed")}
 
 
 # --- what could be changed ---------------------------------------------------------------------------------------------------
@@ -169,14 +175,20 @@ def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
     if s.load_strategy == "full":
         yield {"load_strategy": "block"}
     yield from ({"resident_blocks": blocks} for blocks in {0, s.resident_blocks // 2} if blocks < s.resident_blocks)
-    wanted = {"attention_slicing": True, "offload": True, "t5_cpu": True, "expandable_segments": True, "cfg": "sequential"}
+    wanted = {
+        "attention_slicing": True,
+        "offload": True,
+        "t5_cpu": True,
+        "expandable_segments": True,
+        "cfg": "sequential",
+    }
     yield from ({knob: value} for knob, value in wanted.items() if getattr(s, knob) != value)
     _, frames, height, width = latent_shape(r.frame_num, r.height, r.width)
     rows = rows_per_chunk(frames * height * width // 4, s.rows_per_chunk)
     if rows > 1:
         yield {"rows_per_chunk": rows // 2}
     edge = s.vae_tile or max(height, width)
-    yield from ({"vae_tile": tile} for tile in [tile for tile in TILES if tile < edge][:2])
+    yield from ({"vae_tile": tile} for tile in tiles_for(r) if tile is not None and tile < edge)
     yield from _lossy_changes(s, "bf16" if find_gpu(config.gpu or DEFAULT_GPU).compute_capability >= (8, 0) else "fp16")
 
 
@@ -187,6 +199,10 @@ def _lossy_changes(s: Strategy, half: str) -> Iterator[dict[str, Any]]:
         yield {"weight_storage": "fp8"}
     if s.vae_precision == "fp32":
         yield {"vae_precision": half}
+
+
+def _is_lossy(knobs: dict[str, Any]) -> bool:
+    return bool(knobs.keys() & set(LOSSY))
 
 
 # --- how much it could save --------------------------------------------------------------------------------------------------
@@ -221,7 +237,8 @@ class _Runs:
     def stage(self, strategy: Strategy, component: str) -> StageForecast:
         key = _key(strategy, component)
         if key not in self._forecasts:
-            self._forecasts[key] = self.forecast(replace(self.config, strategy=strategy), component)
+            asked = replace(self.config, strategy=strategy, memory_limit_bytes=None)
+            self._forecasts[key] = self.forecast(asked, component)
         return self._forecasts[key]
 
     def peaks(self, *, without_holes: bool = False) -> dict[str, int]:
@@ -284,7 +301,7 @@ def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate
     for name, peak in peaks.items():
         if peak <= highest:
             break  # no change here raises a peak: the others stay below, whatever they save
-        peak += sum(nbytes for other, nbytes in grown.items() if other != name)
+        peak += sum(nbytes for other, nbytes in grown.items() if other != name and name in KNOBS)
         if name in touched:
             before, after = runs.stage(base, name), runs.stage(strategy, name)
             peak += after.peak_device_bytes - before.peak_device_bytes
@@ -297,9 +314,7 @@ def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate
 # --- what it does save -------------------------------------------------------------------------------------------------------
 
 
-def _best(
-    runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[str], None] | None
-) -> list[Advice]:
+def _best(runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[str], None] | None) -> list[Advice]:
     """Simulates whole, best first, until no further estimate promises more than the `count`-th best that was found."""
     found: list[Advice] = []
     for estimate in estimates:
@@ -313,7 +328,7 @@ def _best(
             found.append(advice)
             if show is not None:
                 show(f"{advice.change}: {advice.saved_device_bytes / 2**30:.2f} GiB less")
-        found.sort(key=lambda a: (-a.saved_device_bytes, a.seconds or 0.0))
+        found.sort(key=lambda a: (-a.saved_device_bytes, not a.lossless, a.seconds or 0.0))
     return found[:count]
 
 
@@ -328,8 +343,8 @@ def _advice(runs: _Runs, knobs: dict[str, Any]) -> Advice | None:
         knobs=knobs,
         saved_device_bytes=runs.base.device_bytes - after.device_bytes,
         saved_allocated_bytes=runs.base.allocated_bytes - after.allocated_bytes,
-        seconds=None if times[0] is None or times[1] is None else times[1] - times[0],
-        lossless=not knobs.keys() & set(LOSSY),
+        seconds=None if times[0] is None or times[1] is None else round(times[1] - times[0], 3),
+        lossless=not _is_lossy(knobs),
         peak_device_bytes=after.device_bytes,
         peak_stage_after=after.top.name,
     )

@@ -22,6 +22,7 @@ from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.recorder import Recorder
 from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
+from wanvram.run.checks import run_checks
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
 from wanvram.run.extension import prompt_extension
@@ -46,14 +47,21 @@ class Output:
     save_file: Path | None = None
 
 
-def execute(config: RunConfig, output: Output, progress: Callable[[str], None] | None = None) -> RunRecord:
+def execute(
+    config: RunConfig,
+    output: Output,
+    progress: Callable[[str], None] | None = None,
+    watch: Callable[[Recorder], AbstractContextManager[object]] | None = None,
+) -> RunRecord:
     """Runs the pipeline under the recorder. A run that fails on the way is returned as a record with a `failure`.
 
-    Raises InputError, CheckpointError or DeviceError before anything is loaded.
+    watch: entered with the recorder for the time of the run, to show it while it goes on. Raises InputError, CheckpointError or DeviceError before anything is loaded.
     """
     if config.request.base_seed < 0:
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
     _check_measurement(config)
+    # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
+    checks = {} if device_kind(config) == "simulated" else {"checks": run_checks(output.directory)}
     device = make_device(config)
     simulated = device.kind == "simulated"
     weights = choose_weights(
@@ -64,7 +72,7 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
     extend = prompt_extension(config.request)
     outputs = _outputs(config, device, output)
     directory = prepare_directory(output.directory, force=output.force) if output.directory else None
-    environment = describe_environment()
+    environment = describe_environment() | checks
     if directory:
         write_atomically(
             directory / "config.yaml", yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False)
@@ -74,6 +82,8 @@ def execute(config: RunConfig, output: Output, progress: Callable[[str], None] |
         events = stack.enter_context(EventLog(directory / "memory_events.json")) if directory else None
         timeline = Timeline.attach(device.memory) if directory and isinstance(device, SimulatedDevice) else None
         recorder = Recorder(device.meter, events, progress, timeline)
+        if watch:
+            stack.enter_context(watch(recorder))
         pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
         if progress and not simulated:
             pipeline.on_step = StepProgress(progress)

@@ -1,0 +1,155 @@
+"""memory_events.json read: base memory per component, peaks by name, the largest growth between two events. No torch.
+
+Also events of the specification's own MemoryProfiler (section 4.1), which hold no byte counts but the text of memory_log; those
+figures are exact to 0.01 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from wanvram.errors import InputError
+from wanvram.units import MIB
+
+__all__ = ["EventGroup", "EventSummary", "Growth", "read_events"]
+
+MAX_FILE_BYTES = 256 * MIB  # an event has about 300 bytes
+_LOG = re.compile(r"(incremental_memory|peak_memory)=(-?[0-9]+(?:\.[0-9]+)?) MB")
+
+
+@dataclass(frozen=True)
+class EventGroup:
+    """All events of one name; each figure its highest, None where no event has it.
+
+    incremental_bytes: over the base_memory that was given, so base memory where a model was loaded.
+    """
+
+    name: str
+    count: int
+    first_seconds: float
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    device_bytes: int | None
+    incremental_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """From one event to the next, allocated bytes."""
+
+    after: str
+    before: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EventSummary:
+    """groups: in order of their first event. peak: the group with the most allocated. seconds: first event to last."""
+
+    events: int
+    seconds: float
+    peak: EventGroup | None
+    groups: tuple[EventGroup, ...]
+    growth: tuple[Growth, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class _Event:
+    name: str
+    timestamp: float
+    allocated: int | None
+    reserved: int | None
+    device: int | None
+    incremental: int | None
+
+
+def read_events(path: Path) -> EventSummary:
+    """Raises InputError when the file is missing, too large, truncated or no list of memory events."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read")
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        if not isinstance(data, list):
+            raise ValueError("it holds no list")
+        events = [_event(number, item) for number, item in enumerate(data, 1)]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no memory_events.json: {error}") from error
+    return _summary(events)
+
+
+def _event(number: int, item: Any) -> _Event:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        raise ValueError(f"event {number} has no name")
+    timestamp = item.get("timestamp")
+    if isinstance(timestamp, bool) or not isinstance(timestamp, (int, float)):
+        raise ValueError(f"event {number} has no timestamp")
+    allocated, reserved, device = (_whole(number, item, f"{key}_bytes") for key in ("allocated", "reserved", "device"))
+    found = _LOG.search(str(item.get("memory_log", ""))[-200:])
+    said = round(float(found[2]) * MIB) if found else None
+    incremental = said if found and found[1] == "incremental_memory" else None
+    base = (item.get("metadata") or {}).get("base_memory") if isinstance(item.get("metadata"), dict) else None
+    if allocated is None and found and found[1] == "peak_memory":
+        allocated = said
+    if allocated is not None and isinstance(base, int) and not isinstance(base, bool):
+        incremental = allocated - base
+    return _Event(item["name"], float(timestamp), allocated, reserved, device, incremental)
+
+
+def _whole(number: int, item: dict[str, Any], key: str) -> int | None:
+    value = item.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"event {number} has {key} {str(value)[:40]!r}")
+    return value
+
+
+def _summary(events: list[_Event]) -> EventSummary:
+    first = events[0].timestamp if events else 0.0
+    by_name: dict[str, list[_Event]] = {}
+    for event in events:
+        by_name.setdefault(event.name, []).append(event)
+    groups = tuple(_group(name, same, first) for name, same in by_name.items())
+    known = [group for group in groups if group.allocated_bytes is not None]
+    growth = [
+        Growth(before.name, after.name, after.allocated - before.allocated)
+        for before, after in pairwise(events)
+        if before.allocated is not None and after.allocated is not None and after.allocated > before.allocated
+    ]
+    notes = []
+    if not events:
+        notes.append("no event was logged")
+    elif not any(event.reserved is not None for event in events):
+        notes.append("the events hold no byte counts; figures are read from memory_log, to 0.01 MB")
+    return EventSummary(
+        events=len(events),
+        seconds=max((event.timestamp for event in events), default=first) - first,
+        peak=max(known, key=lambda group: group.allocated_bytes or 0, default=None),
+        groups=groups,
+        growth=tuple(sorted(growth, key=lambda g: -g.bytes)[:5]),
+        notes=tuple(notes),
+    )
+
+
+def _group(name: str, events: list[_Event], first: float) -> EventGroup:
+    def highest(key: str) -> int | None:
+        return max((value for event in events if (value := getattr(event, key)) is not None), default=None)
+
+    return EventGroup(
+        name,
+        len(events),
+        events[0].timestamp - first,
+        highest("allocated"),
+        highest("reserved"),
+        highest("device"),
+        highest("incremental"),
+    )

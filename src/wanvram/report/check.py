@@ -1,0 +1,66 @@
+"""What `wanvram check` found, as plain text. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wanvram.report.terminal import table
+from wanvram.units import human
+
+__all__ = ["check_text"]
+
+
+def check_text(checks: dict[str, Any]) -> str:
+    """Versions, GPUs, who uses them, host, and what would falsify a measurement. `checks` is what run_checks returns."""
+    parts = [_versions(checks), _gpus(checks["gpus"]), _processes(checks["gpus"]), _host(checks["host"])]
+    variables = "\n".join(f"{name}={value}" for name, value in checks["variables"].items())
+    parts.append(variables or "No allocator setting in the environment.")
+    if checks.get("warm_up"):
+        warm = checks["warm_up"]
+        parts.append(f"Warmed up: SM clock {warm['sm_clock_before_mhz']} -> {warm['sm_clock_after_mhz']} MHz.")
+    parts.append(_verdict(checks["warnings"]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _versions(checks: dict[str, Any]) -> str:
+    cuda = checks["cuda"] or "none (CPU build)"
+    return f"torch {checks['torch']}, CUDA {cuda}, driver {checks['driver'] or 'none'}"
+
+
+def _gpus(gpus: list[dict[str, Any]]) -> str:
+    rows = [["GPU", "free", "in use", "total", "busy", "temperature", "SM clock"]]
+    for gpu in gpus:
+        clock = "-" if gpu["sm_clock_mhz"] is None else f"{gpu['sm_clock_mhz']} of {gpu['max_sm_clock_mhz']} MHz"
+        rows.append(
+            [
+                f"{gpu['index']} {gpu['name']}",
+                *(human(gpu[f"{key}_bytes"]) for key in ("free", "used", "total")),
+                "-" if gpu["utilization_percent"] is None else f"{gpu['utilization_percent']} %",
+                "-" if gpu["temperature_c"] is None else f"{gpu['temperature_c']} C",
+                clock,
+            ]
+        )
+    return table(rows) if gpus else ""
+
+
+def _processes(gpus: list[dict[str, Any]]) -> str:
+    rows = [["process on the GPU", "GPU", "user", "memory", "yours"]]
+    for process in (process for gpu in gpus for process in gpu["processes"]):
+        used = "-" if process["used_bytes"] is None else human(process["used_bytes"])
+        name, own = f"{process['pid']} {process['name']}", "yes" if process["own"] else "no"
+        rows.append([name, str(process["gpu"]), process["user"] or "-", used, own])
+    return table(rows) if len(rows) > 1 else ""
+
+
+def _host(host: dict[str, Any]) -> str:
+    return (
+        f"Host RAM {human(host['ram_available_bytes'])} free of {human(host['ram_total_bytes'])}, swap in use "
+        f"{human(host['swap_used_bytes'])}; disk of {host['disk']} {human(host['disk_free_bytes'])} free; "
+        f"load {host['load_average']:.1f} on {host['cpu_count']} cores"
+    )
+
+
+def _verdict(warnings: list[str]) -> str:
+    if not warnings:
+        return "Nothing here would falsify a measurement."
+    return "\n".join(["What would falsify a measurement:", *(f"  {warning}" for warning in warnings)])

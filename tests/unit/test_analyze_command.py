@@ -1,0 +1,224 @@
+"""`wanvram analyze` tells from the content what it was given, and says what used the memory there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from report_runs import Recipe, write_run
+from wanvram.analysis.events import read_events
+from wanvram.cli.main import main
+from wanvram.errors import InputError
+from wanvram.record import Memory
+from wanvram.recorder.events import EventLog
+from wanvram.units import MIB
+
+ROOT = Path(__file__).parents[2]
+TRACE = {
+    "schemaVersion": 1,
+    "traceEvents": [
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 10, "dur": 5, "pid": 1, "tid": 1},
+        {
+            "ph": "i",
+            "name": "[memory]",
+            "ts": 12,
+            "pid": 1,
+            "tid": 1,
+            "args": {
+                "Device Type": 1,
+                "Device Id": 0,
+                "Total Allocated": 3 * MIB,
+                "Total Reserved": 4 * MIB,
+                "Bytes": 3 * MIB,
+            },
+        },
+    ],
+}
+
+
+def snapshot() -> dict[str, Any]:
+    address = 1 << 40
+    event = {"addr": address, "size": 3 * MIB, "stream": 0, "time_us": 5, "frames": []}
+    segment = {"device": 0, "address": address, "total_size": 20 * MIB, "stream": 0, "segment_type": "large"}
+    blocks = [
+        {"address": address, "size": 3 * MIB, "requested_size": 3 * MIB, "state": "active_allocated", "frames": []},
+        {"address": address + 3 * MIB, "size": 17 * MIB, "requested_size": 0, "state": "inactive", "frames": []},
+    ]
+    trace = [event | {"action": "segment_alloc", "size": 20 * MIB}, event | {"action": "alloc"}]
+    return {"segments": [segment | {"blocks": blocks}], "device_traces": [trace], "allocator_settings": {}}
+
+
+def logged(path: Path) -> Path:
+    with EventLog(path) as log:
+        log.log("load dit", Memory(300 * MIB, 320 * MIB, 900 * MIB), {"base_memory": 100 * MIB})
+        log.log("denoise", Memory(500 * MIB, 640 * MIB, 1200 * MIB))
+        log.log("denoise", Memory(400 * MIB, 640 * MIB, None))
+    return path
+
+
+def made(kind: str, folder: Path) -> Path:
+    """One of each, under a name that does not say what it is."""
+    path = folder / "some.file"
+    if kind == "run":
+        return write_run(folder / "run", Recipe())
+    if kind == "trace":
+        path.write_text(json.dumps(TRACE))
+    elif kind == "gzipped trace":
+        path.write_bytes(gzip.compress(json.dumps(TRACE).encode()))
+    elif kind == "snapshot":
+        path.write_bytes(pickle.dumps(snapshot()))
+    else:
+        logged(path)
+    return path
+
+
+CASES = {
+    "run": ("run", "The peak is in decode (vae): ", ("peak", "allocated_bytes")),
+    "events": ("events", "Highest allocated: 500.0 MiB at 'denoise'.", ("peak", "allocated_bytes")),
+    "trace": ("trace", "cuda:0: peak 3.0 MiB allocated", ("memory", "0", "peak_allocated_bytes")),
+    "gzipped trace": ("trace", "cuda:0: peak 3.0 MiB allocated", ("memory", "0", "peak_allocated_bytes")),
+    "snapshot": ("snapshot", "GPU 0: peak 3.0 MiB allocated (3,145,728 bytes)", ("peak_allocated_bytes",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_file_is_is_told_from_its_content(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind, says, key = CASES[case]
+    path = made(case, tmp_path)
+    assert main(["analyze", str(path)]) == 0
+    assert says in capsys.readouterr().out
+    assert main(["analyze", str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["kind"], document["schema"]) == (kind, 1)
+    place = document
+    for part in key:
+        place = place[int(part)] if isinstance(place, list) else place[part]
+    assert place >= 3 * MIB
+
+
+def test_a_run_says_who_owns_the_peak_and_gives_its_record_and_analysis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_run(tmp_path / "run", Recipe())
+    advice = {"schema": 1, "advice": [{"change": "--vae_tile 32", "saved_bytes": 100 * MIB, "seconds": 2.5}]}
+    (directory / "advice.json").write_text(json.dumps(advice))
+    assert main(["analyze", str(directory)]) == 0
+    out = capsys.readouterr().out
+    for title in ("alive at the peak, by component", "by module", "by shape", "moment", "loading", "Fragmentation: "):
+        assert f"\n{title}" in out, title
+    assert ["--vae_tile", "32", "100.0", "2.50", "s"] in [line.split() for line in out.splitlines()]
+    assert main(["analyze", str(directory / "record.json"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["analysis"]["bottleneck"]["component"] == "vae"
+    assert document["stages"][0]["peak_allocated_bytes"] > 0
+    assert document["advice"][0]["change"] == "--vae_tile 32"
+
+
+def test_a_killed_run_is_analyzed_from_its_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged(tmp_path / "memory_events.json")
+    assert main(["analyze", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["load", "dit", "1", "300.0", "320.0", "900.0", "200.0"] in rows
+    assert ["denoise", "2", "500.0", "640.0", "1,200.0", "-"] in rows
+
+
+def test_events_of_the_specifications_own_profiler_are_read_from_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "memory_events.json"
+    base = {"base_memory": 100 * MIB}
+    events = [
+        {"name": "t5", "timestamp": 1.0, "memory_log": "t5: incremental_memory=12.50 MB", "metadata": base},
+        {"name": "vae", "timestamp": 3.5, "memory_log": "vae: peak_memory=200.25 MB", "metadata": None},
+    ]
+    path.write_text(json.dumps(events))
+    summary = read_events(path)
+    assert [group.incremental_bytes for group in summary.groups] == [int(12.5 * MIB), None]
+    assert summary.peak is not None
+    assert (summary.peak.name, summary.peak.allocated_bytes, summary.seconds) == ("vae", int(200.25 * MIB), 2.5)
+    assert "memory_log" in summary.notes[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '[{"name": 1}]',
+        '[{"name": "x", "timestamp": "y"}]',
+        "[" * 100_000,
+        "[1",
+        '[{"name":"x","timestamp":1,"allocated_bytes":"9"}]',
+    ],
+)
+def test_damaged_events_are_a_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "memory_events.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"memory_events\.json"):
+        read_events(path)
+
+
+class Executes:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch /tmp/wanvram-pwned",)
+
+
+BAD = {
+    "missing": None,
+    "empty": b"",
+    "text": b"hello",
+    "truncated gzip": gzip.compress(json.dumps(TRACE).encode())[:20],
+    "executing pickle": pickle.dumps(Executes()),
+    "truncated pickle": pickle.dumps(snapshot())[:100],
+    "binary": bytes(range(256)),
+    "timeline": b'{"schema": 1, "points": []}',
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_file_that_is_nothing_of_these_is_a_sentence(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.bin"
+    if BAD[case] is not None:
+        path.write_bytes(BAD[case])
+    assert main(["analyze", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "bad.bin" in message
+    assert "Traceback" not in message
+    assert not Path("/tmp/wanvram-pwned").exists()
+
+
+def test_an_empty_directory_and_a_trace_elsewhere_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", str(tmp_path)]) == 2
+    assert "no record.json" in capsys.readouterr().err
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "host_1.2.pt.trace.json").write_text(json.dumps(TRACE))
+    assert main(["analyze", str(tmp_path / "trace.json")]) == 2
+    assert "there is " in capsys.readouterr().err
+    assert main(["analyze", str(tmp_path / "trace")]) == 0
+
+
+def test_names_from_a_trace_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.json"
+    hostile = dict(TRACE["traceEvents"][0]) | {"name": "\x1b[2Jaten\nfake line"}  # type: ignore[index, call-overload]
+    path.write_text(json.dumps({"traceEvents": [hostile]}))
+    assert main(["analyze", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\nfake line" not in out
+
+
+def test_the_specifications_command_works(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(TRACE))
+    command = [sys.executable, "Wan-Test/analyze_trace_file.py", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "peak 3.0 MiB allocated" in result.stdout

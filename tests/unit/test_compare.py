@@ -1,0 +1,229 @@
+"""Runs compared figure by figure, and the conditions that fail a build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from report_runs import Recipe, write_run
+from wanvram.analysis.compare import Condition, compare, judge, metrics, parse_condition
+from wanvram.cli.main import main
+from wanvram.errors import InputError
+from wanvram.record import Failure, Memory, RunRecord, Span
+from wanvram.report.compare import comparison_text, read_runs, runs_table
+from wanvram.units import GIB, MIB
+
+
+def record(name: str = "a", *, factor: int = 1, seconds: float = 2.0, device: int | None = 0) -> RunRecord:
+    """load (100 MiB stay) and denoise (peak 300 MiB, 400 reserved), times `factor`; device None: the driver is not asked."""
+
+    def memory(allocated: int, reserved: int) -> Memory:
+        used = None if device is None else (reserved * factor + 600) * MIB
+        return Memory(allocated * factor * MIB, reserved * factor * MIB, used)
+
+    empty, loaded, peak = memory(0, 0), memory(100, 100), memory(300, 400)
+    stages = [
+        Span("load dit", "load", "dit", empty, loaded, loaded, 9.0),
+        Span("denoise", "stage", "dit", loaded, peak, loaded, seconds),
+    ]
+    config = {"name": name, "optimization": {"offload": factor > 1}, "request": {"size": "832*480"}}
+    return RunRecord("simulated:h200", True, config, None, None, [], stages, {}, {})
+
+
+def judged(text: str, *records: RunRecord) -> list[str]:
+    comparison = compare([f"run{i}" for i in range(len(records))], records)
+    return [v.label for v in judge(comparison, [parse_condition(text)])]
+
+
+# --- figures -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_has_a_dotted_name() -> None:
+    found = metrics(record())
+    assert found["peak", "reserved_bytes"] == 400 * MIB
+    assert found["peak", "device_bytes"] == 1000 * MIB
+    assert found["stages", "denoise", "activation_bytes"] == 200 * MIB
+    assert found["fragmentation", "at_peak"] == 0.25
+    assert found["seconds",] == 2.0, "loading is left out"
+
+
+def test_a_stage_that_ran_twice_gives_its_higher_bytes_and_the_sum_of_its_seconds() -> None:
+    twice = record()
+    higher = Memory(500 * MIB, 600 * MIB, None)
+    twice.stages.append(Span("denoise", "stage", "dit", higher, higher, higher, 3.0))
+    assert metrics(twice)["stages", "denoise", "peak_allocated_bytes"] == 500 * MIB
+    assert metrics(twice)["stages", "denoise", "seconds"] == 5.0
+
+
+def test_a_record_with_text_for_a_number_is_damaged() -> None:
+    damaged = record()
+    damaged.host = {"peak_rss_bytes": "many"}  # type: ignore[dict-item]
+    with pytest.raises(InputError, match=r"host.peak_rss_bytes is 'many'|host.peak_rss_bytes is"):
+        metrics(damaged)
+
+
+def test_only_changed_keys_are_named_and_differences_count_from_the_first() -> None:
+    comparison = compare(["a", "b"], [record("a"), record("b", factor=2)])
+    assert comparison.changed == {"optimization.offload": (False, True)}
+    assert comparison.difference(("peak", "allocated_bytes"), 1) == 300 * MIB
+    document = comparison.to_json()
+    assert document["stages"]["denoise"]["peak_allocated_bytes"]["differences"] == [0, 300 * MIB]
+    assert document["peak"]["reserved_bytes"]["values"] == [400 * MIB, 800 * MIB]
+
+
+def test_a_prediction_beside_its_measurement_has_signed_errors() -> None:
+    predicted, measured = record(seconds=1.8), record(seconds=2.0)
+    measured.simulated = False
+    comparison = compare(["p", "m"], [predicted, measured], [(0, 1)])
+    errors = {e.key: e.error for e in comparison.predictions[0][2]}
+    assert errors["stages", "denoise", "seconds"] == pytest.approx(-0.1)
+    assert errors["peak", "device_bytes"] == 0.0
+    rows = [line.split() for line in comparison_text(comparison).splitlines()]
+    assert ["stages", "denoise", "seconds", "1.80", "2.00", "-10.00"] in rows
+
+
+def test_the_text_of_two_runs_is_exact() -> None:
+    text = comparison_text(compare(["a", "b"], [record("a"), record("b", factor=2)]))
+    assert text.startswith(
+        """\
+A: a (predicted, simulated:h200)
+B: b (predicted, simulated:h200)
+
+changed                   A     B
+---------------------------------
+optimization.offload  false  true
+
+peak, MiB        A        B     B-A       %
+-------------------------------------------
+allocated    300.0    600.0  +300.0  +100.0
+reserved     400.0    800.0  +400.0  +100.0
+device     1,000.0  1,400.0  +400.0   +40.0
+
+stage, peak allocated MiB      A      B     B-A       %
+-------------------------------------------------------
+load dit                   100.0  200.0  +100.0  +100.0
+denoise                    300.0  600.0  +300.0  +100.0
+"""
+    )
+    assert "time s" not in text, "what is equal is left out"
+
+
+# --- conditions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("peak.reserved_bytes > +2%", ["run1"]),
+        ("peak.reserved_bytes > +100%", []),
+        ("peak.reserved_bytes >= +100%", ["run1"]),
+        ("peak.reserved_bytes > +399MiB", ["run1"]),
+        ("peak.reserved_bytes > +400MiB", []),
+        ("peak.device_bytes > 8GiB", []),
+        ("peak.device_bytes>1.3GiB", ["run1"]),
+        ("peak.device_bytes < 8GiB", ["run1"]),
+        ("stages.denoise.peak_allocated_bytes > 599 MiB", ["run1"]),
+        ("stages.load dit.peak_allocated_bytes > 199 MiB", ["run1"]),
+        ("fragmentation.at_peak > 24%", ["run1"]),
+        ("fragmentation.at_peak > 0.25", []),
+        ("seconds > +10%", []),
+        ("seconds > 1.9s", ["run1"]),
+        ("seconds < -0.5", []),
+        ("peak.allocated_bytes > 629145599", ["run1"]),
+    ],
+)
+def test_a_condition_judges_the_runs_after_the_first(text: str, expected: list[str]) -> None:
+    assert judged(text, record("a"), record("b", factor=2)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("peak.reserved_bytes", "is not understood"),
+        ("peak.reserved_bytes > ", "is not understood"),
+        ("peak.reserved_bytes > +2% or True", "is not understood"),
+        ("__import__('os').system('x') > 1", "no run has a figure"),
+        ("peak.reserved_bytes > 2%", "a share of what"),
+        ("peak.reserved_bytes > 2s", "is not an amount of memory"),
+        ("seconds > 8GiB", "not counted in GiB"),
+        ("peak.reservd_bytes > 1GiB", "did you mean peak.reserved_bytes"),
+        ("stages.decode.seconds > 1", "no run has a figure stages.decode.seconds"),
+    ],
+)
+def test_a_condition_that_means_nothing_is_a_sentence(text: str, says: str) -> None:
+    with pytest.raises(InputError, match="--fail-if") if "amount" not in says else pytest.raises(InputError) as caught:
+        judged(text, record("a"), record("b"))
+    assert says in str(caught.value)
+
+
+def test_a_figure_one_run_lacks_cannot_be_judged() -> None:
+    with pytest.raises(InputError, match=r"run1 has no peak\.device_bytes"):
+        judged("peak.device_bytes > 8GiB", record("a"), record("b", device=None))
+
+
+def test_one_run_alone_is_judged_by_absolute_limits_only() -> None:
+    assert judged("peak.reserved_bytes > 1MiB", record()) == ["run0"]
+    with pytest.raises(InputError, match="give two runs"):
+        judged("peak.reserved_bytes > +2%", record())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_run_that_failed_does_not_pass_because_its_figures_are_small(which: int) -> None:
+    records = [record("a"), record("b")]
+    records[which].failure = Failure("oom", "no room")
+    both = [parse_condition(text) for text in ("peak.reserved_bytes > +2%", "seconds > 100")]
+    assert len(judge(compare(["a", "b"], records), both)) == 1, "said once, whatever the conditions"
+    assert judged("peak.reserved_bytes > +2%", *records) == [f"run{which}"]
+
+
+def test_a_condition_reads_its_parts() -> None:
+    assert parse_condition(" stages.x.y.seconds <= -5% ") == Condition(
+        " stages.x.y.seconds <= -5% ", ("stages", "x.y", "seconds"), "<=", -0.05, True, True
+    )
+    assert parse_condition("peak.device_bytes > 8GB").amount == 8 * GIB
+
+
+# --- the verb ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_exit_code_is_1_when_memory_grew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = write_run(tmp_path / "before", Recipe())
+    after = write_run(tmp_path / "after", Recipe(factor=1.1))
+    limit = ["--fail-if", "peak.reserved_bytes > +2%"]
+    assert main(["compare", str(before), str(before / "record.json"), *limit]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    assert main(["compare", str(before), str(after), *limit]) == 1
+    assert "FAIL baseline (2): peak.reserved_bytes > +2%: " in capsys.readouterr().out
+    assert main(["compare", str(before), str(after), "--fail-if", "peak.x > 1"]) == 2
+
+
+def test_json_is_one_document_with_the_violations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predicted = write_run(tmp_path / "p", Recipe(factor=0.99))
+    measured = write_run(tmp_path / "m", Recipe(simulated=False))
+    flags = ["--json", "--fail-if", "peak.allocated_bytes > +0.1%"]
+    assert main(["compare", str(predicted), str(measured), *flags]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [run["simulated"] for run in document["runs"]] == [True, False]
+    (prediction,) = document["predictions"]
+    assert prediction["errors"]["stages.decode.peak_allocated_bytes"]["error"] < 0
+    assert document["violations"][0]["label"] == document["runs"][1]["label"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": 9}', "[" * 100_000])
+def test_a_file_that_is_no_record_is_a_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"x\.json"):
+        read_runs([path])
+
+
+def test_the_table_of_many_runs_says_what_came_out_of_each() -> None:
+    failed = RunRecord("cpu", False, {}, False, None, [], [], {}, {}, Failure("error", "it broke"))
+    text = runs_table([("good", record()), ("bad", failed)])
+    assert [line.split() for line in text.splitlines()[2:4]] == [
+        ["good", "predicted", "300.0", "400.0", "1,000.0", "denoise", "2.00", "s"],
+        ["bad", "FAILED", "-", "-", "-", "-", "-"],
+    ]
+    assert text.endswith("bad: it broke")
