@@ -50,6 +50,7 @@ def test_the_run_directory_holds_the_record_the_events_and_the_configuration(tin
         "config.yaml",
         "environment.json",
         "video.mp4",
+        "video.json",
     }
     record = json.loads((tiny_run / "record.json").read_text())
     names = [stage["name"] for stage in record["stages"]]

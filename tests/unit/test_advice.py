@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -266,3 +266,8 @@ def test_the_report_reads_what_is_written_and_lossy_changes_say_so(tmp_path: Pat
     assert document["schema"] == 1
     assert document["advice"][0]["knobs"] == {"load_strategy": "block"}
     assert document["advice"][0]["peak_stage_after"] == advices[0].peak_stage_after
+
+
+def test_the_page_on_strategy_names_every_knob() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "strategy.md").read_text(encoding="utf-8")
+    assert [f.name for f in fields(Strategy) if f"**`{f.name}`**" not in page] == []

@@ -28,11 +28,9 @@ def test_the_report_of_one_run_is_exactly_this(run: Run) -> None:
 
 Predicted: simulated, nothing was run on a GPU (simulated:h200)
 
-This run will need 6,162.0 MiB of device memory; it fits the budget of 8,192.0 MiB with 2,030.0 MiB to spare; \
-the smallest standard card that holds it has 8 GB.
+This run will need 6,162.0 MiB of device memory; it fits the budget of 8,192.0 MiB with 2,030.0 MiB to spare; the smallest standard card that holds it has 8 GB.
 
-decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. \
-The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0.
+decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0.
 
 To lower it: offload: true; 996.0 MiB of weights of other components lie on the device at the peak.
 
@@ -48,12 +46,12 @@ To lower it: offload: true; 996.0 MiB of weights of other components lie on the 
 
 | stage | component | start MiB | activation MiB | peak device MiB | peak reserved MiB | peak allocated MiB | fragmentation | time |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| load text_encoder | text_encoder | 0.0 | 736.0 | 1,398.0 | 798.0 | 736.0 | 7.8% |  |
-| load vae | vae | 736.0 | 280.0 | 1,702.0 | 1,102.0 | 1,016.0 | 7.8% |  |
-| load dit | dit | 1,016.0 | 260.0 | 1,984.0 | 1,384.0 | 1,276.0 | 7.8% |  |
-| encode_text | text_encoder | 1,276.0 | 80.0 | 2,070.0 | 1,470.0 | 1,356.0 | 7.8% |  |
-| denoise | dit | 1,276.0 | 500.0 | 2,524.0 | 1,924.0 | 1,776.0 | 7.7% |  |
-| decode | vae | 1,276.0 | 3,858.0 | 6,162.0 | 5,562.0 | 5,134.0 | 7.7% |  |
+| load text_encoder | text_encoder | 0.0 | 736.0 | 1,398.0 | 798.0 | 736.0 | 7.8% | 1.50 s |
+| load vae | vae | 736.0 | 280.0 | 1,702.0 | 1,102.0 | 1,016.0 | 7.8% | 1.50 s |
+| load dit | dit | 1,016.0 | 260.0 | 1,984.0 | 1,384.0 | 1,276.0 | 7.8% | 1.50 s |
+| encode_text | text_encoder | 1,276.0 | 80.0 | 2,070.0 | 1,470.0 | 1,356.0 | 7.8% | 1.50 s |
+| denoise | dit | 1,276.0 | 500.0 | 2,524.0 | 1,924.0 | 1,776.0 | 7.7% | 1.50 s |
+| decode | vae | 1,276.0 | 3,858.0 | 6,162.0 | 5,562.0 | 5,134.0 | 7.7% | 1.50 s |
 
 ### What was alive: peak
 

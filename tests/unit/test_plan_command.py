@@ -158,7 +158,7 @@ def test_progress_names_every_forecast(capsys: pytest.CaptureFixture[str], card:
 
 
 def test_a_whole_run_above_its_forecasts_is_planned_again_with_that_much_more_kept_free(
-    monkeypatch: pytest.MonkeyPatch, card: Card
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     peaks = iter([6 * GIB + 100, 4 * GIB])
 

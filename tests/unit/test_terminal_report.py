@@ -59,11 +59,11 @@ component     parameters  base MiB  host MiB  activation MiB
 dit        1,418,996,800   2,706.5       0.0         1,493.8
 vae          126,892,531     242.0      12.0         7,000.0
 
-stage     start MiB  peak MiB  activation MiB  reserved MiB  device MiB  time
------------------------------------------------------------------------------
-load dit        0.0   2,706.5         2,706.5       2,710.0     3,310.0     -
-denoise     2,706.5   4,200.2         1,493.8       4,300.0     4,900.0     -
-decode        242.0   7,242.0         7,000.0       7,300.0     7,900.0     -
+stage     start MiB  peak MiB  activation MiB  reserved MiB  device MiB    time
+-------------------------------------------------------------------------------
+load dit        0.0   2,706.5         2,706.5       2,710.0     3,310.0  1.50 s
+denoise     2,706.5   4,200.2         1,493.8       4,300.0     4,900.0       -
+decode        242.0   7,242.0         7,000.0       7,300.0     7,900.0       -
 
 largest moments:
      7,242.0 MiB  decode

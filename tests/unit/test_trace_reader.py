@@ -175,7 +175,7 @@ def test_a_trace_of_this_torch_is_read(real: Path) -> None:
 def test_a_gzipped_trace_and_a_bare_list_are_the_same_trace(small: Path, tmp_path: Path) -> None:
     expected = read_trace(small)
     packed, bare = tmp_path / "t.json.gz", tmp_path / "bare.json"
-    packed.write_bytes(gzip.compress(small.read_bytes()))
+    packed.write_bytes(gzip.compress(small.read_bytes(), mtime=0))
     bare.write_text(json.dumps(EVENTS))
     for path in (packed, bare):
         found = read_trace(path)
@@ -231,7 +231,7 @@ def test_a_trace_that_breaks_off_keeps_what_was_readable_and_says_so(packed: boo
     events = [memory(i, 1, i) for i in range(3000)]
     whole = saved(tmp_path / "t.json", events).read_bytes()
     cut = tmp_path / ("cut.json.gz" if packed else "cut.json")
-    cut.write_bytes(gzip.compress(whole)[:-900] if packed else whole[: len(whole) // 2])
+    cut.write_bytes(gzip.compress(whole, mtime=0)[:-900] if packed else whole[: len(whole) // 2])
     trace = read_trace(cut)
     assert 100 < trace.events < 3000
     assert trace.main is not None
@@ -282,7 +282,7 @@ def test_a_damaged_trace_is_read_or_named_and_never_crashes(small: Path, tmp_pat
         (b'{"traceEvents": [' + b"[" * 200_000, "nested too deeply"),
         (b'{"other": ' + b'{"a":' * 200_000, "nested too deeply"),
         (b'{"traceEvents": [' + b"1" * 5000 + b"]}", "expected a number"),
-        (gzip.compress(b'{"traceEvents": []}')[:12], "breaks off or is damaged before its first event"),
+        (gzip.compress(b'{"traceEvents": []}', mtime=0)[:12], "breaks off or is damaged before its first event"),
         (b"\x1f\x8bnot gzip at all", "breaks off or is damaged before its first event"),
     ],
 )

@@ -43,6 +43,8 @@ def planned(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     Raises BudgetError, exit code 3, if nothing fits.
     """
     if args.vram_budget is None:
+        if args.ram is not None:
+            raise InputError("--ram: limits what --vram_budget plans; give that, too")
         return config
     if args.vram:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from wanvram.cli.common import add_output_flags, finish, progress_printer
+from wanvram.cli.common import add_output_flags, finish, memory_limit, progress_printer
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
-from wanvram.units import parse_bytes
 
 __all__ = ["prepare_parser", "run"]
 
@@ -25,7 +24,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    limit = parse_bytes(args.vram) if args.vram else None
+    limit = memory_limit(args)
     config = config_from_flags(args, device="simulated", weights="random", gpu=args.gpu, memory_limit_bytes=limit)
     from wanvram.run.execute import Output, execute
 

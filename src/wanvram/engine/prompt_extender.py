@@ -27,7 +27,7 @@ from wanvram.weights.sources import SafetensorsSource, check_file
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["OFFICIAL_MODELS", "LocalExtender", "default_model", "load_extender"]
+__all__ = ["OFFICIAL_MODELS", "LocalExtender", "check_extender", "default_model", "load_extender"]
 
 # The short names of the official script (wan/utils/prompt_extend.py).
 OFFICIAL_MODELS = {
@@ -78,6 +78,12 @@ _PUBLISHED = dict(zip(OFFICIAL_MODELS.values(), (_3B, _7B, _14B, _vision(_3B), _
 def default_model(*, vision: bool) -> str:
     """The official script's choice of local model."""
     return "QwenVL2.5_7B" if vision else "Qwen2.5_14B"
+
+
+def check_extender(model: str, *, simulated: bool) -> None:
+    """InputError, before anything is loaded, without transformers or the model's files."""
+    _transformers()
+    _locate(model, simulated=simulated)
 
 
 def load_extender(model: str, device: Device, *, vision: bool) -> LocalExtender:

@@ -64,7 +64,9 @@ class _Bar:
 
     def finished(self, number: int, count: int, outcome: Outcome) -> None:
         self._progress.update(self._task, total=count, completed=number)
-        self._progress.console.print(f"{number}/{count} {outcome.job.name}: {describe(outcome)}", markup=False)
+        self._progress.console.print(
+            f"{number}/{count} {outcome.job.name}: {describe(outcome)}", markup=False, highlight=False
+        )
 
 
 class _Silent:

@@ -60,7 +60,7 @@ def letterbox(picture: Tensor, height: int, width: int) -> Tensor:
         return picture
     scale = min(height / picture.shape[1], width / picture.shape[2])
     rows, columns = (max(int(side * scale), 1) for side in picture.shape[1:])
-    canvas = torch.ones(3, height, width)
+    canvas = picture.new_ones((3, height, width))
     top, left = (height - rows) // 2, (width - columns) // 2
     canvas[:, top : top + rows, left : left + columns] = F.interpolate(
         picture[None], size=(rows, columns), mode="bilinear", align_corners=False

@@ -54,8 +54,8 @@ def _processes(gpus: list[dict[str, Any]]) -> str:
 
 def _host(host: dict[str, Any]) -> str:
     return (
-        f"Host RAM {human(host['ram_available_bytes'])} free of {human(host['ram_total_bytes'])}, swap in use "
-        f"{human(host['swap_used_bytes'])}; disk of {host['disk']} {human(host['disk_free_bytes'])} free; "
+        f"Host RAM {human(host['ram_available_bytes'])} free of {human(host['ram_total_bytes'])}; "
+        f"disk of {host['disk']} {human(host['disk_free_bytes'])} free; "
         f"load {host['load_average']:.1f} on {host['cpu_count']} cores"
     )
 

@@ -131,7 +131,8 @@ def advise(
     base = base or predict(config, True)
     assert base is not None  # a card of 1 PiB
     runs = _Runs(config, base, unlimited, predict, forecast)
-    estimates = sorted(_estimated(runs), key=lambda e: (e.device_bytes, _is_lossy(e.knobs), e.seconds))
+    estimates = [estimate for knobs in _changes(config) if (estimate := _estimate(runs, knobs)).saved_bytes > 0]
+    estimates.sort(key=lambda e: (-e.saved_bytes, _is_lossy(e.knobs), e.seconds))
     return _best(runs, estimates, count, show)
 
 
@@ -210,10 +211,10 @@ def _is_lossy(knobs: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """The run's device peak and added seconds with a change, before it is simulated whole."""
+    """What a change takes off the run's device peak and adds in seconds, before it is simulated whole."""
 
     knobs: dict[str, Any]
-    device_bytes: int
+    saved_bytes: int
     seconds: float
 
 
@@ -241,13 +242,13 @@ class _Runs:
             self._forecasts[key] = self.forecast(asked, component)
         return self._forecasts[key]
 
-    def peaks(self, *, without_holes: bool = False) -> dict[str, int]:
-        """The base run's device peak by component, largest first; without what was reserved and not allocated."""
+    def peaks(self, *, holes: bool) -> dict[str, int]:
+        """The base run's device peak by component, largest first; `holes`: what was reserved and not allocated counts."""
         result: dict[str, int] = {}
         for span in self.base.stages:
-            holes = span.peak.reserved_bytes - span.peak.allocated_bytes if without_holes else 0
+            unused = 0 if holes else span.peak.reserved_bytes - span.peak.allocated_bytes
             name = _component(span)
-            result[name] = max(result.get(name, 0), (span.peak.device_bytes or 0) - holes)
+            result[name] = max(result.get(name, 0), (span.peak.device_bytes or 0) - unused)
         return dict(sorted(result.items(), key=lambda item: -item[1]))
 
 
@@ -262,37 +263,41 @@ def _component(span: Span) -> str:
     return "vae_encoder" if span.name.startswith("encode") else "vae_decoder"
 
 
-def _estimated(runs: _Runs) -> Iterator[_Estimate]:
-    """Every change that may lower the peak."""
-    for knobs in _changes(runs.config):
-        estimate = _estimate(runs, knobs)
-        if estimate.device_bytes < runs.base.device_bytes:
-            yield estimate
-
-
 def _estimate(runs: _Runs, knobs: dict[str, Any]) -> _Estimate:
     strategy = replace(runs.config.strategy, **knobs)
     if runs.config.weights == "tiny":  # forecasts are of full-size models; a tiny run takes no longer than one of them
         whole = runs.whole(strategy)
-        return _Estimate(knobs, whole.device_bytes if whole else runs.base.device_bytes, 0.0)
+        return _Estimate(knobs, runs.base.device_bytes - whole.device_bytes if whole else 0, 0.0)
     if "expandable_segments" in knobs:
-        return _Estimate(knobs, max(runs.peaks(without_holes=True).values()), 0.0)
+        return _Estimate(knobs, _highest(runs.peaks(holes=True)) - _highest(runs.peaks(holes=False)), 0.0)
     if "offload" in knobs:
-        return _Estimate(knobs, max(_alone(runs).values()), 0.0)
+        return _Estimate(knobs, _highest(runs.peaks(holes=False)) - _highest(_alone(runs)), 0.0)
     return _staged(runs, knobs, strategy)
+
+
+def _highest(peaks: dict[str, int]) -> int:
+    return max(peaks.values())
 
 
 def _alone(runs: _Runs) -> dict[str, int]:
     """Peaks without the weights of all other components."""
     bases = {c.name: c.base_bytes for c in runs.base.components if c.name != "prompt_extender"}
-    total = sum(bases.values())
-    own = {name: bases.get("vae" if name.startswith("vae") else name, total) for name in runs.peaks()}
-    return {name: peak - total + own[name] for name, peak in runs.peaks().items()}
+    total, peaks = sum(bases.values()), runs.peaks(holes=False)
+    return {name: peak - total + bases.get(_whole_name(name), total) for name, peak in peaks.items()}
+
+
+def _whole_name(component: str) -> str:
+    return "vae" if component.startswith("vae") else component
 
 
 def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate:
-    """Base peaks plus what the forecasts of the touched components differ by; without offload their weights count everywhere."""
-    base, peaks = runs.config.strategy, runs.peaks()
+    """From base peaks and what the forecasts of the touched components differ by.
+
+    Without offload the weights of all count everywhere, and what one stage reserved is still reserved in the next, so that only
+    allocated memory tells the stages apart.
+    """
+    base = runs.config.strategy
+    peaks = runs.peaks(holes=base.offload)
     touched = [c for c in components_of(runs.config.request) if _key(base, c) != _key(strategy, c)]
     grown: dict[str, int] = {}
     if not base.offload:
@@ -304,11 +309,15 @@ def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate
         peak += sum(nbytes for other, nbytes in grown.items() if other != name and name in KNOBS)
         if name in touched:
             before, after = runs.stage(base, name), runs.stage(strategy, name)
-            peak += after.peak_device_bytes - before.peak_device_bytes
+            peak += _peak(after, base.offload) - _peak(before, base.offload)
             times = [stage_seconds(runs.config.request, stage) or 0.0 for stage in (before, after)]
             seconds += times[1] - times[0]
         highest = max(highest, peak)
-    return _Estimate(knobs, highest, seconds)
+    return _Estimate(knobs, _highest(peaks) - highest, seconds)
+
+
+def _peak(stage: StageForecast, holes: bool) -> int:
+    return stage.peak_device_bytes if holes else stage.peak_allocated_bytes
 
 
 # --- what it does save -------------------------------------------------------------------------------------------------------
@@ -318,8 +327,7 @@ def _best(runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[s
     """Simulates whole, best first, until no further estimate promises more than the `count`-th best that was found."""
     found: list[Advice] = []
     for estimate in estimates:
-        promised = runs.base.device_bytes - estimate.device_bytes
-        if len(found) >= count and promised <= found[count - 1].saved_device_bytes:
+        if len(found) >= count and estimate.saved_bytes <= found[count - 1].saved_device_bytes:
             break
         if any(advice.knobs.keys() == estimate.knobs.keys() for advice in found):
             continue

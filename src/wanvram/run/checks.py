@@ -176,12 +176,10 @@ def _variable_warnings() -> list[str]:
 
 
 def _host(directory: Path) -> dict[str, Any]:
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     return {
-        "ram_total_bytes": memory.total,
+        "ram_total_bytes": psutil.virtual_memory().total,
         "ram_available_bytes": available_ram_bytes(),
-        "swap_used_bytes": swap.used,
         "disk": str(place),
         "disk_free_bytes": shutil.disk_usage(place).free,
         "cpu_count": os.cpu_count(),

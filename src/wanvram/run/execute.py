@@ -55,7 +55,8 @@ def execute(
 ) -> RunRecord:
     """Runs the pipeline under the recorder. A run that fails on the way is returned as a record with a `failure`.
 
-    watch: entered with the recorder for the time of the run, to show it while it goes on. Raises InputError, CheckpointError or DeviceError before anything is loaded.
+    watch: entered with the recorder for the time of the run, to show it while it goes on. Raises InputError, CheckpointError
+    or DeviceError before anything is loaded.
     """
     if config.request.base_seed < 0:
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
@@ -69,7 +70,7 @@ def execute(
     )
     real = config.weights not in ("random", "tiny") and not simulated
     inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
-    extend = prompt_extension(config.request)
+    extend = prompt_extension(config.request, simulated=simulated)
     outputs = _outputs(config, device, output)
     directory = prepare_directory(output.directory, force=output.force) if output.directory else None
     environment = describe_environment() | checks
@@ -142,7 +143,7 @@ def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord
     device = SimulatedDevice(memory)
     weights = NoWeights(tiny=config.weights == "tiny")
     inputs, notes = prepare_inputs(config.request, simulated=True, real_weights=False)
-    extend = prompt_extension(config.request)
+    extend = prompt_extension(config.request, simulated=True)
     pipeline = Pipeline(config, device, Recorder(memory, None, None), weights, inputs, extend=extend)
     failure = _run(pipeline, None)
     record = _record(config, device, pipeline, failure, {})

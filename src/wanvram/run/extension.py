@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.engine.devices import Device
-from wanvram.engine.prompt_extender import LocalExtender, default_model, load_extender
+from wanvram.engine.prompt_extender import LocalExtender, check_extender, default_model, load_extender
 from wanvram.errors import OutOfMemory, WanvramError
 from wanvram.record import ComponentRecord
 from wanvram.recorder.recorder import Recorder
@@ -40,7 +40,7 @@ class Extension:
         return prompt
 
 
-def prompt_extension(request: Request) -> Extension | None:
+def prompt_extension(request: Request, *, simulated: bool) -> Extension | None:
     """What extends the prompts of a request, if it asks for that. Raises InputError for a missing key or model."""
     if not request.use_prompt_extend:
         return None
@@ -49,6 +49,7 @@ def prompt_extension(request: Request) -> Extension | None:
         key = dashscope.api_key(os.environ)
         url = dashscope.api_url(os.environ)
         return Extension(request, lambda e, device, recorder: _by_dashscope(e, recorder, pictures, key, url))
+    check_extender(request.prompt_extend_model or default_model(vision=bool(pictures)), simulated=simulated)
     return Extension(request, lambda e, device, recorder: _locally(e, device, recorder, pictures))
 
 

@@ -1,0 +1,118 @@
+"""`@pytest.mark.limit_vram("2 GiB")`: a test that takes more memory fails. For any project's PyTorch tests; pytest loads it by itself.
+
+On CUDA the allocator of the first device is capped at the limit for the time of the test, so it runs out of memory where
+it would exceed it. On the CPU, which has no allocator to cap, the bytes in live tensors are counted. `device="cpu"` or
+`device="cuda"` chooses; without it CUDA is taken where there is one. Tensors that live before the test count too.
+The peak is in the test's report as the property `vram_peak_bytes`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+__all__ = ["pytest_configure", "pytest_runtest_call"]
+
+MARKER = "limit_vram"
+
+
+@dataclass(frozen=True)
+class _Limit:
+    nbytes: int
+    device: str
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        'limit_vram(limit, device=None): the test fails if it takes more memory, e.g. limit_vram("2 GiB"); wanvram',
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    marker = item.get_closest_marker(MARKER)
+    if marker is None:
+        return (yield)
+    limit = _limit(marker)
+    measured = _on_cuda(limit.nbytes) if limit.device == "cuda" else _on_cpu()
+    next(measured)
+    try:
+        result = yield
+    except BaseException as error:
+        peak = _finish(measured)
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        pytest.fail(f"{_said(limit, peak)}: {'. '.join(str(error).split('. ')[:2])}")
+    peak = _finish(measured)
+    item.user_properties.append(("vram_peak_bytes", peak))
+    if peak > limit.nbytes:
+        pytest.fail(_said(limit, peak), pytrace=False)
+    return result
+
+
+def _limit(marker: pytest.Mark) -> _Limit:
+    """Fails the test if its marker means nothing."""
+    from wanvram.errors import InputError
+    from wanvram.units import parse_bytes
+
+    device = marker.kwargs.get("device")
+    try:
+        nbytes = parse_bytes(str(marker.args[0])) if len(marker.args) == 1 else 0
+    except InputError:
+        nbytes = 0
+    if nbytes < 1 or set(marker.kwargs) - {"device"} or device not in (None, "cpu", "cuda"):
+        given = ", ".join([*map(repr, marker.args), *(f"{k}={v!r}" for k, v in marker.kwargs.items())])
+        example = '@pytest.mark.limit_vram("2 GiB") or @pytest.mark.limit_vram("2 GiB", device="cpu")'
+        pytest.fail(f"limit_vram({given}) means nothing; write {example}", pytrace=False)
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("limit_vram: no CUDA device")
+    return _Limit(nbytes, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _said(limit: _Limit, peak: int) -> str:
+    from wanvram.units import human
+
+    return f"limit_vram: the test took {human(peak)} on {limit.device}; its limit is {human(limit.nbytes)}"
+
+
+def _finish(measured: Generator[int, None, None]) -> int:
+    peak = next(measured)
+    measured.close()
+    return peak
+
+
+def _on_cuda(nbytes: int) -> Generator[int, None, None]:
+    """Yields twice: when the cap is set, and the peak of the bytes the allocator held for tensors since then."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))
+    try:
+        yield 0
+        torch.cuda.synchronize()
+        yield int(torch.cuda.max_memory_allocated())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _on_cpu() -> Generator[int, None, None]:
+    """Yields twice, like `_on_cuda`; the mode that counts is entered between."""
+    from wanvram.recorder.meters import CpuMeter
+
+    gc.collect()
+    meter = CpuMeter(count_existing=True)
+    with meter:
+        meter.reset_peak()
+        yield 0
+        peak = meter.peak().allocated_bytes
+    yield peak

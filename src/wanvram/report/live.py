@@ -1,0 +1,155 @@
+"""A run while it goes on: its stages with their peaks, memory against the budget, the time left. On stderr; no torch.
+
+On a terminal it is redrawn four times a second by a thread that only reads; elsewhere every stage is a line when it ends.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from wanvram.record import Memory, Span
+from wanvram.units import human, seconds
+
+__all__ = ["LiveView", "Watched"]
+
+FRAMES_PER_SECOND = 4  # the driver is asked that often; each time takes about 1 ms
+BAR_WIDTH = 40
+MAX_FINISHED = 12  # lines of finished stages; several prompts have many
+
+
+class _Meter(Protocol):
+    def read(self) -> Memory: ...
+
+    def device_memory(self) -> int | None: ...
+
+
+class Watched(Protocol):
+    """The part of a Recorder that is looked at."""
+
+    spans: list[Span]
+
+    @property
+    def meter(self) -> _Meter: ...
+
+    @property
+    def open_spans(self) -> tuple[Span, ...]: ...
+
+
+class LiveView:
+    """`message` is a run's progress callback, `watch` is given its recorder."""
+
+    def __init__(self, name: str, budget_bytes: int | None, stream: TextIO | None = None) -> None:
+        self._name = name
+        self._budget = budget_bytes
+        self._stream = sys.stderr if stream is None else stream
+        self._start = time.monotonic()
+        self._recorder: Watched | None = None
+        self._drawn = self._stream.isatty()
+        self._told = 0  # finished spans that have had their line
+        self._last = ""
+
+    def message(self, text: str) -> None:
+        self._last = text
+        if not self._drawn:
+            self._tell_finished()
+            if " done, peak " not in text:  # its line says that and more
+                self._line(text)
+
+    @contextmanager
+    def watch(self, recorder: Watched) -> Iterator[None]:
+        self._recorder = recorder
+        if not self._drawn:
+            yield
+            self._tell_finished()
+            return
+        console = Console(file=self._stream)
+        with Live(get_renderable=self.picture, console=console, refresh_per_second=FRAMES_PER_SECOND):
+            yield
+            self._last = ""
+
+    # --- lines -----------------------------------------------------------------------------------------------------------
+
+    def _tell_finished(self) -> None:
+        spans = self._recorder.spans if self._recorder is not None else []
+        for span in spans[self._told :]:
+            self._line(f"{span.name}: {self._peak(span)}")
+        self._told = len(spans)
+
+    def _peak(self, span: Span) -> str:
+        peak = span.peak
+        text = f"peak {human(peak.allocated_bytes)} allocated, {human(peak.reserved_bytes)} reserved"
+        if peak.device_bytes is not None:
+            text += f", {human(peak.device_bytes)} device"
+            if self._budget is not None:
+                text += f" ({100 * peak.device_bytes / self._budget:.0f} % of {human(self._budget)})"
+        return text + (f", {seconds(span.seconds)}" if span.seconds is not None else "")
+
+    def _line(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
+
+    # --- picture ---------------------------------------------------------------------------------------------------------
+
+    def picture(self) -> RenderableType:
+        """What is on the screen now."""
+        elapsed = seconds(time.monotonic() - self._start)
+        if self._recorder is None:
+            return Text(f"{self._name}  {elapsed}")
+        finished, running = list(self._recorder.spans), self._recorder.open_spans
+        parts: list[RenderableType] = [Text(f"{self._name}  {elapsed}", style="bold"), self._tree(finished, running)]
+        parts.append(self._bars(self._recorder.meter, [*finished, *running]))
+        if "left" in self._last:
+            parts.append(Text(self._last))
+        return Group(*parts)
+
+    def _tree(self, finished: Sequence[Span], running: Sequence[Span]) -> Table:
+        rows = Table.grid(padding=(0, 2))
+        for _ in range(5):
+            rows.add_column()
+        if len(finished) > MAX_FINISHED:
+            rows.add_row(Text(f"  {len(finished) - MAX_FINISHED} earlier stages", style="dim"))
+        for span in finished[-MAX_FINISHED:]:
+            rows.add_row(*_row("done", span, 0))
+        for depth, span in enumerate(running):
+            rows.add_row(*_row("now", span, depth))
+        return rows
+
+    def _bars(self, meter: _Meter, spans: Sequence[Span]) -> Table:
+        """Now, against the budget; without one against the highest peak so far."""
+        memory, device = meter.read(), meter.device_memory()
+        peaks = [span.peak for span in spans]
+        figures = {
+            "allocated": (memory.allocated_bytes, max((p.allocated_bytes for p in peaks), default=0)),
+            "reserved": (memory.reserved_bytes, max((p.reserved_bytes for p in peaks), default=0)),
+        }
+        if device is not None:
+            figures["device"] = (device, max((p.device_bytes or 0 for p in peaks), default=0))
+        full = self._budget or max(1, *(max(pair) for pair in figures.values()))
+        rows = Table.grid(padding=(0, 2))
+        for name, (now, peak) in figures.items():
+            style = "red" if self._budget is not None and max(now, peak) > self._budget else "green"
+            bar = ProgressBar(total=full, completed=min(now, full), width=BAR_WIDTH, complete_style=style)
+            limit = f" of {human(full)}" if self._budget is not None else ""
+            rows.add_row(name, bar, Text(f"{human(now)}{limit}, peak {human(max(now, peak))}"))
+        return rows
+
+
+def _row(state: str, span: Span, depth: int) -> list[Text]:
+    name = "  " * depth + span.name
+    if state == "now" and len(span.children) > 1:
+        name += f" ({len(span.children)} parts done)"
+    style = "bold" if state == "now" else ""
+    peak = span.peak
+    device = "" if peak.device_bytes is None else f"device {human(peak.device_bytes)}"
+    time_text = "" if span.seconds is None else seconds(span.seconds)
+    cells = [name, f"peak {human(peak.allocated_bytes)}", f"reserved {human(peak.reserved_bytes)}", device, time_text]
+    return [Text(cell, style=style) for cell in cells]

@@ -1,0 +1,239 @@
+"""`wanvram check`: what it sees of a GPU through NVML (a made-up one here), its warnings, and whom it may end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from wanvram.cli import check
+from wanvram.cli.main import main
+from wanvram.errors import InputError
+from wanvram.report.check import check_text
+from wanvram.run import checks as module
+from wanvram.run.checks import own_gpu_process, run_checks
+from wanvram.units import GIB, MIB
+
+
+class FakeNvml:
+    """One H200 as NVML describes it. processes: (pid, bytes or None)."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+
+    def __init__(self, *processes: tuple[int, int | None], used: int = 0, busy: int = 0, reasons: int = 1) -> None:
+        self.processes, self.used, self.busy, self.reasons = processes, used, busy, reasons
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "570.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return "NVIDIA H200"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(total=140 * GIB, used=self.used, free=140 * GIB - self.used)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(gpu=self.busy)
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
+        return self.reasons
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
+        raise self.NVMLError("not supported")
+
+    def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
+        return 345
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: int, clock: int) -> int:
+        return 1980
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine, and torch as if it could use the made-up GPU; the host is idle."""
+    for name in module._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (0.1, 0.1, 0.1))
+    monkeypatch.setattr(module, "LEAST_FREE_DISK", 0)
+    monkeypatch.setattr(module, "LEAST_FREE_RAM_SHARE", 0.0)
+
+
+def found(*processes: tuple[int, int | None], **more: Any) -> dict[str, Any]:
+    return run_checks(nvml=FakeNvml(*processes, **more))
+
+
+def test_an_idle_gpu_has_nothing_against_it_and_unknown_figures_are_none() -> None:
+    checks = found(used=300 * MIB)
+    assert checks["warnings"] == []
+    (gpu,) = checks["gpus"]
+    assert (gpu["name"], gpu["free_bytes"], gpu["temperature_c"]) == ("NVIDIA H200", 140 * GIB - 300 * MIB, None)
+    assert json.loads(json.dumps(checks)) == checks
+    text = check_text(checks)
+    assert "345 of 1980 MHz" in text
+    assert text.endswith("Nothing here would falsify a measurement.\n")
+
+
+def test_another_process_on_the_gpu_is_named_and_our_own_is_not() -> None:
+    checks = found((os.getpid(), GIB), (1, 3 * GIB), (2**22 + 1, None), used=4 * GIB, busy=97)
+    texts = "\n".join(checks["warnings"])
+    assert str(os.getpid()) not in texts
+    assert "also used by process 1 (" in texts
+    assert f"also used by process {2**22 + 1} ((not visible from here), an unknown amount)" in texts
+    assert "is busy (97 %)" in texts
+    assert [p["own"] for p in checks["gpus"][0]["processes"]][0] is True
+
+
+def test_memory_of_processes_nobody_can_see_is_found() -> None:
+    assert "20.00 GiB in use by processes that are not visible" in found(used=20 * GIB)["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "turns the allocator's cache off"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "makes every kernel wait"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128", "sets max_split_size_mb"),
+        ("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync", "sets backend:cudaMallocAsync"),
+        ("CUDA_LAUNCH_BLOCKING", "0", None),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", None),
+    ],
+)
+def test_settings_that_change_what_is_measured_are_warned_of(
+    name: str, value: str, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    checks = found()
+    assert checks["variables"] == {name: value}
+    assert [says in warning for warning in checks["warnings"] if says] == ([True] if says else [])
+
+
+def test_a_slowed_gpu_a_busy_host_and_a_full_disk_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(module, "LEAST_FREE_DISK", 2**60)
+    monkeypatch.setattr(module, "LEAST_FREE_RAM_SHARE", 2.0)
+    texts = "\n".join(found(reasons=0x60)["warnings"])
+    for part in ("slowed down by temperature:", "the host is busy", "on the disk of", "host RAM are free"):
+        assert part in texts, part
+
+
+def test_a_machine_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+
+    def missing() -> None:
+        raise nvml.NVMLError("no driver")
+
+    monkeypatch.setattr(nvml, "nvmlInit", missing)
+    checks = run_checks(nvml=nvml)
+    assert (checks["driver"], checks["gpus"]) == (None, [])
+    assert checks["warnings"] == [
+        "no NVIDIA GPU answers: nothing can be measured here; --device simulated predicts instead"
+    ]
+
+
+def test_a_torch_that_cannot_use_the_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    assert "cannot use the GPU" in found()["warnings"][0]
+
+
+# --- ending a process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sleeper() -> Any:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_process_is_ended_only_after_a_yes(sleeper: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = found((sleeper.pid, 2 * GIB))
+    asked: list[str] = []
+    ended: list[int] = []
+    assert not check.terminate(sleeper.pid, checks, lambda question: bool(asked.append(question)), ended.append)
+    assert (ended, sleeper.poll()) == ([], None)
+    assert f"End process {sleeper.pid} (" in asked[0]
+    assert "2,048.0 MiB on GPU 0" in asked[0]
+    assert check.terminate(sleeper.pid, checks, lambda _: True, ended.append)
+    assert ended == [sleeper.pid]
+    assert "goes on" in capsys.readouterr().err
+
+
+def test_ending_asks_the_process_and_waits_for_it(sleeper: Any) -> None:
+    import threading
+
+    reaper = threading.Thread(target=sleeper.wait)
+    reaper.start()
+    check._end(sleeper.pid)
+    reaper.join(10)
+    assert sleeper.returncode == -15, "SIGTERM, never SIGKILL"
+
+
+def test_a_process_that_is_not_the_users_or_not_on_the_gpu_is_never_ended(sleeper: Any) -> None:
+    with pytest.raises(InputError, match="no process of that number uses a GPU"):
+        own_gpu_process(sleeper.pid, found())
+    with pytest.raises(InputError, match="this command itself"):
+        own_gpu_process(os.getpid(), found((os.getpid(), 1)))
+    checks = found((sleeper.pid, 1))
+    checks["gpus"][0]["processes"][0] |= {"own": False, "user": "somebody"}
+    with pytest.raises(InputError, match="it belongs to somebody, not to you; nothing was ended"):
+        own_gpu_process(sleeper.pid, checks)
+
+
+@pytest.mark.parametrize("answer", ["", "n\n", "yess\n", "ja\n"])
+def test_anything_but_yes_is_no(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    assert not check._ask("?")
+
+
+# --- the verb and the record ---------------------------------------------------------------------------------------------
+
+
+def test_the_verb_prints_text_or_one_document(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    assert main(["check"]) == 0
+    assert "torch " in capsys.readouterr().out
+    assert main(["check", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["terminated"], document["warm_up"]) == (1, None, None)
+    assert main(["check", "--terminate", "1"]) == 2
+    assert "nothing was ended" in capsys.readouterr().err
+
+
+def test_a_measuring_run_stores_the_checks_in_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from wanvram.config import load_config
+    from wanvram.run.execute import Output, execute
+
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    config = load_config(Path(__file__).parents[1] / "configs" / "baseline.yaml")
+    request = replace(config.request, frame_num=1, sample_steps=1)
+    strategy = replace(config.strategy, precision="fp32")
+    config = replace(config, device="cpu", weights="tiny", request=request, strategy=strategy)
+    measured = execute(config, Output(tmp_path / "cpu"))
+    assert "warnings" in measured.environment["checks"]
+    simulated = execute(replace(config, device="simulated"), Output(tmp_path / "simulated"))
+    assert "checks" not in simulated.environment

@@ -1,0 +1,146 @@
+"""`--live`: a picture on a terminal, one line per stage elsewhere; both from what the recorder knows."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from wanvram.cli.main import main
+from wanvram.record import Memory
+from wanvram.recorder.recorder import Recorder
+from wanvram.report.live import LiveView
+from wanvram.units import GIB, MIB
+
+BASELINE = Path(__file__).parents[1] / "configs" / "baseline.yaml"
+
+
+class Meter:
+    """Figures that the test sets, MiB; the driver sees 600 MiB more."""
+
+    device_name = "cpu"
+
+    def __init__(self) -> None:
+        self.allocated, self.highest = 0, 0
+
+    def set(self, allocated: int) -> None:
+        self.allocated, self.highest = allocated, max(self.highest, allocated)
+
+    def read(self) -> Memory:
+        return Memory(self.allocated * MIB, (self.highest + 50) * MIB, None)
+
+    def peak(self) -> Memory:
+        return Memory(self.highest * MIB, (self.highest + 50) * MIB, None)
+
+    def reset_peak(self) -> None:
+        self.highest = self.allocated
+
+    def device_memory(self) -> int:
+        return (self.allocated + 600) * MIB
+
+    def synchronize(self) -> None: ...
+
+    def now(self, kind: str) -> float:
+        return 0.0
+
+    def host(self) -> tuple[int, int]:
+        return 0, 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_stages(view: LiveView) -> Recorder:
+    """Loads 1000 MiB, then is inside step 1 of denoise, whose first step took 700 MiB more."""
+    meter = Meter()
+    recorder = Recorder(meter, None, view.message)
+    watching = view.watch(recorder)
+    watching.__enter__()
+    with recorder.span("load dit", kind="load", component="dit"):
+        meter.set(1000)
+    recorder._kept = (watching,)  # type: ignore[attr-defined]
+    stage = recorder.span("denoise", kind="stage", component="dit")
+    stage.__enter__()
+    for index in range(2):
+        with recorder.span(f"step {index}", kind="step", component="dit"):
+            meter.set(1700)
+            meter.set(1000)
+    inner = recorder.span("step 2", kind="step", component="dit")
+    inner.__enter__()
+    recorder._kept = (watching, stage, inner)  # type: ignore[attr-defined]
+    return recorder
+
+
+def close(recorder: Recorder) -> None:
+    watching, stage, inner = recorder._kept  # type: ignore[attr-defined]
+    inner.__exit__(None, None, None)
+    stage.__exit__(None, None, None)
+    watching.__exit__(None, None, None)
+
+
+def drawn(view: LiveView) -> str:
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(view.picture())
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_the_picture_shows_stages_with_their_peaks_and_memory_against_the_budget() -> None:
+    view = LiveView("mine", 4 * GIB, stream=Terminal())
+    recorder = run_stages(view)
+    view.message("step 2 of 50, 1.20 s each, 58 s left")
+    rows = drawn(view).splitlines()
+    assert rows[0].startswith("mine")
+    assert rows[1].split() == "load dit peak 1,000.0 MiB reserved 1,050.0 MiB device 1,600.0 MiB 0.00 s".split()
+    assert rows[2].split()[:7] == "denoise (2 parts done) peak 1,700.0 MiB".split()
+    assert rows[3].split()[:2] == ["step", "2"]
+    allocated = next(row for row in rows if row.startswith("allocated"))
+    assert "1,000.0 MiB of 4,096.0 MiB, peak 1,700.0 MiB" in allocated
+    assert any(row.startswith("device") and "1,600.0 MiB of 4,096.0 MiB" in row for row in rows)
+    assert "58 s left" in rows[-1]
+    close(recorder)
+
+
+def test_over_the_budget_the_bar_is_red() -> None:
+    view = LiveView("mine", GIB, stream=Terminal())
+    recorder = run_stages(view)
+    table = view._bars(recorder.meter, recorder.open_spans)
+    styles = [bar.complete_style for bar in table.columns[1]._cells]  # type: ignore[union-attr]
+    assert styles == ["red", "red", "red"]
+    close(recorder)
+
+
+def test_without_a_terminal_every_stage_is_a_line_when_it_ends() -> None:
+    stream = io.StringIO()
+    recorder = run_stages(LiveView("mine", 4 * GIB, stream=stream))
+    close(recorder)
+    lines = [line.partition("] ")[2] for line in stream.getvalue().splitlines()]
+    assert lines == [
+        "load dit",
+        "load dit: peak 1,000.0 MiB allocated, 1,050.0 MiB reserved, 1,600.0 MiB device (39 % of 4,096.0 MiB), 0.00 s",
+        "denoise",
+        "denoise: peak 1,700.0 MiB allocated, 1,750.0 MiB reserved, 1,600.0 MiB device (39 % of 4,096.0 MiB), 0.00 s",
+    ]
+
+
+def test_a_name_with_markup_is_text() -> None:
+    view = LiveView("[red]x[/red] [bold", None, stream=Terminal())
+    assert drawn(view).startswith("[red]x[/red] [bold")
+    recorder = run_stages(view)
+    assert "[red]x[/red] [bold" in drawn(view)
+    close(recorder)
+
+
+def test_profile_live_shows_a_run_and_refuses_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "simulated", "--weights", "tiny", "-o", str(tmp_path / "run"), "--live", "--vram", "4GiB"]
+    assert main(["profile", str(BASELINE), *flags, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("{")
+    assert "] decode: peak " in captured.err
+    assert "% of 4,096.0 MiB)" in captured.err
+    assert main(["profile", str(BASELINE), str(BASELINE.with_name("offload.yaml")), "--live"]) == 2
+    assert "--live shows one run" in capsys.readouterr().err
+    assert main(["profile", str(BASELINE), *flags, "--retry"]) == 2
