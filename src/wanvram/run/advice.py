@@ -98,7 +98,8 @@ def predict(config: RunConfig, unlimited: bool) -> Prediction | None:
     memory = simulated_memory(config, unlimited=unlimited)
     device = SimulatedDevice(memory)
     inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
-    extend = prompt_extension(config.request) if config.request.prompt_extend_method != "dashscope" else None
+    local = config.request.prompt_extend_method != "dashscope"
+    extend = prompt_extension(config.request, simulated=True) if local else None
     weights = NoWeights(tiny=config.weights == "tiny")
     pipeline = Pipeline(config, device, Recorder(memory, None, None), weights, inputs, extend=extend)
     try:
@@ -280,8 +281,8 @@ def _highest(peaks: dict[str, int]) -> int:
 
 
 def _alone(runs: _Runs) -> dict[str, int]:
-    """Peaks without the weights of all other components."""
-    bases = {c.name: c.base_bytes for c in runs.base.components if c.name != "prompt_extender"}
+    """Peaks without the weights of all other components; the prompt extender is alone in any case."""
+    bases = {c.name: c.base_bytes for c in runs.base.components}
     total, peaks = sum(bases.values()), runs.peaks(holes=False)
     return {name: peak - total + bases.get(_whole_name(name), total) for name, peak in peaks.items()}
 
