@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.engine.conditions import Inputs
@@ -103,6 +105,36 @@ def test_a_lossless_strategy_gives_the_latent_of_the_resident_run(task: str, str
     assert error <= (1e-5 if reordered else 0.0)
 
 
+@st.composite
+def strategies(draw: st.DrawFn) -> tuple[tuple[str, Any], ...]:
+    """Any combination of the lossless knobs."""
+    chosen: dict[str, Any] = {
+        "load_strategy": draw(st.sampled_from(("full", "block"))),
+        "offload": draw(st.booleans()),
+        "t5_cpu": draw(st.booleans()),
+        "cfg": draw(st.sampled_from(("sequential", "joint"))),
+        "attention_slicing": draw(st.booleans()),
+        "rows_per_chunk": draw(st.sampled_from((None, 1, 17, 48, 1000))),
+        "vae_tile": draw(st.sampled_from((None, 8, 9, 12))),
+        "expandable_segments": draw(st.booleans()),
+    }
+    if chosen["load_strategy"] == "block":
+        chosen["weights_in"] = draw(st.sampled_from(("pinned", "pageable", "disk")))
+        chosen["resident_blocks"] = draw(st.sampled_from((0, 1, 3, 9)))
+    return tuple(chosen.items())
+
+
+@settings(max_examples=25)
+@given(task=st.sampled_from(TASKS), strategy=strategies())
+def test_any_combination_of_lossless_knobs_gives_the_video_of_the_plain_run(
+    task: str, strategy: tuple[tuple[str, Any], ...]
+) -> None:
+    plain, other = latent_of(task, tuple(PLAIN.items())), latent_of(task, strategy)
+    assert (other - plain).abs().max() <= 2e-5 * plain.abs().max()
+    for a, b in zip(plain_frames(task), frames_of(task, FRAMES, dict(strategy)), strict=True):
+        assert (a.int() - b.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("how", [{"load_strategy": "full"}, {"load_strategy": "block", "resident_blocks": 2}])
 def test_fp8_storage_loses_a_little_and_the_same_wherever_the_weights_are(how: dict[str, Any]) -> None:
     exact = latent_of("t2v-1.3B", (("precision", "bf16"),))
@@ -148,6 +180,11 @@ def test_several_prompts_give_what_each_gives_alone_and_load_the_models_once() -
         "decode",
         "decode 2",
     ]
+
+
+@cache
+def plain_frames(task: str) -> list[torch.Tensor]:
+    return frames_of(task, FRAMES, PLAIN)
 
 
 def frames_of(task: str, frames: int, strategy: dict[str, Any], **given: Any) -> list[torch.Tensor]:

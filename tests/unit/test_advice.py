@@ -26,7 +26,7 @@ HOLES = 3 << 20  # reserved and not allocated, in every stage of the fakes
 
 
 def run_of(task: str = "t2v-14B", weights: str = "random", limit: int | None = None, **knobs: Any) -> RunConfig:
-    size = "1280*720" if task == "t2v-14B" else "832*480"
+    size = "1280*720" if task.endswith("14B") else "832*480"
     request = Request.for_task(task, size=size, frame_num=5 if weights == "tiny" else 81, sample_steps=2)
     strategy = Strategy(**{"offload": True} | knobs)
     return RunConfig("run", "", "simulated", request, strategy, weights=weights, memory_limit_bytes=limit)
@@ -54,11 +54,13 @@ class Whole:
         more = sum(
             n for knob, n in self.surprise.items() if getattr(config.strategy, knob) != getattr(Strategy(), knob)
         )
-        spans = []
+        spans: list[Span] = []
         for name, f in forecasts.items():
-            reserved = f.peak_device_bytes - CONTEXT + more + (resident - f.base_bytes if resident else 0)
-            holes = 0 if config.strategy.expandable_segments else HOLES
-            peak = Memory(reserved - HOLES, reserved - HOLES + holes, reserved - HOLES + holes + CONTEXT)
+            allocated = f.peak_device_bytes - CONTEXT + more + (resident - f.base_bytes if resident else 0) - HOLES
+            reserved = allocated + (0 if config.strategy.expandable_segments else HOLES)
+            if resident and spans:  # only a component that leaves gives back what it reserved
+                reserved = max(reserved, spans[-1].peak.reserved_bytes)
+            peak = Memory(allocated, reserved, reserved + CONTEXT)
             component = "vae" if name.startswith("vae") else name
             stage = {"vae_decoder": "decode", "vae_encoder": "encode_video", "dit": "denoise"}.get(name, name)
             spans.append(Span(stage, "stage", component, peak, peak, peak, seconds=f.seconds))
@@ -168,6 +170,11 @@ def test_without_offload_the_weights_of_every_component_count_in_every_stage() -
     together = max(weights - f.base_bytes + f.peak_device_bytes for f in forecasts)
     assert offload.saved_device_bytes == together - max(f.peak_device_bytes for f in forecasts)
     assert offload.seconds == 0.0
+
+
+def test_what_an_earlier_stage_leaves_reserved_does_not_hide_what_a_change_saves() -> None:
+    advices = asked_of(run_of("vace-14B", offload=False, load_strategy="block"), Whole())
+    assert {"vae_tile": 80} in [a.knobs for a in advices]
 
 
 def test_a_forecast_that_promised_too_much_does_not_keep_a_better_change_out() -> None:

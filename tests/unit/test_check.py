@@ -98,7 +98,7 @@ def test_another_process_on_the_gpu_is_named_and_our_own_is_not() -> None:
     assert "also used by process 1 (" in texts
     assert f"also used by process {2**22 + 1} ((not visible from here), an unknown amount)" in texts
     assert "is busy (97 %)" in texts
-    assert [p["own"] for p in checks["gpus"][0]["processes"]][0] is True
+    assert next(p["own"] for p in checks["gpus"][0]["processes"]) is True
 
 
 def test_memory_of_processes_nobody_can_see_is_found() -> None:

@@ -25,7 +25,7 @@ from toy_component import (
 )
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.layout import Layout
-from wanvram.errors import CheckpointError
+from wanvram.errors import CheckpointError, DeviceError
 from wanvram.weights.sources import MappingSource
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a copy or a thread that never ends must fail, not hang
@@ -347,3 +347,23 @@ def test_a_walk_enters_the_observer_around_every_group(
     component.observe(None)
     finish(component.walk(model.units()))
     assert len(seen) == 16
+
+
+class SmallHost(CpuDevice):
+    """A machine whose RAM does not hold the weights."""
+
+    def host_room(self) -> int:
+        return 1000
+
+
+@pytest.mark.parametrize("home", ["pinned", "pageable"])
+def test_too_little_ram_is_said_with_its_numbers_before_any_is_taken(home: str, source: MappingSource) -> None:
+    device = SmallHost()
+    with device.session():
+        _, component = on_meta(device)
+        with pytest.raises(
+            DeviceError, match=r"toy need .* MiB of RAM and 0.0 MiB are available; use --weights_in disk"
+        ):
+            component.load_streamed(source, home=home)
+        component.release()
+        component.load_streamed(source, home="disk")

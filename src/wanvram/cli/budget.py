@@ -48,7 +48,8 @@ def planned(config: RunConfig, args: argparse.Namespace) -> RunConfig:
         return config
     if args.vram:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
-    from wanvram.run.environment import available_ram_bytes, gpu_here
+    from wanvram.recorder.meters import available_ram_bytes
+    from wanvram.run.environment import gpu_here
     from wanvram.run.planning import plan_run, planned_config
 
     if config.gpu is None and config.device in ("auto", "cuda"):

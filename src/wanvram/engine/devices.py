@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
-from wanvram.recorder.meters import CpuMeter, CudaMeter, Meter
+from wanvram.recorder.meters import CpuMeter, CudaMeter, Meter, available_ram_bytes
 from wanvram.simulate.clock import Copies
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.units import human
@@ -46,6 +46,10 @@ class Device:
 
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
         raise NotImplementedError
+
+    def host_room(self) -> int | None:
+        """Bytes of RAM that can be taken without swapping; None where the host is not this machine's."""
+        return None
 
     def upload(self, host: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Host tensor -> new device tensor."""
@@ -201,6 +205,9 @@ class CudaDevice(Device):
         tensor.zero_()  # all cores fault the pages in; left to the registration, one core does it at 1 GB/s
         self._pin(tensor)
         return tensor
+
+    def host_room(self) -> int:
+        return available_ram_bytes()
 
     def _pin(self, tensor: torch.Tensor) -> None:
         address, nbytes = tensor.data_ptr(), tensor.nbytes

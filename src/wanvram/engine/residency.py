@@ -19,6 +19,8 @@ from wanvram.engine.devices import Device
 from wanvram.engine.layout import Layout
 from wanvram.engine.packing import Packing
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
+from wanvram.errors import DeviceError
+from wanvram.units import human
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
 
@@ -174,7 +176,16 @@ class Component:
     def _fill_masters(
         self, parts: Sequence[_Part], source: TensorSource | None, *, pinned: bool
     ) -> dict[_Part, torch.Tensor]:
-        """Generated weights are made on the device, which is ten times as fast, one part at a time."""
+        """Generated weights are made on the device, which is ten times as fast, one part at a time.
+
+        Raises DeviceError if RAM cannot hold them all: the system would kill the process half-way.
+        """
+        needed, room = sum(part.nbytes for part in parts), self.device.host_room()
+        if room is not None and needed > room:
+            raise DeviceError(
+                f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use --weights_in disk, "
+                "--weight_storage fp8, or plan with --vram_budget, which knows the RAM"
+            )
         masters = {}
         for part in parts:
             master = self.device.host_empty((part.nbytes,), torch.uint8, pinned=pinned)

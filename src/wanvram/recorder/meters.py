@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from wanvram.record import Memory
 from wanvram.units import MIB
 
-__all__ = ["CpuMeter", "CudaMeter", "Meter"]
+__all__ = ["CpuMeter", "CudaMeter", "Meter", "available_ram_bytes"]
 
 
 class Meter(Protocol):
@@ -217,3 +217,17 @@ class CpuMeter(TorchDispatchMode):
 
     def host(self) -> tuple[int, int]:
         return int(self._process.memory_info().rss), 0
+
+
+def available_ram_bytes() -> int:
+    """Host memory that can be used without swapping; a container's limit counts."""
+    available = int(psutil.virtual_memory().available)
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(name, encoding="ascii") as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            available = min(available, int(text))
+    return available

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from wanvram.errors import InputError
-from wanvram.run.environment import available_ram_bytes
+from wanvram.recorder.meters import available_ram_bytes
 from wanvram.units import GIB, MIB, human
 
 __all__ = ["GpuProcess", "own_gpu_process", "run_checks", "warm_up"]

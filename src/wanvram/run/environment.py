@@ -12,7 +12,7 @@ import torch
 from wanvram.errors import DeviceError
 from wanvram.version import __version__
 
-__all__ = ["available_ram_bytes", "describe_environment", "free_device_bytes", "gpu_here"]
+__all__ = ["describe_environment", "free_device_bytes", "gpu_here"]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -64,20 +64,6 @@ def free_device_bytes() -> tuple[int, int, str]:
 def gpu_here() -> str | None:
     """Name of the first CUDA device, None without one."""
     return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
-
-
-def available_ram_bytes() -> int:
-    """Host memory that can be used without swapping; a container's limit counts."""
-    available = int(psutil.virtual_memory().available)
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(name, encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            available = min(available, int(text))
-    return available
 
 
 def _driver_version() -> str | None:
