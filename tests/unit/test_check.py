@@ -177,14 +177,14 @@ def test_a_process_is_ended_only_after_a_yes(sleeper: Any, capsys: pytest.Captur
     assert "goes on" in capsys.readouterr().err
 
 
-def test_ending_asks_the_process_and_waits_for_it(sleeper: Any) -> None:
-    import threading
-
-    reaper = threading.Thread(target=sleeper.wait)
-    reaper.start()
-    check._end(sleeper.pid)
-    reaper.join(10)
-    assert sleeper.returncode == -15, "SIGTERM, never SIGKILL"
+def test_ending_asks_the_process_and_waits_for_it() -> None:
+    says_so = "import signal, sys, time; signal.signal(15, lambda *_: (print('asked'), sys.exit()));"
+    says_so += "print('ready', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", says_so], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        check._end(process.pid)
+        assert process.stdout.read() == "asked\n", "SIGTERM, never SIGKILL"
 
 
 def test_a_process_that_is_not_the_users_or_not_on_the_gpu_is_never_ended(sleeper: Any) -> None:

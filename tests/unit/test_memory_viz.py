@@ -5,14 +5,17 @@ from __future__ import annotations
 import pickle
 import pickletools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from wanvram.analysis.snapshot import Frame, Segment, TraceEntry, read_snapshot
+from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import OutputError
 from wanvram.report.memory_viz import allocator_segments, write_memory_viz
+from wanvram.run.execute import simulate
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.units import MIB
 
@@ -167,3 +170,21 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Pat
     with pytest.raises(OutputError, match="cannot write"):
         write_memory_viz(tmp_path / "taken", run.entries, run.segments())
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_predicted_run_exports_what_its_record_says(tmp_path: Path) -> None:
+    """Through the command: the snapshot's peak is the prediction's, and every block has somebody who asked for it."""
+    from wanvram.cli.main import main
+
+    path = tmp_path / "run.pickle"
+    flags = ["--task", "t2v-1.3B", "--size", "832*480", "--frame_num", "5", "--sample_steps", "2"]
+    assert main(["estimate", *flags, "--memory_viz", str(path)]) == 0
+    assert main(["estimate", *flags, "--memory_viz", str(path)]) == 2
+    history = read_snapshot(path).main
+    config = RunConfig("x", "", "simulated", Request.for_task("t2v-1.3B", size="832*480", frame_num=5, sample_steps=2))
+    strategy = Strategy(precision="fp16", load_strategy="block", offload=True)
+    record, _ = simulate(replace(config, strategy=strategy))
+    peak = record.peak()
+    assert peak is not None
+    assert (history.peak_allocated_bytes, history.peak_reserved_bytes) == (peak.allocated_bytes, peak.reserved_bytes)
+    assert sum(group.bytes for group in history.peak.alive) == peak.allocated_bytes

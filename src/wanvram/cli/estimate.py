@@ -8,9 +8,12 @@ examples:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from wanvram.cli.common import add_output_flags, finish, memory_limit, progress_printer
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
+from wanvram.config import RunConfig
+from wanvram.errors import InputError
 
 __all__ = ["prepare_parser", "run"]
 
@@ -20,13 +23,32 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_strategy_flags(parser)
     parser.add_argument("--gpu", help="GPU to simulate (default: h200, the one whose figures are measured)")
     parser.add_argument("--vram", help="memory the run may use, for example 8GiB; exit code 3 if it does not fit")
+    parser.add_argument(
+        "--memory_viz", type=Path, metavar="FILE.pickle", help="also write what https://pytorch.org/memory_viz opens"
+    )
     add_output_flags(parser, default="nothing is written")
 
 
 def run(args: argparse.Namespace) -> int:
     limit = memory_limit(args)
     config = config_from_flags(args, device="simulated", weights="random", gpu=args.gpu, memory_limit_bytes=limit)
+    if args.memory_viz is not None:
+        return _export(args, config)
     from wanvram.run.execute import Output, execute
 
     record = execute(config, Output(args.output, args.force), progress_printer(args))
     return finish(record, args, args.output)
+
+
+def _export(args: argparse.Namespace, config: RunConfig) -> int:
+    """The run once more as an allocator snapshot; nothing else is written."""
+    if args.output is not None:
+        raise InputError("--memory_viz and -o: give one of them; a run directory has its timeline.json")
+    if args.memory_viz.exists() and not args.force:
+        raise InputError(f"--memory_viz {args.memory_viz} exists; give --force to replace it")
+    from wanvram.report.memory_viz import export_timeline
+    from wanvram.run.execute import simulate_with_timeline
+
+    record, timeline = simulate_with_timeline(config)
+    export_timeline(args.memory_viz, timeline)
+    return finish(record, args, None)

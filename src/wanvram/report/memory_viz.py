@@ -14,8 +14,9 @@ from typing import Any
 from wanvram.analysis.snapshot import Block, Frame, Segment, TraceEntry
 from wanvram.errors import OutputError
 from wanvram.simulate.allocator import SegmentView
+from wanvram.simulate.timeline import Timeline
 
-__all__ = ["allocator_segments", "write_memory_viz"]
+__all__ = ["allocator_segments", "export_timeline", "write_memory_viz"]
 
 EXACT = 1 << 53  # the viewer's numbers are doubles; simulated addresses begin at 2**62
 _FIRST = 1 << 40
@@ -48,6 +49,15 @@ def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterabl
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def export_timeline(path: Path, timeline: Timeline) -> None:
+    """A predicted run. Its time axis counts events; the stack of an allocation is operation, module and stage."""
+    traces = [
+        TraceEntry(action, address, nbytes, 0, time, tuple(Frame(who, 0, "") for who in frames))
+        for time, (action, address, nbytes, frames) in enumerate(timeline.history())
+    ]
+    write_memory_viz(path, traces, allocator_segments(timeline.allocator.segments(), {}, {}))
 
 
 class _Writer:

@@ -33,7 +33,7 @@ from wanvram.run.weights import NoWeights, choose_weights
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.timeline import Timeline
 
-__all__ = ["Output", "execute", "make_device", "simulate"]
+__all__ = ["Output", "execute", "make_device", "simulate", "simulate_with_timeline"]
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,29 @@ def _observe(stack: ExitStack, config: RunConfig, pipeline: Pipeline, directory:
         stack.enter_context(allocator_snapshot(directory / "snapshot.pickle"))
 
 
+def simulate_with_timeline(config: RunConfig) -> tuple[RunRecord, Timeline]:
+    """As `simulate`, with everything the allocator did and for whom."""
+    memory = simulated_memory(config)
+    timeline = Timeline.attach(memory)
+    return _simulate(config, memory, timeline), timeline
+
+
 def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord, SimulatedMemory]:
     """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's."""
     memory = simulated_memory(config, keep_events=keep_events)
+    return _simulate(config, memory, None), memory
+
+
+def _simulate(config: RunConfig, memory: SimulatedMemory, timeline: Timeline | None) -> RunRecord:
     device = SimulatedDevice(memory)
     weights = NoWeights(tiny=config.weights == "tiny")
     inputs, notes = prepare_inputs(config.request, simulated=True, real_weights=False)
     extend = prompt_extension(config.request, simulated=True)
-    pipeline = Pipeline(config, device, Recorder(memory, None, None), weights, inputs, extend=extend)
+    pipeline = Pipeline(config, device, Recorder(memory, None, None, timeline), weights, inputs, extend=extend)
     failure = _run(pipeline, None)
     record = _record(config, device, pipeline, failure, {})
     record.notes += notes + (extend.notes if extend else [])
-    return record, memory
+    return record
 
 
 def _check_measurement(config: RunConfig) -> None:

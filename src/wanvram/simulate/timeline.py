@@ -165,6 +165,28 @@ class Timeline:
         self._changes.append(change)
         self._reserved.append(self.allocator.reserved_bytes)
 
+    def history(self) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
+        """(action, address, bytes, who) in order, actions as PyTorch's allocator snapshot names them.
+
+        who: operation, module and stage of an allocation, innermost first. Sizes are those of blocks.
+        """
+        owners = self._owner_list()
+        segments = sorted(self._segments, key=lambda segment: segment[0])
+        sizes: dict[int, int] = {}
+        position = 0
+        for index, (kind, address, change) in enumerate(zip(self._kinds, self._addresses, self._changes, strict=True)):
+            while position < len(segments) and segments[position][0] <= index + 1:
+                _, action, start, size = segments[position]
+                position += 1
+                yield action, start, size, ()
+            if kind >= 0:
+                sizes[address] = change
+                owner = owners[kind]
+                yield "alloc", address, change, tuple(w for w in (owner.operation, owner.module, owner.stage) if w)
+            elif kind == _FREE:
+                yield "free_requested", address, sizes[address], ()
+                yield "free_completed", address, sizes.pop(address), ()
+
     # --- the result ----------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
