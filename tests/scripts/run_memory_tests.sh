@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Profiles every configuration of tests/configs, each in a process of its own, into profiler_logs/<name>.
-# Arguments go to `wanvram profile`: run_memory_tests.sh --device simulated --gpu rtx4060 --force
+# What already has a result is not run again. Arguments go to `wanvram profile`: run_memory_tests.sh --device simulated --gpu rtx4060 --force
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -298,6 +298,16 @@ def test_a_run_that_leaves_no_record_gets_one_that_says_why(
     assert says in written.failure.message
 
 
+def test_a_budget_that_was_refused_is_not_planned_again(tmp_path: Path, child: Path) -> None:
+    write(child, REFUSES_THE_BUDGET)
+    (job,) = jobs(tmp_path, "a")
+    planned = [replace(job, vram_budget="1GiB")]
+    assert [(o.exit_code, o.seconds is None) for o in run_all(planned, Seen())] == [(3, False)]
+    assert [(o.exit_code, o.seconds is None) for o in run_all(planned, Seen())] == [(3, True)]
+    with pytest.raises(InputError, match="memory_limit_bytes"):
+        run_all([replace(job, vram_budget="2GiB")], Seen())
+
+
 def test_one_failure_does_not_stop_the_others_and_is_run_again_only_when_asked(tmp_path: Path, child: Path) -> None:
     write(child, "import sys\nif 'bad' in sys.argv[2]: sys.exit('it broke')\n" + textwrap.dedent(WRITES_A_RECORD))
     outcomes = run_all(jobs(tmp_path, "a", "bad", "c"), Seen())

@@ -11,7 +11,7 @@ from wanvram.record import RunRecord
 from wanvram.simulate.gpus import find_gpu
 from wanvram.units import parse_bytes
 
-__all__ = ["Job", "changed_keys", "exit_code", "finished"]
+__all__ = ["Job", "changed_keys", "exit_code", "expected", "finished"]
 
 DEFAULT_GPU = "h200"
 _MEDIA = ("video*", "image*")
@@ -46,7 +46,7 @@ def finished(job: Job, *, force: bool, retry: bool) -> RunRecord | None:
         if record is not None or any(any(job.directory.glob(pattern)) for pattern in _MEDIA):
             raise InputError(f"{job.directory} holds results without a config.yaml; --force replaces them")
         return None
-    changed = changed_keys(config, _expected(job, config))
+    changed = changed_keys(config, expected(job, config))
     if changed:
         what = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise InputError(f"{job.directory} holds a run of another configuration ({what} differ); --force replaces it")
@@ -73,7 +73,7 @@ def changed_keys(first: RunConfig, second: RunConfig) -> list[str]:
     return result
 
 
-def _expected(job: Job, found: RunConfig) -> RunConfig:
+def expected(job: Job, found: RunConfig) -> RunConfig:
     """What the job's config.yaml says, with what a run decides itself taken from `found`: a seed drawn, a strategy planned."""
     config = replace(job.config, description=found.description)
     if config.request.base_seed < 0:

@@ -26,7 +26,7 @@ import yaml
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
-from wanvram.matrix.jobs import Job, exit_code, finished
+from wanvram.matrix.jobs import Job, exit_code, expected, finished
 from wanvram.record import Failure, RunRecord, write_atomically
 
 __all__ = ["LOG", "Display", "Outcome", "die_with_parent", "run_all"]
@@ -183,11 +183,12 @@ def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
     else:
         # 3: the planner found nothing that fits, which is an answer like running out of memory.
         failure = Failure("oom" if code == 3 else "error", _reason(code, log))
-    record = written or _empty_record(job.config)
+    config = expected(job, job.config)
+    record = written or _empty_record(config)
     record.failure = failure
     record.fits = False if failure.kind == "oom" else record.fits
     if not (job.directory / "config.yaml").is_file():
-        write_atomically(job.directory / "config.yaml", _yaml(job.config))
+        write_atomically(job.directory / "config.yaml", _yaml(config))
     record.write(path)
     return record
 
@@ -214,7 +215,7 @@ def _empty_record(config: RunConfig) -> RunRecord:
         stages=[],
         environment={},
         host={},
-        notes=[f"the run left no record; what it printed is in {LOG}, what it had measured in memory_events.json"],
+        notes=[f"the run left no record; what it printed is in {LOG}"],
     )
 
 
