@@ -43,7 +43,7 @@ def test_a_series_killed_in_the_middle_goes_on_where_it_was(tmp_path: Path) -> N
     file.write_text(MATRIX)
     arguments = command(str(file), "-o", str(logs), "--json")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(logs / NAMES[1] / "run.log", process)  # the second has begun
+    wait_for(logs / NAMES[1] / "config.yaml", process)  # the second is at work
     children = psutil.Process(process.pid).children()
     process.kill()
     process.communicate()
@@ -61,7 +61,6 @@ def test_a_series_killed_in_the_middle_goes_on_where_it_was(tmp_path: Path) -> N
     )
     assert (first.stat().st_mtime_ns, first.read_bytes()) == before
     assert all(run["record"]["peak"]["device_bytes"] > 0 for run in document["runs"])
-    assert not (logs / "lock").exists()
 
 
 def test_two_configurations_one_of_which_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,11 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from wanvram.analysis.snapshot import Block, Frame, Segment, TraceEntry
 from wanvram.errors import OutputError
-from wanvram.simulate.allocator import SegmentView
-from wanvram.simulate.timeline import Timeline
+from wanvram.simulate.allocator import CachingAllocator, SegmentView
 
 __all__ = ["allocator_segments", "export_timeline", "write_memory_viz"]
 
@@ -51,7 +50,16 @@ def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterabl
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def export_timeline(path: Path, timeline: Timeline) -> None:
+class History(Protocol):
+    """What a simulated run's Timeline tells: its allocator, and (action, address, bytes, who) in order."""
+
+    @property
+    def allocator(self) -> CachingAllocator: ...
+
+    def history(self) -> Iterable[tuple[str, int, int, tuple[str, ...]]]: ...
+
+
+def export_timeline(path: Path, timeline: History) -> None:
     """A predicted run. Its time axis counts events; the stack of an allocation is operation, module and stage."""
     traces = [
         TraceEntry(action, address, nbytes, 0, time, tuple(Frame(who, 0, "") for who in frames))
