@@ -192,6 +192,10 @@ def show(r: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains one of these, comma separated")
+    parser.add_argument(
+        "--weights", default="random", help="or a checkpoint directory (benchmarks/random_checkpoint.py)"
+    )
+    parser.add_argument("--weights_in", default="pinned", choices=("pinned", "pageable", "disk"))
     parser.add_argument("--no-resident", action="store_true")
     parser.add_argument("--gpu", default="h200", help="key of the simulated card")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
@@ -204,11 +208,14 @@ def main() -> None:
     import torch
 
     start, rows = time.monotonic(), []
-    target = args.out / f"{datetime.date.today()}_{args.gpu}_fit_card.json"
+    home = "" if args.weights_in == "pinned" else f"_{args.weights_in}"
+    target = args.out / f"{datetime.date.today()}_{args.gpu}_fit_card{home}.json"
     for item in CASES:
         if not any(part in item["name"] for part in args.only.split(",")) or time.monotonic() - start > args.seconds:
             continue
         chosen = item | ({"resident_steps": 0} if args.no_resident else {})
+        chosen["config"]["request"]["weights"] = args.weights
+        chosen["config"]["optimization"]["weights_in"] = args.weights_in
         try:
             rows.append(row(chosen, measure(chosen), predict(chosen, args.gpu)))
         except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 examples:
   wanvram analyze profiler_logs/baseline                           who owns the peak, fragmentation, stages, growth
+  wanvram analyze profiler_logs/baseline --advice                  and the three changes that lower the peak most
   wanvram analyze profiler_logs/baseline/memory_events.json
   wanvram analyze profiler_logs/baseline/trace/*.pt.trace.json     of any size, plain or gzipped
   wanvram analyze profiler_logs/baseline/snapshot.pickle --json    never unpickled: no code in it is run
@@ -25,7 +26,10 @@ from wanvram.analysis.events import read_events
 from wanvram.analysis.snapshot import read_snapshot, snapshot_timeline
 from wanvram.analysis.stages import analyze_run
 from wanvram.analysis.trace import read_trace
+from wanvram.cli.common import progress_printer
+from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
 from wanvram.report.runs import read_run
 
@@ -39,17 +43,33 @@ _RECORD = re.compile(rb'\s*\{\s*"schema"\s*:')
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="run directory, events, trace or snapshot")
+    parser.add_argument(
+        "--advice",
+        action="store_true",
+        help="of a run: simulate which changes lower the peak most, into its advice.json",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
     kind, path = _kind(args.path)
+    if args.advice:
+        _advise(kind, path, args)
     text, document = _READERS[kind](path)
     if args.json:
         print(json.dumps({"kind": kind, "path": str(path), **document}, ensure_ascii=False))
     else:
         print(text, end="")
     return 0
+
+
+def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
+    if kind != "run":
+        raise InputError(f"--advice needs a run directory, whose configuration can be simulated; {path} is {kind}")
+    from wanvram.run.advice import advise, write_advice
+
+    record = RunRecord.read(path / "record.json")
+    write_advice(path, advise(RunConfig.from_dict(record.config), record, show=progress_printer(args)))
 
 
 def _kind(path: Path) -> tuple[str, Path]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wanvram.errors import InputError
+from wanvram.matrix.jobs import exit_code
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
 from wanvram.units import parse_bytes
@@ -63,8 +64,4 @@ def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) 
         if directory is not None:
             for path in sorted(p for p in directory.iterdir() if p.is_file()):
                 print(f"Wrote {path}")
-    if record.failure is not None and record.failure.kind != "oom":
-        return 1
-    if record.fits is False:
-        return 3
-    return 1 if record.failure is not None else 0
+    return exit_code(record)

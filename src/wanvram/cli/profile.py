@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from pathlib import Path
 from wanvram.cli.budget import add_budget_flags, planned
 from wanvram.cli.common import add_device_flags, add_output_flags, finish, memory_limit, progress_printer
 from wanvram.config import RunConfig
-from wanvram.errors import InputError
+from wanvram.errors import InputError, WanvramError
 from wanvram.matrix.grid import is_matrix, load_configurations
 from wanvram.matrix.jobs import Job, exit_code
 from wanvram.matrix.progress import display
 from wanvram.matrix.runner import Outcome, die_with_parent, run_all
+from wanvram.record import RunRecord
 from wanvram.report.compare import runs_table
 from wanvram.simulate.gpus import find_gpu
 
@@ -45,6 +47,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--retry", action="store_true", help="of several, run those that failed (not: out of memory) again"
     )
     parser.add_argument("--live", action="store_true", help="show stages, memory and time left while it runs")
+    parser.add_argument(
+        "--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)"
+    )
     parser.add_argument("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to
 
 
@@ -92,11 +97,27 @@ def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
         record = execute(config, output, view.message, view.watch)
     else:
         record = execute(config, output, progress_printer(args))
+    if args.advice:
+        _advise(directory, config, record, args)
     return exit_code(record) if args.child_of is not None else finish(record, args, directory)
+
+
+def _advise(directory: Path, config: RunConfig, record: RunRecord, args: argparse.Namespace) -> None:
+    """The run is recorded already: advice that cannot be given is said and changes nothing."""
+    from wanvram.run.advice import advise, write_advice
+
+    try:
+        write_advice(directory, advise(config, record, show=progress_printer(args)))
+    except WanvramError as error:
+        print(f"wanvram: no advice: {error}", file=sys.stderr)
 
 
 def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bool) -> int:
     """Every configuration in a process of its own; the highest exit code is returned."""
+    if args.advice:
+        raise InputError(
+            "--advice is for one run; of several, use `wanvram analyze RUN --advice` on the one in question"
+        )
     if args.live:
         raise InputError("--live shows one run; give one configuration, without --timeout")
     if args.vram and args.vram_budget:

@@ -61,7 +61,6 @@ class _Loaded:
     component: Component
     base_bytes: int
     host_bytes: int
-    copied_before: Copies
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ class Pipeline:
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _finished: list[ComponentRecord] = field(default_factory=list)
     _streamed: dict[str, Copies] = field(default_factory=dict)
+    _copied: Copies = field(default_factory=Copies)
 
     def run(self, open_sink: OpenSink) -> None:
         """`open_sink(i)` opens what takes the frames of the i-th prompt."""
@@ -156,7 +156,7 @@ class Pipeline:
             component = parts.load(which)
         base = span.end.allocated_bytes - span.start.allocated_bytes
         host = component.weight_bytes - base if component.weight_bytes > base else 0
-        self._loaded[name] = _Loaded(component, base, host, self.device.copies())
+        self._loaded[name] = _Loaded(component, base, host)
         self._finished.append(ComponentRecord(name, component.parameters, base, host, 0))
 
     def _use(self, which: str, parts: Parts) -> Component:
@@ -166,8 +166,11 @@ class Pipeline:
         return self._loaded[name].component
 
     def _done_with(self, name: str) -> None:
-        copied = self.device.copies() - self._loaded[name].copied_before
-        self._streamed[name] = self._streamed.get(name, Copies()) + copied
+        total = (
+            self.device.copies()
+        )  # components work one after the other: what was copied since the last is this one's
+        self._streamed[name] = self._streamed.get(name, Copies()) + (total - self._copied)
+        self._copied = total
         if self.config.strategy.offload:
             self._loaded.pop(name).component.release()
             self.device.empty_cache()

@@ -11,6 +11,7 @@ __all__ = ["RUN_FILES", "prepare_directory", "unused_directory"]
 
 RUN_FILES = (
     "record.json",
+    "run.log",
     "memory_events.json",
     "config.yaml",
     "environment.json",
