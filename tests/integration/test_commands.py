@@ -237,7 +237,12 @@ def test_running_out_of_memory_is_a_recorded_result(tmp_path: Path) -> None:
 def test_a_killed_run_keeps_the_events_it_had_logged(sent: signal.Signals, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     command = [sys.executable, "-m", "wanvram", "generate", *TINY, "--frame_num", "81", "--sample_steps", "50"]
-    process = subprocess.Popen([*command, "-o", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "-o", str(directory)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a script ignores it
+    )
     events = directory / "memory_events.json"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (events.exists() and events.read_text().count('"name"') >= 3):
@@ -260,7 +265,7 @@ def test_json_prints_one_document_and_nothing_else() -> None:
 
 
 def test_every_verb_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("profile", "estimate", "generate"):
+    for verb in ("profile", "estimate", "generate", "plan", "report", "convert", "compare", "check", "analyze"):
         with pytest.raises(SystemExit) as caught:
             main([verb, "--help"])
         assert caught.value.code == 0

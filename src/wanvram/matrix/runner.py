@@ -125,6 +125,7 @@ def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcom
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                preexec_fn=_interruptible,
             )
         timed_out = _watch(process, log, timeout, tell)
     seconds = time.monotonic() - start
@@ -168,6 +169,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _interruptible() -> None:
+    """In the child: a series started in the background of a script ignores SIGINT, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
