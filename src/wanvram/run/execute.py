@@ -75,10 +75,7 @@ def execute(
     directory = prepare_directory(output.directory, force=output.force) if output.directory else None
     environment = describe_environment() | checks
     if directory:
-        write_atomically(
-            directory / "config.yaml", yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False)
-        )
-        write_atomically(directory / "environment.json", _json(environment))
+        _write_circumstances(directory, config, environment)
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(directory / "memory_events.json")) if directory else None
         timeline = Timeline.attach(device.memory) if directory and isinstance(device, SimulatedDevice) else None
@@ -98,6 +95,12 @@ def execute(
     if directory and timeline:
         write_atomically(directory / "timeline.json", json.dumps(timeline.to_json(), ensure_ascii=False) + "\n")
     return record
+
+
+def _write_circumstances(directory: Path, config: RunConfig, environment: dict[str, object]) -> None:
+    text = yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False)
+    write_atomically(directory / "config.yaml", text)
+    write_atomically(directory / "environment.json", _json(environment))
 
 
 def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | None:
