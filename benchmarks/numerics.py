@@ -41,9 +41,9 @@ def weights_of(spec: DiTSpec) -> dict[str, torch.Tensor]:
     return weights
 
 
-def inputs_of(model: str, spec: DiTSpec, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs_of(shape: tuple[int, ...], spec: DiTSpec, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    latent = torch.randn(16, *SHAPES[model], generator=generator)
+    latent = torch.randn(16, *shape, generator=generator)
     return latent.to(device), torch.randn(40, spec.text_dim, generator=generator).to(device)
 
 
@@ -95,6 +95,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["tiny"], choices=sorted(SPECS))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, metavar="N", help="latent frames, rows, columns (default: by model)"
+    )
+    parser.add_argument("--precision", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -102,9 +106,9 @@ def main() -> None:
     rows = []
     for model in args.model:
         spec = DIT[SPECS[model]]
-        weights, inputs = weights_of(spec), inputs_of(model, spec, args.device)
+        weights, inputs = weights_of(spec), inputs_of(tuple(args.shape or SHAPES[model]), spec, args.device)
         reference = ours(spec, weights, "fp32", inputs, args.device)
-        for precision in DTYPES:
+        for precision in args.precision:
             row = {"model": model, "precision": precision}
             row["ours"] = error(ours(spec, weights, precision, inputs, args.device), reference)
             row["diffusers"] = error(theirs(spec, weights, precision, inputs, args.device), reference)

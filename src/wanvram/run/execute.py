@@ -295,6 +295,12 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
         notes.append(
             f"the checkpoint {config.weights} is not read on the simulated device; text is tokenised byte by byte"
         )
+    if (
+        config.strategy.weights_in == "disk"
+        and config.weights in ("random", "tiny")
+        and pipeline.device.kind != "simulated"
+    ):
+        notes.append("generated weights are on no disk: they are made again in every pass, so times mean nothing")
     if config.measurement.trace:
         notes.append("torch.profiler was tracing: times and memory of this run are disturbed by it")
     if config.gpu and pipeline.device.kind != "simulated":
