@@ -1,0 +1,374 @@
+"""wanvram streamed beside diffusers with group offload and a tiled VAE: one denoising step and one VAE decode each.
+
+    python benchmarks/beside_diffusers_offload.py                     both cases, every part
+    python benchmarks/beside_diffusers_offload.py --only 14B          one case
+    python benchmarks/beside_diffusers_offload.py --only our_vae      some parts
+    python benchmarks/beside_diffusers_offload.py --tiny              a few seconds on the CPU: does it run at all?
+
+Needs diffusers and accelerate, whose `send_to_device` its group offload calls. Every (case, part) is a fresh process with random
+weights: bfloat16 for the transformers, float32 for the VAE. A step is both guidance forwards and their combination, without
+the solver. One call warms up; then the cache is emptied and the timed calls begin (seconds: their median). All peaks are
+of the timed calls alone: allocated and reserved by PyTorch, device by NVML for the whole GPU, read every 10 ms by the parent
+process, less what it reported before the part began, so that the CUDA context is in it.
+
+diffusers streams from RAM pinned beforehand (low_cpu_mem_usage=False). With record_stream, which it documents as the faster,
+the host may run ahead of the computation, and weights not yet freed pile up; the `_sync` parts are without. Its decode ends with
+float32 frames on the device, ours with uint8 frames on the host. Writes <out>/<date>_<gpu>_beside_diffusers_offload.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from beside_diffusers import SHAPES, fill
+from fit_card import MIB, Sampler
+
+TIMESTEP, GUIDANCE = 500, 5.0
+Call = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`shape`: latent frames, rows, columns. `tile`: edge of our VAE tiles in latent pixels."""
+
+    dit: str
+    vae: str
+    shape: tuple[int, int, int]
+    repeats: int
+    tile: int = 80
+    device: str = "cuda"
+
+
+CASES = {
+    "1.3B-832x480": Case("t2v-1.3B", "wan2.1", SHAPES["1.3B"], repeats=2),
+    "14B-1280x720": Case("t2v-14B", "wan2.1", SHAPES["14B"], repeats=1),
+}
+TINY = {"tiny": Case("tiny-t2v", "tiny", (2, 8, 40), repeats=2, tile=20, device="cpu")}
+
+
+# --- diffusers ---------------------------------------------------------------------------------------------------------------
+
+
+def offloaded_transformer(case: Case, offload_type: str, *, record_stream: bool) -> Any:
+    """Built on the device, where random numbers are fast; the offload then moves every weight to pinned RAM."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from wanvram.specs import DIT
+
+    spec = DIT[case.dit]
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(case.device):
+        model = WanTransformer3DModel(
+            num_attention_heads=spec.num_heads,
+            attention_head_dim=spec.head_dim,
+            num_layers=spec.num_layers,
+            ffn_dim=spec.ffn_dim,
+            freq_dim=spec.freq_dim,
+            text_dim=spec.text_dim,
+        ).eval()
+    torch.set_default_dtype(torch.float32)
+    for name, p in model.named_parameters():
+        if set(name.split(".")) & set(model._keep_in_fp32_modules):  # the rule of from_pretrained
+            p.data = p.data.float()
+    on_gpu = case.device == "cuda"
+    if on_gpu:
+        fill(model)
+    model.enable_group_offload(
+        onload_device=torch.device(case.device),
+        offload_device=torch.device("cpu"),
+        offload_type=offload_type,
+        num_blocks_per_group=1 if offload_type == "block_level" else None,
+        use_stream=on_gpu,  # refused for the CPU
+        record_stream=record_stream and on_gpu,
+        low_cpu_mem_usage=False,
+    )
+    return model
+
+
+def diffusers_dit(case: Case, offload_type: str, *, record_stream: bool = True) -> Call:
+    import torch
+
+    model = offloaded_transformer(case, offload_type, record_stream=record_stream)
+    latent = torch.randn(1, 16, *case.shape, device=case.device, dtype=torch.bfloat16)
+    texts = [
+        torch.randn(1, 512, model.config.text_dim, device=case.device, dtype=torch.bfloat16)
+        for _ in ("positive", "negative")
+    ]
+    t = torch.tensor([TIMESTEP], device=case.device)
+
+    def step() -> None:
+        cond, uncond = (
+            model(hidden_states=latent, timestep=t, encoder_hidden_states=text, return_dict=False)[0] for text in texts
+        )
+        uncond + GUIDANCE * (cond - uncond)
+
+    return step
+
+
+def diffusers_vae_tiled(case: Case) -> Call:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from wanvram.specs import VAE
+
+    with torch.device(case.device):
+        model = AutoencoderKLWan(base_dim=VAE[case.vae].dim).eval()
+    if case.device == "cuda":
+        fill(model)
+    model.enable_tiling()
+    z = torch.randn(1, 16, *case.shape, device=case.device)
+
+    def decode() -> None:
+        model.decode(z, return_dict=False)
+
+    return decode
+
+
+# --- wanvram -----------------------------------------------------------------------------------------------------------------
+
+
+def our_device(case: Case) -> Any:
+    from wanvram.engine.devices import CpuDevice, CudaDevice
+
+    return CudaDevice() if case.device == "cuda" else CpuDevice()
+
+
+def random_source(module: Any) -> Any:
+    from wanvram.weights.random import RandomSource
+
+    return RandomSource({name: tuple(p.shape) for name, p in module.named_parameters()}, 0)
+
+
+def our_dit(case: Case, cfg: str) -> Call:
+    """cfg: sequential, one forward after the other, or joint, both through each streamed unit: half the copies."""
+    import torch
+
+    from wanvram.engine.pipeline import rows_per_chunk
+    from wanvram.engine.residency import Component
+    from wanvram.models.dit import Condition, WanDiT
+    from wanvram.models.precision import BF16
+    from wanvram.specs import DIT
+
+    spec = DIT[case.dit]
+    with torch.device("meta"):
+        model = WanDiT(spec, BF16)
+    component = Component("dit", model, model.walk_order(), our_device(case), model.embedders())
+    component.load_streamed(random_source(model), home="pinned")
+    frames, height, width = case.shape
+    latent = torch.randn(16, *case.shape, device=case.device)
+    texts = [
+        torch.randn(512, spec.text_dim, device=case.device, dtype=torch.bfloat16) for _ in ("positive", "negative")
+    ]
+    (now,), prepared = model.prepare([TIMESTEP], [Condition(text) for text in texts], walk=component.walk_embedders)
+    rows = rows_per_chunk(frames * height * width // 4, None)
+    groups = [prepared] if cfg == "joint" else [[one] for one in prepared]
+
+    def step() -> None:
+        outputs: list[torch.Tensor] = []
+        for group in groups:
+            outputs += model.velocity(latent, now, group, rows_per_chunk=rows, walk=component.walk)
+        cond, uncond = outputs
+        uncond.add_(cond.sub_(uncond), alpha=GUIDANCE)
+
+    return step
+
+
+def our_vae(case: Case, *, tiled: bool) -> Call:
+    import torch
+
+    from wanvram.engine.residency import Component
+    from wanvram.engine.vae_stages import decode
+    from wanvram.models.vae import WanVAE
+    from wanvram.specs import VAE
+
+    with torch.device("meta"):
+        model = WanVAE(VAE[case.vae])
+        del model.encoder, model.conv1
+    device = our_device(case)
+    component = Component("vae", model, [], device)
+    component.load_resident(random_source(model))
+    z = torch.randn(16, *case.shape, device=case.device)
+    unrecorded: Any = SimpleNamespace(span=lambda *_, **__: nullcontext())  # a Recorder resets PyTorch's peak counters
+
+    def run() -> None:
+        for _ in decode(component, device, unrecorded, z, case.tile if tiled else None):
+            """Frames arrive on the host in uint8."""
+
+    return run
+
+
+PARTS: dict[str, Callable[[Case], Call]] = {
+    "diffusers_dit_leaf": partial(diffusers_dit, offload_type="leaf_level"),
+    "diffusers_dit_block": partial(diffusers_dit, offload_type="block_level"),
+    "our_dit": partial(our_dit, cfg="sequential"),
+    "diffusers_vae_tiled": diffusers_vae_tiled,
+    "our_vae_tiled": partial(our_vae, tiled=True),
+    "our_vae_whole": partial(our_vae, tiled=False),
+    "our_dit_joint": partial(our_dit, cfg="joint"),
+    "diffusers_dit_leaf_sync": partial(diffusers_dit, offload_type="leaf_level", record_stream=False),
+    "diffusers_dit_block_sync": partial(diffusers_dit, offload_type="block_level", record_stream=False),
+}
+
+
+# --- one part in its process -------------------------------------------------------------------------------------------------
+
+
+def run_here(case: Case, part: str) -> None:
+    """Sets up and warms up, says READY, waits for a line from the parent, measures, says DONE with the figures."""
+    import torch
+
+    cuda = torch.cuda if case.device == "cuda" else None
+    with torch.no_grad():
+        call = PARTS[part](case)
+        call()
+        gc.collect()
+        if cuda:
+            cuda.synchronize()
+            cuda.empty_cache()
+        print("READY", flush=True)
+        sys.stdin.readline()
+        if cuda:
+            cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(case.repeats):
+            start = time.perf_counter()
+            call()
+            if cuda:
+                cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    figures = {
+        "seconds": sorted(times)[len(times) // 2],
+        "all_seconds": times,
+        "allocated_bytes": cuda.max_memory_allocated() if cuda else None,
+        "reserved_bytes": cuda.max_memory_reserved() if cuda else None,
+        "torch": torch.__version__,
+    }
+    print("DONE " + json.dumps(figures), flush=True)
+
+
+def measure(case: Case, name: str, part: str, environment: dict[str, str]) -> dict[str, Any]:
+    """The part's figures, or {"error": the end of what it wrote}. A Sampler for the timed calls starts at READY."""
+    before = sampled() if case.device == "cuda" else None
+    command = [sys.executable, __file__, "--here", name, part]
+    row: dict[str, Any] = {}
+    timed: Sampler | None = None
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        process = subprocess.Popen(command, env=os.environ | environment, **pipes)
+        assert process.stdout is not None and process.stdin is not None
+        for line in process.stdout:
+            kind, _, text = line.partition(" ")
+            if kind.strip() == "READY":
+                timed = Sampler() if before is not None else None
+                process.stdin.write("\n")
+                process.stdin.flush()
+            elif kind == "DONE":
+                row = json.loads(text)
+        if timed is not None:
+            timed.close()
+        if process.wait() != 0 or not row:
+            errors.seek(0)
+            return {"error": errors.read()[-1500:] or f"exit status {process.returncode}"}
+    row["nvml_bytes"] = timed.highest - before if timed is not None and before is not None else None
+    return row
+
+
+def sampled() -> int:
+    """Bytes NVML reports as used on the GPU now, by whatever process."""
+    sampler = Sampler()
+    sampler.close()
+    return sampler.idle
+
+
+# --- all parts ---------------------------------------------------------------------------------------------------------------
+
+
+def device_name(device: str) -> str:
+    """From NVML: asking PyTorch would make a CUDA context in this process, which would be measured with every part."""
+    if device == "cpu":
+        return "CPU"
+    import pynvml
+
+    pynvml.nvmlInit()
+    name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def show(row: dict[str, Any]) -> None:
+    if "error" in row:
+        print(f"{row['case']:14s} {row['part']:26s} FAILED: {row['error'].strip().splitlines()[-1]}", flush=True)
+        return
+    peaks = (row[f"{q}_bytes"] for q in ("nvml", "allocated", "reserved"))
+    cells = " ".join("        -" if peak is None else f"{peak / MIB:9.0f}" for peak in peaks)
+    print(f"{row['case']:14s} {row['part']:26s} {row['seconds']:9.3f} {cells}", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts whose <case>/<part> contains one of these, comma separated")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further part after this many seconds")
+    parser.add_argument("--expandable_segments", action="store_true", help="of PyTorch's allocator, for every part")
+    parser.add_argument("--tiny", action="store_true", help="small models on the CPU; no memory is measured")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--here", nargs=2, metavar=("CASE", "PART"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    missing = [name for name in ("diffusers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} cannot be imported: install what is missing, or put it on PYTHONPATH")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.here:
+        name, part = args.here
+        run_here((CASES | TINY)[name], part)
+        return
+    cases = TINY if args.tiny else CASES
+    chosen = [(c, p) for c in cases for p in PARTS if any(word in f"{c}/{p}" for word in args.only.split(","))]
+    if not chosen:
+        sys.exit(f"--only {args.only} leaves nothing of {', '.join(cases)} with {', '.join(PARTS)}")
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if args.expandable_segments else {}
+    device = device_name("cpu" if args.tiny else "cuda")
+    document: dict[str, Any] = {
+        "device": device,
+        "date": str(datetime.date.today()),
+        "diffusers": importlib.metadata.version("diffusers"),
+        "expandable_segments": args.expandable_segments,
+        "parts": [],
+    }
+    short = device.removeprefix("NVIDIA ").split()[0].lower()
+    args.out.mkdir(parents=True, exist_ok=True)
+    target = args.out / f"{document['date']}_{short}_beside_diffusers_offload.json"
+    print(f"{device}; peaks in MiB\n{'case':14s} {'part':26s}   seconds      NVML allocated  reserved", flush=True)
+    start = time.monotonic()
+    for name, part in chosen:
+        if time.monotonic() - start > args.seconds:
+            print(f"{name:14s} {part:26s} not started: {args.seconds:g} s are over", flush=True)
+            continue
+        row = {"case": name, "part": part} | measure(cases[name], name, part, environment)
+        show(row)
+        document["parts"].append(row)
+        target.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
