@@ -13,7 +13,8 @@ process, less what it reported before the part began, so that the CUDA context i
 
 diffusers streams from RAM pinned beforehand (low_cpu_mem_usage=False). With record_stream, which it documents as the faster,
 the host may run ahead of the computation, and weights not yet freed pile up; the `_sync` parts are without. Its decode ends with
-float32 frames on the device, ours with uint8 frames on the host. Writes <out>/<date>_<gpu>_beside_diffusers_offload.json.
+float32 frames on the device, ours with uint8 frames on the host; its residual stream is bfloat16, ours float32. Writes
+<out>/<date>_<gpu>_beside_diffusers_offload.json; parts already in that file stay unless they are measured again.
 """
 
 from __future__ import annotations
@@ -273,7 +274,8 @@ def measure(case: Case, name: str, part: str, environment: dict[str, str]) -> di
     with tempfile.TemporaryFile("w+") as errors:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
         process = subprocess.Popen(command, env=os.environ | environment, **pipes)
-        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdin is not None
         for line in process.stdout:
             kind, _, text = line.partition(" ")
             if kind.strip() == "READY":
@@ -321,6 +323,15 @@ def show(row: dict[str, Any]) -> None:
     print(f"{row['case']:14s} {row['part']:26s} {row['seconds']:9.3f} {cells}", flush=True)
 
 
+def store(target: Path, device: str, row: dict[str, Any]) -> None:
+    """Adds the row to the file, in place of one of the same case, part and allocator setting."""
+    identity = ("case", "part", "expandable_segments")
+    rows = json.loads(target.read_text())["parts"] if target.exists() else []
+    rows = [other for other in rows if any(other[key] != row[key] for key in identity)]
+    document = {"device": device, "date": str(datetime.date.today()), "parts": [*rows, row]}
+    target.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts whose <case>/<part> contains one of these, comma separated")
@@ -348,26 +359,22 @@ def main() -> None:
         sys.exit(f"--only {args.only} leaves nothing of {', '.join(cases)} with {', '.join(PARTS)}")
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if args.expandable_segments else {}
     device = device_name("cpu" if args.tiny else "cuda")
-    document: dict[str, Any] = {
-        "device": device,
-        "date": str(datetime.date.today()),
+    common = {
         "diffusers": importlib.metadata.version("diffusers"),
         "expandable_segments": args.expandable_segments,
-        "parts": [],
     }
     short = device.removeprefix("NVIDIA ").split()[0].lower()
     args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / f"{document['date']}_{short}_beside_diffusers_offload.json"
+    target = args.out / f"{datetime.date.today()}_{short}_beside_diffusers_offload.json"
     print(f"{device}; peaks in MiB\n{'case':14s} {'part':26s}   seconds      NVML allocated  reserved", flush=True)
     start = time.monotonic()
     for name, part in chosen:
         if time.monotonic() - start > args.seconds:
             print(f"{name:14s} {part:26s} not started: {args.seconds:g} s are over", flush=True)
             continue
-        row = {"case": name, "part": part} | measure(cases[name], name, part, environment)
+        row = {"case": name, "part": part} | common | measure(cases[name], name, part, environment)
         show(row)
-        document["parts"].append(row)
-        target.write_text(json.dumps(document, indent=1) + "\n")
+        store(target, device, row)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from wanvram.engine.layout import Layout
 from wanvram.engine.packing import Packing
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
+from wanvram.recorder.interrupts import check
 from wanvram.units import human
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
@@ -201,6 +202,7 @@ class Component:
 
     def _fill(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
         """The part's tensors from the source into `flat` [part.nbytes], packed if the part is."""
+        check()
         plain = flat
         if part.packing is not None:
             plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
@@ -247,6 +249,7 @@ class Component:
         coming = self._ring.walk(streamed) if self._ring is not None else iter(())
         try:
             for part in parts:
+                check()
                 if part.flat is not None and part.packing is None:
                     yield part.module
                     continue

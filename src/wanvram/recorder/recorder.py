@@ -9,6 +9,7 @@ from typing import Protocol
 
 from wanvram.record import Failure, Memory, Span
 from wanvram.recorder.events import EventLog
+from wanvram.recorder.interrupts import check
 from wanvram.recorder.meters import Meter
 from wanvram.units import human
 
@@ -53,6 +54,7 @@ class Recorder:
     @contextmanager
     def span(self, name: str, *, kind: str, component: str | None = None) -> Iterator[Span]:
         """Records everything inside. A span left by an exception stays open until `finish_open`."""
+        check()
         detailed = kind != "block"
         if detailed:
             self.meter.synchronize()

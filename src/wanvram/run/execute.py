@@ -20,6 +20,7 @@ from wanvram.engine.pipeline import FrameSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, WanvramError
 from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
+from wanvram.recorder.interrupts import deferred
 from wanvram.recorder.recorder import Recorder
 from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
 from wanvram.run.checks import run_checks
@@ -215,7 +216,7 @@ def _run(pipeline: Pipeline, outputs: Outputs | None) -> Failure | None:
         return nullcontext() if outputs is None else outputs.open(index, pipeline.prompts[index])
 
     try:
-        with pipeline.device.session():
+        with deferred(), pipeline.device.session():
             pipeline.run(open_sink)
         return None
     except OutOfMemory as error:
