@@ -257,19 +257,19 @@ def test_nothing_fits_is_exit_code_3_with_the_smallest_budget_and_it_is_the_smal
 
 
 def test_smaller_sizes_and_fewer_frames_that_fit_are_named_and_do_fit() -> None:
-    refusal = refused(gibibytes=3.8)
+    refusal = refused(gibibytes=4.0)
     assert [(a.size, a.frame_num != 81) for a in refusal.alternatives] == [("832*480", False), ("1280*720", True)]
     assert "--size 832*480" in refusal.message
     for other in refusal.alternatives:
-        result = plan(request(size=other.size, frame_num=other.frame_num), budget(3.8), Options(), Card())
+        result = plan(request(size=other.size, frame_num=other.frame_num), budget(4.0), Options(), Card())
         assert result.peak_device_bytes <= result.budget.device_limit
     fewer = refusal.alternatives[1]
     more = request(frame_num=fewer.frame_num + 4)
-    assert isinstance(search(more, budget(3.8), Options(), Card()), Refusal)
+    assert isinstance(search(more, budget(4.0), Options(), Card()), Refusal)
 
 
 def test_fewer_frames_of_a_smaller_size_are_tried_last() -> None:
-    refusal = refused(gibibytes=2380 / 1024)  # one frame of 1280*720 would need 2360 MiB and the margin of 64
+    refusal = refused(gibibytes=2.6)  # one frame of 1280*720 needs more
     assert [a.size for a in refusal.alternatives] == ["832*480"]
     assert refusal.alternatives[0].frame_num < 81
     assert f"--size 832*480 --frame_num {refusal.alternatives[0].frame_num}" in refusal.message

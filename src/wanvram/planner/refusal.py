@@ -23,7 +23,7 @@ def refuse(trials: Trials, base: Strategy) -> Refusal:
     if peaks[component] <= trials.budget.device_limit:
         return _refuse_for_host(trials, base)
     smallest = trials.budget.smallest_for(peaks[component])
-    alternatives = tuple(_alternatives(trials, base))
+    alternatives = tuple(_alternatives(trials, base, component))
     return Refusal(
         trials.request,
         trials.budget,
@@ -52,14 +52,17 @@ def _host_bytes(trials: Trials, base: Strategy, component: str) -> list[int]:
     """Of the lean strategies that fit the device."""
     return [
         trials.of(component, strategy).host_bytes
-        for strategy in _lean(trials.request, base, component)
+        for strategy in _lean(trials.request, base, component, "disk")
         if trials.of(component, strategy).peak_device_bytes <= trials.budget.device_limit
     ]
 
 
-def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
-    """The lossless strategies among which a component's smallest peak is."""
-    block = replace(base, load_strategy="block", weights_in="disk")
+def _lean(request: Request, base: Strategy, component: str, home: str = "pinned") -> list[Strategy]:
+    """The lossless strategies among which a component's smallest peak is.
+
+    home: where the weights wait changes nothing on the device, and the search has asked for pinned ones already.
+    """
+    block = replace(base, load_strategy="block", weights_in=home)
     if component.startswith("vae"):
         return [replace(base, vae_tile=tiles_for(request)[-1])]
     if component == "text_encoder":
@@ -77,25 +80,25 @@ def _least_peaks(trials: Trials, base: Strategy) -> dict[str, int]:
     return {component: _least_peak(trials, base, component) for component in components_of(trials.request)}
 
 
-def _alternative(trials: Trials, base: Strategy, size: str, frames: int) -> Alternative | None:
-    """Forecast component by component until one does not fit: the last ones depend on the size, so they come first."""
+def _alternative(trials: Trials, base: Strategy, size: str, frames: int, first: str) -> Alternative | None:
+    """Forecast component by component until one does not fit; `first` is the one that most likely does not."""
     other = trials.for_request(size=size, frame_num=frames)
     peaks = []
-    for component in reversed(components_of(other.request)):
+    for component in sorted(components_of(other.request), key=lambda name: name != first):
         peaks.append(_least_peak(other, base, component))
         if peaks[-1] > other.budget.device_limit:
             return None
     return Alternative(size, frames, max(peaks))
 
 
-def _alternatives(trials: Trials, base: Strategy) -> list[Alternative]:
+def _alternatives(trials: Trials, base: Strategy, first: str) -> list[Alternative]:
     """The next smaller sizes at these frames, and the most frames at this size; fewer frames of the smallest, if neither."""
     request = trials.request
     sizes = _smaller_sizes(request)
-    found = [_alternative(trials, base, size, request.frame_num) for size in sizes]
-    found.append(_most_frames(trials, base, request.size))
+    found = [_alternative(trials, base, size, request.frame_num, first) for size in sizes]
+    found.append(_most_frames(trials, base, request.size, first))
     if not any(found) and sizes:
-        found.append(_most_frames(trials, base, sizes[-1]))
+        found.append(_most_frames(trials, base, sizes[-1], first))
     return [alternative for alternative in found if alternative is not None]
 
 
@@ -115,14 +118,14 @@ def _smaller_sizes(request: Request) -> list[str]:
     return sorted(smaller, key=pixels, reverse=True)
 
 
-def _most_frames(trials: Trials, base: Strategy, size: str) -> Alternative | None:
+def _most_frames(trials: Trials, base: Strategy, size: str, first: str) -> Alternative | None:
     """By bisection over 4n+1 below the request's frames."""
     least = 1 if trials.request.kind == "flf2v" else 0  # flf2v has at least 5 frames
     low, high = least - 1, (trials.request.frame_num - 1) // 4
     best: Alternative | None = None
     while high - low > 1:
         middle = (low + high) // 2
-        fits = _alternative(trials, base, size, 4 * middle + 1)
+        fits = _alternative(trials, base, size, 4 * middle + 1, first)
         if fits is None:
             high = middle
         else:

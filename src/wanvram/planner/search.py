@@ -18,7 +18,7 @@ from wanvram.planner.forecasts import KNOBS, Forecast, StageForecast, Trial, Tri
 from wanvram.planner.refusal import refuse
 from wanvram.planner.result import Offer, Plan, Refusal, Rejected
 from wanvram.planner.tiles import largest_tile
-from wanvram.planner.transformer import fastest_streamed
+from wanvram.planner.transformer import cannot_fit, fastest_streamed
 from wanvram.units import gib
 
 __all__ = ["Options", "plan", "search"]
@@ -96,6 +96,8 @@ def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
         found = fastest_streamed(trials, fitting) if fitting is not None else None
         if found is not None:
             return found
+        if fitting is not None and cannot_fit(trials, fitting):
+            return None
     return None
 
 
