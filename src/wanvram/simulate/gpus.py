@@ -187,4 +187,4 @@ def find_gpu(text: str) -> GPU:
     close = [gpu for gpu in GPUS.values() if wanted and _normal(gpu.key).startswith(wanted)]
     if len(close) == 1:
         return close[0]
-    raise InputError(f"GPU '{text}' is unknown; known: {', '.join(GPUS)}")
+    raise InputError(f"GPU '{text}' is unknown; name the nearest of these (--gpu): {', '.join(GPUS)}")
