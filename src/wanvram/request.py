@@ -16,7 +16,7 @@ from wanvram.tasks import TASKS, are_frames_valid, picture_size
 __all__ = ["MAX_PROMPTS", "Request"]
 
 MAX_PROMPT_CHARACTERS = 20_000
-MAX_PROMPTS = 1000
+MAX_PROMPTS = 64  # each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
 MAX_FRAMES = 4093  # 1024 latent frames: as far as the official transformer's positions go
 EXTEND_METHODS = ("local_qwen", "dashscope")
 # Which task reads which file; what a task does not read is refused rather than ignored.

@@ -116,3 +116,20 @@ def test_attention_of_one_token_is_its_value() -> None:
     x = torch.randn(1, T5["tiny"].dim, generator=torch.Generator().manual_seed(1))
     result = attention(x, torch.zeros(T5["tiny"].num_heads, 1, 1))
     torch.testing.assert_close(result, attention.o(attention.v(x)))
+
+
+def test_texts_encoded_together_give_what_each_gives_alone_in_one_pass(encoder: T5Encoder) -> None:
+    name = next(name for name in CALLS if CASE[f"input.{name}.ids"].shape[0] > 1)
+    ids = CASE[f"input.{name}.ids"]
+    rows = [encoder.token_embedding(row[:length]) for row, length in zip(ids, (7, 12), strict=False)]
+    passes = []
+
+    def walk(blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        passes.append(len(blocks))
+        yield from blocks
+
+    together = encoder.encode(rows, walk=walk)
+    assert passes == [len(encoder.blocks)]
+    assert len(together) == 2
+    for text, alone in zip(together, [encoder(r) for r in rows], strict=True):
+        assert torch.equal(text, alone)

@@ -181,7 +181,7 @@ class Pipeline:
         """Every prompt, and the negative prompt last -> contexts [L, text_dim] on the device."""
         component = self._use("text_encoder", parts)
         with self.recorder.span("encode_text", kind="stage", component="text_encoder"):
-            contexts = [parts.encode(component, text) for text in (*self.prompts, self.config.request.negative_prompt)]
+            contexts = parts.encode(component, [*self.prompts, self.config.request.negative_prompt])
         self._done_with("text_encoder")
         return contexts
 

@@ -140,13 +140,24 @@ class T5Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, embedded: Tensor, *, walk: Walk = iter) -> Tensor:
-        """walk(blocks) yields the blocks in order, each ready to run until the next one is asked for."""
+        """One text; see `encode`."""
+        return self.encode([embedded], walk=walk)[0]
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[Tensor], *, walk: Walk = iter) -> list[Tensor]:
+        """Texts [L_i, dim] -> features [L_i, dim]. All of them pass a block before the next one is asked for.
+
+        walk(blocks) yields the blocks in order, each ready to run until then.
+        """
+        streams = list(texts)
+        buckets = [self._buckets(x) for x in streams]
+        for block in walk(self.walk_order()):
+            for index in range(len(streams)):
+                streams[index] = block(streams[index], buckets[index])
+        return [self.norm(x) for x in streams]
+
+    def _buckets(self, embedded: Tensor) -> Tensor:
+        """[L, L]: the bucket of each key's distance from each query."""
         positions = torch.arange(embedded.shape[0], device=embedded.device)
         distance = positions[None, :] - positions[:, None]
-        buckets = position_buckets(distance, self.spec.num_buckets, self.spec.max_distance)
-        del distance
-        x = embedded
-        for block in walk(self.walk_order()):
-            x = block(x, buckets)
-        features: Tensor = self.norm(x)
-        return features
+        return position_buckets(distance, self.spec.num_buckets, self.spec.max_distance)
