@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from wanvram.errors import InputError, OutputError
 
-__all__ = ["ComponentRecord", "Failure", "Memory", "RunRecord", "Span", "folded", "write_atomically"]
+__all__ = ["ComponentRecord", "Copies", "Failure", "Memory", "RunRecord", "Span", "folded", "write_atomically"]
 
 SCHEMA = 1
 
@@ -33,6 +33,33 @@ class Memory:
         return Memory(
             max(self.allocated_bytes, other.allocated_bytes), max(self.reserved_bytes, other.reserved_bytes), device
         )
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies that run beside the computation. stalled_seconds: how long the computation waited for them."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+    stalled_seconds: float = 0.0
+
+    def __add__(self, other: Copies) -> Copies:
+        return Copies(
+            self.nbytes + other.nbytes, self.seconds + other.seconds, self.stalled_seconds + other.stalled_seconds
+        )
+
+    def __sub__(self, earlier: Copies) -> Copies:
+        """What was copied since."""
+        return Copies(
+            self.nbytes - earlier.nbytes,
+            self.seconds - earlier.seconds,
+            self.stalled_seconds - earlier.stalled_seconds,
+        )
+
+    @property
+    def hidden_share(self) -> float | None:
+        """The part of the copying that cost no time, 0 to 1; None if nothing was copied."""
+        return max(0.0, 1.0 - self.stalled_seconds / self.seconds) if self.seconds else None
 
 
 @dataclass

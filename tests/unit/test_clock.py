@@ -17,12 +17,12 @@ from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.kernels import attention, gated_add_
 from wanvram.kernels.conv import conv3d
-from wanvram.record import RunRecord, Span
+from wanvram.record import Copies, RunRecord, Span
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import simulate
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
-from wanvram.simulate.clock import Clock, Copies, Costs
+from wanvram.simulate.clock import Clock, Costs
 from wanvram.simulate.gpus import EFFICIENCY, GPU, GPUS, HOST
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory

@@ -17,10 +17,16 @@ from PIL import Image
 from wanvram.engine.extension_prompts import system_prompt
 from wanvram.errors import InputError, WanvramError
 from wanvram.run import dashscope
-from wanvram.run.dashscope import api_key, api_url, encode_picture, extend_by_dashscope
+from wanvram.run.dashscope import DEFAULT_URL, Endpoint, api_key, api_url, encode_picture, extend_by_dashscope
 
 MIB = 2**20
 PICTURE = Image.new("RGB", (640, 480), (200, 30, 30))
+
+
+def extend(
+    prompt: str, *, key: str, base_url: str = DEFAULT_URL, timeout_s: float = 60.0, retries: int = 2, **options: Any
+) -> str:
+    return extend_by_dashscope(prompt, Endpoint(key, base_url, timeout_s, retries), **options)
 
 
 KEY = "sk-0123456789abcdef"
@@ -64,7 +70,7 @@ class Service:
 
     def extend(self, **changed: Any) -> str:
         given = {"model": "qwen-plus", "target_lang": "en", "key": KEY, "base_url": self.url, "timeout_s": 5.0}
-        return extend_by_dashscope("a cat", **(given | changed))
+        return extend("a cat", **(given | changed))
 
 
 @pytest.fixture
@@ -182,7 +188,7 @@ def test_a_service_that_trickles_is_given_up_too() -> None:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         with pytest.raises(WanvramError, match=r"within 0\.3 s"):
-            extend_by_dashscope("x", model="m", target_lang="en", key=KEY, base_url=url, timeout_s=0.3, retries=0)
+            extend("x", model="m", target_lang="en", key=KEY, base_url=url, timeout_s=0.3, retries=0)
     finally:
         stop.set()
         thread.join()
@@ -197,12 +203,12 @@ def test_a_service_that_is_not_there_or_hangs_up_is_named(monkeypatch: pytest.Mo
         thread.start()
         given = {"model": "m", "target_lang": "zh", "key": KEY, "base_url": f"http://127.0.0.1:{port}"}
         with pytest.raises(WanvramError, match=rf"127.0.0.1:{port} (broke|cannot be reached)"):
-            extend_by_dashscope("x", **given, retries=0)
+            extend("x", **given, retries=0)
         thread.join()
     with pytest.raises(
         WanvramError, match=rf"127.0.0.1:{port} cannot be reached \(Connection refused\) \(3 attempts\)"
     ):
-        extend_by_dashscope("x", **given)
+        extend("x", **given)
 
 
 @pytest.mark.parametrize(
@@ -212,20 +218,20 @@ def test_a_service_that_is_not_there_or_hangs_up_is_named(monkeypatch: pytest.Mo
 )  # fmt: skip
 def test_a_url_that_would_not_keep_the_key_safe_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="DashScope url"):
-        extend_by_dashscope("x", model="m", target_lang="zh", key=KEY, base_url=url)
+        extend("x", model="m", target_lang="zh", key=KEY, base_url=url)
 
 
 @pytest.mark.parametrize("key", ["", "sk-12 34", "sk-1\r\nX: y", "sk-é"])
 def test_a_malformed_key_is_refused_without_being_shown(key: str) -> None:
     with pytest.raises(InputError, match="DASH_API_KEY") as caught:
-        extend_by_dashscope("x", model="m", target_lang="zh", key=key)
+        extend("x", model="m", target_lang="zh", key=key)
     assert not key or key not in str(caught.value)
 
 
 @pytest.mark.parametrize("picture", [(b"x", "image/gif"), (bytes(7 * MIB + 1), "image/png")])
 def test_a_picture_the_service_does_not_take_is_refused(picture: tuple[bytes, str]) -> None:
     with pytest.raises(InputError, match="DashScope takes"):
-        extend_by_dashscope("x", model="m", target_lang="zh", key=KEY, pictures=[picture])
+        extend("x", model="m", target_lang="zh", key=KEY, pictures=[picture])
 
 
 def test_key_and_address_come_from_the_official_variables() -> None:

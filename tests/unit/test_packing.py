@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from wanvram.engine.layout import ALIGNMENT_BYTES, Layout
-from wanvram.engine.packing import FP8, Packing
+from wanvram.engine.packing import Packing
+from wanvram.weights.fp8 import FP8
 
 SHAPES = [
     ("q.weight", (12, 40), torch.bfloat16),

@@ -16,7 +16,7 @@ from wanvram.cli import generate
 from wanvram.cli import main as command
 from wanvram.cli import plan as verb
 from wanvram.config import Request, RunConfig, Strategy, load_config
-from wanvram.errors import DeviceError
+from wanvram.errors import BudgetError, DeviceError
 from wanvram.planner.budget import Budget
 from wanvram.planner.result import Offer, Plan, Rejected
 from wanvram.planner.search import Options, plan
@@ -172,6 +172,17 @@ def test_a_whole_run_above_its_forecasts_is_planned_again_with_that_much_more_ke
     assert isinstance(result, Plan)
     assert result.budget == Budget(6 * GIB)
     assert result.peak_device_bytes <= 2 * Budget(6 * GIB).device_limit - 6 * GIB - 100
+
+
+def test_a_plan_that_never_keeps_its_budget_when_simulated_whole_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Higher(WholeRun):
+        def peak(self) -> Memory:
+            return Memory(0, 0, 7 * GIB)
+
+    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config: (Higher(), None))
+    config = RunConfig("x", "", "simulated", Request.for_task("t2v-1.3B", size="832*480"), Strategy())
+    with pytest.raises(BudgetError, match=r"3 plans for 6,144\.0 MiB needed more"):
+        plan_run(config, Budget(6 * GIB), offers=False)
 
 
 def made_by_hand() -> Plan:

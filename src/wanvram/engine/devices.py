@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
+from wanvram.record import Copies
 from wanvram.recorder.meters import CpuMeter, CudaMeter, Meter, available_ram_bytes
-from wanvram.simulate.clock import Copies
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.units import human
 

@@ -1,6 +1,5 @@
 """Weights stored in fp8: matrices as float8_e4m3fn with one float32 scale per output row, everything else as it is. Lossy.
 
-The error of a weight is at most 2^-4 of itself, or 2^-10 of its row's largest below 2^-6 of that: e4m3 has three mantissa bits.
 The model never sees it: a unit is unpacked into a buffer of the compute dtype before it is used.
 """
 
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from wanvram.engine.layout import Layout, Place
+from wanvram.weights.fp8 import FP8, row_scales, to_fp8
 
-__all__ = ["FP8", "Packing"]
+__all__ = ["Packing"]
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0  # the largest finite e4m3 number
+SCALE = ".scale"
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Packing:
             if name + SCALE not in stored:
                 stored[name].copy_(view)
                 continue
-            scale = stored[name + SCALE]
-            scale.copy_(view.abs().amax(dim=1, keepdim=True)).div_(LARGEST).clamp_(min=1e-12)
-            stored[name].copy_(view / scale)
+            scales = row_scales(view)
+            stored[name + SCALE].copy_(scales)
+            stored[name].copy_(to_fp8(view, scales))
 
     def unpack(self, packed: torch.Tensor, flat: torch.Tensor) -> None:
         """The inverse: target's values times their scales, in the plain dtypes."""
@@ -48,9 +47,6 @@ class Packing:
             view.copy_(stored[name])
             if name + SCALE in stored:
                 view.mul_(stored[name + SCALE])
-
-
-SCALE = ".scale"
 
 
 def _stored(plain: Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...]]]:

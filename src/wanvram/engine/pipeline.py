@@ -23,19 +23,16 @@ from wanvram.engine.residency import Component
 from wanvram.engine.vae_stages import FrameSink, decode, encode
 from wanvram.models.dit import Condition, Prepared, Time
 from wanvram.models.precision import PRECISIONS
-from wanvram.record import ComponentRecord
+from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
 from wanvram.sampling import solve, timesteps_and_sigmas
-from wanvram.simulate.clock import Copies
 
 __all__ = ["FrameSink", "Pipeline", "rows_per_chunk"]
 
-TARGET_ROWS = (
-    8192  # 8192 rows x 5120 already fill an H200's matrix units: 1.93 ms for 9450 rows against 1.86 expected from 75600
-)
+# 8192 rows x 5120 already fill an H200's matrix units: 1.93 ms for 9450 rows against 1.86 expected from 75600.
+TARGET_ROWS = 8192
 HEAD_GROUPS = 4  # attention_slicing: on an H200 4 groups of 10 heads cost 2 % more time than one of 40 (h200.md)
 SIMULATED_STEPS = 4  # first, second, one of the steady state, last: all others repeat the third
-
 
 OpenSink = Callable[[int], AbstractContextManager["FrameSink | None"]]
 

@@ -142,8 +142,8 @@ class GeluTanh(nn.Module):
         return h
 
 
-class SelfAttention(nn.Module):
-    """Attention among all rows. One unit of weights: everything here is needed at once."""
+class _Attention(nn.Module):
+    """The projections both attentions have, and the norms of their queries and keys over the full width."""
 
     def __init__(self, spec: DiTSpec, precision: Precision) -> None:
         super().__init__()
@@ -154,6 +154,10 @@ class SelfAttention(nn.Module):
         self.o = Linear(spec.dim, spec.dim, precision.matmul)
         self.norm_q = RMSNorm(spec.dim, precision.small)
         self.norm_k = RMSNorm(spec.dim, precision.small)
+
+
+class SelfAttention(_Attention):
+    """Attention among all rows. One unit of weights: everything here is needed at once."""
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """x += gate * attention(norm(x)). modulation: shift, scale, gate, each float32 [dim]."""
@@ -244,18 +248,11 @@ class SelfAttention(nn.Module):
         return t.view(t.shape[0], self.num_heads, -1)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_Attention):
     """Attention of rows to text tokens and, for i2v and flf2v, to image tokens with keys and values of their own."""
 
     def __init__(self, spec: DiTSpec, precision: Precision) -> None:
-        super().__init__()
-        self.num_heads, self.eps = spec.num_heads, spec.eps
-        self.q = Linear(spec.dim, spec.dim, precision.matmul)
-        self.k = Linear(spec.dim, spec.dim, precision.matmul)
-        self.v = Linear(spec.dim, spec.dim, precision.matmul)
-        self.o = Linear(spec.dim, spec.dim, precision.matmul)
-        self.norm_q = RMSNorm(spec.dim, precision.small)
-        self.norm_k = RMSNorm(spec.dim, precision.small)
+        super().__init__(spec, precision)
         if spec.has_image_branch:
             self.k_img = Linear(spec.dim, spec.dim, precision.matmul)
             self.v_img = Linear(spec.dim, spec.dim, precision.matmul)

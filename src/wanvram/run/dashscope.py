@@ -23,7 +23,7 @@ from PIL import Image
 from wanvram.engine.extension_prompts import system_prompt
 from wanvram.errors import InputError, WanvramError
 
-__all__ = ["DEFAULT_URL", "api_key", "api_url", "default_model", "encode_picture", "extend_by_dashscope"]
+__all__ = ["DEFAULT_URL", "Endpoint", "api_key", "api_url", "default_model", "encode_picture", "extend_by_dashscope"]
 
 DEFAULT_URL = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 KEY_NAMES = ("DASH_API_KEY", "DASHSCOPE_API_KEY")
@@ -66,37 +66,45 @@ def encode_picture(picture: Image.Image) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/png"
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how the service is asked. timeout_s bounds each attempt as a whole; retries: attempts after the first."""
+
+    key: str = field(repr=False)
+    url: str = DEFAULT_URL
+    timeout_s: float = 60.0
+    retries: int = 2
+
+
 def extend_by_dashscope(
     prompt: str,
+    endpoint: Endpoint,
     *,
     model: str,
     target_lang: str,
     pictures: Sequence[tuple[bytes, str]] = (),
-    key: str,
-    base_url: str = DEFAULT_URL,
-    timeout_s: float = 60.0,
-    retries: int = 2,
     seed: int | None = None,
 ) -> str:
     """The service's rewriting of `prompt`. `pictures` are (bytes, media type): none, the first frame, or first and last.
 
-    `timeout_s` bounds each attempt as a whole; busy servers and lost connections are tried `retries` more times. Raises InputError
-    for a refused or malformed key, url, language or picture, WanvramError for everything the service or the network does.
+    Busy servers and lost connections are tried again. Raises InputError for a refused or malformed key, url, language or
+    picture, WanvramError for everything the service or the network does.
     """
-    _check_key(key)
+    _check_key(endpoint.key)
     body: dict[str, Any] = {"model": model, "messages": _messages(prompt, target_lang, pictures)}
     if seed is not None:
         body["seed"] = seed % (LARGEST_SEED + 1)
-    call = _Call(_host(base_url), base_url.rstrip("/") + "/chat/completions", key, json.dumps(body).encode(), timeout_s)
-    for attempt in range(retries + 1):
+    url = endpoint.url.rstrip("/") + "/chat/completions"
+    call = _Call(_host(endpoint.url), url, endpoint.key, json.dumps(body).encode(), endpoint.timeout_s)
+    for attempt in range(endpoint.retries + 1):
         try:
             return _answer(call.send(), call)
         except _Passing as error:
-            if attempt == retries:
+            if attempt == endpoint.retries:
                 times = f" ({attempt + 1} attempts)" if attempt else ""
                 raise WanvramError(f"prompt extension failed: {error}{times}") from None
             time.sleep(BACKOFF_S * 2**attempt)
-    raise ValueError(f"retries must not be negative, got {retries}")
+    raise ValueError(f"retries must not be negative, got {endpoint.retries}")
 
 
 # --- request ---------------------------------------------------------------------------------------------------------

@@ -46,32 +46,27 @@ def prompt_extension(request: Request, *, simulated: bool) -> Extension | None:
         return None
     pictures = [Path(path) for path in (request.image, request.first_frame, request.last_frame) if path]
     if request.prompt_extend_method == "dashscope":
-        key = dashscope.api_key(os.environ)
-        url = dashscope.api_url(os.environ)
-        return Extension(request, lambda e, device, recorder: _by_dashscope(e, recorder, pictures, key, url))
+        endpoint = dashscope.Endpoint(dashscope.api_key(os.environ), dashscope.api_url(os.environ))
+        return Extension(request, lambda e, device, recorder: _by_dashscope(e, recorder, pictures, endpoint))
     check_extender(request.prompt_extend_model or default_model(vision=bool(pictures)), simulated=simulated)
     return Extension(request, lambda e, device, recorder: _locally(e, device, recorder, pictures))
 
 
-def _by_dashscope(extension: Extension, recorder: Recorder, pictures: Sequence[Path], key: str, url: str) -> list[str]:
+def _by_dashscope(
+    extension: Extension, recorder: Recorder, pictures: Sequence[Path], endpoint: dashscope.Endpoint
+) -> list[str]:
     request = extension.request
-    model = request.prompt_extend_model or dashscope.default_model(vision=bool(pictures))
-    uploads = [_upload(path) for path in pictures]
+    options: dict[str, Any] = {
+        "model": request.prompt_extend_model or dashscope.default_model(vision=bool(pictures)),
+        "target_lang": request.prompt_extend_target_lang,
+        "pictures": [_upload(path) for path in pictures],
+        "seed": request.base_seed,
+    }
     extended = []
     with recorder.span("extend_prompt", kind="stage", component=NAME):
         for prompt in request.all_prompts():
             try:
-                extended.append(
-                    dashscope.extend_by_dashscope(
-                        prompt,
-                        model=model,
-                        target_lang=request.prompt_extend_target_lang,
-                        pictures=uploads,
-                        key=key,
-                        base_url=url,
-                        seed=request.base_seed,
-                    )
-                )
+                extended.append(dashscope.extend_by_dashscope(prompt, endpoint, **options))
             except WanvramError as error:
                 extended.append(extension.unextended(prompt, error))
     return extended

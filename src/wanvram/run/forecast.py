@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
 from wanvram.config import RunConfig
 from wanvram.engine.components import Parts
+from wanvram.engine.conditions import Frames, Inputs
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
 from wanvram.planner.forecasts import StageForecast
@@ -20,6 +22,7 @@ from wanvram.run.weights import NoWeights
 
 __all__ = ["simulate_stage"]
 
+SHORT_FRAMES = 9
 PROMPT_TOKENS = 512  # the longest context: what a prompt can cost at most
 
 
@@ -30,18 +33,19 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     to whose memory the rest of the latent is added. What a plan settles on is simulated whole (run.planning).
     """
     strategy = replace(config.strategy, offload=True)
-    config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy)
-    short = _shortened(config, component)
-    memory = simulated_memory(short, unlimited=True)
+    request = replace(config.request, sample_steps=min(config.request.sample_steps, 2))
+    config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy, request=request)
+    memory = simulated_memory(config, unlimited=True)
     device = SimulatedDevice(memory)
-    inputs, _ = prepare_inputs(short.request, simulated=True, real_weights=False)
-    pipeline = Pipeline(short, device, Recorder(memory, None, None), NoWeights(), inputs)
+    inputs, _ = prepare_inputs(request, simulated=True, real_weights=False)
+    short = _shortened(inputs) if component.startswith("vae") else inputs
+    pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(), short)
     with device.session():
         memory.load_everything()
-        _run(component, pipeline, Parts(short, device, pipeline.weights), device)
+        _run(component, pipeline, Parts(config, device, pipeline.weights), device)
     spans = pipeline.recorder.spans
     (record,) = [r for r in pipeline.records() if r.name in (component, component.partition("_")[0])]
-    full, part = _latent_frames(config), _latent_frames(short)
+    full, part = inputs.noise_shape[1], short.noise_shape[1]
     missing = (full - part) * 16 * (inputs.height // 8) * (inputs.width // 8) * 4
     stages = [span for span in spans if not span.name.startswith("denoise")]
     return StageForecast(
@@ -56,15 +60,15 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     )
 
 
-def _shortened(config: RunConfig, component: str) -> RunConfig:
-    request = config.request
-    if component.startswith("vae"):
-        request = replace(request, frame_num=min(request.frame_num, 9))
-    return replace(config, request=replace(request, sample_steps=min(request.sample_steps, 2)))
+def _shortened(inputs: Inputs) -> Inputs:
+    """The first nine video frames of what is given: latent frames one, two, and one that stands for all others."""
+    if inputs.frames <= SHORT_FRAMES:
+        return inputs
 
+    def first(frames: Frames | None) -> Frames | None:
+        return None if frames is None else lambda: islice(frames(), 3)  # pieces of 1, 4 and 4 frames
 
-def _latent_frames(config: RunConfig) -> int:
-    return 1 + (config.request.frame_num - 1) // 4
+    return replace(inputs, frames=SHORT_FRAMES, source=first(inputs.source), mask=first(inputs.mask))
 
 
 def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevice) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from wanvram.config import RunConfig
+from wanvram.errors import BudgetError
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
 from wanvram.record import RunRecord
 from wanvram.run.execute import simulate
 from wanvram.run.forecast import simulate_stage
+from wanvram.units import human
 
 __all__ = ["plan_run", "planned_config"]
 
@@ -23,7 +25,8 @@ def plan_run(
     """The fastest lossless strategy whose whole predicted run stays within the budget less its margin, and that run.
 
     Forecasts are shortened; where the whole run needs more than they said, the difference is kept free and the search is
-    made again. The allocator's expandable segments are always used: they cost nothing and leave no holes.
+    made again, at most three times, then BudgetError. The allocator's expandable segments are always used: they cost
+    nothing and leave no holes.
     """
     base = replace(config.strategy, expandable_segments=True)
     known: dict[tuple[RunConfig, str], StageForecast] = {}
@@ -46,7 +49,10 @@ def plan_run(
         if excess <= 0:
             return replace(result, budget=budget), record
         tried = replace(budget, margin_bytes=tried.margin + excess)
-    return result, record
+    raise BudgetError(
+        f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "
+        "above what the margin allows; give that much more"
+    )
 
 
 def planned_config(config: RunConfig, plan: Plan) -> RunConfig:

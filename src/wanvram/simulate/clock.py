@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from wanvram.record import Copies
 from wanvram.simulate.gpus import GPU, HOST, Host
 
-__all__ = ["CATEGORIES", "Clock", "Copies", "Costs", "Price"]
+__all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
 
 CATEGORIES = ("attention", "product", "convolution", "elementwise")
 
@@ -168,33 +169,6 @@ def nbytes_of(values: Iterable[Any]) -> int:
     return total
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Copies that run beside the computation. stalled_seconds: how long the computation waited for them."""
-
-    nbytes: int = 0
-    seconds: float = 0.0
-    stalled_seconds: float = 0.0
-
-    def __add__(self, other: Copies) -> Copies:
-        return Copies(
-            self.nbytes + other.nbytes, self.seconds + other.seconds, self.stalled_seconds + other.stalled_seconds
-        )
-
-    def __sub__(self, earlier: Copies) -> Copies:
-        """What was copied since."""
-        return Copies(
-            self.nbytes - earlier.nbytes,
-            self.seconds - earlier.seconds,
-            self.stalled_seconds - earlier.stalled_seconds,
-        )
-
-    @property
-    def hidden_share(self) -> float | None:
-        """The part of the copying that cost no time, 0 to 1; None if nothing was copied."""
-        return max(0.0, 1.0 - self.stalled_seconds / self.seconds) if self.seconds else None
-
-
 @dataclass
 class Clock:
     """Timelines in seconds since the start. `busy`: seconds of computation by category, and of `launch`es between them.
@@ -204,7 +178,7 @@ class Clock:
 
     gpu: GPU
     machine: Host = HOST
-    copied: Copies = Copies()
+    copied: Copies = field(default_factory=Copies)
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
     _host: float = 0.0
     _compute: float = 0.0

@@ -24,6 +24,7 @@ from wanvram.errors import CheckpointError, InputError, OutputError
 from wanvram.record import write_atomically
 from wanvram.specs import DIT
 from wanvram.units import human
+from wanvram.weights.fp8 import FP8, LARGEST, row_scales, to_fp8
 from wanvram.weights.official import (
     COMPONENTS,
     Component,
@@ -39,8 +40,6 @@ from wanvram.weights.sources import DTYPES, MANIFEST, MANIFEST_SCHEMA, SCALE_SUF
 
 __all__ = ["Job", "convert", "free_bytes", "verify"]
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 CHUNK_BYTES = 16 * 2**20
 # What a tokenizer of transformers is read from; tokenizer.json alone would do for wanvram.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
@@ -380,15 +379,13 @@ def _quantised(matrix: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
     for first in range(0, matrix.shape[0], step):
         rows = slice(first, first + step)
         values = matrix[rows]
-        largest = values.abs().amax(dim=1, keepdim=True)
-        factor = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-        # Division can round above 448, which fp8 would store as NaN.
-        stored[rows] = (values / factor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+        factor = row_scales(values)
+        stored[rows] = to_fp8(values, factor)
         scale[rows] = factor.squeeze(1)
         error = (stored[rows].float() * factor).sub_(values)
         norm += float(values.square().sum(dtype=torch.float64))
         squares += float(error.square().sum(dtype=torch.float64))
-        worst = max(worst, float((error.abs_() / (factor * FP8_MAX)).max()))
+        worst = max(worst, float((error.abs_() / (factor * LARGEST)).max()))
     return stored, scale, (worst, (squares / norm) ** 0.5 if norm else 0.0)
 
 
