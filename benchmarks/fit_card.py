@@ -77,8 +77,8 @@ class Sampler:
         return self.highest - self.idle
 
 
-def run_here(case: dict[str, Any]) -> None:
-    """In the fresh process: the capped run, a line, the resident run, a line."""
+def run_here() -> None:
+    """In the fresh process: the case from a line of the input, the capped run, a line, the resident run, a line."""
     from dataclasses import replace
 
     import torch
@@ -86,6 +86,7 @@ def run_here(case: dict[str, Any]) -> None:
     from wanvram.config import RunConfig, Strategy
     from wanvram.run.execute import Output, execute
 
+    case = json.loads(sys.stdin.readline())
     config = RunConfig.from_dict(case["config"])
     record = execute(replace(config, device="cuda", memory_limit_bytes=case["limit_bytes"]), Output(None))
     print("CAPPED " + json.dumps(record.to_json()), flush=True)
@@ -98,12 +99,21 @@ def run_here(case: dict[str, Any]) -> None:
         print("RESIDENT " + json.dumps(execute(plain, Output(None)).to_json()), flush=True)
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
+def fresh_process() -> subprocess.Popen[str]:
+    """Imports what a run needs and waits for a case, without touching the GPU."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, __file__, "--here"], text=True, **pipes)
+
+
+def measure(case: dict[str, Any], process: subprocess.Popen[str] | None = None) -> dict[str, Any]:
+    """The case's records and NVML's peak. Raises RuntimeError with the end of what the process wrote if it failed."""
+    process = process or fresh_process()
     sampler = Sampler()
-    command = [sys.executable, __file__, "--here", json.dumps(case)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     records: dict[str, Any] = {}
     assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(case) + "\n")
+    process.stdin.close()
     for line in process.stdout:
         kind, _, text = line.partition(" ")
         if kind in ("CAPPED", "RESIDENT"):
@@ -200,10 +210,10 @@ def main() -> None:
     parser.add_argument("--gpu", default="h200", help="key of the simulated card")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this many seconds")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        run_here(json.loads(args.here))
+        run_here()
         return
     import torch
 

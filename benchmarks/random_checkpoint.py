@@ -1,6 +1,7 @@
 """A full-size checkpoint of random numbers in the official layout (bf16 safetensors): something real to stream from disk.
 
-    python benchmarks/random_checkpoint.py /tmp/wan-14B --task t2v-14B      40 GB; about a minute on a fast disk
+    python benchmarks/random_checkpoint.py /tmp/wan-14B --task t2v-14B                            40 GB; about a minute on a fast disk
+    python benchmarks/random_checkpoint.py /tmp/wan-1.3B --task t2v-1.3B --share /tmp/wan-14B     3 GB: the rest is linked
 
 Then: python benchmarks/fit_card.py --only t2v-14B --weights /tmp/wan-14B --weights_in disk
 """
@@ -52,11 +53,17 @@ def main() -> None:
     parser.add_argument(
         "--task", default="t2v-14B", choices=sorted(t for t in TASKS if TASKS[t].kind in ("t2v", "t2i"))
     )
+    parser.add_argument("--share", type=Path, help="a checkpoint made before, whose text encoder and VAE are linked")
     args = parser.parse_args()
     directory: Path = args.directory
     write(directory / DIT_FILE, "dit", TASKS[args.task].dit, torch.bfloat16)
-    write((directory / T5_FILE).with_suffix(".safetensors"), "text_encoder", "umt5-xxl", torch.bfloat16)
-    write((directory / VAE_FILE).with_suffix(".safetensors"), "vae", "wan2.1", torch.float32)
+    parts = ((T5_FILE, "text_encoder", "umt5-xxl", torch.bfloat16), (VAE_FILE, "vae", "wan2.1", torch.float32))
+    for file, component, spec, dtype in parts:
+        path = Path(file).with_suffix(".safetensors")
+        if args.share:
+            (directory / path).hardlink_to(args.share / path)
+        else:
+            write(directory / path, component, spec, dtype)
     (directory / TOKENIZER_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory / TOKENIZER_FILE)
 

@@ -85,6 +85,19 @@ class Device:
     def wait_on_host(self, mark: Any) -> None:
         """Stops the calling thread until a mark returned by `prefetch` has passed."""
 
+    def catch_up(self, mark: Any) -> None:
+        """The host itself waits until a mark has passed."""
+        self.wait_on_host(mark)
+
+    def send(self, host: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        """Host tensor -> new device tensor by way of pinned memory, which must stay as it is until a later mark has passed."""
+        return self.upload(host)
+
+    def receive(self, passage: torch.Tensor, tensor: torch.Tensor) -> Any:
+        """Starts a device tensor's copy into pinned memory, in the computation's order; returns the mark of its completion."""
+        passage.copy_(tensor)
+        return None
+
     def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copies between host tensors."""
         destination.copy_(source)
@@ -150,9 +163,7 @@ class CudaDevice(Device):
         self.meter = CudaMeter(index)
         if limit_bytes is not None:
             total = torch.cuda.mem_get_info(index)[1]
-            outside = (
-                self.meter.device_memory() or 0
-            ) + LIBRARY_MODULES  # this process's: others may use the card, too
+            outside = self._outside()
             if limit_bytes <= outside:
                 raise BudgetError(
                     f"{human(limit_bytes)} cannot hold the CUDA context and libraries, which take {human(outside)} on this GPU"
@@ -199,7 +210,8 @@ class CudaDevice(Device):
         nbytes = math.prod(shape) * dtype.itemsize
         if not pinned or nbytes == 0:
             return torch.empty(shape, dtype=dtype)
-        pages = mmap.mmap(-1, nbytes)
+        # Private: the kernel gives huge pages to shared memory only where it was told to. They fault in twice as fast.
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)
         tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
         tensor.zero_()  # all cores fault the pages in; left to the registration, one core does it at 1 GB/s
@@ -270,6 +282,13 @@ class CudaDevice(Device):
         if mark is not None:
             mark.synchronize()
 
+    def send(self, host: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        return passage.copy_(host).to(self.torch_device, non_blocking=True)
+
+    def receive(self, passage: torch.Tensor, tensor: torch.Tensor) -> Any:
+        passage.copy_(tensor, non_blocking=True)
+        return self.mark()
+
     def empty_cache(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
@@ -339,6 +358,21 @@ class SimulatedDevice(Device):
         """Only the thread that reads weights waits so; here it is a timeline of the clock."""
         if mark is not None:
             self.clock.reader_waits(mark)
+
+    def catch_up(self, mark: Any) -> None:
+        if mark is not None:
+            self.clock.host_waits(mark)
+
+    def send(self, host: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        result = torch.empty(host.shape, dtype=host.dtype, device="meta")
+        self.clock.copy_on_host(result.nbytes)
+        self.clock.queue_copy(result.nbytes)
+        return result
+
+    def receive(self, passage: torch.Tensor, tensor: torch.Tensor) -> Any:
+        _check_shapes(passage, tensor)
+        self.clock.queue_copy(passage.nbytes)
+        return self.clock.mark()
 
     def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Into a pinned buffer the reading thread copies, beside the computation; anything else the host itself."""

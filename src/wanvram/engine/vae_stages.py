@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
 
 from wanvram.engine.devices import Device
+from wanvram.engine.ferry import Ferry
 from wanvram.engine.residency import Component
 from wanvram.models.vae import WanVAE
 from wanvram.models.vae_tiles import TilePiece, grid
@@ -29,7 +31,8 @@ def encode(
     vae = _vae(component)
     if tile is None:
         return vae.encode(make_chunks())
-    return vae.encode_tiles(make_chunks, (tile, tile), park=device.download, fetch=device.upload)
+    ferry = Ferry(device)
+    return vae.encode_tiles(make_chunks, (tile, tile), park=ferry.park, fetch=ferry.fetch)
 
 
 def decode(
@@ -47,13 +50,19 @@ def _vae(component: Component) -> WanVAE:
 
 
 def _whole(vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor) -> Iterator[torch.Tensor]:
-    decoder = vae.decode(latent)
+    """A group is handed over while the next one computes."""
+    ferry, decoder = Ferry(device), vae.decode(latent)
+    finished: deque[torch.Tensor] = deque()
     for number in range(latent.shape[1]):
         with recorder.span(f"frames {number}", kind="step", component="vae"):
             pixels = _to_uint8(next(decoder))
-            host = device.download(pixels)
+            finished.append(ferry.park(pixels))
             del pixels
-        yield host
+        if number > 0:
+            ferry.land(leave=1)
+            yield finished.popleft()
+    ferry.land()
+    yield from finished
 
 
 def _tiled(vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor, tile: int) -> Iterator[torch.Tensor]:
@@ -64,23 +73,27 @@ def _tiled(vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor
     groups = latent.shape[1]
     height, width = latent.shape[2] * vae.scale, latent.shape[3] * vae.scale
     video = device.host_empty((1 + vae.group * (groups - 1), height, width, 3), torch.uint8)
-    pieces = vae.decode_tiles(latent, (tile, tile), park=device.download, fetch=device.upload)
+    ferry = Ferry(device)
+    pieces = vae.decode_tiles(latent, (tile, tile), park=ferry.park, fetch=ferry.fetch)
     count = len(list(grid(*latent.shape[2:], (tile, tile))))
     for number in range(count):
         with recorder.span(f"tile {number}", kind="step", component="vae"):
+            finished: deque[torch.Tensor] = deque()
             for _ in range(groups):
-                frames = _place(device, video, next(pieces))
-                if number == count - 1:
-                    yield video[frames]
+                finished.append(_place(ferry, video, next(pieces)))
+                if number == count - 1 and len(finished) > 1:
+                    ferry.land(leave=1)
+                    yield finished.popleft()
+    ferry.land()
+    yield finished.popleft()
 
 
-def _place(device: Device, video: torch.Tensor, piece: TilePiece) -> slice:
-    """Puts a piece into the video on the host; returns its frames."""
-    part = device.download(_to_uint8(piece.pixels))
+def _place(ferry: Ferry, video: torch.Tensor, piece: TilePiece) -> torch.Tensor:
+    """Sends a piece down to its place in the video on the host; returns the view of its frames."""
+    part = _to_uint8(piece.pixels)
     count, height, width, _ = part.shape
-    frames = slice(piece.first_frame, piece.first_frame + count)
-    target = video[frames, piece.top : piece.top + height, piece.left : piece.left + width]
-    device.copy_on_host(target, part)
+    frames = video[piece.first_frame : piece.first_frame + count]
+    ferry.down(part, frames[:, piece.top : piece.top + height, piece.left : piece.left + width])
     return frames
 
 

@@ -257,9 +257,9 @@ class WanVAE(nn.Module):
         rows, columns = halos.area
         stream = Stream(len(kept) > 1, halos.cuts)
         for index, picture in enumerate(kept):
-            part = picture[rows.start : rows.stop, columns.start : columns.stop].contiguous()
+            part = picture[rows.start : rows.stop, columns.start : columns.stop]
             pixels = self.conv2.weight.new_empty((3, self.group if index else 1, *wanted.size))
-            self._write(pixels, self.decoder.rise(as_frame(fetch(part)), stream), stream)
+            self._write(pixels, self.decoder.rise(as_frame(fetch(part).contiguous()), stream), stream)
             first = 1 + self.group * (index - 1) if index else 0
             yield TilePiece(first, wanted.rows.start, wanted.columns.start, pixels)
             del pixels

@@ -250,6 +250,15 @@ class Clock:
         rate = self.gpu.pcie_bytes if pinned else self._pageable
         self._host = self._compute = max(self._compute, self._host) + nbytes / rate
 
+    def queue_copy(self, nbytes: int) -> None:
+        """A copy between pinned memory and device in the computation's order, which the host does not wait for."""
+        self._host += self.gpu.efficiency.dispatch_seconds
+        self._compute = max(self._compute, self._host) + nbytes / self.gpu.pcie_bytes
+
+    def host_waits(self, mark: float) -> None:
+        """The host itself waits for a mark."""
+        self._host = max(self._host, mark)
+
     def copy_on_host(self, nbytes: int) -> None:
         """The host itself copies between its tensors."""
         self._host += nbytes / self.machine.copy_bytes
