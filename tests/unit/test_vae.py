@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wanvram.errors import InputError
-from wanvram.kernels.channel_norm import rms_norm_silu
+from wanvram.kernels.channel_norm import fill_window, rms_norm_silu
 from wanvram.kernels.conv import conv3d, frame_attention
 from wanvram.models import vae_blocks
 from wanvram.models.vae import WanVAE, frame_chunks
@@ -258,6 +258,38 @@ def test_the_triton_norm_equals_the_reference(channels: int, silu: bool) -> None
     torch.testing.assert_close(out[4:1005], F.silu(expected) if silu else expected, atol=1e-5, rtol=1e-5)
     assert not out[:4].any()
     assert not out[1005:].any()
+
+
+def frames_of(count: int, channels: int, device: str) -> list[Tensor]:
+    frames = (randn(1, channels, 1, 6, 7, seed=seed) for seed in range(count))
+    return [frame.to(device).contiguous(memory_format=torch.channels_last_3d) for frame in frames]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("channels", [6, 96, 384])
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_window_holds_rows_of_the_history_and_the_newest_frame_which_becomes_history(
+    device: str, channels: int, past: int, normed: bool
+) -> None:
+    x, *history = frames_of(1 + past, channels, device)
+    before = [old.clone() for old in history]
+    gamma = randn(channels, 1, 1, 1, seed=9).to(device) if normed else None
+    newest = x.movedim(1, -1)
+    if gamma is not None:
+        newest = F.silu(F.normalize(newest, dim=-1) * channels**0.5 * gamma.view(-1))
+    newest = newest.movedim(-1, 1)
+    window = vae_blocks.new_frames(x, channels, past + 1, 3, 7)
+    fill_window(x, history, gamma, window, 2 * 7, 2 * 7)
+    expected = torch.cat([*(old[..., 2:5, :] for old in before), newest[..., 2:5, :]], dim=2)
+    torch.testing.assert_close(window, expected, atol=1e-5, rtol=1e-5)
+    for old, was in zip(history, before, strict=True):
+        if old is history[0]:
+            assert torch.equal(old[..., 2:4, :], window[:, :, 2:, :2])
+            assert torch.equal(old[..., :2, :], was[..., :2, :])
+            assert torch.equal(old[..., 4:, :], was[..., 4:, :])
+        else:
+            assert torch.equal(old, was)
 
 
 @pytest.mark.gpu

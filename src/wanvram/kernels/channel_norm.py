@@ -1,4 +1,5 @@
-"""`wanvram::rms_norm_silu`: the VAE's norm over channels, with its SiLU, written straight into the caller's buffer.
+"""The VAE's norm over channels, with its SiLU, written straight into the caller's buffer: `wanvram::rms_norm_silu`, and
+`wanvram::fill_window`, which puts the two frames before beside it.
 
 Rows are positions and columns are channels: a channels_last_3d frame, or rows of one, viewed as [positions, C]. PyTorch
 reference on CPU (and on CUDA with WANVRAM_KERNELS=reference), Triton on CUDA, which allocates nothing.
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["rms_norm_silu"]
+__all__ = ["fill_window", "rms_norm_silu"]
 
 SMALLEST_NORM = 1e-12
 
@@ -30,6 +32,85 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
 @cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def fill_window(
+    x: Tensor, history: Sequence[Tensor], gamma: Tensor | None, window: Tensor, start: int, committed: int
+) -> None:
+    """A temporal convolution's input, from frames [1,C,1,H,W]: history and SiLU(norm(x)), or x itself without gamma.
+
+    window [1,C,t,h,W], t = 1 + len(history), gets as many positions of each frame, from `start` on. The oldest frame of
+    the history gets the newest one's first `committed` positions. All tensors lie in memory as channels_last_3d. One kernel
+    and no view: in tiles, Python's time is what counts.
+    """
+    oldest, newer = history if history else (None, None)
+    if x.is_cuda:
+        _fill(x, oldest, newer, gamma, window, start, committed)
+    else:
+        _fill_window(x, oldest, newer, gamma, window, start, committed)
+
+
+def _fill(
+    x: Tensor,
+    oldest: Tensor | None,
+    newer: Tensor | None,
+    gamma: Tensor | None,
+    window: Tensor,
+    start: int,
+    committed: int,
+) -> None:
+    if x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference":
+        from wanvram.kernels import triton_channel_norm
+
+        triton_channel_norm.fill_window(x, oldest, newer, gamma, window, start, committed)
+        return
+    count = window.shape[3] * window.shape[4]
+    planes = _positions(window).split(count)
+    if oldest is not None and newer is not None:
+        planes[0].copy_(_positions(oldest)[start : start + count])
+        planes[1].copy_(_positions(newer)[start : start + count])
+    newest = _positions(x)[start : start + count]
+    if gamma is None:
+        planes[-1].copy_(newest)
+    else:
+        _compute(newest, gamma.view(-1), planes[-1], True)
+    if oldest is not None:
+        _positions(oldest)[start : start + committed].copy_(planes[-1][:committed])
+
+
+def _positions(x: Tensor) -> Tensor:
+    """View frames [1,C,t,H,W] as [t*H*W, C]."""
+    return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
+
+
+@torch.library.custom_op(
+    "wanvram::fill_window",
+    mutates_args=("oldest", "window"),
+    schema="(Tensor x, Tensor(a!)? oldest, Tensor? newer, Tensor? gamma, Tensor(b!) window, int start, int committed) -> ()",
+)
+def _fill_window(
+    x: Tensor,
+    oldest: Tensor | None,
+    newer: Tensor | None,
+    gamma: Tensor | None,
+    window: Tensor,
+    start: int,
+    committed: int,
+) -> None:
+    _fill(x, oldest, newer, gamma, window, start, committed)
+
+
+@_fill_window.register_fake
+def _(
+    x: Tensor,
+    oldest: Tensor | None,
+    newer: Tensor | None,
+    gamma: Tensor | None,
+    window: Tensor,
+    start: int,
+    committed: int,
+) -> None:
+    del x, oldest, newer, gamma, window, start, committed
 
 
 def _compute(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, cuda
 
-__all__ = ["rms_norm_silu"]
+__all__ = ["fill_window", "rms_norm_silu"]
 
 _TILE = 4096  # elements per program: 32 positions of 96 channels (padded to 128), 8 of 384 (padded to 512)
 
@@ -49,4 +49,75 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     with cuda.device(x.device):
         _rms_norm_silu_kernel[(triton.cdiv(count, rows),)](
             x, gamma, out, x.stride(0), out.stride(0), count, width, width**0.5, **sizes
+        )
+
+
+@triton.jit(do_not_specialize=["start", "count", "committed"])
+def _fill_window_kernel(
+    x_ptr,
+    oldest_ptr,
+    newer_ptr,
+    gamma_ptr,
+    window_ptr,
+    start,
+    count,
+    committed,
+    width,
+    root,
+    HISTORY: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < count)[:, None] & (column < width)[None, :]
+    target = row[:, None] * width + column[None, :]
+    source = target + start.to(tl.int64) * width
+    newest = tl.load(x_ptr + source, mask=inside, other=0.0)
+    if NORM:
+        x = newest.to(tl.float32)
+        gamma = tl.load(gamma_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+        result = x / length[:, None] * root * gamma[None, :]
+        newest = (result / (1.0 + tl.exp(-result))).to(window_ptr.dtype.element_ty)
+    if HISTORY:
+        plane = count.to(tl.int64) * width
+        tl.store(window_ptr + target, tl.load(oldest_ptr + source, mask=inside), mask=inside)
+        tl.store(window_ptr + plane + target, tl.load(newer_ptr + source, mask=inside), mask=inside)
+        tl.store(window_ptr + 2 * plane + target, newest, mask=inside)
+        tl.debug_barrier()  # the oldest frame is read before another thread of this program writes it
+        tl.store(oldest_ptr + source, newest, mask=inside & (row < committed)[:, None])
+    else:
+        tl.store(window_ptr + target, newest, mask=inside)
+
+
+def fill_window(
+    x: Tensor,
+    oldest: Tensor | None,
+    newer: Tensor | None,
+    gamma: Tensor | None,
+    window: Tensor,
+    start: int,
+    committed: int,
+) -> None:
+    width = x.shape[1]
+    count = window.shape[3] * window.shape[4]
+    block = triton.next_power_of_2(width)
+    rows = max(_TILE // block, 1)
+    history, norm = oldest is not None, gamma is not None
+    sizes = {"HISTORY": history, "NORM": norm, "ROWS": rows, "BLOCK": block, "num_warps": 4}
+    with cuda.device(x.device):
+        _fill_window_kernel[(triton.cdiv(count, rows),)](
+            x,
+            oldest if history else x,
+            newer if history else x,
+            gamma if norm else x,
+            window,
+            start,
+            count,
+            committed,
+            width,
+            width**0.5,
+            **sizes,
         )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wanvram.kernels.channel_norm import rms_norm_silu
+from wanvram.kernels.channel_norm import fill_window, rms_norm_silu
 from wanvram.kernels.conv import conv3d, frame_attention
 from wanvram.units import MIB
 
@@ -37,6 +37,7 @@ __all__ = [
 # The window of 96 channels at 480x832 is 439 MiB: 4 bands. A band of 110 MiB keeps an H200 busy for 0.4 ms.
 BAND_BYTES = 128 * MIB
 UNIT = (1, 1, 1)
+EVERYTHING = slice(None)
 
 
 def new_frames(like: Tensor, channels: int, count: int, height: int, width: int) -> Tensor:
@@ -168,7 +169,7 @@ class Conv(nn.Module):
         stream: Stream,
         norm: Gamma | None = None,
         add_to: Tensor | None = None,
-        outputs: slice = slice(None),
+        outputs: slice = EVERYTHING,
         commit: bool = True,
     ) -> Tensor:
         """The output frame at the time of x, of SiLU(norm(x)) where norm is given.
@@ -177,51 +178,41 @@ class Conv(nn.Module):
         commit False: x does not become history yet (the same x comes again).
         """
         history = stream.history(self, x)
-        # The last tap alone is the one case that copies: 5 MiB for 384 channels, and it has a third of the arithmetic.
-        weight = self.weight[outputs, :, 2 - len(history) :].contiguous(memory_format=torch.channels_last_3d)
-        bias, halo, height = self.bias[outputs], weight.shape[3] // 2, x.shape[3]
+        weight, bias = self._taps(len(history), outputs)
+        halo, height = self.weight.shape[3] // 2, x.shape[3]
         cut = stream.cut(self)
         start, stop = cut.top, height - cut.bottom
         ranges = list(stream.bands(start, stop, (len(history) + 1) * frame_bytes(x)))
-        if len(ranges) == 1 and add_to is None:
-            window = _window(x, history, norm)
-            _commit(history, window, 0, height, commit)
-            out = stream.convolve(window, weight, bias, cut).contiguous(memory_format=torch.channels_last_3d)
-        else:
-            width = x.shape[4] - cut.left - cut.right
-            out = new_frames(x, weight.shape[0], 1, stop - start, width) if add_to is None else add_to
-            for top, bottom in ranges:
-                first, last = max(top - halo, 0), min(bottom + halo, height)
-                window = _window(x[..., first:last, :], [old[..., first:last, :] for old in history], norm)
-                # Rows above the next window are needed from the oldest frame no more: the newest takes their place.
-                _commit(history, window, first, height if bottom == stop else bottom - halo, commit)
-                sides = cut._replace(top=top - first, bottom=last - bottom)
-                band = stream.convolve(window, weight, bias, sides)
-                del window
-                _store(out[..., top - start : bottom - start, :], band, add=add_to is not None)
-                del band
+        whole = len(ranges) == 1
+        width = x.shape[4] - cut.left - cut.right
+        if add_to is not None:
+            out = add_to
+        elif not whole:
+            out = new_frames(x, weight.shape[0], 1, stop - start, width)
+        for top, bottom in ranges:
+            first, last = max(top - halo, 0), min(bottom + halo, height)
+            window = new_frames(x, x.shape[1], len(history) + 1, last - first, x.shape[4])
+            # Rows above the next window are needed from the oldest frame no more: the newest takes their place.
+            committed = (height if bottom == stop else bottom - halo) - first if commit else 0
+            fill_window(x, history, norm and norm.gamma, window, first * x.shape[4], committed * x.shape[4])
+            band = stream.convolve(window, weight, bias, cut._replace(top=top - first, bottom=last - bottom))
+            del window
+            if whole and add_to is None:
+                out = band.contiguous(memory_format=torch.channels_last_3d)
+            else:
+                _store(out if whole else out[..., top - start : bottom - start, :], band, add=add_to is not None)
+            del band
         if commit:
             history.reverse()
         return out
 
-
-def _window(x: Tensor, history: list[Tensor], norm: Gamma | None) -> Tensor:
-    """History and x, normed and activated, as one [1,C,t,h,W] tensor."""
-    window = new_frames(x, x.shape[1], len(history) + 1, x.shape[3], x.shape[4])
-    for index, old in enumerate(history):
-        window[:, :, index : index + 1].copy_(old)
-    newest = window[:, :, -1:]
-    if norm is None:
-        newest.copy_(x)
-    else:
-        norm.write(x, newest, silu=True)
-    return window
-
-
-def _commit(history: list[Tensor], window: Tensor, first: int, stop: int, commit: bool) -> None:
-    """Rows first..stop of the oldest history frame become those of the window's newest frame."""
-    if history and commit:
-        history[0][..., first:stop, :].copy_(window[:, :, 2:, : stop - first])
+    def _taps(self, past: int, outputs: slice) -> tuple[Tensor, Tensor]:
+        """Weight and bias for a frame with `past` frames before it, of some outputs."""
+        if past == 2 and outputs == EVERYTHING:
+            return self.weight, self.bias
+        # The last tap alone is the one case that copies: 5 MiB for 384 channels, and it has a third of the arithmetic.
+        weight = self.weight[outputs, :, 2 - past :].contiguous(memory_format=torch.channels_last_3d)
+        return weight, self.bias[outputs]
 
 
 def _store(target: Tensor, band: Tensor, add: bool) -> None:
@@ -348,7 +339,8 @@ class Downsample(nn.Module):
         held.append(x)
         if len(held) < 3:
             return None
-        window = _window(held[2], held[:2], None)
+        window = new_frames(x, x.shape[1], 3, *x.shape[3:])
+        fill_window(held[2], held[:2], None, window, 0, 0)
         del held[:2]
         return conv3d(window, self.time_conv.weight, self.time_conv.bias, (2, 1, 1), (0, 0, 0))
 

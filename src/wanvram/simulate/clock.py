@@ -54,7 +54,11 @@ _WRITES_ONLY = (
     "aten.uniform_",
 )
 _LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
-_DIRECT = ("wanvram.conv3d", "wanvram.rms_norm_silu")  # on CUDA these are called without PyTorch's dispatcher
+_DIRECT = (
+    "wanvram.conv3d",
+    "wanvram.rms_norm_silu",
+    "wanvram.fill_window",
+)  # on CUDA these are called without PyTorch's dispatcher
 _PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.addmm_": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
 
 Arguments = tuple[Any, ...]
@@ -149,6 +153,8 @@ def _traffic(operation: str) -> Callable[[Arguments, Any], Work]:
     """Bytes read and written: arguments and result, with exceptions by name. An argument changed in place is both."""
     if operation.startswith("aten.copy_."):
         return lambda args, result: (0.0, 1.0, args[0].nbytes + args[1].nbytes)
+    if operation.startswith("wanvram.fill_window"):  # reads and writes a window, and the newest of its frames once more
+        return lambda args, result: (0.0, 1.0, args[4].nbytes * (2 + 1 / args[4].shape[2]))
     if operation.startswith(_WRITES_ONLY):
         return lambda args, result: (0.0, 1.0, nbytes_of((result,)))
     if operation.startswith(_LOOKUPS):

@@ -46,7 +46,16 @@ def _layer_norm(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
 
 
 IN_PLACE = ("copy_.default", "add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "zero_.default")
-NOTHING = ("rms_norm_", "rms_norm_rope_", "inverse_rms", "scaled_rope_", "gated_add_", "gelu_tanh_", "rms_norm_silu")
+NOTHING = (
+    "rms_norm_",
+    "rms_norm_rope_",
+    "inverse_rms",
+    "scaled_rope_",
+    "gated_add_",
+    "gelu_tanh_",
+    "rms_norm_silu",
+    "fill_window",
+)
 
 SHORTCUTS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
     "aten.addmm.default": _addmm,
