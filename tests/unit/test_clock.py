@@ -33,7 +33,7 @@ PLAIN = replace(
     EFFICIENCY,
     **dict.fromkeys(("product", "product_fp32", "attention", "attention_fp32", "memory"), 1.0),
     **dict.fromkeys(("conv_tf32", "conv_tf32_narrow", "conv_half", "conv_half_narrow"), 1.0),
-    **dict.fromkeys(("launch_seconds", "view_seconds", "dispatch_seconds", "triton_seconds", "custom_seconds"), 0.0),
+    **dict.fromkeys(("launch_seconds", "view_seconds", "dispatch_seconds", "own_seconds"), 0.0),
 )
 CARD = GPU("plain", "Plain", 80 * GIB, (9, 0), 1e12, 1e11, 4e12, 1e11, 1e10, 0, efficiency=PLAIN)
 MACHINE = replace(HOST, pageable_bytes=1e9, copy_bytes=2e9, disk_bytes=5e8)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from wanvram.errors import InputError
 from wanvram.kernels.channel_norm import fill_window, rms_norm_silu
 from wanvram.kernels.conv import conv3d, frame_attention
+from wanvram.kernels.operation import Operation
 from wanvram.models import vae_blocks
 from wanvram.models.vae import WanVAE, frame_chunks
 from wanvram.specs import VAE, VAESpec
@@ -296,6 +297,7 @@ def test_a_window_holds_rows_of_the_history_and_the_newest_frame_which_becomes_h
 @needs_gpu
 def test_the_gpu_allocates_what_meta_tensors_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae_blocks, "BAND_BYTES", 200_000)
+    monkeypatch.setattr(Operation, "direct_on_cuda", False)  # seen by the dispatcher, as on meta
     seen = []
     for device in ("cuda", "meta"):
         vae = random_vae(device, VAE["tiny"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import mmap
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,8 @@ from wanvram.simulate.memory import SimulatedMemory
 from wanvram.units import human
 
 LIBRARY_MODULES = 80 * 2**20  # cuBLAS, cuDNN and attention kernels loaded later: 76 MiB measured on an H200
+
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # the driver's and PyTorch's word, cuBLAS's and cuDNN's
 
 __all__ = ["CpuDevice", "CudaDevice", "Device", "SimulatedDevice"]
 
@@ -161,9 +164,9 @@ class CudaDevice(Device):
         torch.cuda.set_device(index)
         self.name = "cuda:" + torch.cuda.get_device_name(index)
         self.meter = CudaMeter(index)
+        outside = self._outside()
         if limit_bytes is not None:
             total = torch.cuda.mem_get_info(index)[1]
-            outside = self._outside()
             if limit_bytes <= outside:
                 raise BudgetError(
                     f"{human(limit_bytes)} cannot hold the CUDA context and libraries, which take {human(outside)} on this GPU"
@@ -189,17 +192,24 @@ class CudaDevice(Device):
         try:
             with torch.no_grad():
                 yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; libraries that find no memory raise others
+            if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+                raise
             raise self._out_of_memory(error) from error
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
+    def _out_of_memory(self, error: RuntimeError) -> OutOfMemory:
         stats = torch.cuda.memory_stats(self.torch_device)
         allocated, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
-        limit = self.limit_bytes or torch.cuda.mem_get_info(self.torch_device)[1]
-        message = str(error).split(". ")[0]
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        requested, limit = _requested_bytes(str(error)), self.limit_bytes or total
+        wanted = f"{human(requested)} more" if requested else "memory for a library"
+        others = total - free - reserved - CudaDevice._context_bytes - LIBRARY_MODULES
+        # What a library takes later is not known to the byte: less than this may be our own.
+        shared = f"; {human(free)} of the GPU are free, other processes hold {human(others)}" if others > 2**28 else ""
         return OutOfMemory(
-            f"{message}: {human(allocated)} allocated, {human(reserved)} reserved of {human(limit)}.",
-            requested_bytes=_requested_bytes(message),
+            f"CUDA out of memory: {wanted} asked for with {human(allocated)} allocated and {human(reserved)} reserved of "
+            f"{human(limit)}{shared}.",
+            requested_bytes=requested,
             allocated_bytes=allocated,
             reserved_bytes=reserved,
             limit_bytes=limit,
@@ -295,12 +305,11 @@ class CudaDevice(Device):
 
 
 def _requested_bytes(message: str) -> int:
-    """`... Tried to allocate 1.41 GiB` -> bytes; 0 when the driver's message has no figure."""
-    words = message.replace("Tried to allocate", "\0").split("\0")
-    if len(words) < 2:
+    """`CUDA out of memory. Tried to allocate 1.41 GiB. GPU 0 has ...` -> bytes; 0 when the message has no figure."""
+    found = re.search(r"Tried to allocate ([0-9.]+) (bytes|[KMG]iB)", message)
+    if found is None:
         return 0
-    amount, unit = words[1].split()[:2]
-    return int(float(amount) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}.get(unit.rstrip("."), 1))
+    return int(float(found[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]])
 
 
 class SimulatedDevice(Device):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from wanvram.kernels.operation import operation
 
 __all__ = ["attention"]
 
@@ -18,11 +19,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale
     return result
 
 
-@torch.library.custom_op(
-    "wanvram::attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? bias=None, float? scale=None) -> Tensor",
-)
+@operation("(Tensor q, Tensor k, Tensor v, Tensor? bias=None, float? scale=None) -> Tensor")
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     mask = None if bias is None else bias.unsqueeze(0)
     out = F.scaled_dot_product_attention(_heads_first(q), _heads_first(k), _heads_first(v), mask, scale=scale)
@@ -35,7 +32,7 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-@_attention.register_fake
+@_attention.custom.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     del k, bias, scale
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))

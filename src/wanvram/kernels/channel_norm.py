@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanvram.kernels.operation import operation
+
 __all__ = ["fill_window", "rms_norm_silu"]
 
 SMALLEST_NORM = 1e-12
@@ -23,10 +25,7 @@ SMALLEST_NORM = 1e-12
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     """out = x / max(|x|, 1e-12) * sqrt(C) * gamma, then SiLU if asked; x and out [P,C] with unit column stride."""
-    if x.is_cuda:  # a custom operation costs tens of microseconds of Python a call
-        _compute(x, gamma, out, silu)
-    else:
-        _rms_norm_silu(x, gamma, out, silu)
+    _rms_norm_silu(x, gamma, out, silu)
 
 
 @cache
@@ -44,13 +43,14 @@ def fill_window(
     and no view: in tiles, Python's time is what counts.
     """
     oldest, newer = history if history else (None, None)
-    if x.is_cuda:
-        _fill(x, oldest, newer, gamma, window, start, committed)
-    else:
-        _fill_window(x, oldest, newer, gamma, window, start, committed)
+    _fill_window(x, oldest, newer, gamma, window, start, committed)
 
 
-def _fill(
+@operation(
+    "(Tensor x, Tensor(a!)? oldest, Tensor? newer, Tensor? gamma, Tensor(b!) window, int start, int committed) -> ()",
+    ["oldest", "window"],
+)
+def _fill_window(
     x: Tensor,
     oldest: Tensor | None,
     newer: Tensor | None,
@@ -73,7 +73,7 @@ def _fill(
     if gamma is None:
         planes[-1].copy_(newest)
     else:
-        _compute(newest, gamma.view(-1), planes[-1], True)
+        _rms_norm_silu.compute(newest, gamma.view(-1), planes[-1], True)
     if oldest is not None:
         _positions(oldest)[start : start + committed].copy_(planes[-1][:committed])
 
@@ -83,37 +83,8 @@ def _positions(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
 
 
-@torch.library.custom_op(
-    "wanvram::fill_window",
-    mutates_args=("oldest", "window"),
-    schema="(Tensor x, Tensor(a!)? oldest, Tensor? newer, Tensor? gamma, Tensor(b!) window, int start, int committed) -> ()",
-)
-def _fill_window(
-    x: Tensor,
-    oldest: Tensor | None,
-    newer: Tensor | None,
-    gamma: Tensor | None,
-    window: Tensor,
-    start: int,
-    committed: int,
-) -> None:
-    _fill(x, oldest, newer, gamma, window, start, committed)
-
-
-@_fill_window.register_fake
-def _(
-    x: Tensor,
-    oldest: Tensor | None,
-    newer: Tensor | None,
-    gamma: Tensor | None,
-    window: Tensor,
-    start: int,
-    committed: int,
-) -> None:
-    del x, oldest, newer, gamma, window, start, committed
-
-
-def _compute(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
+@operation("(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()", ["out"])
+def _rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     if x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference":
         from wanvram.kernels import triton_channel_norm
 
@@ -123,17 +94,3 @@ def _compute(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
     normalised = (wide / length).mul_(x.shape[1] ** 0.5).mul_(gamma)
     out.copy_(F.silu(normalised) if silu else normalised)
-
-
-@torch.library.custom_op(
-    "wanvram::rms_norm_silu",
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()",
-)
-def _rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    _compute(x, gamma, out, silu)
-
-
-@_rms_norm_silu.register_fake
-def _(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    del x, gamma, out, silu

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanvram.kernels.operation import operation
+
 __all__ = ["conv3d", "frame_attention"]
 
 QUERY_ROWS = 1024  # scores of 1024 x 14400 float32 are 56 MiB; all rows at 1280x720 would be 791 MiB
@@ -22,27 +24,17 @@ def conv3d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int], padding: tuple[int, int, int]
 ) -> Tensor:
     """Cross-correlation of x [1,I,T,H,W] with weight [O,I,kT,kH,kW], both channels_last_3d -> channels_last_3d."""
-    if x.is_cuda:  # a custom operation costs tens of microseconds of Python a call, as much as a small convolution
-        return _compute(x, weight, bias, stride, padding)
     result: Tensor = _conv3d(x, weight, bias, stride, padding)
     return result
 
 
-def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+@operation("(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> Tensor")
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     out = F.conv3d(x, weight, bias, stride=stride, padding=padding)
     return out.contiguous(memory_format=torch.channels_last_3d)  # no copy where the library kept the layout
 
 
-@torch.library.custom_op(
-    "wanvram::conv3d",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> Tensor",
-)
-def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
-    return _compute(x, weight, bias, stride, padding)
-
-
-@_conv3d.register_fake
+@_conv3d.custom.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
     del bias
     size = [

@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from wanvram.kernels.operation import operation
+
 __all__ = [
     "gated_add_",
     "gelu_tanh_",
@@ -74,11 +76,7 @@ def gelu_tanh_(x: Tensor) -> None:
     _gelu_tanh_(x)
 
 
-@torch.library.custom_op(
-    "wanvram::layer_norm_modulate",
-    mutates_args=(),
-    schema="(Tensor x, Tensor scale, Tensor shift, float eps, float scale_offset, ScalarType dtype) -> Tensor",
-)
+@operation("(Tensor x, Tensor scale, Tensor shift, float eps, float scale_offset, ScalarType dtype) -> Tensor")
 def _layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype
 ) -> Tensor:
@@ -90,7 +88,7 @@ def _layer_norm_modulate(
     return normalised.mul_(scale + scale_offset).add_(shift).to(dtype)
 
 
-@_layer_norm_modulate.register_fake
+@_layer_norm_modulate.custom.register_fake
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype) -> Tensor:
     del scale, shift, eps, scale_offset
     return torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -112,9 +110,7 @@ def _rotated(wide: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).view(wide.shape)
 
 
-@torch.library.custom_op(
-    "wanvram::rms_norm_", mutates_args=("x",), schema="(Tensor(a!) x, Tensor weight, float eps) -> ()"
-)
+@operation("(Tensor(a!) x, Tensor weight, float eps) -> ()", ["x"])
 def _rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
     if _uses_triton(x):
         from wanvram.kernels import triton_elementwise
@@ -124,11 +120,7 @@ def _rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
         x.copy_(_normalised(x, _inverse(x, eps), weight))
 
 
-@torch.library.custom_op(
-    "wanvram::rms_norm_rope_",
-    mutates_args=("x",),
-    schema="(Tensor(a!) x, Tensor weight, Tensor cos, Tensor sin, int num_heads, float eps) -> ()",
-)
+@operation("(Tensor(a!) x, Tensor weight, Tensor cos, Tensor sin, int num_heads, float eps) -> ()", ["x"])
 def _rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
     if _uses_triton(x):
         from wanvram.kernels import triton_elementwise
@@ -138,9 +130,7 @@ def _rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_hea
     x.copy_(_rotated(_normalised(x, _inverse(x, eps), weight), cos, sin, num_heads))
 
 
-@torch.library.custom_op(
-    "wanvram::inverse_rms", mutates_args=("out",), schema="(Tensor x, Tensor(a!) out, float eps) -> ()"
-)
+@operation("(Tensor x, Tensor(a!) out, float eps) -> ()", ["out"])
 def _inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
     if _uses_triton(x):
         from wanvram.kernels import triton_elementwise
@@ -150,11 +140,7 @@ def _inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
         out.copy_(_inverse(x, eps))
 
 
-@torch.library.custom_op(
-    "wanvram::scaled_rope_",
-    mutates_args=("x",),
-    schema="(Tensor(a!) x, Tensor inverse, Tensor weight, Tensor cos, Tensor sin, int num_heads) -> ()",
-)
+@operation("(Tensor(a!) x, Tensor inverse, Tensor weight, Tensor cos, Tensor sin, int num_heads) -> ()", ["x"])
 def _scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
     if _uses_triton(x):
         from wanvram.kernels import triton_elementwise
@@ -164,9 +150,7 @@ def _scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: 
         x.copy_(_rotated(_normalised(x, inverse, weight), cos, sin, num_heads))
 
 
-@torch.library.custom_op(
-    "wanvram::gated_add_", mutates_args=("x",), schema="(Tensor(a!) x, Tensor y, Tensor gate) -> ()"
-)
+@operation("(Tensor(a!) x, Tensor y, Tensor gate) -> ()", ["x"])
 def _gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
     if _uses_triton(x):
         from wanvram.kernels import triton_elementwise
@@ -176,7 +160,7 @@ def _gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
         x.addcmul_(y.float(), gate)
 
 
-@torch.library.custom_op("wanvram::gelu_tanh_", mutates_args=("x",), schema="(Tensor(a!) x) -> ()")
+@operation("(Tensor(a!) x) -> ()", ["x"])
 def _gelu_tanh_(x: Tensor) -> None:
     if _uses_triton(x):
         from wanvram.kernels import triton_elementwise
@@ -184,11 +168,3 @@ def _gelu_tanh_(x: Tensor) -> None:
         triton_elementwise.gelu_tanh_(x)
     else:
         torch.ops.aten.gelu_(x, approximate="tanh")
-
-
-def _changes_nothing_in_shape(*_: object) -> None:
-    """An in-place operation allocates nothing on meta tensors."""
-
-
-for _operation in (_rms_norm_, _rms_norm_rope_, _inverse_rms, _scaled_rope_, _gated_add_, _gelu_tanh_):
-    _operation.register_fake(_changes_nothing_in_shape)

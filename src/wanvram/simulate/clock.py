@@ -99,10 +99,8 @@ class Costs:
         return Price("elementwise", _traffic(operation), dispatch)
 
     def _dispatch(self, name: str) -> float:
-        if name in _DIRECT:
-            return self.gpu.efficiency.triton_seconds
-        custom = name.startswith("wanvram.")
-        return self.gpu.efficiency.custom_seconds if custom else self.gpu.efficiency.dispatch_seconds
+        own = name.startswith("wanvram.")
+        return self.gpu.efficiency.own_seconds if own else self.gpu.efficiency.dispatch_seconds
 
     def seconds(self, work: Work) -> float:
         """The larger of arithmetic and memory traffic: they overlap."""

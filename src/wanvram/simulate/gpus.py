@@ -32,8 +32,7 @@ class Efficiency:
     launch_seconds: float  # from one kernel's end to the next one's start
     view_seconds: float  # host time of a view or an allocation; the device does nothing
     dispatch_seconds: float  # host time of one operation with its share of Python
-    triton_seconds: float  # the same for Triton's launcher and convolutions
-    custom_seconds: float  # the same for operations registered with PyTorch, `wanvram::*`
+    own_seconds: float  # the same for the operations `wanvram::*`: Triton's launcher, attention, convolutions
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ EFFICIENCY = Efficiency(
     launch_seconds=3e-6,
     view_seconds=2e-6,
     dispatch_seconds=8e-6,
-    triton_seconds=25e-6,
-    custom_seconds=50e-6,
+    own_seconds=25e-6,
 )
 
 # The H200's machine, 16 cores: pageable_bytes is measured, flops and memory_bytes follow from T5 on the CPU (2.0 s for two
