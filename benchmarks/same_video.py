@@ -1,7 +1,8 @@
 """Does every way to hold the weights give the same video at full size? Latents and frames against the resident run's, bit for bit.
 
-    python benchmarks/same_video.py /tmp/wan-1.3B --task t2v-1.3B         needs a checkpoint (benchmarks/random_checkpoint.py)
+    python benchmarks/same_video.py /tmp/wan-1.3B --task t2v-1.3B         a checkpoint (benchmarks/random_checkpoint.py)
     python benchmarks/same_video.py /tmp/wan-14B --task t2v-14B --without_text
+    python benchmarks/same_video.py random --task t2v-14B --without_text  without a checkpoint: weights made on the host
     python benchmarks/same_video.py tiny --device cpu                     tries the script anywhere
 
 One process; T5, --steps steps and the VAE at 832*480. --without_text gives random contexts instead of T5's, which saves loading it five
@@ -30,7 +31,9 @@ from wanvram.engine.pipeline import Pipeline
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import make_device
 from wanvram.run.inputs import prepare_inputs
-from wanvram.run.weights import choose_weights
+from wanvram.run.weights import GeneratedWeights, choose_weights
+from wanvram.weights.random import RandomSource
+from wanvram.weights.sources import TensorSource
 
 STREAMED = Strategy(load_strategy="block", offload=True, expandable_segments=True)
 WAYS = {
@@ -43,6 +46,20 @@ WAYS = {
     "pinned, attention in slices": replace(STREAMED, attention_slicing=True),
     "pinned, tiled VAE": replace(STREAMED, vae_tile=52),
 }
+
+
+class FromHost(RandomSource):
+    """Random numbers made on the host, wherever they go: a GPU draws others."""
+
+    def fill(self, key: str, dest: torch.Tensor) -> None:
+        made = torch.empty(dest.shape, dtype=dest.dtype)
+        super().fill(key, made)
+        dest.copy_(made)
+
+
+class HostWeights(GeneratedWeights):
+    def source(self, component: str) -> TensorSource:
+        return FromHost(self._shapes[component], self.seed)
 
 
 class Kept(Pipeline):
@@ -82,7 +99,12 @@ def run(strategy: Strategy, args: argparse.Namespace) -> dict[str, Any]:
     device.empty_cache()
     with device.session():
         device.meter.reset_peak()
-        source = choose_weights(weights, simulated=False, task=args.task, seed=1)
+        made = weights in ("random", "tiny")
+        source = (
+            HostWeights(1, tiny=weights == "tiny")
+            if made
+            else choose_weights(weights, simulated=False, task=args.task, seed=1)
+        )
         inputs, _ = prepare_inputs(config.request, simulated=False, real_weights=False)
         pipeline = Kept(config, device, Recorder(device.meter, None, None), source, inputs)
         pipeline.without_text = args.without_text
@@ -120,7 +142,8 @@ def main() -> None:
     plain, rows = run(WAYS["resident"], args), []
     print(f"{device}, {args.task}: resident in {plain['seconds']:.1f} s", flush=True)
     for name, strategy in list(WAYS.items())[1:]:
-        if not any(part in name for part in args.only.split(",")):
+        no_files = args.weights == "random" and strategy.weights_in == "disk"
+        if no_files or not any(part in name for part in args.only.split(",")):
             continue
         row = {"way": name} | compared(run(strategy, args), plain)
         rows.append(row)

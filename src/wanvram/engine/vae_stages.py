@@ -73,8 +73,8 @@ def _tiled(vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor
     groups = latent.shape[1]
     height, width = latent.shape[2] * vae.scale, latent.shape[3] * vae.scale
     video = device.host_empty((1 + vae.group * (groups - 1), height, width, 3), torch.uint8)
-    ferry = Ferry(device)
-    pieces = vae.decode_tiles(latent, (tile, tile), park=ferry.park, fetch=ferry.fetch)
+    features, ferry = Ferry(device), Ferry(device)  # two: fetching features must not wait for the pieces on their way
+    pieces = vae.decode_tiles(latent, (tile, tile), park=features.park, fetch=features.fetch)
     count = len(list(grid(*latent.shape[2:], (tile, tile))))
     for number in range(count):
         with recorder.span(f"tile {number}", kind="step", component="vae"):
