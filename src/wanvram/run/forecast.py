@@ -39,7 +39,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     device = SimulatedDevice(memory)
     inputs, _ = prepare_inputs(request, simulated=True, real_weights=False)
     short = _shortened(inputs) if component.startswith("vae") else inputs
-    pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(), short)
+    pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(), short, alone=True)
     with device.session():
         memory.load_everything()
         _run(component, pipeline, Parts(config, device, pipeline.weights), device)
