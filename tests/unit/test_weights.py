@@ -31,6 +31,7 @@ from wanvram.weights.sources import (
     TensorSource,
     TorchFileSource,
     check_keys,
+    memory_order,
 )
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b.bias": torch.ones(5, dtype=torch.bfloat16)}
@@ -456,3 +457,13 @@ def test_random_weights_make_a_finite_encoder() -> None:
     features = model(model.token_embedding(torch.tensor([3, 70, 1])))
     assert torch.isfinite(features).all()
     assert features.std() > 0.1
+
+
+@pytest.mark.parametrize("where", [slice(None), slice(1, 3), 2])
+def test_in_memory_order_channels_last_tensors_and_their_rows_are_contiguous(where: slice | int) -> None:
+    """So that a copy from host to device needs no second tensor on the device."""
+    weight = torch.empty(4, 6, 3, 5, 2).contiguous(memory_format=torch.channels_last_3d)
+    rows = weight[where]
+    assert not rows.is_contiguous()
+    assert rows.permute(memory_order(rows)).is_contiguous()
+    assert memory_order(torch.empty(4, 6)) == [0, 1]

@@ -62,11 +62,12 @@ class Plan:
     rejected: tuple[Rejected, ...] = ()
     offers: tuple[Offer, ...] = ()
     notes: tuple[str, ...] = ()
+    whole_run_bytes: int | None = None  # device peak of the strategy's run, once it has been simulated whole
 
     @property
     def peak_device_bytes(self) -> int:
-        """Components come one after the other, so the run's peak is the highest of theirs."""
-        return max(stage.peak_device_bytes for stage in self.stages)
+        """Components come one after the other, so before the whole run is known its peak is the highest of theirs."""
+        return self.whole_run_bytes or max(stage.peak_device_bytes for stage in self.stages)
 
     @property
     def host_bytes(self) -> int:

@@ -45,9 +45,10 @@ def plan_run(
             return result, None
         record, _ = simulate(replace(planned_config(config, result), memory_limit_bytes=None))
         peak = record.peak()
-        excess = (peak.device_bytes or 0) - budget.device_limit if peak is not None else 0
+        whole = peak.device_bytes if peak is not None else None
+        excess = (whole or 0) - budget.device_limit
         if excess <= 0:
-            return replace(result, budget=budget), record
+            return replace(result, budget=budget, whole_run_bytes=whole), record
         tried = replace(budget, margin_bytes=tried.margin + excess)
     raise BudgetError(
         f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "

@@ -60,9 +60,9 @@ EFFICIENCY = Efficiency(
     conv_half_narrow=0.30,
     memory=0.77,
     launch_seconds=3e-6,
-    view_seconds=4e-6,
-    dispatch_seconds=14e-6,
-    own_seconds=40e-6,
+    view_seconds=5e-6,
+    dispatch_seconds=18e-6,
+    own_seconds=50e-6,
 )
 
 # The H200's machine, 16 cores: pageable_bytes is measured, flops and memory_bytes follow from T5 on the CPU (2.0 s for two

@@ -129,8 +129,17 @@ def _check_shape(key: str, shape: Sequence[int], dest: Tensor, origin: str) -> N
 
 
 def _assign(dest: Tensor, values: Tensor) -> None:
-    """Converted on the host, so that the device never holds the file's dtype beside its own."""
-    dest.copy_(values if dest.device.type == "cpu" else values.to(dest.dtype))
+    """Converted and put in memory order on the host, so that the device holds nothing beside its own tensor."""
+    if dest.device.type == "cpu":
+        dest.copy_(values)
+        return
+    order = memory_order(dest)
+    dest.permute(order).copy_(values.to(dest.dtype).permute(order).contiguous())
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """x's dimensions from the outermost in memory to the innermost: permuted so, a channels_last tensor is contiguous."""
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
 @dataclass(frozen=True)
