@@ -20,10 +20,10 @@ there; on the device they come on top):
                4      45 x 80                 2.29 GiB   4.8 %   1.68 GiB   8.3 %
                8      45 x 40                 1.25 GiB   9.0 %   1.01 GiB  15.1 %
 
-On an H200 (17 frames) peaks were up to 0.08 GiB lower. The result was the same to the bit without TF32; with it, which
-is PyTorch's choice for convolutions, cuDNN takes other kernels for other shapes: up to 1e-3 of the largest value. Time
-grew more than arithmetic, since more launches come from one Python thread: decoding took 1.8 times the whole
-picture's at 30 x 35 and 1.9 times at 45 x 40.
+On an H200 the result is the same to the bit without TF32; with it, which is PyTorch's choice for convolutions, cuDNN takes
+other kernels for other shapes: up to 1e-3 of the largest value. Time of a decode of 81 frames, warm, against the whole
+picture's (benchmarks/2026-11-24_h200_tiled_vae.json): 1.10 in 2 tiles, 1.15 in 4, 1.30 in 8 at 832x480; 1.09 in 4, 1.17 in 8,
+1.25 in 18 at 1280x720.
 """
 
 from __future__ import annotations
