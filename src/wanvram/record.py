@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 
 from wanvram.errors import InputError, OutputError
 
-__all__ = ["ComponentRecord", "Copies", "Failure", "Memory", "RunRecord", "Span", "folded", "write_atomically"]
+__all__ = [
+    "ComponentRecord",
+    "Copies",
+    "Failure",
+    "Memory",
+    "RunRecord",
+    "Span",
+    "dotted",
+    "folded",
+    "write_atomically",
+]
 
 SCHEMA = 1
 
@@ -26,6 +36,11 @@ class Memory:
     allocated_bytes: int
     reserved_bytes: int
     device_bytes: int | None
+
+    @property
+    def fragmentation(self) -> float:
+        """(reserved - allocated) / reserved; 0 where nothing is reserved."""
+        return (self.reserved_bytes - self.allocated_bytes) / self.reserved_bytes if self.reserved_bytes > 0 else 0.0
 
     def highest(self, other: Memory) -> Memory:
         """The larger of each figure."""
@@ -302,8 +317,8 @@ class RunRecord:
 def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:
     """(reserved - allocated) / reserved at the peak and per stage, from the peaks of both."""
     return {
-        "at_peak": _share(where.peak) if where else 0.0,
-        "stages": _highest((s.name, _share(s.peak)) for s in stages),
+        "at_peak": where.peak.fragmentation if where else 0.0,
+        "stages": _highest((s.name, s.peak.fragmentation) for s in stages),
     }
 
 
@@ -318,10 +333,17 @@ def _highest(pairs: Iterable[tuple[str, _Number]]) -> dict[str, _Number]:
     return result
 
 
-def _share(memory: Memory) -> float:
-    if memory.reserved_bytes <= 0:
-        return 0.0
-    return (memory.reserved_bytes - memory.allocated_bytes) / memory.reserved_bytes
+def dotted(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as dotted keys."""
+    return dict(_flattened(config, ""))
+
+
+def _flattened(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from wanvram.errors import require
@@ -169,10 +168,6 @@ class Request:
 
     def all_prompts(self) -> tuple[str, ...]:
         return self.prompts or (self.prompt,)
-
-    def media_files(self) -> list[tuple[str, Path]]:
-        """(flag, path) of every file this request reads."""
-        return [("--" + name, Path(path)) for name in MEDIA for path in _listed(getattr(self, name))]
 
 
 def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -20,10 +20,7 @@ _P480 = ("480*832", "832*480")
 
 @dataclass(frozen=True)
 class Task:
-    """Defaults of one task. `dit` is the key of its transformer in specs.DIT. sizes are "width*height".
-
-    needs_image: how many pictures the user must give (i2v one, flf2v the first and the last frame).
-    """
+    """Defaults of one task. `dit` is the key of its transformer in specs.DIT. sizes are "width*height"."""
 
     name: str
     dit: str
@@ -35,7 +32,6 @@ class Task:
     guide_scale: float
     solver: str
     negative_prompt: str
-    needs_image: int
 
     @property
     def kind(self) -> str:
@@ -59,7 +55,6 @@ def _task(
     shift: float = 5.0,
     shift_480p: float | None = None,
     before: str = "",
-    images: int = 0,
 ) -> Task:
     """`before` goes in front of the common negative prompt. shift_480p None: the same at every size."""
     return Task(
@@ -73,7 +68,6 @@ def _task(
         guide_scale=5.0,
         solver="unipc",
         negative_prompt=before + _COMMON_NEGATIVE,
-        needs_image=images,
     )
 
 
@@ -83,8 +77,8 @@ TASKS: dict[str, Task] = {
         _task("t2v-1.3B", _P480),
         _task("t2v-14B", _P720 + _P480),
         _task("t2i-14B", (*_P720, *_P480, "1024*1024")),
-        _task("i2v-14B", _P720 + _P480, steps=40, shift_480p=3.0, before="镜头晃动，", images=1),
-        _task("flf2v-14B", _P720 + _P480, shift=16.0, before="镜头切换，镜头晃动，", images=2),
+        _task("i2v-14B", _P720 + _P480, steps=40, shift_480p=3.0, before="镜头晃动，"),
+        _task("flf2v-14B", _P720 + _P480, shift=16.0, before="镜头切换，镜头晃动，"),
         _task("vace-1.3B", _P480, shift=16.0),
         _task("vace-14B", _P720 + _P480, shift=16.0),
     )

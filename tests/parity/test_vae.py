@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parity.golden import assert_close, load_case, load_json
-from wanvram.models.vae import LATENT_MEAN, LATENT_STD, WanVAE, frame_chunks
+from wanvram.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from wanvram.models.vae_blocks import Stream
 from wanvram.specs import VAE, VAESpec
 
@@ -40,7 +40,7 @@ def calls(op: str, mid: str | None = None) -> list[str]:
 
 @pytest.mark.parametrize("name", calls("encode"))
 def test_encoding_equals_official(vae: WanVAE, name: str) -> None:
-    latent = vae.encode(frame_chunks(CASE[f"input.{name}.x"][0]))
+    latent = vae.encode([CASE[f"input.{name}.x"][0]])
     assert_close(latent, CASE[f"output.{name}"][0], name)
 
 

@@ -125,7 +125,6 @@ def test_sizes_and_defaults_are_those_of_the_official_script(name: str) -> None:
         request = Request.for_task(name, size=size)
         assert {key: getattr(request, key) for key in DEFAULTS[name][size]} == DEFAULTS[name][size]
     assert task.negative_prompt == FACTS["default_negative_prompt"][name]
-    assert task.needs_image == {"i2v-14B": 1, "flf2v-14B": 2}.get(name, 0)
 
 
 def test_the_default_size_is_the_official_one_where_the_task_supports_it() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wanvram.engine.devices import LIBRARY_MODULES, CudaDevice
+from wanvram.engine.devices import LIBRARY_MODULES, CudaDevice, _own_pages
 from wanvram.errors import OutOfMemory
 from wanvram.units import GIB, MIB
 
@@ -81,3 +81,12 @@ def test_libraries_that_are_loaded_already_are_not_counted_twice(
     for used, outside in ((600 * MIB, 600 * MIB + LIBRARY_MODULES), (670 * MIB, 600 * MIB + LIBRARY_MODULES)):
         device.meter = type("Meter", (), {"device_memory": lambda _self, used=used: 2 * GIB + used})()
         assert device._outside() == outside
+
+
+def test_pinned_memory_starts_as_pages_of_its_own_that_can_be_written() -> None:
+    pages = _own_pages(3 * MIB + 5)
+    tensor = torch.frombuffer(pages, dtype=torch.uint8)
+    assert tensor.numel() == 3 * MIB + 5
+    assert not tensor.any()
+    tensor.fill_(7)
+    assert pages[-1] == 7

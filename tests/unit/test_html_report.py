@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from report_runs import Recipe, write_run
+from wanvram.analysis.peak import weights_at
 from wanvram.cli import report
 from wanvram.errors import InputError
 from wanvram.record import Failure, Memory
@@ -21,7 +22,7 @@ from wanvram.report.answer import answer, smallest_card
 from wanvram.report.html import MAX_BYTES, html_report
 from wanvram.report.runs import Advice, Run, find_runs, pairs, read_run
 from wanvram.report.texts import GLOSSARY, TEXTS, Texts
-from wanvram.report.timeline import checked_timeline, coarse_timeline, thinned, weights_at
+from wanvram.report.timeline import checked_timeline, coarse_timeline, thinned
 from wanvram.units import GIB, MIB
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028&amp;"

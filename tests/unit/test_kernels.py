@@ -110,16 +110,11 @@ def test_gelu_is_its_float64_formula_in_tanh_form() -> None:
     near(x, expected)
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("scale", [None, 1.0])
-def test_attention_is_its_float64_formula(with_bias: bool, scale: float | None) -> None:
+def test_attention_is_its_float64_formula() -> None:
     q, k, v = randn(5, 2, 8), randn(9, 2, 8, seed=1), randn(9, 2, 8, seed=2)
-    bias = randn(2, 5, 9, seed=3) if with_bias else None
-    logits = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * (8**-0.5 if scale is None else scale)
-    if bias is not None:
-        logits = logits + bias.double()
+    logits = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * 8**-0.5
     expected = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v.double())
-    out = attention(q, k, v, bias, scale)
+    out = attention(q, k, v)
     assert out.is_contiguous()
     near(out, expected)
 

@@ -9,7 +9,7 @@ import pytest
 
 from wanvram.errors import InputError
 from wanvram.simulate.gpus import GPUS, find_gpu
-from wanvram.simulate.libraries import AttentionExtra, Libraries, conv_key
+from wanvram.simulate.libraries import Libraries, conv_key
 from wanvram.units import GIB, MIB
 
 PROBES = Path(__file__).parents[2] / "benchmarks" / "2026-11-24_h200_probe_libraries.json"
@@ -30,52 +30,43 @@ def test_the_buffers_of_the_first_product_are_the_measured_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "dtype_bytes", "head_dim", "has_bias", "backend"),
+    ("gpu", "dtype_bytes", "head_dim", "backend"),
     [
-        ("h200", 2, 128, False, "cudnn"),
-        ("h100", 2, 80, False, "cudnn"),
-        ("h200", 2, 64, True, "efficient"),
-        ("h200", 4, 128, False, "efficient"),
-        ("rtx5090", 2, 128, False, "flash"),
-        ("rtx4090", 2, 128, False, "flash"),
-        ("a100-40gb", 2, 256, False, "flash"),
-        ("a100-40gb", 2, 384, False, "efficient"),
-        ("rtx3090", 4, 128, False, "efficient"),
-        ("t4", 2, 128, False, "efficient"),
+        ("h200", 2, 128, "cudnn"),
+        ("h100", 2, 80, "cudnn"),
+        ("h200", 4, 128, "efficient"),
+        ("rtx5090", 2, 128, "flash"),
+        ("rtx4090", 2, 128, "flash"),
+        ("a100-40gb", 2, 256, "flash"),
+        ("a100-40gb", 2, 384, "efficient"),
+        ("rtx3090", 4, 128, "efficient"),
+        ("t4", 2, 128, "efficient"),
     ],
 )
-def test_the_attention_backend_follows_gpu_dtype_head_and_bias(
-    gpu: str, dtype_bytes: int, head_dim: int, has_bias: bool, backend: str
+def test_the_attention_backend_follows_gpu_dtype_and_head(
+    gpu: str, dtype_bytes: int, head_dim: int, backend: str
 ) -> None:
-    assert Libraries(GPUS[gpu]).attention_backend(dtype_bytes, head_dim, has_bias) == backend
+    assert Libraries(GPUS[gpu]).attention_backend(dtype_bytes, head_dim) == backend
 
 
 @pytest.mark.parametrize(("lq", "lk"), [(4096, 32760), (4096, 512), (32760, 32760)])
 def test_cudnn_attention_takes_what_was_measured_around_its_output(lq: int, lk: int) -> None:
-    extra = Libraries(GPUS["h200"]).attention_extra("cudnn", lq, lk, 12, 128, 2)
+    before, during = Libraries(GPUS["h200"]).attention_extra("cudnn", lq, 12)
     output = lq * 12 * 128 * 2
-    sequence = [
-        *extra.before,
-        output,
-        *extra.during,
-        *(-n for n in extra.during),
-        *(-n for n in reversed(extra.before)),
-    ]
+    sequence = [*before, output, *during, *(-n for n in during), *(-n for n in reversed(before))]
     probes = json.loads(PROBES.read_text(encoding="utf-8"))
     assert sequence == probes[f"sdpa_bf16_{lq}x{lk}x12"]["second"]
 
 
 def test_flash_attention_takes_a_float32_log_sum_exp_and_two_seeds() -> None:
-    extra = Libraries(GPUS["rtx4090"]).attention_extra("flash", 75600, 75600, 40, 128, 2)
-    assert extra == AttentionExtra(during=(75600 * 40 * 4, 16, 8))
+    before, during = Libraries(GPUS["rtx4090"]).attention_extra("flash", 75600, 40)
+    assert (before, during) == ((), (75600 * 40 * 4, 16, 8))
     # h200.md: flash 749.8 MiB, cuDNN 738.3 MiB, which is the output
-    assert sum(extra.during) / MIB == pytest.approx(749.8 - 738.3, abs=0.1)
+    assert sum(during) / MIB == pytest.approx(749.8 - 738.3, abs=0.1)
 
 
-def test_efficient_attention_takes_nothing_and_math_the_scores_twice() -> None:
-    libraries = Libraries(GPUS["t4"])
-    assert libraries.attention_extra("efficient", 512, 512, 64, 64, 4) == AttentionExtra()
-    assert libraries.attention_extra("math", 100, 50, 2, 64, 4).during == (40_000, 40_000)
+def test_efficient_attention_takes_nothing() -> None:
+    assert Libraries(GPUS["t4"]).attention_extra("efficient", 512, 64) == ((), ())
 
 
 def test_a_convolution_is_looked_up_by_dtype_shapes_and_stride() -> None:

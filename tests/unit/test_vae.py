@@ -18,7 +18,7 @@ from wanvram.kernels.channel_norm import fill_window, rms_norm_silu
 from wanvram.kernels.conv import conv3d, frame_attention
 from wanvram.kernels.operation import Operation
 from wanvram.models import vae_blocks
-from wanvram.models.vae import WanVAE, frame_chunks
+from wanvram.models.vae import WanVAE
 from wanvram.specs import VAE, VAESpec
 from wanvram.units import GIB
 
@@ -88,11 +88,6 @@ def test_decoding_yields_one_frame_and_then_four_per_latent_frame() -> None:
     assert [tuple(part.shape) for part in frames] == [(3, 1, 16, 24), (3, 4, 16, 24), (3, 4, 16, 24)]
 
 
-def test_frame_chunks_are_one_and_then_four_frames_and_drop_the_rest() -> None:
-    assert [chunk.shape[1] for chunk in frame_chunks(torch.zeros(3, 12, 8, 8))] == [1, 4, 4]
-    assert [chunk.shape[1] for chunk in frame_chunks(torch.zeros(3, 1, 8, 8))] == [1]
-
-
 def test_encoding_lazily_equals_encoding_the_whole_video() -> None:
     vae, video, taken = random_vae(), randn(3, 11, 16, 24), []
 
@@ -104,7 +99,6 @@ def test_encoding_lazily_equals_encoding_the_whole_video() -> None:
     latents = vae.encode(lazily())
     assert latents.shape == (16, 3, 2, 3)
     assert torch.equal(latents, vae.encode([video]))
-    assert torch.equal(latents, vae.encode(frame_chunks(video)))
     assert taken == list(range(11))
 
 
@@ -211,7 +205,7 @@ def test_the_activation_peak_of_a_full_size_encode() -> None:
         vae = WanVAE(VAE["wan2.1"])
         video = torch.empty(3, 9, 480, 832)
     with Storages() as storages:
-        vae.encode(frame_chunks(video))
+        vae.encode([video])
     assert storages.peak < 2.6 * GIB, f"{storages.peak / GIB:.2f} GiB"
 
 

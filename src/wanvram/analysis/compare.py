@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.record import Failure, RunRecord, Span
+from wanvram.record import Failure, RunRecord, Span, dotted
 from wanvram.units import human, parse_bytes
 
 __all__ = [
@@ -67,8 +67,7 @@ def _figures(record: RunRecord) -> Iterator[tuple[Key, Any]]:
         if peak is not None and where is not None:
             for name in ("allocated_bytes", "reserved_bytes", "device_bytes"):
                 yield ("peak", name), getattr(peak, name)
-            share = (where.peak.reserved_bytes - where.peak.allocated_bytes) / max(1, where.peak.reserved_bytes)
-            yield ("fragmentation", "at_peak"), share
+            yield ("fragmentation", "at_peak"), where.peak.fragmentation
         for span in record.stages:
             for name, value in _stage(span):
                 yield ("stages", span.name, name), value
@@ -178,18 +177,10 @@ def compare(labels: Sequence[str], records: Sequence[RunRecord], pairs: Sequence
     return Comparison(
         tuple(labels),
         tuple(records),
-        _changed([dict(_dotted(record.config, "")) for record in records]),
+        _changed([dotted(record.config) for record in records]),
         {key: tuple(figures.get(key) for figures in each) for key in keys},
         tuple((p, m, tuple(_errors(each[p], each[m]))) for p, m in pairs),
     )
-
-
-def _dotted(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _changed(settings: Sequence[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:

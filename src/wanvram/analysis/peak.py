@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.units import human
 
-__all__ = ["Moment", "OwnerShare", "Unusable", "describe_moment", "owners", "unusable"]
+__all__ = ["Moment", "OwnerShare", "Unusable", "describe_moment", "owners", "unusable", "weights_at"]
 
 WEIGHTS = "weights"  # the operation of a group that holds a component's weights
+TOP = 10  # owners of each kind that are kept
 MERGED = "(other)"  # the operation of the group that holds everything too small to be told apart
 
 
@@ -62,8 +63,8 @@ class Moment:
     unusable: Unusable | None
 
 
-def describe_moment(moment: dict[str, Any], top: int = 10) -> Moment:
-    """Largest `top` owners of each kind. Raises InputError for a damaged moment."""
+def describe_moment(moment: dict[str, Any]) -> Moment:
+    """The largest owners of each kind. Raises InputError for a damaged moment."""
     try:
         alive = moment["alive"]
         return Moment(
@@ -74,9 +75,9 @@ def describe_moment(moment: dict[str, Any], top: int = 10) -> Moment:
             allocated_bytes=moment["allocated_bytes"],
             reserved_bytes=moment["reserved_bytes"],
             weights_bytes=sum(g["bytes"] for g in alive if g["operation"] == WEIGHTS),
-            by_component=owners(alive, component_of)[:top],
-            by_module=owners(alive, module_of)[:top],
-            by_shape=owners(alive, shape_of)[:top],
+            by_component=owners(alive, component_of)[:TOP],
+            by_module=owners(alive, module_of)[:TOP],
+            by_shape=owners(alive, shape_of)[:TOP],
             unusable=unusable(moment),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -117,6 +118,15 @@ def shape_of(group: dict[str, Any]) -> str:
     return f"{list(group['shape'])} {group['dtype']}"
 
 
+def weights_at(timeline: dict[str, Any], x: float) -> dict[str, int]:
+    """Bytes of weights on the device at x, by component."""
+    result: dict[str, int] = {}
+    for weight in timeline["weights"]:
+        if weight["start"] <= x < weight["end"]:
+            result[weight["component"]] = result.get(weight["component"], 0) + weight["bytes"]
+    return result
+
+
 def unusable(moment: dict[str, Any]) -> Unusable | None:
     """None without a segment map."""
     segments: Sequence[dict[str, Any]] = moment["segments"]
@@ -144,9 +154,8 @@ def unusable(moment: dict[str, Any]) -> Unusable | None:
 
 
 def _with_reason(found: Unusable, reserved: int) -> Unusable:
-    values = dict(vars(found))
     if not found.holes:
-        return Unusable(**values | {"reason": f"All {human(reserved)} reserved are allocated."})
+        return replace(found, reason=f"All {human(reserved)} reserved are allocated.")
     parts = []
     if found.pinned_bytes:
         parts.append(f"{human(found.pinned_bytes)} in holes beside live blocks")
@@ -157,4 +166,4 @@ def _with_reason(found: Unusable, reserved: int) -> Unusable:
     if found.largest_allocation_bytes:
         least = human(found.largest_allocation_bytes)
         text += f" {human(found.too_small_bytes)} are in holes too small for the largest activation alive, {least}."
-    return Unusable(**values | {"reason": text})
+    return replace(found, reason=text)

@@ -77,15 +77,11 @@ class Hole:
 
 @dataclass(frozen=True)
 class Moment:
-    """The allocator at one time. sum of alive == allocated_bytes; pending_bytes: freed, but another stream still uses it.
-    rounding_bytes: the part of allocated_bytes nobody asked for. segments and holes are empty where the history is incomplete.
-    """
+    """The allocator at one time. sum of alive == allocated_bytes; segments and holes are empty where the history is incomplete."""
 
     seconds: float
     allocated_bytes: int
     reserved_bytes: int
-    pending_bytes: int
-    rounding_bytes: int
     alive: tuple[AliveGroup, ...]
     segments: tuple[Segment, ...]
     holes: tuple[Hole, ...]
@@ -107,7 +103,6 @@ class DeviceHistory:
     peak_reserved_bytes: int
     allocated_bytes: int
     reserved_bytes: int
-    segments: tuple[Segment, ...]
     out_of_memory: tuple[Refusal, ...]
     stages: tuple[tuple[str, int, float, float], ...]
 
@@ -120,9 +115,7 @@ class DeviceHistory:
 class Snapshot:
     """A snapshot file. notes: what a reader of the numbers has to know, one sentence each."""
 
-    path: Path
     devices: tuple[DeviceHistory, ...]
-    settings: dict[str, Any]
     notes: tuple[str, ...]
 
     @property
@@ -260,8 +253,7 @@ def read_snapshot(path: Path) -> Snapshot:
     Raises InputError when the file is missing, empty, truncated, no snapshot, or would run code when unpickled.
     """
     root, reader = _load(path, Rules())
-    settings = _settings(root)
-    rules = _rules(settings)
+    rules = _rules(_settings(root))
     if rules != Rules():  # known only behind the events, and they decide the sizes of blocks
         root, reader = _load(path, rules)
     segments = _items(path, root, "segments", Segment)
@@ -278,7 +270,7 @@ def read_snapshot(path: Path) -> Snapshot:
         replay = reader.replay_of(traces[device]) if device < len(traces) else Replay(rules)
         stages = _stages([mark for mark in marks if mark[0] == device], replay)
         devices.append(_history(device, replay, by_device[device], stages, notes))
-    return Snapshot(path, tuple(devices), settings, tuple(notes))
+    return Snapshot(tuple(devices), tuple(notes))
 
 
 def _load(path: Path, rules: Rules) -> tuple[Any, _SnapshotUnpickler]:
@@ -352,7 +344,6 @@ def _history(
         peak_reserved_bytes=replay.peak_reserved + base_reserved,
         allocated_bytes=allocated,
         reserved_bytes=reserved_at_end,
-        segments=tuple(sorted(segments, key=lambda s: s.address)),
         out_of_memory=tuple(replay.refusals),
         stages=tuple(stages),
     )
@@ -365,13 +356,10 @@ def _peak(replay: Replay, older: Sequence[Block], base: int, base_reserved: int,
     ranked = sorted(((size * n, n, where) for (size, where), n in groups.items()), key=lambda g: (-g[0], g[2]))
     x, allocated, reserved = replay.peak
     segments = _map(replay, alive, pending) if complete else ()
-    asked = sum(live[1] for live in alive.values()) + sum(b.requested_size for b in older)
     return Moment(
         seconds=x,
         allocated_bytes=allocated + base,
         reserved_bytes=reserved + base_reserved,
-        pending_bytes=sum(live[0] for live in pending.values()),
-        rounding_bytes=allocated + base - asked,
         alive=tuple(AliveGroup(*group) for group in ranked),
         segments=segments,
         holes=find_holes(segments),

@@ -21,6 +21,7 @@ from wanvram.analysis.peak import (
     module_of,
     owners,
     shape_of,
+    weights_at,
 )
 from wanvram.errors import InputError
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
@@ -36,8 +37,6 @@ __all__ = [
     "StageUse",
     "Switch",
     "analyze_run",
-    "fragmentation",
-    "fragmentation_over_time",
     "steady_growth",
 ]
 
@@ -220,18 +219,6 @@ def _analysis(record: RunRecord, timeline: dict[str, Any] | None, windows: Seque
 # --- stages --------------------------------------------------------------------------------------------------------------
 
 
-def fragmentation(memory: Memory) -> float:
-    """(reserved - allocated) / reserved; 0 where nothing is reserved."""
-    if memory.reserved_bytes <= 0:
-        return 0.0
-    return (memory.reserved_bytes - memory.allocated_bytes) / memory.reserved_bytes
-
-
-def fragmentation_over_time(timeline: dict[str, Any]) -> list[tuple[float, float]]:
-    """(x, rate) at every point of the timeline."""
-    return [(point[0], fragmentation(Memory(point[1], point[2], None))) for point in timeline["points"]]
-
-
 def _stages(record: RunRecord, windows: Sequence[_Window | None]) -> tuple[StageUse, ...]:
     timed = [s.seconds for s in record.stages if s.seconds is not None]
     total = sum(timed)
@@ -273,9 +260,8 @@ def _fragmentation(span: Span, window: _Window | None) -> Fragmentation:
         everything = window.points
         peak = max(everything, key=lambda memory: memory.allocated_bytes)
         start, end = everything[0], everything[-1]
-    return Fragmentation(
-        fragmentation(start), fragmentation(peak), max(map(fragmentation, everything)), fragmentation(end)
-    )
+    highest = max(memory.fragmentation for memory in everything)
+    return Fragmentation(start.fragmentation, peak.fragmentation, highest, end.fragmentation)
 
 
 def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
@@ -322,16 +308,8 @@ def _switches(
             after=after.start,
             given_back_allocated_bytes=before.end.allocated_bytes - after.start.allocated_bytes,
             given_back_reserved_bytes=before.end.reserved_bytes - after.start.reserved_bytes,
-            resident=_resident(timeline, window.start) if timeline and window else None,
+            resident=weights_at(timeline, window.start) if timeline and window else None,
         )
-
-
-def _resident(timeline: dict[str, Any], x: float) -> dict[str, int]:
-    result: dict[str, int] = {}
-    for weight in timeline["weights"]:
-        if weight["start"] <= x < weight["end"]:
-            result[weight["component"]] = result.get(weight["component"], 0) + weight["bytes"]
-    return result
 
 
 # --- growth --------------------------------------------------------------------------------------------------------------

@@ -169,10 +169,7 @@ class _Scanner:
             self._pos = found.end()
             try:
                 value, self._pos = parse(self._text, self._pos)
-            except (
-                ValueError,
-                RecursionError,
-            ):  # an event that goes on in the next chunk, the end of the list, or damage
+            except (ValueError, RecursionError):  # the event goes on in the next chunk, the list ends, or damage
                 if self._next() == "]":
                     self._pos += 1
                     return

@@ -18,12 +18,7 @@ REQUEST_DEFAULTS: dict[str, Any] = {"task": "t2v-14B", "size": "1280*720"}
 STRATEGY_DEFAULTS: dict[str, Any] = {"precision": "fp16", "load_strategy": "block", "offload": True}
 MAX_PROMPT_FILE_BYTES = 8 * 1024 * 1024
 # Keys of the YAML whose flag has another name.
-FLAG_OF = {
-    "prompts": "prompt_file",
-    "offload": "offload_model",
-    "weights": "ckpt_dir",
-    "memory_limit_bytes": "vram",
-}
+FLAG_OF = {"prompts": "prompt_file", "offload": "offload_model", "weights": "ckpt_dir", "memory_limit_bytes": "vram"}
 
 
 def boolean(text: str) -> bool:

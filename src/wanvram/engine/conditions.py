@@ -13,15 +13,7 @@ from torch import Tensor
 
 from wanvram.engine.devices import Device
 from wanvram.models.clip import CLIPVision
-from wanvram.models.conditioning import (
-    boundary_mask,
-    cover,
-    letterbox,
-    mask_channels,
-    mask_frames,
-    squeeze,
-    unit,
-)
+from wanvram.models.conditioning import boundary_mask, cover, letterbox, mask_channels, mask_frames, squeeze, unit
 from wanvram.tasks import latent_shape
 
 __all__ = ["Frames", "Inputs", "clip_features", "image_condition", "vace_context"]

@@ -17,14 +17,7 @@ import torch
 from wanvram.engine.devices import Device
 from wanvram.errors import WanvramError
 
-__all__ = ["Home", "PinnedHome", "SlotRing", "StagedHome", "Streamed"]
-
-
-class Streamed(Protocol):
-    """A piece of weights that is copied as one."""
-
-    @property
-    def nbytes(self) -> int: ...
+__all__ = ["Home", "PinnedHome", "SlotRing", "StagedHome"]
 
 
 class Home(Protocol):

@@ -10,19 +10,15 @@ from wanvram.kernels.operation import operation
 __all__ = ["attention"]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale * q k^T + bias) v for q [Lq,H,D], k and v [Lk,H,D], bias [H,Lq,Lk] -> contiguous [Lq,H,D].
-
-    scale None means D^-0.5. The bias has the dtype of q.
-    """
-    result: Tensor = _attention(q, k, v, bias, scale)
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(D^-0.5 q k^T) v for q [Lq,H,D], k and v [Lk,H,D] -> contiguous [Lq,H,D]."""
+    result: Tensor = _attention(q, k, v)
     return result
 
 
-@operation("(Tensor q, Tensor k, Tensor v, Tensor? bias=None, float? scale=None) -> Tensor")
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    mask = None if bias is None else bias.unsqueeze(0)
-    out = F.scaled_dot_product_attention(_heads_first(q), _heads_first(k), _heads_first(v), mask, scale=scale)
+@operation("(Tensor q, Tensor k, Tensor v) -> Tensor")
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(_heads_first(q), _heads_first(k), _heads_first(v))
     # Flash, cuDNN and memory-efficient attention allocate [1,Lq,H,D] and return it transposed: contiguous() is free.
     return out.squeeze(0).transpose(0, 1).contiguous()
 
@@ -32,7 +28,7 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-@_attention.custom.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    del k, bias, scale
+@_attention.on_meta
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    del k
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))

@@ -7,16 +7,13 @@ reference on CPU (and on CUDA with WANVRAM_KERNELS=reference), Triton on CUDA, w
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanvram.kernels.operation import operation
+from wanvram.kernels.operation import operation, uses_triton
 
 __all__ = ["fill_window", "rms_norm_silu"]
 
@@ -26,11 +23,6 @@ SMALLEST_NORM = 1e-12
 def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     """out = x / max(|x|, 1e-12) * sqrt(C) * gamma, then SiLU if asked; x and out [P,C] with unit column stride."""
     _rms_norm_silu(x, gamma, out, silu)
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def fill_window(
@@ -47,8 +39,7 @@ def fill_window(
 
 
 @operation(
-    "(Tensor x, Tensor(a!)? oldest, Tensor? newer, Tensor? gamma, Tensor(b!) window, int start, int committed) -> ()",
-    ["oldest", "window"],
+    "(Tensor x, Tensor(a!)? oldest, Tensor? newer, Tensor? gamma, Tensor(b!) window, int start, int committed) -> ()"
 )
 def _fill_window(
     x: Tensor,
@@ -59,7 +50,7 @@ def _fill_window(
     start: int,
     committed: int,
 ) -> None:
-    if x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference":
+    if uses_triton(x):
         from wanvram.kernels import triton_channel_norm
 
         triton_channel_norm.fill_window(x, oldest, newer, gamma, window, start, committed)
@@ -83,9 +74,9 @@ def _positions(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
 
 
-@operation("(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()", ["out"])
+@operation("(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()")
 def _rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    if x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference":
+    if uses_triton(x):
         from wanvram.kernels import triton_channel_norm
 
         triton_channel_norm.rms_norm_silu(x, gamma, out, silu)

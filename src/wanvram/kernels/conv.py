@@ -34,7 +34,7 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int
     return out.contiguous(memory_format=torch.channels_last_3d)  # no copy where the library kept the layout
 
 
-@_conv3d.custom.register_fake
+@_conv3d.on_meta
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
     del bias
     size = [

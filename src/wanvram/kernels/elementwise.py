@@ -6,14 +6,10 @@ Triton or with WANVRAM_KERNELS=reference) and a Triton kernel that allocates not
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from wanvram.kernels.operation import operation
+from wanvram.kernels.operation import operation, uses_triton
 
 __all__ = [
     "gated_add_",
@@ -24,15 +20,6 @@ __all__ = [
     "rms_norm_rope_",
     "scaled_rope_",
 ]
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _uses_triton(x: Tensor) -> bool:
-    return x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference"
 
 
 def layer_norm_modulate(
@@ -80,7 +67,7 @@ def gelu_tanh_(x: Tensor) -> None:
 def _layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype
 ) -> Tensor:
-    if _uses_triton(x):
+    if uses_triton(x):
         from wanvram.kernels import triton_elementwise
 
         return triton_elementwise.layer_norm_modulate(x, scale, shift, eps, scale_offset, dtype)
@@ -88,7 +75,7 @@ def _layer_norm_modulate(
     return normalised.mul_(scale + scale_offset).add_(shift).to(dtype)
 
 
-@_layer_norm_modulate.custom.register_fake
+@_layer_norm_modulate.on_meta
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype) -> Tensor:
     del scale, shift, eps, scale_offset
     return torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -110,9 +97,9 @@ def _rotated(wide: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).view(wide.shape)
 
 
-@operation("(Tensor(a!) x, Tensor weight, float eps) -> ()", ["x"])
+@operation("(Tensor(a!) x, Tensor weight, float eps) -> ()")
 def _rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
-    if _uses_triton(x):
+    if uses_triton(x):
         from wanvram.kernels import triton_elementwise
 
         triton_elementwise.rms_norm_(x, weight, eps)
@@ -120,9 +107,9 @@ def _rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
         x.copy_(_normalised(x, _inverse(x, eps), weight))
 
 
-@operation("(Tensor(a!) x, Tensor weight, Tensor cos, Tensor sin, int num_heads, float eps) -> ()", ["x"])
+@operation("(Tensor(a!) x, Tensor weight, Tensor cos, Tensor sin, int num_heads, float eps) -> ()")
 def _rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
-    if _uses_triton(x):
+    if uses_triton(x):
         from wanvram.kernels import triton_elementwise
 
         triton_elementwise.rms_norm_rope_(x, weight, cos, sin, num_heads, eps)
@@ -130,9 +117,9 @@ def _rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_hea
     x.copy_(_rotated(_normalised(x, _inverse(x, eps), weight), cos, sin, num_heads))
 
 
-@operation("(Tensor x, Tensor(a!) out, float eps) -> ()", ["out"])
+@operation("(Tensor x, Tensor(a!) out, float eps) -> ()")
 def _inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
-    if _uses_triton(x):
+    if uses_triton(x):
         from wanvram.kernels import triton_elementwise
 
         triton_elementwise.inverse_rms(x, out, eps)
@@ -140,9 +127,9 @@ def _inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
         out.copy_(_inverse(x, eps))
 
 
-@operation("(Tensor(a!) x, Tensor inverse, Tensor weight, Tensor cos, Tensor sin, int num_heads) -> ()", ["x"])
+@operation("(Tensor(a!) x, Tensor inverse, Tensor weight, Tensor cos, Tensor sin, int num_heads) -> ()")
 def _scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
-    if _uses_triton(x):
+    if uses_triton(x):
         from wanvram.kernels import triton_elementwise
 
         triton_elementwise.scaled_rope_(x, inverse, weight, cos, sin, num_heads)
@@ -150,9 +137,9 @@ def _scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: 
         x.copy_(_rotated(_normalised(x, inverse, weight), cos, sin, num_heads))
 
 
-@operation("(Tensor(a!) x, Tensor y, Tensor gate) -> ()", ["x"])
+@operation("(Tensor(a!) x, Tensor y, Tensor gate) -> ()")
 def _gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
-    if _uses_triton(x):
+    if uses_triton(x):
         from wanvram.kernels import triton_elementwise
 
         triton_elementwise.gated_add_(x, y, gate)
@@ -160,9 +147,9 @@ def _gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
         x.addcmul_(y.float(), gate)
 
 
-@operation("(Tensor(a!) x) -> ()", ["x"])
+@operation("(Tensor(a!) x) -> ()")
 def _gelu_tanh_(x: Tensor) -> None:
-    if _uses_triton(x):
+    if uses_triton(x):
         from wanvram.kernels import triton_elementwise
 
         triton_elementwise.gelu_tanh_(x)

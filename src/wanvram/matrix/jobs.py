@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wanvram.config import RunConfig, load_config
 from wanvram.errors import InputError
-from wanvram.record import RunRecord
+from wanvram.record import RunRecord, dotted
 from wanvram.simulate.gpus import find_gpu
 from wanvram.units import parse_bytes
 
@@ -63,14 +63,8 @@ def exit_code(record: RunRecord) -> int:
 
 def changed_keys(first: RunConfig, second: RunConfig) -> list[str]:
     """Dotted keys in which two configurations differ."""
-    before, after = first.to_dict(), second.to_dict()
-    result = []
-    for section, values in before.items():
-        if not isinstance(values, dict):
-            result += [section] if values != after[section] else []
-            continue
-        result += [f"{section}.{key}" for key, value in values.items() if value != after[section][key]]
-    return result
+    before, after = dotted(first.to_dict()), dotted(second.to_dict())
+    return [key for key, value in before.items() if value != after[key]]
 
 
 def expected(job: Job, found: RunConfig) -> RunConfig:

@@ -31,65 +31,21 @@ from wanvram.models.vae_blocks import (
     Upsample,
     new_frames,
 )
-from wanvram.models.vae_tiles import (
-    Area,
-    Halos,
-    Move,
-    TilePiece,
-    as_frame,
-    as_rows,
-    grid,
-    stay,
-)
+from wanvram.models.vae_tiles import Area, Halos, Move, TilePiece, as_frame, as_rows, grid, stay
 from wanvram.specs import VAESpec
 
-__all__ = ["LATENT_MEAN", "LATENT_STD", "WanVAE", "frame_chunks"]
+__all__ = ["LATENT_MEAN", "LATENT_STD", "WanVAE"]
 
 LATENT_MEAN = (
-    -0.7571,
-    -0.7089,
-    -0.9113,
-    0.1075,
-    -0.1745,
-    0.9653,
-    -0.1517,
-    1.5508,
-    0.4134,
-    -0.0715,
-    0.5517,
-    -0.3632,
-    -0.1922,
-    -0.9497,
-    0.2503,
-    -0.2921,
-)
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
 LATENT_STD = (
-    2.8184,
-    1.4541,
-    2.3275,
-    2.6558,
-    1.2196,
-    1.7708,
-    2.6052,
-    2.0743,
-    3.2687,
-    2.1526,
-    2.8652,
-    1.5579,
-    1.6382,
-    1.1253,
-    2.8251,
-    1.916,
-)
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+)  # fmt: skip
 # 1/std rounded to float32, as official holds it. Numbers, not a tensor: no copy from host to device.
 INVERSE_STD = tuple(float(np.float32(1.0) / np.float32(value)) for value in LATENT_STD)
-
-
-def frame_chunks(video: Tensor) -> Iterator[Tensor]:
-    """Views of video [3,T,H,W] with 1, 4, 4, ... frames; the rest of fewer than 4 is dropped."""
-    yield video[:, :1]
-    for start in range(1, video.shape[1] - 3, 4):
-        yield video[:, start : start + 4]
 
 
 def _one_ahead(chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
@@ -281,11 +237,7 @@ class WanVAE(nn.Module):
         return torch.stack(latents, dim=1)
 
     def encode_tiles(
-        self,
-        make_chunks: Callable[[], Iterable[Tensor]],
-        tile: tuple[int, int],
-        park: Move = stay,
-        fetch: Move = stay,
+        self, make_chunks: Callable[[], Iterable[Tensor]], tile: tuple[int, int], park: Move = stay, fetch: Move = stay
     ) -> Tensor:
         """What `encode` gives (to 1e-5), with the caches of one tile of at most (rows, columns) latent pixels at a time.
 

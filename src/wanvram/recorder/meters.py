@@ -142,9 +142,7 @@ def _nvml_handle(index: int) -> Any:
         pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(index).uuid)
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".replace("GPU-GPU-", "GPU-"))
-    except (
-        Exception
-    ):  # a machine without the driver's library fails in several ways; the figure is then taken from CUDA
+    except Exception:  # without the driver's library this fails in several ways; the figure is then taken from CUDA
         return None
 
 
@@ -156,6 +154,11 @@ class CpuMeter(TorchDispatchMode):
     """
 
     device_name = "cpu"
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """As in simulate.memory: PyTorch's compiler is not used, so nothing need be hidden from it."""
+        return False
 
     def __init__(self, *, count_existing: bool = False) -> None:
         super().__init__()

@@ -85,17 +85,9 @@ def _owner(owner: OwnerShare) -> list[str]:
 
 def _components(analysis: Analysis) -> str:
     rows = [["component", "base MiB", "host MiB", "activation MiB", "streamed MiB", "hidden"]]
-    rows += [
-        [
-            c.name,
-            _mib(c.base_bytes),
-            _mib(c.host_bytes),
-            _mib(c.activation_bytes),
-            _mib(c.streamed_bytes),
-            _share(c.hidden_share),
-        ]
-        for c in analysis.components
-    ]
+    for c in analysis.components:
+        sizes = (c.base_bytes, c.host_bytes, c.activation_bytes, c.streamed_bytes)
+        rows.append([c.name, *map(_mib, sizes), _share(c.hidden_share)])
     return table(rows) if len(rows) > 1 else ""
 
 
@@ -111,25 +103,13 @@ def _stages(analysis: Analysis) -> str:
         "time",
         "share",
     ]
-    rows = [
-        head,
-        *(
-            [
-                stage.name,
-                _mib(stage.start.allocated_bytes),
-                _mib(stage.peak.allocated_bytes),
-                _mib(stage.activation_bytes),
-                _mib(stage.fluctuation_bytes),
-                _share(stage.fragmentation.at_peak),
-                _share(stage.fragmentation.highest),
-                _time(stage.seconds),
-                _share(stage.time_share),
-            ]
-            for stage in analysis.stages
-        ),
-    ]
-    if len(rows) == 1:
+    if not analysis.stages:
         return ""
+    rows = [head]
+    for s in analysis.stages:
+        sizes = (s.start.allocated_bytes, s.peak.allocated_bytes, s.activation_bytes, s.fluctuation_bytes)
+        shares = (s.fragmentation.at_peak, s.fragmentation.highest)
+        rows.append([s.name, *map(_mib, sizes), *map(_share, shares), _time(s.seconds), _share(s.time_share)])
     total = f"Fragmentation: {_share(analysis.fragmentation_at_peak)} at the peak, at most {_share(analysis.fragmentation_highest)}."
     return f"{table(rows)}\n{total}"
 
@@ -161,16 +141,10 @@ def _loading(analysis: Analysis) -> str:
 
 def _switches(switches: Sequence[Switch]) -> str:
     rows = [["switching", "before MiB", "after MiB", "given back MiB", "reserved given back MiB"]]
-    rows += [
-        [
-            f"{switch.leaving or '-'} to {switch.entering or '-'}",
-            _mib(switch.before.allocated_bytes),
-            _mib(switch.after.allocated_bytes),
-            _mib(switch.given_back_allocated_bytes),
-            _mib(switch.given_back_reserved_bytes),
-        ]
-        for switch in switches
-    ]
+    for s in switches:
+        given_back = (s.given_back_allocated_bytes, s.given_back_reserved_bytes)
+        sizes = (s.before.allocated_bytes, s.after.allocated_bytes, *given_back)
+        rows.append([f"{s.leaving or '-'} to {s.entering or '-'}", *map(_mib, sizes)])
     return table(rows) if len(rows) > 1 else ""
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from wanvram.analysis.peak import weights_at
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.runs import Run
 from wanvram.report.texts import Texts
-from wanvram.report.timeline import peak_moment, weights_at
+from wanvram.report.timeline import peak_moment
 from wanvram.units import GIB, human
 
 __all__ = ["CARDS_GIB", "Answer", "answer", "deciding_bytes", "smallest_card", "together"]

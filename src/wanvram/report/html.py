@@ -60,7 +60,6 @@ def html_report(runs: Sequence[Run], language: str = "en") -> str:
 def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> str:
     headline = together(runs, texts) if len(runs) > 1 else bodies[0]["answer"]["headline"]
     data = {
-        "language": texts.language,
         "texts": TEXTS[texts.language],
         "glossary": GLOSSARY[texts.language],
         "version": __version__,
@@ -134,7 +133,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "peak": _memory(peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else None,
         "stage": where.name if where else None,
         "component": where.component if where else None,
-        "fragmentation": _fragmentation(where) if where else None,
+        "fragmentation": where.peak.fragmentation if where else None,
         "used": used,
         "card": smallest_card(used) if peak and record.device != "cpu" else None,
         "seconds": _seconds(record),
@@ -150,11 +149,6 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
 
 def _memory(allocated: int, reserved: int, device: int | None) -> dict[str, int | None]:
     return {"allocated": allocated, "reserved": reserved, "device": device}
-
-
-def _fragmentation(span: Span) -> float:
-    reserved = span.peak.reserved_bytes
-    return (reserved - span.peak.allocated_bytes) / reserved if reserved > 0 else 0.0
 
 
 def _seconds(record: RunRecord) -> float | None:
@@ -175,7 +169,7 @@ def _stage(span: Span) -> dict[str, Any]:
         "start": span.start.allocated_bytes,
         "peak": _memory(span.peak.allocated_bytes, span.peak.reserved_bytes, span.peak.device_bytes),
         "activation": span.activation_bytes,
-        "fragmentation": _fragmentation(span),
+        "fragmentation": span.peak.fragmentation,
         "fluctuation": span.fluctuation_bytes,
         "seconds": span.seconds,
     }

@@ -108,11 +108,9 @@ def _stages(run: Run, texts: Texts) -> list[str]:
 
 
 def _stage(span: Span) -> list[str | None]:
-    reserved = span.peak.reserved_bytes
-    share = (reserved - span.peak.allocated_bytes) / reserved if reserved > 0 else 0.0
     time = seconds(span.seconds) if span.seconds is not None else None
     start, activation = _mib(span.start.allocated_bytes), _mib(span.activation_bytes)
-    return [span.name, span.component, start, activation, *_figures(span.peak), f"{share:.1%}", time]
+    return [span.name, span.component, start, activation, *_figures(span.peak), f"{span.peak.fragmentation:.1%}", time]
 
 
 def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:

@@ -6,13 +6,13 @@ Everything in them is untrusted: sizes are bounded, numbers are checked to be nu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.record import Memory, RunRecord, Span
+from wanvram.record import Memory, RunRecord, Span, dotted
 from wanvram.report.timeline import checked_timeline, coarse_timeline
 
 __all__ = ["Advice", "Run", "find_runs", "pairs", "read_run"]
@@ -53,15 +53,7 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """The configuration as dotted keys."""
-        return dict(_dotted(self.record.config, ""))
-
-
-def _dotted(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        return dotted(self.record.config)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

@@ -19,14 +19,8 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "peak_device_measured": ("This run needed {bytes} of device memory", "该运行实测占用 {bytes} 显存"),
     "peak_reserved_predicted": ("This run will need {bytes} of reserved memory", "预计该运行需要 {bytes} 预留内存"),
     "peak_reserved_measured": ("This run needed {bytes} of reserved memory", "该运行实测预留 {bytes} 内存"),
-    "fits_budget": (
-        "it fits the budget of {budget} with {spare} to spare",
-        "在 {budget} 的预算之内，尚余 {spare}",
-    ),
-    "exceeds_budget": (
-        "it does not fit the budget of {budget}: {spare} too much",
-        "超出 {budget} 的预算 {spare}",
-    ),
+    "fits_budget": ("it fits the budget of {budget} with {spare} to spare", "在 {budget} 的预算之内，尚余 {spare}"),
+    "exceeds_budget": ("it does not fit the budget of {budget}: {spare} too much", "超出 {budget} 的预算 {spare}"),
     "smallest_card": ("the smallest standard card that holds it has {card} GB", "能容纳它的最小标准显卡为 {card} GB"),
     "no_card": ("no standard card up to {card} GB holds it", "{card} GB 及以下的标准显卡都无法容纳"),
     "failed_oom": ("Out of memory in {stage}: {message}", "在 {stage} 阶段显存不足：{message}"),
@@ -205,7 +199,6 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "pin_run": ("compare {run}", "对比 {run}"),
     "show": ("show", "查看"),
     "show_run": ("show {run}", "查看 {run}"),
-    "shown_run": ("Run shown", "当前运行"),
     "figure": ("figure", "指标"),
     "difference": ("difference", "差值"),
     "relative": ("relative", "相对"),
@@ -243,10 +236,7 @@ _PAIRS: dict[str, tuple[str, str]] = {
 }
 
 _TERMS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
-    (
-        ("allocated", "已分配"),
-        ("Bytes in the blocks of live tensors.", "存活张量所占内存块的字节数。"),
-    ),
+    (("allocated", "已分配"), ("Bytes in the blocks of live tensors.", "存活张量所占内存块的字节数。")),
     (
         ("reserved", "已预留"),
         (
@@ -262,16 +252,10 @@ _TERMS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
             "驱动报告的进程占用：预留加上 CUDA 上下文与库。运行能否放进显卡由它决定。",
         ),
     ),
-    (
-        ("base memory", "基础显存"),
-        ("What a component's weights occupy once loaded.", "组件的权重加载后所占的显存。"),
-    ),
+    (("base memory", "基础显存"), ("What a component's weights occupy once loaded.", "组件的权重加载后所占的显存。")),
     (
         ("activation", "激活"),
-        (
-            "The peak of a stage minus what was there when it began.",
-            "阶段峰值减去阶段开始时已有的部分。",
-        ),
+        ("The peak of a stage minus what was there when it began.", "阶段峰值减去阶段开始时已有的部分。"),
     ),
     (
         ("fragmentation", "碎片率"),
@@ -280,10 +264,7 @@ _TERMS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
             "（预留 - 已分配）/ 预留：持有但未被张量使用的比例。",
         ),
     ),
-    (
-        ("fluctuation", "波动"),
-        ("The spread of allocated memory within a stage.", "阶段内已分配显存的变化幅度。"),
-    ),
+    (("fluctuation", "波动"), ("The spread of allocated memory within a stage.", "阶段内已分配显存的变化幅度。")),
     (
         ("component", "组件"),
         (

@@ -12,7 +12,7 @@ from typing import Any
 from wanvram.errors import InputError
 from wanvram.record import Memory, RunRecord, Span
 
-__all__ = ["checked_timeline", "coarse_timeline", "peak_moment", "thinned", "weights_at"]
+__all__ = ["checked_timeline", "coarse_timeline", "peak_moment", "thinned"]
 
 SCHEMA = 1
 MAX_POINTS = 100_000
@@ -147,15 +147,6 @@ def _figures(memory: Memory) -> tuple[int, int, int | None]:
 def peak_moment(timeline: dict[str, Any]) -> dict[str, Any] | None:
     """The moment of the global peak; None in a coarse timeline."""
     return max(timeline["moments"], key=lambda moment: int(moment["allocated_bytes"]), default=None)
-
-
-def weights_at(timeline: dict[str, Any], x: float) -> dict[str, int]:
-    """Bytes of weights on the device at x, by component."""
-    result: dict[str, int] = {}
-    for weight in timeline["weights"]:
-        if weight["start"] <= x < weight["end"]:
-            result[weight["component"]] = result.get(weight["component"], 0) + weight["bytes"]
-    return result
 
 
 def thinned(timeline: dict[str, Any], *, points: int, groups: int, blocks: int) -> dict[str, Any]:

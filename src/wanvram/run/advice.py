@@ -20,7 +20,7 @@ from wanvram.errors import OutOfMemory
 from wanvram.planner import StageForecast
 from wanvram.planner.forecasts import KNOBS, Forecast, components_of, stage_seconds
 from wanvram.planner.tiles import tiles_for
-from wanvram.record import ComponentRecord, RunRecord, Span, write_atomically
+from wanvram.record import ComponentRecord, RunRecord, Span, dotted, write_atomically
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.extension import prompt_extension
 from wanvram.run.forecast import simulate_stage
@@ -33,11 +33,6 @@ from wanvram.tasks import latent_shape
 __all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]
 
 LOSSY = ("precision", "weight_storage", "vae_precision")
-TILES = (
-    52,
-    30,
-    20,
-)  # latent pixels whose cuDNN workspaces were measured; the two largest that are smaller than what is used
 FLAGS = {"offload": "offload_model"}  # the knob whose flag has another name
 BASIS = "differences between two simulated runs, of this configuration with and without the change; loading is not in the times"
 
@@ -164,8 +159,11 @@ def _reused(config: RunConfig, record: RunRecord) -> Prediction | None:
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """What changes memory or time. The card is the record's; a random seed is drawn when the run begins."""
     sections = {name: config.get(name) or {} for name in ("model_config", "optimization", "request")}
-    keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return {k: v for k, v in keys.items() if k not in ("model_config.device", "request.gpu", "request.base_seed")}
+    return {
+        k: v
+        for k, v in dotted(sections).items()
+        if k not in ("model_config.device", "request.gpu", "request.base_seed")
+    }
 
 
 # --- what could be changed ---------------------------------------------------------------------------------------------------

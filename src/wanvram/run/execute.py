@@ -252,7 +252,7 @@ def _record(
     spans = [span for stage in pipeline.recorder.spans for span in stage.walk()]
     rss = max((span.host_rss_bytes or 0 for span in spans), default=0)
     pinned = max((span.pinned_bytes for span in spans), default=0)
-    record = RunRecord(
+    return RunRecord(
         device=device.name,
         simulated=device.kind == "simulated",
         config=config.to_dict(),
@@ -265,7 +265,6 @@ def _record(
         failure=failure,
         notes=_notes(config, pipeline),
     )
-    return record
 
 
 def _components(pipeline: Pipeline) -> list[ComponentRecord]:

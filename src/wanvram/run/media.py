@@ -253,14 +253,14 @@ class SourceVideo:
     """The planned frames of a video, or of a mask video, decoded as a stream.
 
     What was decoded to the end once is kept in 8 bits a value (214 MiB for 81 frames of 1280x720): encoding reads the frames
-    twice, and in tiles twice a tile. flag: named in errors; by default the official one, --src_video or --src_mask.
+    twice, and in tiles twice a tile.
     """
 
-    def __init__(self, path: Path, plan: FramePlan, *, mask: bool = False, flag: str | None = None) -> None:
+    def __init__(self, path: Path, plan: FramePlan, *, mask: bool = False) -> None:
         self.path = path
         self.plan = plan
         self.mask = mask
-        self.flag = flag or ("--src_mask" if mask else "--src_video")
+        self.flag = "--src_mask" if mask else "--src_video"
         self._kept: tuple[Tensor, ...] = ()
 
     def chunks(self) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,10 +26,10 @@ def plan_run(
     """The fastest lossless strategy whose whole predicted run stays within the budget less its margin, and that run.
 
     Forecasts are shortened; where the whole run needs more than they said, the difference is kept free and the search is
-    made again, at most three times, then BudgetError. The allocator's expandable segments are always used: they cost
-    nothing and leave no holes.
+    made again, at most three times, then BudgetError. The allocator's expandable segments are always used where PyTorch
+    has them, which is on Linux: they cost nothing and leave no holes.
     """
-    base = replace(config.strategy, expandable_segments=True)
+    base = replace(config.strategy, expandable_segments=sys.platform == "linux")
     known: dict[tuple[RunConfig, str], StageForecast] = {}
 
     def forecast(asked: RunConfig, component: str) -> StageForecast:

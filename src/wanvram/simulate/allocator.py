@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from wanvram.errors import InputError, OutOfMemory
+from wanvram.errors import OutOfMemory
 from wanvram.units import human
 
 __all__ = ["AllocatorSettings", "CachingAllocator", "SegmentView"]
@@ -31,45 +31,6 @@ class AllocatorSettings:
     expandable_segments: bool = False
     large_segment_size: int = 20 * 1024 * 1024
     max_split_size: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> AllocatorSettings:
-        """`expandable_segments:True,max_split_size_mb:512` -> settings.
-
-        Raises InputError for what PyTorch 2.13 refuses and for what is not modelled.
-        """
-        settings = cls()
-        for part in filter(None, (p.strip() for p in text.split(","))):
-            key, _, value = (word.strip() for word in part.partition(":"))
-            if key == "expandable_segments":
-                settings = replace(settings, expandable_segments=_flag(key, value))
-            elif key == "max_split_size_mb":
-                settings = replace(settings, max_split_size=_mebibytes(key, value))
-            elif key == "large_segment_size_mb":
-                settings = replace(settings, large_segment_size=_mebibytes(key, value))
-            else:
-                raise InputError(
-                    f"allocator setting '{key}' is not modelled; "
-                    "known: expandable_segments, max_split_size_mb, large_segment_size_mb"
-                )
-        if settings.large_segment_size <= MIN_LARGE_ALLOC:
-            raise InputError(f"large_segment_size_mb must be over 10, not {settings.large_segment_size // 2**20}")
-        if settings.max_split_size is not None and settings.max_split_size < settings.large_segment_size:
-            smallest = settings.large_segment_size // 2**20
-            raise InputError(f"max_split_size_mb must be at least {smallest}, not {settings.max_split_size // 2**20}")
-        return settings
-
-
-def _flag(key: str, value: str) -> bool:
-    if value not in ("True", "False"):
-        raise InputError(f"allocator setting '{key}' must be True or False, not '{value}'")
-    return value == "True"
-
-
-def _mebibytes(key: str, value: str) -> int:
-    if not value.isdecimal():
-        raise InputError(f"allocator setting '{key}': '{value}' is not a whole number of MiB")
-    return int(value) * 2**20
 
 
 class _Block:
@@ -195,11 +156,6 @@ class CachingAllocator:
                     self._unmap(block, key[1])
                 elif block.prev is None and block.next is None:
                     self._release(block, key[1])
-
-    @property
-    def num_segments(self) -> int:
-        """Segments held; an expandable one counts once however much of it is mapped."""
-        return len(self._heads)
 
     def reset_peaks(self) -> None:
         self.peak_allocated_bytes = self.allocated_bytes

@@ -51,7 +51,7 @@ class LibraryBuffers:
             "wanvram.conv3d.default": self._convolution,
         }
 
-    def plan(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BufferPlan | None:
+    def plan(self, operation: str, args: tuple[Any, ...]) -> BufferPlan | None:
         planner = self._planners.get(operation)
         if planner is not None:
             return planner(args)
@@ -66,12 +66,10 @@ class LibraryBuffers:
         return ()
 
     def _attention(self, args: tuple[Any, ...]) -> BufferPlan:
-        q, k = args[0], args[1]
-        lq, heads, head_dim = q.shape
-        has_bias = len(args) > 3 and args[3] is not None
-        backend = self.libraries.attention_backend(q.element_size(), head_dim, has_bias)
-        extra = self.libraries.attention_extra(backend, lq, k.shape[0], heads, head_dim, q.element_size())
-        return BufferPlan(before=extra.before, during=extra.during, loads=("attention",) if backend == "cudnn" else ())
+        lq, heads, head_dim = args[0].shape
+        backend = self.libraries.attention_backend(args[0].element_size(), head_dim)
+        before, during = self.libraries.attention_extra(backend, lq, heads)
+        return BufferPlan(before, during, loads=("attention",) if backend == "cudnn" else ())
 
     def _convolution(self, args: tuple[Any, ...]) -> BufferPlan:
         x, weight = args[0], args[1]

@@ -54,17 +54,11 @@ _WRITES_ONLY = (
     "aten.uniform_",
 )
 _LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
-_DIRECT = (
-    "wanvram.conv3d",
-    "wanvram.rms_norm_silu",
-    "wanvram.fill_window",
-)  # on CUDA these are called without PyTorch's dispatcher
 _PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.addmm_": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
 
 Arguments = tuple[Any, ...]
-Work = tuple[
-    float, float, float
-]  # arithmetic operations, how many of them the device does per second, bytes of traffic
+# Arithmetic operations, how many of them the device does per second, bytes of traffic.
+Work = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -236,7 +230,7 @@ class Clock:
         self._read = 0.0
         seconds = nbytes / self.gpu.pcie_bytes
         self._copies = start + seconds
-        self.copied = Copies(self.copied.nbytes + nbytes, self.copied.seconds + seconds, self.copied.stalled_seconds)
+        self.copied += Copies(nbytes, seconds)
         return self._copies
 
     def wait(self, mark: float) -> None:
@@ -247,7 +241,7 @@ class Clock:
 
     def _stall(self, seconds: float) -> None:
         if seconds > 0.0:
-            self.copied = Copies(self.copied.nbytes, self.copied.seconds, self.copied.stalled_seconds + seconds)
+            self.copied += Copies(stalled_seconds=seconds)
 
     def transfer(self, nbytes: int, *, pinned: bool) -> None:
         """A copy between host and device in the computation's order, which the host waits for."""

@@ -8,23 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from wanvram.simulate.gpus import GPU
 
-__all__ = ["AttentionExtra", "Libraries", "conv_key"]
+__all__ = ["Libraries", "conv_key"]
 
 MIB = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class AttentionExtra:
-    """Bytes beside the output. before: taken first, freed last. during: after the output, freed at once."""
-
-    before: tuple[int, ...] = ()
-    during: tuple[int, ...] = ()
 
 
 def conv_key(dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> str:
@@ -54,26 +45,25 @@ class Libraries:
         """Taken at the first product with a fused bias and kept: 1 MiB (measured)."""
         return MIB
 
-    def attention_backend(self, dtype_bytes: int, head_dim: int, has_bias: bool) -> str:
-        """What scaled_dot_product_attention picks (PyTorch's sdp_utils.cpp): cudnn, flash, efficient or math."""
+    def attention_backend(self, dtype_bytes: int, head_dim: int) -> str:
+        """What scaled_dot_product_attention picks (PyTorch's sdp_utils.cpp): cudnn, flash or efficient."""
         capability = self.gpu.compute_capability
-        if dtype_bytes == 2 and head_dim <= 128 and capability >= (9, 0) and capability < (12, 0) and not has_bias:
+        if dtype_bytes == 2 and head_dim <= 128 and capability >= (9, 0) and capability < (12, 0):
             return "cudnn"
-        if dtype_bytes == 2 and head_dim <= 256 and capability >= (8, 0) and not has_bias:
+        if dtype_bytes == 2 and head_dim <= 256 and capability >= (8, 0):
             return "flash"
         return "efficient"
 
-    def attention_extra(
-        self, backend: str, lq: int, lk: int, heads: int, head_dim: int, dtype_bytes: int
-    ) -> AttentionExtra:
-        """cudnn: two 8-byte seeds and 256 bytes (measured); flash: fp32 log-sum-exp and two seeds; efficient: nothing (measured)."""
+    def attention_extra(self, backend: str, lq: int, heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Bytes taken (before the output and freed last, after it and freed at once).
+
+        cudnn: two 8-byte seeds and 256 bytes (measured); flash: fp32 log-sum-exp and two seeds; efficient: nothing (measured).
+        """
         if backend == "cudnn":
-            return AttentionExtra(before=(8, 8), during=(256,))
+            return (8, 8), (256,)
         if backend == "flash":
-            return AttentionExtra(during=(4 * heads * lq, 16, 8))
-        if backend == "math":
-            return AttentionExtra(during=(heads * lq * lk * 4, heads * lq * lk * 4))
-        return AttentionExtra()
+            return (), (4 * heads * lq, 16, 8)
+        return (), ()
 
     def conv_workspace(self, dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> int:
         """cuDNN's workspace in channels_last_3d, bytes: the H200's table where it has the shape, else its commonest value, 131.

@@ -73,7 +73,7 @@ class SimulatedMemory(TorchDispatchMode):
         self._device: dict[int, int] = {}
         self._ignored: set[int] = set()
         self._pinned: set[int] = set()
-        self._operations: dict[Any, tuple[str, Price | None]] = {}
+        self._operations: dict[Any, tuple[str, Price | None, bool]] = {}
         self._placing_host = False
         self._pinning = False
         self._ignoring = False
@@ -156,24 +156,29 @@ class SimulatedMemory(TorchDispatchMode):
 
     # --- dispatch --------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch 2.13 would wrap every call, to hide it from a compiler that is not used, and import that compiler."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         known = self._operations.get(func)
         if known is None:
-            name = str(func)
-            known = self._operations[func] = (
-                name,
-                None if getattr(func, "is_view", False) else self.clock.costs.price(name),
-            )
-        self._operation, price = known
+            name, is_view = str(func), bool(getattr(func, "is_view", False))
+            known = self._operations[func] = (name, None if is_view else self.clock.costs.price(name), is_view)
+        self._operation, price, is_view = known
         if self._ignoring:
             return self._ignore(func(*args, **kwargs))
+        if is_view and not self._placing_host:  # half of all operations; the storage is known already
+            self.clock.view()
+            return func(*args, **kwargs)
         host = self._placing_host
         if self._host and not host:
             host = any(t.untyped_storage()._cdata in self._host for t in _meta_tensors((*args, *kwargs.values())))
-        plan = None if host else self.libraries.plan(self._operation, args, kwargs)
+        plan = None if host else self.libraries.plan(self._operation, args)
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
         shortcut = SHORTCUTS.get(self._operation) if args and getattr(args[0], "is_meta", False) else None
         result = func(*args, **kwargs) if shortcut is None else shortcut(args, kwargs)

@@ -76,10 +76,7 @@ T5: Table = (
     ("encoder.block.#.layer.0.SelfAttention.k.weight", "blocks.#.attn.k.weight"),
     ("encoder.block.#.layer.0.SelfAttention.v.weight", "blocks.#.attn.v.weight"),
     ("encoder.block.#.layer.0.SelfAttention.o.weight", "blocks.#.attn.o.weight"),
-    (
-        "encoder.block.#.layer.0.SelfAttention.relative_attention_bias.weight",
-        "blocks.#.pos_embedding.embedding.weight",
-    ),
+    ("encoder.block.#.layer.0.SelfAttention.relative_attention_bias.weight", "blocks.#.pos_embedding.embedding.weight"),
     ("encoder.block.#.layer.1.layer_norm.weight", "blocks.#.norm2.weight"),
     ("encoder.block.#.layer.1.DenseReluDense.wi_0.weight", "blocks.#.ffn.gate.0.weight"),
     ("encoder.block.#.layer.1.DenseReluDense.wi_1.weight", "blocks.#.ffn.fc1.weight"),
