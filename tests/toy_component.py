@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mapping_source import MappingSource
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.layout import ALIGNMENT_BYTES
 from wanvram.engine.residency import Component
-from wanvram.weights.sources import MappingSource
 
 WIDTH = 16
 HIDDEN = (24, 32, 40, 24)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints import NAMES, TINY_DITS, as_diffusers, tensors, write_diffusers, write_official
+from mapping_source import MappingSource
 from parity.golden import DIRECTORY
 from wanvram.errors import CheckpointError
 from wanvram.weights.diffusers import TABLES, RenamedSource, official_names
@@ -32,7 +33,7 @@ from wanvram.weights.official import (
     open_checkpoint,
     tokenizer_file,
 )
-from wanvram.weights.sources import MappingSource, TensorSource
+from wanvram.weights.sources import TensorSource
 
 FULL_SIZE = json.loads((DIRECTORY / "full_size_keys.json").read_text())
 FULL_MODELS = [("dit", name) for name in FULL_SIZE if name.rpartition("-")[2] in ("1.3B", "14B")] + [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mapping_source import MappingSource
 from toy_component import (
     HOMES,
     LOADS,
@@ -26,7 +27,6 @@ from toy_component import (
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.layout import Layout
 from wanvram.errors import CheckpointError, DeviceError
-from wanvram.weights.sources import MappingSource
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a copy or a thread that never ends must fail, not hang
 

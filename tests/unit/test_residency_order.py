@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mapping_source import MappingSource
 from toy_component import (
     HOMES,
     LOADS,
@@ -35,7 +36,6 @@ from toy_component import (
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.residency import Component
 from wanvram.errors import CheckpointError, WanvramError
-from wanvram.weights.sources import MappingSource
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a copy or a thread that never ends must fail, not hang
 

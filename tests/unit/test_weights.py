@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mapping_source import MappingSource
 from wanvram.errors import CheckpointError
 from wanvram.models.t5 import T5Encoder
 from wanvram.specs import T5
@@ -26,7 +27,6 @@ from wanvram.weights.random import CPU_PERIOD, STD, RandomSource
 from wanvram.weights.sources import (
     CHUNK_BYTES,
     FilteredSource,
-    MappingSource,
     SafetensorsSource,
     TensorSource,
     TorchFileSource,

@@ -29,13 +29,13 @@ __all__ = [
     "ConvertedSource",
     "FileSource",
     "FilteredSource",
-    "MappingSource",
     "SafetensorsSource",
     "Stored",
     "TensorSource",
     "TorchFileSource",
     "check_file",
     "check_keys",
+    "memory_order",
     "read_manifest",
 ]
 
@@ -269,13 +269,6 @@ def _check_rows(key: str, indices: Sequence[int], count: int, origin: str) -> No
     outside = [index for index in indices if not 0 <= index < count]
     if outside:
         raise CheckpointError(f"{origin}: {key} has {count} rows; row {outside[0]} was asked for")
-
-
-class MappingSource(FileSource):
-    """Tensors already in memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], origin: str = "tensors in memory") -> None:
-        super().__init__(tensors, origin)
 
 
 class TorchFileSource(FileSource):
