@@ -4,8 +4,9 @@
     python benchmarks/numerics.py --model tiny --device cpu
 
 Random float32 weights; the reference is our float32 forward (TF32 off), which equals diffusers' float32 forward to the figure in the
-column `fp32`. Errors are relative to the reference: the largest (max |a - r| / max |r|) and the root mean square. diffusers runs as its
-pipelines run it: `model.to(dtype)` with its `_keep_in_fp32_modules` kept in float32. Writes <out>/<date>_<device>_numerics.json.
+column `fp32`. `sliced` is ours with attention_slicing: the same sums, rounded elsewhere. Errors are relative to the reference: the
+largest (max |a - r| / max |r|) and the root mean square. diffusers runs as its pipelines run it: `model.to(dtype)` with its
+`_keep_in_fp32_modules` kept in float32. Writes <out>/<date>_<device>_numerics.json.
 """
 
 from __future__ import annotations
@@ -47,11 +48,15 @@ def inputs_of(shape: tuple[int, ...], spec: DiTSpec, device: str) -> tuple[torch
     return latent.to(device), torch.randn(40, spec.text_dim, generator=generator).to(device)
 
 
-def ours(spec: DiTSpec, weights: dict[str, torch.Tensor], precision: str, inputs: Any, device: str) -> torch.Tensor:
+def ours(
+    spec: DiTSpec, weights: dict[str, torch.Tensor], precision: str, inputs: Any, device: str, *, sliced: bool = False
+) -> torch.Tensor:
+    """sliced: attention in four groups of heads, as attention_slicing does."""
     model = WanDiT(spec, PRECISIONS[precision]).to(device)
     model.load_state_dict(weights)
     latent, context = inputs
-    (velocity,) = model(latent, 500, [Condition(context)], rows_per_chunk=2048)
+    heads = max(1, spec.num_heads // 4) if sliced else None
+    (velocity,) = model(latent, 500, [Condition(context)], rows_per_chunk=2048, heads_per_group=heads)
     return velocity.double().cpu()
 
 
@@ -111,14 +116,11 @@ def main() -> None:
         for precision in args.precision:
             row = {"model": model, "precision": precision}
             row["ours"] = error(ours(spec, weights, precision, inputs, args.device), reference)
+            row["sliced"] = error(ours(spec, weights, precision, inputs, args.device, sliced=True), reference)
             row["diffusers"] = error(theirs(spec, weights, precision, inputs, args.device), reference)
             rows.append(row)
-            o, d = row["ours"], row["diffusers"]
-            print(
-                f"{model:5s} {precision}: ours max {o['max']:.2e} rms {o['rms']:.2e}; "
-                f"diffusers max {d['max']:.2e} rms {d['rms']:.2e}",
-                flush=True,
-            )
+            figures = (f"{k} max {row[k]['max']:.2e} rms {row[k]['rms']:.2e}" for k in ("ours", "sliced", "diffusers"))
+            print(f"{model:5s} {precision}: {'; '.join(figures)}", flush=True)
     document = {"device": name, "torch": torch.__version__, "date": str(datetime.date.today()), "rows": rows}
     key = "cpu" if args.device == "cpu" else name.split()[-1].lower()
     (args.out / f"{datetime.date.today()}_{key}_numerics.json").write_text(json.dumps(document, indent=1) + "\n")

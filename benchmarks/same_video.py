@@ -7,7 +7,8 @@
 
 One process; T5, --steps steps and the VAE at 832*480. --without_text gives random contexts instead of T5's, which saves loading it five
 times; --without_text still denoises and decodes. The values compared are the latents (float32) and the frames (of 255); the whole VAE
-is used by all ways but the last. Writes <out>/<date>_<gpu>_same_video_<task>.json.
+is used by all ways but the last. Slices and tiles give cuBLAS and cuDNN other shapes, for which they round elsewhere; with --precision
+fp32, which also turns TF32 off, what is left is the order of sums. Writes <out>/<date>_<gpu>_same_video_<task>_<precision>.json.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Kept(Pipeline):
 
 
 def run(strategy: Strategy, args: argparse.Namespace) -> dict[str, Any]:
+    strategy = replace(strategy, precision=args.precision)
     request = Request.for_task(args.task, size="832*480", frame_num=args.frames, sample_steps=args.steps, base_seed=1)
     weights = str(args.weights)
     config = RunConfig("same_video", "", args.device, replace(request, prompt="a prompt"), strategy, weights=weights)
@@ -133,12 +135,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--precision", default="bf16", choices=("fp16", "bf16", "fp32"))
     parser.add_argument("--without_text", action="store_true")
     parser.add_argument("--only", default="", help="ways whose name contains one of these, comma separated")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    target = args.out / f"{datetime.date.today()}_{device.split()[-1].lower()}_same_video_{args.task}.json"
+    target = (
+        args.out / f"{datetime.date.today()}_{device.split()[-1].lower()}_same_video_{args.task}_{args.precision}.json"
+    )
+    if args.precision == "fp32":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     plain, rows = run(WAYS["resident"], args), []
     print(f"{device}, {args.task}: resident in {plain['seconds']:.1f} s", flush=True)
     for name, strategy in list(WAYS.items())[1:]:
@@ -154,7 +161,7 @@ def main() -> None:
             flush=True,
         )
         document = {"device": device, "torch": torch.__version__, "date": str(datetime.date.today()), "task": args.task,
-                    "frames": args.frames, "steps": args.steps, "rows": rows}  # fmt: skip
+                    "precision": args.precision, "frames": args.frames, "steps": args.steps, "rows": rows}  # fmt: skip
         target.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -238,7 +238,8 @@ class SelfAttention(_Attention):
             rope = inputs.cos[c], inputs.sin[c]
             scaled_rope_(k[c], inverse[c], self.norm_k.weight[columns], *rope, count)
         k, v = (t.view(t.shape[0], count, width) for t in (k, v))
-        for c in chunks(x.shape[0], rows):
+        # As many bytes as a chunk of h had: 8190 queries x 3 heads leave a quarter of an H200 idle, 32760 x 3 do not.
+        for c in chunks(x.shape[0], rows and rows * (self.num_heads // count)):
             q[c, group].copy_(attention(q[c, group], k, v))
 
     def _normed(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """A model of PyTorch's CUDA caching allocator, exact to the byte: same segments, splits, merges, retries. No torch.
 
 Rules read from c10/cuda/CUDACachingAllocator.cpp (2.11 to 2.13) and checked against complete histories of an H200
-(tests/golden/allocator_*.json.gz). What a model cannot know is the order of addresses cudaMalloc returns; see `_take_addresses`.
+(tests/golden/allocator_*.json.gz). What a model cannot know is the order of addresses cudaMalloc returns; see `_Addresses`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,38 @@ class _Pool:
         del self.at[block.address]
 
 
+class _Addresses:
+    """Where cudaMalloc puts segments, which decides ties between equal free blocks.
+
+    Seen in H200 histories: new ranges lie below all others, each a multiple of 32 MiB; what is left of one, and what was freed,
+    is used again. The driver's own allocations, which lie between ours, are not known: of 168 stage peaks one differs for that.
+    """
+
+    def __init__(self) -> None:
+        self._lowest = _LAST_ADDRESS
+        self._gaps: dict[int, int] = {}  # address -> size
+
+    def take(self, size: int) -> int:
+        fitting = [(room, address) for address, room in self._gaps.items() if room >= size]
+        if fitting:
+            room, address = min(fitting)
+            del self._gaps[address]
+        else:
+            room = -(-size // ADDRESS_STEP) * ADDRESS_STEP
+            self._lowest = address = self._lowest - room
+        if room > size:
+            self._gaps[address + size] = room - size
+        return address
+
+    def give_back(self, address: int, size: int) -> None:
+        size += self._gaps.pop(address + size, 0)
+        before = next((start for start, room in self._gaps.items() if start + room == address), None)
+        if before is None:
+            self._gaps[address] = size
+        else:
+            self._gaps[before] += size
+
+
 @dataclass(frozen=True)
 class SegmentView:
     """One reserved range and its blocks (address, size, state: allocated, free or unmapped) for maps and fragmentation."""
@@ -112,7 +144,7 @@ class CachingAllocator:
         self._pools: dict[tuple[bool, int], _Pool] = {}
         self._live: dict[int, tuple[_Block, int]] = {}
         self._heads: dict[int, tuple[_Block, int]] = {}  # first block of every segment, with its stream
-        self._next_address = _LAST_ADDRESS
+        self._addresses = _Addresses()
 
     # --- public ------------------------------------------------------------------------------------------------------------
 
@@ -256,7 +288,7 @@ class CachingAllocator:
             return self._expand(pool, size, stream)
         if not self._device_has(segment):
             return None
-        block = _Block(self._take_addresses(segment), segment, pool, expandable=False)
+        block = _Block(self._addresses.take(segment), segment, pool, expandable=False)
         self._heads[block.address] = (block, stream)
         self._grow("segment_alloc", block.address, segment, stream)
         return block
@@ -265,6 +297,7 @@ class CachingAllocator:
         """Gives a free block that is a whole segment back to the driver."""
         block.pool.remove(block)
         del self._heads[block.address]
+        self._addresses.give_back(block.address, block.size)
         self._shrink("segment_free", block.address, block.size, stream)
 
     def _release_oversized(self, pool: _Pool, size: int, stream: int) -> bool:
@@ -308,7 +341,7 @@ class CachingAllocator:
             if room >= size:
                 return block
         reservation = -(-max((self.total_bytes or 1 << 40) * 9 // 8, size) // pool.page) * pool.page
-        block = _Block(self._take_addresses(reservation), reservation, pool, expandable=True, mapped=False)
+        block = _Block(self._addresses.take(reservation), reservation, pool, expandable=True, mapped=False)
         self._heads[block.address] = (block, stream)
         pool.add_unmapped(block)
         return block
@@ -366,11 +399,6 @@ class CachingAllocator:
 
     def _device_has(self, size: int) -> bool:
         return self.total_bytes is None or self.reserved_bytes + size <= self.total_bytes
-
-    def _take_addresses(self, size: int) -> int:
-        """cudaMalloc hands out ranges downwards, 32 MiB apart (seen in H200 histories); it decides ties between equal blocks."""
-        self._next_address -= -(-size // ADDRESS_STEP) * ADDRESS_STEP
-        return self._next_address
 
     def _grow(self, event: str, address: int, size: int, stream: int) -> None:
         self.reserved_bytes += size
