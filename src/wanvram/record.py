@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 from wanvram.errors import InputError, OutputError
@@ -249,6 +250,12 @@ class RunRecord:
         for span in self.stages:
             result = span.peak if result is None else result.highest(span.peak)
         return result
+
+    def step_seconds(self) -> float | None:
+        """A denoising step, the median: the first ones also load kernels and tune. None: unknown."""
+        steps = [step for stage in self.stages if stage.name == "denoise" for step in stage.children]
+        times = [step.seconds for step in steps if step.seconds is not None for _ in range(step.repeats)]
+        return median(times) if times else None
 
     def to_json(self) -> dict[str, Any]:
         peak, where = self.peak(), self.peak_span()

@@ -152,6 +152,22 @@ def test_a_prediction_stands_beside_its_measurement_with_signed_errors(several: 
     assert column(several, caption, 4)[0] == "-0.68 %"
 
 
+def test_many_pairs_are_a_line_each_and_their_figures_fold_open(browser: Browser, tmp_path: Path) -> None:
+    real = Recipe("real", simulated=False, timeline=False)
+    page = browser.open(
+        report(tmp_path, Recipe(), real, Recipe(offload=True), Recipe("lean", simulated=False, offload=True))
+    )
+    caption = "Predicted against measured"
+    assert (column(page, caption, 0), column(page, caption, 1)) == (["real", "lean"], ["0.00 %", "0.00 %"])
+    assert page.value("[...document.querySelectorAll('details > summary')].map((s) => s.textContent)")[-2:] == [
+        "real",
+        "lean",
+    ]
+    page.click("input[name=show]", 1)
+    page.wait("document.querySelectorAll('.tile').length > 5")
+    assert page.troubles() == []
+
+
 def test_another_run_is_shown_when_it_is_chosen(several: Page) -> None:
     assert several.text(".answer .kind").startswith("lean · Predicted")
     several.click("input[name=show]", 2)

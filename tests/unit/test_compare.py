@@ -223,7 +223,7 @@ def test_the_table_of_many_runs_says_what_came_out_of_each() -> None:
     failed = RunRecord("cpu", False, {}, False, None, [], [], {}, {}, Failure("error", "it broke"))
     text = runs_table([("good", record()), ("bad", failed)])
     assert [line.split() for line in text.splitlines()[2:4]] == [
-        ["good", "predicted", "300.0", "400.0", "1,000.0", "denoise", "2.00", "s"],
-        ["bad", "FAILED", "-", "-", "-", "-", "-"],
+        ["good", "predicted", "300.0", "400.0", "1,000.0", "denoise", "-", "2.00", "s"],
+        ["bad", "FAILED", "-", "-", "-", "-", "-", "-"],
     ]
     assert text.endswith("bad: it broke")

@@ -18,8 +18,9 @@ from wanvram.analysis.peak import weights_at
 from wanvram.cli import report
 from wanvram.errors import InputError
 from wanvram.record import Failure, Memory
-from wanvram.report.answer import answer, smallest_card
+from wanvram.report.answer import answer, best_first, smallest_card, together
 from wanvram.report.html import MAX_BYTES, html_report
+from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Advice, Run, find_runs, pairs, read_run
 from wanvram.report.texts import GLOSSARY, TEXTS, Texts
 from wanvram.report.timeline import checked_timeline, coarse_timeline, thinned
@@ -142,6 +143,22 @@ def test_a_run_without_a_timeline_is_drawn_from_its_stages(tmp_path: Path) -> No
     assert run.timeline["moments"] == []
 
 
+def test_a_measured_run_without_a_timeline_borrows_that_of_a_prediction_that_came_true(tmp_path: Path) -> None:
+    real = Recipe("real", simulated=False, timeline=False)
+    recipes = Recipe(), real, replace(real, name="far off", factor=1.02)
+    predicted, true, wrong = find_runs([write_run(tmp_path / r.name, r) for r in recipes])
+    assert (true.borrowed, true.timeline) == (True, predicted.timeline)
+    assert (wrong.borrowed, wrong.timeline["moments"]) == (False, [])
+    said = TEXTS["en"]["borrowed"]
+    assert [said in markdown_report([run]) for run in (predicted, true, wrong)] == [False, True, False]
+
+
+def test_of_a_prediction_and_its_measurement_the_measurement_counts(tmp_path: Path) -> None:
+    recipes = Recipe("dream"), Recipe("real", simulated=False, factor=1.01), Recipe("small", offload=True)
+    runs = find_runs([write_run(tmp_path / r.name, r) for r in recipes])
+    assert [run.label for _, run in best_first(runs)] == ["small", "real"]
+
+
 def test_a_prediction_pairs_with_the_measurement_of_the_same_configuration_only(tmp_path: Path) -> None:
     recipes = Recipe("a"), Recipe("b", offload=True), Recipe("c", simulated=False, prompt="other words")
     runs = find_runs([write_run(tmp_path / r.name, r) for r in recipes])
@@ -152,6 +169,24 @@ def test_a_directory_of_runs_is_all_its_runs_and_equal_names_are_told_apart(tmp_
     for directory in ("b", "a"):
         write_run(tmp_path / directory, Recipe("same"))
     assert [run.label for run in find_runs([tmp_path])] == ["same", "same (b)"]
+    write_run(tmp_path / "c", Recipe("same", simulated=False))
+    assert [run.label for run in find_runs([tmp_path])] == ["same", "same (b)", "same (measured)"]
+
+
+def with_step(run: Run, seconds: float) -> Run:
+    """The run with one denoising step of so many seconds."""
+    stages = [
+        replace(s, children=[replace(s, name="step 0", kind="step", seconds=seconds)]) if s.name == "denoise" else s
+        for s in run.record.stages
+    ]
+    return replace(run, label=f"{seconds:g} s", record=replace(run.record, stages=stages))
+
+
+def test_of_runs_with_the_same_peak_the_fastest_is_the_best(run: Run) -> None:
+    runs = [with_step(run, 2.0), with_step(run, 1.0), run]
+    assert [best.label for _, best in best_first(runs)] == ["1 s", "2 s", run.label]
+    assert together(runs, Texts("en")).startswith("Of 3 runs “1 s” has the lowest peak")
+    assert "| 1 s | predicted | 6,162.0 | 5,562.0 | 5,134.0 | 1.00 s | decode |" in markdown_report(runs)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,14 @@ def test_the_peak_takes_each_figure_from_wherever_it_was_highest_and_the_stage_f
     }  # fmt: skip
 
 
+def test_the_time_of_a_step_is_the_median_whichever_stand_for_several() -> None:
+    first, twice, last = (step("step 0", seconds=9.0), replace(step("step 1", seconds=2.0), repeats=2), step("step 3"))
+    record = a_record()
+    denoise = replace(record.stages[1], children=[first, twice, last])
+    assert replace(record, stages=[denoise]).step_seconds() == 2.0
+    assert replace(record, stages=[replace(denoise, children=[])]).step_seconds() is None
+
+
 def test_fragmentation_is_the_reserved_share_that_no_tensor_uses() -> None:
     assert a_record().to_json()["fragmentation"] == {
         "at_peak": pytest.approx(0.2),

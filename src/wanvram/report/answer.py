@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from wanvram.analysis.peak import weights_at
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.runs import Run
+from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import Texts
 from wanvram.report.timeline import peak_moment
 from wanvram.units import GIB, human
 
-__all__ = ["CARDS_GIB", "Answer", "answer", "deciding_bytes", "smallest_card", "together"]
+__all__ = ["CARDS_GIB", "Answer", "answer", "best_first", "deciding_bytes", "smallest_card", "together"]
 
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
 USABLE_SHARE = 0.98  # of a card's nominal memory a process gets about this much: RTX 4090 24,082 of 24,576 MiB
@@ -142,13 +143,24 @@ def _weights_at_peak(run: Run, span: Span) -> dict[str, int]:
     return {name: size for name, size in base.items() if name in loaded}
 
 
+def best_first(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    """Deciding bytes and run of those that came to their end: the lowest peak first, of equal ones the fastest step.
+
+    A prediction that was measured is left out: the measurement stands for it.
+    """
+    measured = {predicted for predicted, _ in pairs(runs)}
+    judged = [run for index, run in enumerate(runs) if index not in measured and not run.record.failure]
+    ended = [(deciding_bytes(peak), run) for run in judged if (peak := run.record.peak())]
+    return sorted(ended, key=lambda item: (item[0], item[1].record.step_seconds() or math.inf))
+
+
 def together(runs: Sequence[Run], texts: Texts) -> str:
     """One sentence over several runs: the lowest and the highest peak."""
-    measured = [(deciding_bytes(peak), run) for run in runs if (peak := run.record.peak()) and not run.record.failure]
+    ended = best_first(runs)
     failed = sum(1 for run in runs if run.record.failure)
-    if not measured:
+    if not ended:
         return texts("all_failed", count=len(runs))
-    (least, best), (most, worst) = min(measured, key=lambda m: m[0]), max(measured, key=lambda m: m[0])
+    (least, best), (most, worst) = ended[0], ended[-1]
     card = smallest_card(least)
     parts = [texts("best_of", count=len(runs), best=best.label, least=human(least))]
     parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))

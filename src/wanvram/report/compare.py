@@ -59,8 +59,8 @@ def _read_file(path: Path) -> Run:
 
 
 def runs_table(runs: Sequence[tuple[str, RunRecord]]) -> str:
-    """One line per run: what came out, the peak and where, the time without loading."""
-    rows = [["configuration", "result", "allocated MiB", "reserved MiB", "device MiB", "peak in", "time"]]
+    """One line per run: what came out, the peak and where, the time of a step and of all without loading."""
+    rows = [["configuration", "result", "allocated MiB", "reserved MiB", "device MiB", "peak in", "step", "time"]]
     for name, record in runs:
         peak, where = record.peak(), record.peak_span()
         cells = ["-"] * 3
@@ -68,8 +68,9 @@ def runs_table(runs: Sequence[tuple[str, RunRecord]]) -> str:
             figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes)
             cells = ["-" if figure is None else f"{figure / MIB:,.1f}" for figure in figures]
         timed = [s.seconds for s in record.stages if s.kind == "stage" and s.seconds is not None]
-        time = seconds(sum(timed)) if timed else "-"
-        rows.append([name, _result(record), *cells, where.name if where else "-", time])
+        step = record.step_seconds()
+        times = ("-" if step is None else seconds(step), seconds(sum(timed)) if timed else "-")
+        rows.append([name, _result(record), *cells, where.name if where else "-", *times])
     failures = [f"{name}: {r.failure.message}" for name, r in runs if r.failure is not None]
     return "\n".join([table(rows), *(["", *failures] if failures else [])])
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.record import RunRecord, Span
-from wanvram.report.answer import CARDS_GIB, answer, deciding_bytes, smallest_card, together
+from wanvram.report.answer import CARDS_GIB, answer, best_first, deciding_bytes, smallest_card, together
 from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import GLOSSARY, TEXTS, Texts
 from wanvram.report.timeline import thinned
@@ -66,6 +66,7 @@ def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> st
         "cards": CARDS_GIB,
         "headline": headline,
         "runs": bodies,
+        "shown": runs.index(best[0][1]) if (best := best_first(runs)) else 0,
         "pairs": pairs(runs),
     }
     style = "\n".join(_asset(name) for name in _STYLES)
@@ -137,6 +138,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "used": used,
         "card": smallest_card(used) if peak and record.device != "cpu" else None,
         "seconds": _seconds(record),
+        "step_seconds": record.step_seconds(),
         "settings": {key: _short(value) for key, value in run.settings().items()},
         "environment": {key: _short(value) for key, value in record.environment.items()},
         "notes": [_short(note) for note in record.notes],
@@ -144,6 +146,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "components": [asdict(component) for component in record.components],
         "stages": [_stage(span) for span in record.stages],
         "exact": run.exact,
+        "borrowed": run.borrowed,
     }
 
 

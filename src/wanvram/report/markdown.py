@@ -33,21 +33,22 @@ def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
 
 
 def _runs(runs: Sequence[Run], texts: Texts) -> list[str]:
-    heads = ["run", "kind", "peak_device", "peak_reserved", "peak_allocated", "stage", "card", "verdict"]
+    heads = ["run", "kind", "peak_device", "peak_reserved", "peak_allocated", "step", "stage", "card", "verdict"]
     rows = []
     for run in runs:
-        peak, where = run.record.peak(), run.record.peak_span()
+        peak, where, step = run.record.peak(), run.record.peak_span(), run.record.step_seconds()
         rows.append(
             [
                 run.label,
                 texts("predicted" if run.record.simulated else "measured"),
                 *_figures(peak),
+                None if step is None else seconds(step),
                 where.name if where else None,
                 _card(run.record, peak, texts),
                 _verdict(run.record, texts),
             ]
         )
-    return _table([_head(key, texts) for key in heads], rows, numbers=(2, 3, 4))
+    return _table([_head(key, texts) for key in heads], rows, numbers=(2, 3, 4, 5))
 
 
 def _figures(memory: Memory | None) -> list[str | None]:
@@ -80,6 +81,8 @@ def _run(run: Run, texts: Texts) -> list[str]:
     lines += [f"### {texts('components')}", "", *_components(run, texts), ""]
     lines += [f"### {texts('stages')}", "", *_stages(run, texts), ""]
     moment = peak_moment(run.timeline)
+    if moment is not None and run.borrowed:
+        lines += [texts("borrowed"), ""]
     if moment is not None:
         lines += [f"### {texts('alive')}: {texts('moment_peak')}", "", *_alive(moment, texts), ""]
     if run.advice:

@@ -6,8 +6,8 @@ Everything in them is untrusted: sizes are bounded, numbers are checked to be nu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = ["Advice", "Run", "find_runs", "pairs", "read_run"]
 
 MAX_FILE_BYTES = 64 * 1024 * 1024  # a record of 50 fully recorded 14B steps has 2 MB, a timeline under 4 MB
 MAX_RUNS = 500
+MOST_DIFFERENT = 0.01  # of the allocated peak, for a timeline to be shown with another run's figures
 
 # What a prediction and a measurement of the same thing may differ in. `tiny` weights are another model, so they count.
 _FREE_KEYS = {
@@ -43,13 +44,17 @@ class Advice:
 
 @dataclass(frozen=True)
 class Run:
-    """One run as a report needs it. exact: the timeline was recorded, not rebuilt from the stages."""
+    """One run as a report needs it.
+
+    exact: the timeline was recorded, not rebuilt from the stages. borrowed: it is that of the run's prediction.
+    """
 
     label: str
     record: RunRecord
     timeline: dict[str, Any]
     exact: bool
     advice: tuple[Advice, ...] = ()
+    borrowed: bool = False
 
     def settings(self) -> dict[str, Any]:
         """The configuration as dotted keys."""
@@ -59,18 +64,31 @@ class Run:
 def find_runs(paths: Sequence[Path]) -> list[Run]:
     """Each path is a run directory, or a directory of run directories. Labels are made unique.
 
+    A measured run without a timeline borrows that of its prediction among them, if their peaks agree within 1 %.
     Raises InputError for a path without a run, a damaged file, or more than 500 runs.
     """
     directories = [directory for path in paths for directory in _directories(path)]
     if len(directories) > MAX_RUNS:
         raise InputError(f"{len(directories)} runs are too many for one report; give at most {MAX_RUNS}")
     runs: list[Run] = []
-    labels: set[str] = set()
+    labels: dict[str, bool] = {}
     for directory in directories:
         run = read_run(directory, labels)
-        labels.add(run.label)
+        labels[run.label] = run.record.simulated
         runs.append(run)
+    for predicted, measured in pairs(runs):
+        runs[measured] = _borrowed(runs[measured], runs[predicted])
     return runs
+
+
+def _borrowed(measured: Run, predicted: Run) -> Run:
+    peaks = measured.record.peak(), predicted.record.peak()
+    if measured.exact or not predicted.exact or peaks[0] is None or peaks[1] is None or measured.record.failure:
+        return measured
+    a, b = (peak.allocated_bytes for peak in peaks if peak)
+    if abs(a - b) > MOST_DIFFERENT * a:
+        return measured
+    return replace(measured, timeline=predicted.timeline, borrowed=True)
 
 
 def _directories(path: Path) -> list[Path]:
@@ -84,8 +102,9 @@ def _directories(path: Path) -> list[Path]:
     return inside
 
 
-def read_run(directory: Path, taken: set[str] | None = None) -> Run:
-    """The run in a directory. taken: labels of other runs; the directory's name is added to one that exists already.
+def read_run(directory: Path, taken: Mapping[str, bool] | None = None) -> Run:
+    """The run in a directory. taken: labels of other runs, and whether they are simulated; what tells it apart is added to one
+    that exists already: predicted or measured, else the directory's name.
 
     advice.json: {"schema": 1, "advice": [{"change": str, "saved_bytes": int, "seconds": float|null}]}.
     Raises InputError naming the damaged file.
@@ -98,12 +117,14 @@ def read_run(directory: Path, taken: set[str] | None = None) -> Run:
         advice = _advice(_load(directory / "advice.json")) if (directory / "advice.json").is_file() else ()
     except InputError as error:
         raise InputError(f"{directory} holds no readable run: {error}") from error
-    return Run(_label(record, directory, taken or set()), record, timeline, exact, advice)
+    return Run(_label(record, directory, taken or {}), record, timeline, exact, advice)
 
 
-def _label(record: RunRecord, directory: Path, taken: set[str]) -> str:
+def _label(record: RunRecord, directory: Path, taken: Mapping[str, bool]) -> str:
     base = str(record.config.get("name") or directory.name)
     candidates = [base, f"{base} ({directory.resolve().name})"]
+    if taken.get(base, record.simulated) != record.simulated:
+        candidates.insert(1, f"{base} ({'predicted' if record.simulated else 'measured'})")
     candidates += [f"{base} ({number})" for number in range(2, MAX_RUNS + 2)]
     return next(label for label in candidates if label not in taken)
 

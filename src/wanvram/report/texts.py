@@ -99,6 +99,7 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "fragmentation": ("fragmentation", "碎片率"),
     "fluctuation": ("fluctuation", "波动"),
     "time": ("time", "耗时"),
+    "step": ("step", "每步"),
     "card": ("smallest card", "最小显卡"),
     "budget": ("budget", "预算"),
     "verdict": ("verdict", "结论"),
@@ -120,6 +121,10 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "This run has no recorded timeline: the curve is drawn from the start, peak and end of each stage and step, "
         "weights are not told apart, and what was alive is unknown.",
         "该运行没有时间线记录：曲线由各阶段和步骤的起点、峰值与终点绘成，未区分权重，也不知道当时存活的张量。",
+    ),
+    "borrowed": (
+        "Curve, weights and what was alive are of this run's prediction; the tables are measured.",
+        "曲线、权重与存活张量取自该运行的预测；表格为实测值。",
     ),
     "shortened": (
         "Shortened to keep this file under 2 MB; timeline.json in the run directory has everything.",
@@ -208,6 +213,7 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "value": ("value", "取值"),
     "no_difference": ("The configurations are the same.", "两者配置相同。"),
     "accuracy": ("Predicted against measured", "预测与实测对比"),
+    "worst_stage": ("worst stage", "误差最大的阶段"),
     "accuracy_help": (
         "Error is predicted minus measured: + means the prediction was too high.",
         "误差为预测减实测：+ 表示预测偏高。",

@@ -1,13 +1,7 @@
 // The page: the answer first, then the runs, then one run in detail.
 
 const root = document.getElementById("report");
-const state = { run: Math.max(0, firstShown()), pins: data.runs.length > 1 ? [0, 1] : [] };
-
-// With several runs the page opens on the one with the lowest peak that came to its end.
-function firstShown() {
-  const good = data.runs.map((run, i) => [run.used, i]).filter(([, i]) => !data.runs[i].failure && data.runs[i].peak);
-  return good.length ? good.reduce((best, item) => (item[0] < best[0] ? item : best))[1] : 0;
-}
+const state = { run: data.shown, pins: data.runs.length > 1 ? [0, 1] : [] };
 
 function themeButton() {
   const button = el("button", { type: "button", class: "theme", text: t("theme") });
@@ -71,15 +65,16 @@ function runsTable(show, pin) {
       column("peak_device_bytes", "peak_device", "mib"),
       { ...column("show", "show"), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
       { ...column("pin", "pin"), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
+      column("step_seconds", "step", "seconds"),
       column("kind", "kind"),
-      column("task", "task"),
-      column("peak_reserved_bytes", "peak_reserved", "mib"),
-      column("peak_allocated_bytes", "peak_allocated", "mib"),
-      column("stage", "stage"),
-      column("fragmentation", "fragmentation", "percent"),
       column("card_gb", "card", "text"),
       column("verdict", "verdict"),
+      column("stage", "stage"),
+      column("peak_reserved_bytes", "peak_reserved", "mib"),
+      column("peak_allocated_bytes", "peak_allocated", "mib"),
+      column("fragmentation", "fragmentation", "percent"),
       column("seconds", "time", "seconds"),
+      column("task", "task"),
     ],
     rows: data.runs.map((run, index) => ({
       index,
@@ -94,6 +89,7 @@ function runsTable(show, pin) {
       card_gb: !run.peak || run.device === "cpu" ? null : run.card === null ? t("over_cards", { card: data.cards.at(-1) }) : `${run.card} GB`,
       verdict: verdict(run),
       seconds: run.seconds,
+      step_seconds: run.step_seconds,
     })),
   });
 }
@@ -118,7 +114,8 @@ function memoryOver(run) {
     alive.replaceChildren(aliveView(moments[index]));
   }
   const parts = [section(t("timeline"), view.element)];
-  if (!run.exact) parts[0].append(el("p", { class: "quiet", text: t("coarse") }));
+  if (run.borrowed) parts[0].append(el("p", { class: "quiet", text: t("borrowed") }));
+  else if (!run.exact) parts[0].append(el("p", { class: "quiet", text: t("coarse") }));
   if (run.shortened) parts[0].append(el("p", { class: "quiet", text: t("shortened") }));
   if (moments.length) {
     parts.push(section(t("alive"), buttons.element, alive));
@@ -141,6 +138,15 @@ function details(run) {
   const environment = pairTable(run.environment, t("environment"), "environment");
   parts.push(section(t("configuration"), folded(t("configuration"), settings), folded(t("environment"), environment)));
   return parts;
+}
+
+function accuracy(pairs) {
+  const every = pairs.map(([predicted, measured]) => {
+    const [title, table] = [measured.label, accuracyTable(predicted, measured)];
+    return pairs.length > 1 ? folded(title, table) : table;
+  });
+  const help = el("p", { class: "quiet", text: t("accuracy_help") });
+  return section(t("accuracy"), help, pairs.length > 1 ? errorsTable(pairs) : null, ...every);
 }
 
 function glossary() {
@@ -177,10 +183,9 @@ function build() {
     root.append(section(t("compare"), compared));
     compare();
   }
-  for (const [p, m] of data.pairs) {
-    root.append(section(t("accuracy"), el("p", { class: "quiet", text: t("accuracy_help") }), accuracyTable(data.runs[p], data.runs[m])));
-  }
-  root.append(shown, glossary());
+  root.append(shown);
+  if (data.pairs.length) root.append(accuracy(data.pairs.map(([p, m]) => [data.runs[p], data.runs[m]])));
+  root.append(glossary());
   root.append(el("footer", {}, el("p", { text: t("made_by", { version: data.version, count: data.runs.length }) })));
   show(state.run);
 }

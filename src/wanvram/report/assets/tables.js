@@ -237,6 +237,33 @@ function comparisonTables(a, b) {
   return [table, dataTable({ caption: t("differing"), file: "differences", columns: words, rows: different })];
 }
 
+// One row for each pair: signed errors of the whole run, and the largest of any stage's peaks.
+function errorsTable(pairs) {
+  const error = (p, m) => ((p ?? null) === null || !m ? null : (p - m) / m);
+  const rows = pairs.map(([predicted, measured]) => {
+    const stages = comparedRows(figures(predicted, measured), "b", "a").filter((row) => row.relative !== null);
+    const worst = stages.reduce((a, b) => (Math.abs(b.relative) > Math.abs(a.relative) ? b : a), { relative: 0 });
+    const row = { run: measured.label, step: error(predicted.step_seconds, measured.step_seconds) };
+    for (const kind of ["device", "reserved", "allocated"]) row[kind] = error(predicted.peak?.[kind], measured.peak?.[kind]);
+    return { ...row, worst: worst.relative, where: worst.figure ?? null };
+  });
+  return dataTable({
+    caption: t("accuracy"),
+    file: "errors",
+    titled: true,
+    columns: [
+      column("run", "run"),
+      column("device", "peak_device", "ratio"),
+      column("reserved", "peak_reserved", "ratio"),
+      column("allocated", "peak_allocated", "ratio"),
+      column("step", "step", "ratio"),
+      column("worst", "worst_stage", "ratio"),
+      column("where", "figure"),
+    ],
+    rows,
+  });
+}
+
 function accuracyTable(predicted, measured) {
   return dataTable({
     caption: `${t("predicted")}: ${predicted.label} · ${t("measured")}: ${measured.label}`,
