@@ -3,6 +3,7 @@
     python benchmarks/predict_vs_measure.py                       the built-in list
     python benchmarks/predict_vs_measure.py a.yaml b.yaml         your configurations
     python benchmarks/predict_vs_measure.py --only 1.3B --out DIR
+    python benchmarks/predict_vs_measure.py --again benchmarks/2026-11-24_h200_predict_vs_measure.json     no GPU: is it still true?
 
 Every configuration runs in a fresh process on the GPU (random weights, few steps) and is predicted in another on the CPU; the table gives
 allocated, reserved and device peak of each stage with the signed error of the prediction. Writes DIR/<date>_<gpu>_predict_vs_measure.json.
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,27 +87,46 @@ def profile(config: Path, directory: Path, *device: str) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-def predicted_and_measured(config: Path, scratch: Path, gpu: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The prediction, which needs one core and no GPU, is made beside the measurement."""
+def predict_and_measure(config: Path, scratch: Path, gpu: str) -> dict[str, Any]:
+    """Runs and predicts one configuration; the prediction, which needs one core and no GPU, is made beside the run."""
     with ThreadPoolExecutor(1) as beside:
         prediction = beside.submit(profile, config, scratch / "predicted" / config.stem, "simulated", "--gpu", gpu)
-        measured = profile(config, scratch / "measured" / config.stem, "cuda")
-        return prediction.result(), measured
+        measured = result_of(profile(config, scratch / "measured" / config.stem, "cuda"))
+        return compared(measured, prediction.result())
 
 
-def compare(predicted: dict[str, Any], measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per stage: for each quantity predicted, measured and signed relative error."""
-    rows = []
+def predict_again(result: dict[str, Any], scratch: Path, gpu: str) -> dict[str, Any]:
+    """An earlier result with what is predicted now."""
+    config = scratch / f"{result['config']}.yaml"
+    config.write_text(json.dumps(result["configuration"]))
+    return compared(result, profile(config, scratch / "predicted" / config.stem, "simulated", "--gpu", gpu))
+
+
+def result_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a measured run's record."""
+    return {
+        "config": record["config"]["name"],
+        "configuration": record["config"],
+        "rows": [
+            {"stage": stage["name"]} | {q: {"measured": stage[f"peak_{q}_bytes"]} for q in BOUNDS}
+            for stage in record["stages"]
+        ],
+        "seconds": {stage["name"]: stage["seconds"] for stage in record["stages"]},
+        "environment": record.get("environment"),
+    }
+
+
+def compared(result: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
+    """The result with, for each quantity of each stage, predicted, measured and signed relative error."""
     by_name = {stage["name"]: stage for stage in predicted["stages"]}
-    for stage in measured["stages"]:
-        other = by_name[stage["name"]]
-        row: dict[str, Any] = {"stage": stage["name"]}
+    rows = []
+    for earlier in result["rows"]:
+        row: dict[str, Any] = {"stage": earlier["stage"]}
         for quantity in BOUNDS:
-            key = f"peak_{quantity}_bytes"
-            p, m = other[key], stage[key]
+            p, m = by_name[earlier["stage"]][f"peak_{quantity}_bytes"], earlier[quantity]["measured"]
             row[quantity] = {"predicted": p, "measured": m, "error": (p - m) / m if m else 0.0}
         rows.append(row)
-    return rows
+    return result | {"rows": rows}
 
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
@@ -120,45 +142,69 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
         print(f"  {row['stage']:18s} " + "   ".join(cells), flush=True)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", type=Path)
     parser.add_argument("--only", default="", help="only built-in cases whose name contains this")
     parser.add_argument("--gpu", default="h200")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this many seconds")
-    args = parser.parse_args()
-    start = time.monotonic()
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="PATH",
+        help="predict anew, without a GPU, what a result file (rewritten) or the run directories in a folder measured",
+    )
+    return parser.parse_args()
+
+
+def work(args: argparse.Namespace, scratch: Path) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name and what makes its result, for every case."""
+    if args.again:
+        records = sorted(args.again.glob("*/record.json"))
+        measured = [result_of(json.loads(path.read_text())) for path in records]
+        earlier = measured or json.loads(args.again.read_text())
+        return [(result["config"], partial(predict_again, result, scratch, args.gpu)) for result in earlier]
+    configs = list(args.configs)
+    if not configs:
+        for built_in in BUILT_IN:
+            if args.only in built_in["name"]:
+                path = scratch / f"{built_in['name']}.yaml"
+                path.write_text(json.dumps(built_in))
+                configs.append(path)
+    return [(path.stem, partial(predict_and_measure, path, scratch, args.gpu)) for path in configs]
+
+
+def main() -> None:
+    args, start = parse(), time.monotonic()
+    kind = args.again.name if args.again and args.again.is_dir() else "predict_vs_measure"
+    target = args.out / f"{datetime.date.today()}_{args.gpu}_{kind}.json"
+    target = args.again if args.again and args.again.is_file() else target
+    args.out.mkdir(parents=True, exist_ok=True)
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        configs = list(args.configs)
-        if not configs:
-            for built_in in BUILT_IN:
-                if args.only in built_in["name"]:
-                    path = Path(scratch) / f"{built_in['name']}.yaml"
-                    path.write_text(json.dumps(built_in))
-                    configs.append(path)
-        for path in configs:
+        for name, make in work(args, Path(scratch)):
             if time.monotonic() - start > args.seconds:
-                print(f"\nstopped for time before {path.stem}")
+                print(f"\nstopped for time before {name}")
                 break
             try:
-                predicted, measured = predicted_and_measured(path, Path(scratch), args.gpu)
+                results.append(make())
             except RuntimeError as error:
+                if args.again:
+                    sys.exit(str(error))  # nothing is written: what was measured must not be lost
                 print(f"\n{error}", flush=True)
-                results.append({"config": path.stem, "rows": [], "error": str(error)})
+                results.append({"config": name, "rows": [], "error": str(error)})
                 continue
-            rows = compare(predicted, measured)
-            show(path.stem, rows)
-            steps = {s["name"]: s["seconds"] for s in measured["stages"]}
-            results.append(
-                {"config": path.stem, "rows": rows, "seconds": steps, "environment": measured.get("environment")}
-            )
-            date = datetime.date.today().isoformat()
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / f"{date}_{args.gpu}_predict_vs_measure.json").write_text(json.dumps(results, indent=1))
-    worst = {q: max((abs(r[q]["error"]) for x in results for r in x["rows"]), default=0.0) for q in BOUNDS}
-    print("\nworst errors: " + ", ".join(f"{q} {e:.3%} (bound {BOUNDS[q]:.1%})" for q, e in worst.items()))
+            show(name, results[-1]["rows"])
+            if not args.again:
+                target.write_text(json.dumps(results, indent=1) + "\n")
+    if args.again:
+        target.write_text(json.dumps(results, indent=1) + "\n")
+    rows = [row for result in results for row in result["rows"]]
+    equal = sum(row[q]["predicted"] == row[q]["measured"] for row in rows for q in ("allocated", "reserved"))
+    print(f"\n{equal} of {2 * len(rows)} stage peaks of allocated and reserved memory equal to the byte")
+    worst = {q: max((abs(row[q]["error"]) for row in rows), default=0.0) for q in BOUNDS}
+    print("worst errors: " + ", ".join(f"{q} {e:.3%} (bound {BOUNDS[q]:.1%})" for q, e in worst.items()))
 
 
 if __name__ == "__main__":

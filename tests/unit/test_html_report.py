@@ -77,7 +77,13 @@ def test_the_answer_says_how_much_whether_it_fits_who_owns_it_and_what_to_change
         "decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. "
         "The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0."
     )
-    assert said.change == (
+    assert said.change == ("To lower it: vae_tile: 80; 3,858.0 MiB at the peak are activations of whole frames.")
+
+
+def test_the_change_proposed_is_the_knob_still_off_that_acts_on_most(run: Run) -> None:
+    config = run.record.config | {"optimization": {"vae_tile": 80, "expandable_segments": False}}
+    tiled = replace(run, record=replace(run.record, config=config))
+    assert answer(tiled, Texts()).change == (
         "To lower it: offload: true; 996.0 MiB of weights of other components lie on the device at the peak."
     )
 

@@ -32,7 +32,7 @@ This run will need 6,162.0 MiB of device memory; it fits the budget of 8,192.0 M
 
 decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0.
 
-To lower it: offload: true; 996.0 MiB of weights of other components lie on the device at the peak.
+To lower it: vae_tile: 80; 3,858.0 MiB at the peak are activations of whole frames.
 
 ### Components
 

@@ -119,6 +119,8 @@ def _levers(run: Run, span: Span) -> Iterator[_Lever]:
             yield _Lever("lever_slicing", span.activation_bytes)
         elif setting("optimization.rows_per_chunk") is None:
             yield _Lever("lever_rows", span.activation_bytes)
+    if span.component == "vae" and span.kind == "stage" and setting("optimization.vae_tile") is None:
+        yield _Lever("lever_tile", span.activation_bytes)
     if setting("optimization.expandable_segments") is False:
         yield _Lever("lever_segments", span.peak.reserved_bytes - span.peak.allocated_bytes)
     if setting("model_config.precision") == "fp32":

@@ -58,6 +58,7 @@ def html_report(runs: Sequence[Run], language: str = "en") -> str:
 
 
 def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> str:
+    order = [runs.index(run) for _, run in best_first(runs)]
     headline = together(runs, texts) if len(runs) > 1 else bodies[0]["answer"]["headline"]
     data = {
         "texts": TEXTS[texts.language],
@@ -66,7 +67,8 @@ def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> st
         "cards": CARDS_GIB,
         "headline": headline,
         "runs": bodies,
-        "shown": runs.index(best[0][1]) if (best := best_first(runs)) else 0,
+        "shown": order[0] if order else 0,
+        "pinned": [order[-1], order[0]] if len(order) > 1 else [],
         "pairs": pairs(runs),
     }
     style = "\n".join(_asset(name) for name in _STYLES)

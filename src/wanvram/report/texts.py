@@ -63,6 +63,10 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "To lower it: a smaller rows_per_chunk; {bytes} at the peak are activations of {component}.",
         "降低峰值：减小 rows_per_chunk；峰值时 {component} 的激活占用 {bytes}。",
     ),
+    "lever_tile": (
+        "To lower it: vae_tile: 80; {bytes} at the peak are activations of whole frames.",
+        "降低峰值：设置 vae_tile: 80；峰值时整帧的激活占用 {bytes}。",
+    ),
     "lever_segments": (
         "To lower it: expandable_segments: true; {bytes} at the peak are reserved but hold no tensor.",
         "降低峰值：设置 expandable_segments: true；峰值时有 {bytes} 已预留但未被张量使用。",

@@ -1,7 +1,7 @@
 // The page: the answer first, then the runs, then one run in detail.
 
 const root = document.getElementById("report");
-const state = { run: data.shown, pins: data.runs.length > 1 ? [0, 1] : [] };
+const state = { run: data.shown, pins: data.pinned };
 
 function themeButton() {
   const button = el("button", { type: "button", class: "theme", text: t("theme") });

@@ -1,0 +1,40 @@
+"""The simulator against real GPUs: what is predicted today is what was measured then (benchmarks/*_h200_*.json, *_h100_*.json)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanvram.config import load_config
+from wanvram.run.execute import simulate
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CASES = (
+    ("h200", "predict_vs_measure", "t2v-1.3B-832x480-81f-bf16-full-offload"),  # addresses given back are used again
+    ("h200", "predict_vs_measure", "t2v-1.3B-832x480-33f-bf16-block-offload-attention_slicing"),
+    ("h200", "predict_vs_measure", "t2v-1.3B-480x832-17f-bf16-full-offload-t5_cpu"),
+    ("h200", "predict_vs_measure", "t2v-1.3B-832x480-17f-fp16-full-expandable_segments"),
+    ("h100", "matrix", "matrix-fp8"),
+)
+
+
+def measured(gpu: str, kind: str, name: str) -> dict[str, Any]:
+    file = max(BENCHMARKS.glob(f"*_{gpu}_{kind}.json"))  # the latest
+    return next(result for result in json.loads(file.read_text()) if result["config"] == name)
+
+
+@pytest.mark.parametrize(("gpu", "kind", "name"), CASES)
+def test_every_stage_peak_is_predicted_to_the_byte(gpu: str, kind: str, name: str, tmp_path: Path) -> None:
+    result = measured(gpu, kind, name)
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(result["configuration"]))
+    record, _ = simulate(replace(load_config(path), device="simulated", gpu=gpu))
+    for stage, row in zip(record.stages, result["rows"], strict=True):
+        peak = stage.peak
+        found = (stage.name, peak.allocated_bytes, peak.reserved_bytes)
+        assert found == (row["stage"], row["allocated"]["measured"], row["reserved"]["measured"])
+        assert peak.device_bytes == pytest.approx(row["device"]["measured"], rel=0.005)
