@@ -19,7 +19,10 @@ def parse_bytes(text: str) -> int:
     match = _PATTERN.fullmatch(text)
     if not match:
         raise InputError(f"'{text}' is not an amount of memory; write for example 8GiB, 8GB or 512MiB")
-    return int(float(match.group(1)) * _FACTORS[match.group(2).upper()])
+    amount = float(match.group(1)) * _FACTORS[match.group(2).upper()]
+    if amount >= 2**63:
+        raise InputError(f"'{text[:40]}' is more memory than there is")
+    return int(amount)
 
 
 def mib(count: int) -> str:

@@ -61,6 +61,7 @@ def test_a_series_killed_in_the_middle_goes_on_where_it_was(tmp_path: Path) -> N
     )
     assert (first.stat().st_mtime_ns, first.read_bytes()) == before
     assert all(run["record"]["peak"]["device_bytes"] > 0 for run in document["runs"])
+    assert all("denoise" in (logs / name / "run.log").read_text() for name in NAMES), "what each run printed is kept"
 
 
 def test_two_configurations_one_of_which_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,9 @@ def test_a_card_is_found_by_key_product_or_driver_name(text: str, key: str) -> N
     assert find_gpu(text).key == key
 
 
-@pytest.mark.parametrize("text", ["", "rtx9999", "a100", "nvidia"])
+@pytest.mark.parametrize(
+    "text", ["", "rtx9999", "a100", "nvidia", "NVIDIA H20", "NVIDIA L4", "NVIDIA GeForce RTX 4070 Ti", "t"]
+)
 def test_an_unknown_or_ambiguous_card_is_refused_with_the_list(text: str) -> None:
     with pytest.raises(InputError, match=r"nearest of these \(--gpu\): h200, h100"):
         find_gpu(text)

@@ -145,6 +145,14 @@ WRITES_A_RECORD = """
     record.write(directory / "record.json")
 """
 CRASHES = "import sys; print('RuntimeError: it broke'); sys.exit(1)"
+PREPARES_AND_KILLS_ITSELF = """
+import os, sys
+from pathlib import Path
+from wanvram.run.directory import prepare_directory
+prepare_directory(Path(sys.argv[2]), force=True)
+print("so far so good", flush=True)
+os.kill(os.getpid(), 9)
+"""
 KILLS_ITSELF = "import os; print('so far so good', flush=True); os.kill(os.getpid(), 9)"
 REFUSES_THE_BUDGET = "import sys; print('wanvram: nothing fits 1 GiB', file=sys.stderr); sys.exit(3)"
 SLEEPS = "import time; time.sleep(60)"
@@ -283,6 +291,7 @@ def test_a_drawn_seed_and_a_planned_strategy_are_no_difference(tmp_path: Path) -
     [
         (CRASHES, "error", "RuntimeError: it broke"),
         (KILLS_ITSELF, "error", "ended by SIGKILL; the host may have run out of memory; last it said: so far so good"),
+        (PREPARES_AND_KILLS_ITSELF, "error", "last it said: so far so good"),
         (REFUSES_THE_BUDGET, "oom", "nothing fits 1 GiB"),
         ("", "error", "it printed nothing"),
     ],

@@ -277,11 +277,12 @@ class CudaDevice(Device):
         self._waiting.append((before, after))
 
     def copies(self) -> Copies:
+        copied = self._copying[:]  # a reading thread may start others meanwhile, which have not ended
         torch.cuda.synchronize(self.torch_device)
-        nbytes = sum(n for n, _, _ in self._copying)
-        seconds = sum(start.elapsed_time(end) for _, start, end in self._copying) / 1000
+        nbytes = sum(n for n, _, _ in copied)
+        seconds = sum(start.elapsed_time(end) for _, start, end in copied) / 1000
         stalled = sum(before.elapsed_time(after) for before, after in self._waiting) / 1000
-        self._copying.clear()
+        del self._copying[: len(copied)]
         self._waiting.clear()
         self._copied += Copies(nbytes, seconds, stalled)
         return self._copied

@@ -110,7 +110,8 @@ def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcom
     log = job.directory / LOG
     try:
         job.directory.mkdir(parents=True, exist_ok=True)
-        (job.directory / "record.json").unlink(missing_ok=True)  # of an earlier run: what is there next is this run's
+        for name in ("record.json", "config.yaml"):  # of an earlier run: what is there next is this run's
+            (job.directory / name).unlink(missing_ok=True)
         log.write_bytes(b"")
     except OSError as error:
         raise OutputError(f"cannot write to {job.directory}: {error.strerror or error}") from error

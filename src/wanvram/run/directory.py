@@ -10,8 +10,7 @@ from wanvram.errors import InputError, OutputError
 __all__ = ["RUN_FILES", "prepare_directory", "unused_directory"]
 
 RUN_FILES = (
-    "record.json",
-    "run.log",
+    "record.json",  # run.log is not among them: a series writes a run's output to it while the run prepares the directory
     "memory_events.json",
     "config.yaml",
     "environment.json",

@@ -66,7 +66,7 @@ class VideoWriter:
 
         try:
             self._container = av.open(str(self._partial), "w")
-        except OSError as error:
+        except (OSError, av.FFmpegError) as error:
             raise OutputError(f"cannot write {path}: {error}") from error
 
     def write(self, frames: torch.Tensor) -> None:
@@ -82,13 +82,15 @@ class VideoWriter:
                 for packet in self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                     self._container.mux(packet)
                 self.frames += 1
-        except OSError as error:
+        except (OSError, av.FFmpegError) as error:
             raise OutputError(f"cannot write {self.path}: {error}") from error
 
     def __enter__(self) -> VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
+        import av
+
         try:
             if kind is None and self._stream is not None:
                 for packet in self._stream.encode():
@@ -96,7 +98,7 @@ class VideoWriter:
             self._container.close()
             if kind is None:
                 os.replace(self._partial, self.path)
-        except OSError as error:
+        except (OSError, av.FFmpegError) as error:
             raise OutputError(f"cannot write {self.path}: {error}") from error
         finally:
             self._partial.unlink(missing_ok=True)

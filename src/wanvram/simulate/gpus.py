@@ -7,6 +7,7 @@ context is an estimate: the H200's, generous for cards with fewer multiprocessor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -177,12 +178,15 @@ def _normal(text: str) -> str:
 
 
 def find_gpu(text: str) -> GPU:
-    """By key or product name, whatever the case and spaces. Raises InputError listing the known cards."""
+    """By key or product name, whatever the case and spaces; a card's memory may be left out where only one size is known.
+
+    Raises InputError listing the known cards.
+    """
     wanted = _normal(text)
     for gpu in GPUS.values():
         if wanted in (_normal(gpu.key), _normal(gpu.name)):
             return gpu
-    close = [gpu for gpu in GPUS.values() if wanted and _normal(gpu.key).startswith(wanted)]
+    close = [gpu for gpu in GPUS.values() if re.fullmatch(re.escape(wanted) + r"\d+gb", _normal(gpu.key))]
     if len(close) == 1:
         return close[0]
     raise InputError(f"GPU '{text}' is unknown; name the nearest of these (--gpu): {', '.join(GPUS)}")
