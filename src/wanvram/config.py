@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wanvram.errors import InputError, require
-from wanvram.request import Request
+from wanvram.request import Request, is_unicode
+from wanvram.specs import DIT
 from wanvram.strict_yaml import read_strict_yaml
+from wanvram.tasks import TASKS
 
 __all__ = ["WEIGHT_HOMES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
 
@@ -141,6 +143,9 @@ class RunConfig:
     memory_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("name", "description", "weights", "gpu"):
+            text = getattr(self, name) or ""
+            require(is_unicode(text), f"{name}: {text!a} is not UTF-8 text")
         require(
             bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\\\0\n"),
             f"name: '{self.name}' names the run directory; use a plain file name",
@@ -155,6 +160,12 @@ class RunConfig:
         require(
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
             "precision: fp16 has no fast CPU kernels; use bf16 or fp32 with device cpu",
+        )
+        spec, resident = DIT[TASKS[self.request.task].dit], self.strategy.resident_blocks
+        blocks = spec.num_layers + len(spec.vace_layers)
+        require(
+            self.weights == "tiny" or resident <= blocks,  # tiny transformers have few blocks: there it means all
+            f"resident_blocks: {resident}, but the transformer of {self.request.task} has {blocks} blocks; give at most that many",
         )
 
     def notes(self) -> list[str]:

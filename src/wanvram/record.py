@@ -6,12 +6,15 @@ Prediction and measurement are the same RunRecord. Bytes are integers, seconds f
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from wanvram.errors import InputError, OutputError
 
@@ -22,12 +25,18 @@ __all__ = [
     "Memory",
     "RunRecord",
     "Span",
+    "check_types",
     "dotted",
     "folded",
+    "strict_json",
     "write_atomically",
 ]
 
 SCHEMA = 1
+MAX_DEPTH = 20  # of spans in spans; ours are four deep
+MAX_REPEATS = 1_000_000
+FAILURES = ("oom", "error", "interrupted")
+_SECTIONS = ("model_config", "optimization", "logging", "request")
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,9 @@ class Span:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Span:
+    def from_json(cls, data: dict[str, Any], depth: int = 0) -> Span:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"stages are nested more than {MAX_DEPTH} deep")
         start, peak, end = (
             Memory(data[f"{p}_allocated_bytes"], data[f"{p}_reserved_bytes"], data[f"{p}_device_bytes"])
             for p in ("start", "peak", "end")
@@ -152,7 +163,7 @@ class Span:
             seconds=data["seconds"],
             host_rss_bytes=data["host_rss_bytes"],
             pinned_bytes=data["pinned_bytes"],
-            children=[cls.from_json(child) for child in data["children"]],
+            children=[cls.from_json(child, depth + 1) for child in data["children"]],
             repeats=data["repeats"],
             notes=list(data.get("notes", ())),
         )
@@ -291,8 +302,8 @@ class RunRecord:
         try:
             failure = dict(data["failure"]) if data["failure"] else None
             if failure:
-                failure["alive"] = tuple((str(n), int(b)) for n, b in failure["alive"])
-            return cls(
+                failure["alive"] = tuple(map(tuple, failure["alive"]))
+            record = cls(
                 device=data["device"],
                 simulated=data["simulated"],
                 config=data["config"],
@@ -305,8 +316,23 @@ class RunRecord:
                 failure=Failure(**failure) if failure else None,
                 notes=data["notes"],
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"the record is damaged: {error!r}") from error
+            record._check()
+        except KeyError as error:
+            raise InputError(f"the record is damaged: {error} is missing") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"the record is damaged: {error}") from error
+        return record
+
+    def _check(self) -> None:
+        check_types(self, RunRecord, "")
+        for section in _SECTIONS:
+            if not isinstance(self.config.get(section, {}), dict):
+                raise ValueError(f"config.{section} is no section")
+        if self.failure is not None and self.failure.kind not in FAILURES:
+            raise ValueError(f"failure.kind is none of {', '.join(FAILURES)}")
+        for span in (span for stage in self.stages for span in stage.walk()):
+            if not 1 <= span.repeats <= MAX_REPEATS:
+                raise ValueError(f"repeats of {span.name!r:.60} is outside 1..{MAX_REPEATS}")
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
@@ -314,11 +340,85 @@ class RunRecord:
     @classmethod
     def read(cls, path: Path) -> RunRecord:
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_json(strict_json(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise InputError(f"{path} is not a readable record: {error.strerror or error}") from error
         except (ValueError, RecursionError, InputError) as error:
             raise InputError(f"{path} is not a readable record: {error}") from error
+
+
+def strict_json(text: str) -> Any:
+    """Plain values with which nothing overflows and that can be written: ValueError for a number of 2^63 or more and for lone
+    surrogates. NaN becomes None.
+    """
+    value = json.loads(text, parse_int=_whole, parse_float=_real, parse_constant=lambda _: None)
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) >= 1 << 63:
+        raise ValueError(f"the number {text:.20} is too large")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    if not abs(value := float(text)) < 1 << 63:
+        raise ValueError(f"the number {text:.20} is too large")
+    return value
+
+
+def check_types(value: Any, kind: Any, where: str) -> None:
+    """ValueError naming the place where a value read from JSON is not what the annotation of its dataclass says."""
+    options = get_args(kind)
+    if type(None) in options:
+        if value is None:
+            return
+        (kind,) = (option for option in options if option is not type(None))
+    plain = get_origin(kind) or kind
+    if plain is Any:
+        return
+    wanted = (int, float) if plain is float else plain
+    if not isinstance(value, wanted) or (isinstance(value, bool) and plain is not bool):
+        raise ValueError(f"{where or 'it'} is {repr(value)[:60]}; expected {_KINDS.get(plain, 'something else')}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is no finite number")
+    for name, item, inside in _parts(value, kind):
+        check_types(item, inside, f"{where}.{name}".lstrip("."))
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "a section",
+}
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _parts(value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, annotation) of what is inside."""
+    inside = get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        yield from ((name, getattr(value, name), hint) for name, hint in _hints(kind).items())
+    elif isinstance(value, dict):
+        yield from ((str(key), item, inside[1]) for key, item in value.items())
+    elif isinstance(value, list) or inside[-1:] == (...,):
+        yield from ((str(index), item, inside[0]) for index, item in enumerate(value))
+    elif isinstance(value, tuple):
+        if len(value) != len(inside):
+            raise ValueError(f"a group of {len(value)} values, expected {len(inside)}")
+        yield from ((str(index), item, inside[index]) for index, item in enumerate(value))
 
 
 def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:
@@ -370,3 +470,7 @@ def write_atomically(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"cannot write {str(path)!a}: what belongs there holds a name that is not UTF-8 text"
+        ) from error

@@ -5,17 +5,18 @@ Every error is one InputError sentence that begins with the key or flag and says
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import require
 from wanvram.tasks import TASKS, are_frames_valid, picture_size
 
-__all__ = ["MAX_PROMPTS", "Request"]
+__all__ = ["MAX_PROMPTS", "Request", "is_unicode"]
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_PROMPTS = 64  # each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
+LEAST_SHIFT, MOST_SHIFT = 0.01, 100  # official shifts are 3 to 16; at 1e-16 the noise levels divide by zero
+MAX_GUIDE_SCALE = 1000
 MAX_FRAMES = 4093  # 1024 latent frames: as far as the official transformer's positions go
 EXTEND_METHODS = ("local_qwen", "dashscope")
 # Which task reads which file; what a task does not read is refused rather than ignored.
@@ -85,10 +86,13 @@ class Request:
 
     def _check_sampling(self) -> None:
         require(1 <= self.sample_steps <= 1000, f"sample_steps: {self.sample_steps} is outside 1..1000")
-        require(0 < self.sample_shift <= 100, f"sample_shift: {self.sample_shift} is outside 0..100")
         require(
-            math.isfinite(self.sample_guide_scale),
-            f"sample_guide_scale: {self.sample_guide_scale} is not a finite number",
+            LEAST_SHIFT <= self.sample_shift <= MOST_SHIFT,
+            f"sample_shift: {self.sample_shift!s:.40} is outside {LEAST_SHIFT}..{MOST_SHIFT}",
+        )
+        require(
+            -MAX_GUIDE_SCALE <= self.sample_guide_scale <= MAX_GUIDE_SCALE,
+            f"sample_guide_scale: {self.sample_guide_scale!s:.40} is outside -{MAX_GUIDE_SCALE}..{MAX_GUIDE_SCALE}",
         )
         require(
             self.sample_solver in ("unipc", "dpm++"), f"sample_solver: '{self.sample_solver}'; choose unipc or dpm++"
@@ -104,7 +108,7 @@ class Request:
                 len(text) <= MAX_PROMPT_CHARACTERS,
                 f"{name}: {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} (the model reads 512 tokens)",
             )
-            require(_is_unicode(text), f"{name}: is not UTF-8 text")
+            require(is_unicode(text), f"{name}: is not UTF-8 text")
         require(
             self.prompt_extend_method in EXTEND_METHODS,
             f"prompt_extend_method: '{self.prompt_extend_method}'; choose {' or '.join(EXTEND_METHODS)}",
@@ -123,7 +127,7 @@ class Request:
             )
             for path in _listed(getattr(self, name)):
                 require(path != "", f"{name}: is empty; give a file")
-                require(_is_unicode(path), f"{name}: {path!a} is not a UTF-8 file name; rename the file")
+                require(is_unicode(path), f"{name}: {path!a} is not a UTF-8 file name; rename the file")
         require(self.src_mask is None or self.src_video is not None, "src_mask: needs src_video, whose parts it marks")
         if kind == "flf2v":
             both = (self.first_frame is None) == (self.last_frame is None)
@@ -177,6 +181,6 @@ def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Bytes of a command line that are no UTF-8 reach Python as lone surrogates, which no file can hold."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

@@ -12,6 +12,7 @@ from wanvram.errors import InputError
 __all__ = ["read_strict_yaml"]
 
 MAX_FILE_BYTES = 1024 * 1024
+MAX_NUMBER = 1 << 64
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -32,6 +33,23 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' appears twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        """No lone surrogates, which an escape can write and no file can hold."""
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise yaml.constructor.ConstructorError(None, None, "a text is no Unicode", node.start_mark)
+        return value
+
+    def construct_whole(self, node: Any) -> int:
+        """Bounded: hexadecimal digits without end make a number that cannot even be printed."""
+        value = int(super().construct_yaml_int(node))
+        if abs(value) > MAX_NUMBER:
+            raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
+        return value
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_whole)
 
 
 def _explain(error: yaml.YAMLError, text: str) -> tuple[str, int]:
@@ -57,5 +75,5 @@ def read_strict_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         problem, where = _explain(error, text)
         raise InputError(f"{path}: is not valid YAML at line {where}: {problem}") from error
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: is not valid YAML: {error}") from error

@@ -142,9 +142,9 @@ def test_two_pinned_runs_are_compared_and_other_pins_change_the_comparison(sever
     assert column(several, highest_and_lowest, 3)[0] == "-1,120.0"
     different = ["name", "model_config.offload", "model_config.device"]
     assert column(several, "Differences of configuration", 0) == different
-    several.click("input[name=pin]", 0)  # a third pin takes the place of the first
+    several.click("input[name=pin]", 2)  # a third pin takes the place of the first
     assert column(several, "A: lean · B: baseline", 3)[0] == "+1,078.0"
-    several.click("input[name=pin]", 1)
+    several.click("input[name=pin]", 0)
     assert several.value("document.body.textContent.includes('Pin two runs')")
 
 
@@ -152,6 +152,11 @@ def test_a_prediction_stands_beside_its_measurement_with_signed_errors(several: 
     caption = "predicted: baseline · measured: real"
     assert column(several, caption, 3)[:3] == ["-42.0", "-42.0", "-38.6"]
     assert column(several, caption, 4)[0] == "-0.68 %"
+
+
+def test_a_prediction_follows_its_measurement_in_the_table_of_runs_and_says_whose_it_is(several: Page) -> None:
+    assert column(several, "Runs", 0) == ["lean", "real", "baseline", HOSTILE]
+    assert column(several, "Runs", 5)[1:3] == ["measured", "prediction of real"]
 
 
 def test_many_pairs_are_a_line_each_and_their_figures_fold_open(browser: Browser, tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_many_pairs_are_a_line_each_and_their_figures_fold_open(browser: Browser
 
 def test_another_run_is_shown_when_it_is_chosen(several: Page) -> None:
     assert several.text(".answer .kind").startswith("lean · Predicted")
-    several.click("input[name=show]", 2)
+    several.click("input[name=show]", 1)
     assert several.text(".answer .kind") == "real · Measured (cuda:NVIDIA H200)"
     assert several.value("document.querySelectorAll('.chart canvas').length") == 1
     assert several.troubles() == []
@@ -224,6 +229,31 @@ def test_at_390_pixels_nothing_sticks_out_sideways(browser: Browser, tmp_path: P
     page.wait("document.querySelectorAll('.tile').length > 5")
     assert page.value("document.documentElement.scrollWidth") <= 390
     assert page.troubles() == []
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_table_of_runs_scrolls_in_its_own_box_and_names_break_after_dashes_only(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    name = "matrix-block-no_offload-no_attention_slicing"
+    page = browser.open(report(tmp_path, Recipe(name), Recipe("b")), width=width)
+    page.wait("document.querySelectorAll('.tile').length > 5")
+    assert page.value("document.documentElement.scrollWidth <= innerWidth")
+    assert page.value("[...document.querySelectorAll('table')].every((t) => t.closest('.scroll'))")
+    words = page.value(
+        f"[...[...document.querySelectorAll('tbody th')].find((h) => h.textContent === '{name}').childNodes]"
+        ".filter((n) => n.nodeType === 3).map((n) => {"
+        " const r = document.createRange(); r.selectNode(n); return [n.data, r.getClientRects().length]; })"
+    )
+    assert words == [
+        ["matrix-", 1],
+        ["block-", 1],
+        ["no_", 1],
+        ["offload-", 1],
+        ["no_", 1],
+        ["attention_", 1],
+        ["slicing", 1],
+    ]
 
 
 def test_dark_follows_the_system_and_the_button_overrules_it(browser: Browser, tmp_path: Path) -> None:

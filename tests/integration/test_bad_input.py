@@ -259,7 +259,10 @@ NUMBERS: list[Case] = [
     ("t2v", ["--sample_steps", "1.5"], "--sample_steps: invalid int value"),
     *(("t2v", [f"--sample_shift={x}"], r"--sample_shift: \S+ is outside") for x in ("nan", "inf", "0", "-1", "-inf")),
     ("t2v", ["--sample_shift", "big"], "--sample_shift: invalid float value"),
-    *(("t2v", [f"--sample_guide_scale={x}"], "--sample_guide_scale: .* finite") for x in ("nan", "inf", "-inf")),
+    *(
+        ("t2v", [f"--sample_guide_scale={x}"], "--sample_guide_scale: .* is outside -1000")
+        for x in ("nan", "inf", "-inf")
+    ),
     ("t2v", ["--sample_guide_scale", ""], "--sample_guide_scale: invalid float value"),
     ("t2v", ["--sample_solver", "euler"], "--sample_solver: invalid choice: 'euler'.*unipc.*dpm"),
     *(("t2v", ["--base_seed", n], r"--base_seed: \S+ is outside -1") for n in ("-2", str(2**63))),
@@ -454,6 +457,16 @@ def test_a_refused_save_file_leaves_the_earlier_run_alone_even_with_force(
     assert call("t2v", ["--force", "--save_file", "{files}/new.avi"], files, tmp_path / "out") == 2
     assert (tmp_path / "out/video.mp4").read_bytes() == b"precious"
     check_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["environment.mp4", "record.mp4", "memory_events.mkv"])
+def test_a_save_file_whose_description_would_replace_a_file_of_the_run_is_refused(
+    name: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("t2v", ["--force", "--save_file", str(tmp_path / "out" / name)], files, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    check_sentence(message)
+    assert "would replace a file of the run" in message
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_a_sentence(

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,36 @@ def test_names_from_a_trace_cannot_write_to_the_terminal(tmp_path: Path, capsys:
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\nfake line" not in out
+
+
+@pytest.mark.parametrize("key", ["timestamp", "allocated_bytes", "reserved_bytes", "device_bytes", "base_memory"])
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 5000, "1e999", "-1e999"])
+def test_a_number_without_end_in_events_is_a_sentence(key: str, number: str, tmp_path: Path) -> None:
+    path = logged(tmp_path / "events.json")
+    text, count = re.subn(rf'("{key}": *)[0-9.]+', rf"\g<1>{number}", path.read_text(), count=1)
+    assert count == 1
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"is no memory_events\.json"):
+        read_events(path)
+
+
+def test_digits_without_end_in_the_text_of_an_event_are_no_figure(tmp_path: Path) -> None:
+    path = tmp_path / "events.json"
+    path.write_text(json.dumps([{"name": "a", "timestamp": 1, "memory_log": f"peak_memory={'9' * 180}{'0' * 180} MB"}]))
+    assert read_events(path).peak is None
+
+
+def test_events_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    path = logged(tmp_path / "events.json")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_events(path).events == 3
+
+
+def test_a_run_that_ended_before_its_first_stage_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "memory_events.json").write_text("[]")
+    with pytest.raises(InputError, match="holds no events: the run ended before its first stage"):
+        read_events(tmp_path / "memory_events.json")
+    assert main(["analyze", str(tmp_path)]) == 2
 
 
 def test_the_specifications_command_works(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def test_a_prediction_beside_its_measurement_has_signed_errors() -> None:
     assert errors["peak", "device_bytes"] == 0.0
     rows = [line.split() for line in comparison_text(comparison).splitlines()]
     assert ["stages", "denoise", "seconds", "1.80", "2.00", "-10.00"] in rows
+
+
+def test_a_seed_drawn_anew_is_a_difference_only_if_there_is_no_other() -> None:
+    def text(*settings: dict[str, object]) -> str:
+        records = [replace(record(), config={"name": f"{i}", "request": s}) for i, s in enumerate(settings)]
+        return comparison_text(compare(["one", "two"], records))
+
+    assert "base_seed" in text({"base_seed": 1}, {"base_seed": 2})
+    both = text({"base_seed": 1, "frame_num": 81}, {"base_seed": 2, "frame_num": 161})
+    assert "frame_num" in both
+    assert "base_seed" not in both
 
 
 def test_the_text_of_two_runs_is_exact() -> None:

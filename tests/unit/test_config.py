@@ -201,6 +201,14 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "name: x\nrequest: {sample_steps: -3}": ("request.sample_steps: -3", "1..1000"),
     "name: x\nrequest: {sample_shift: .nan}": ("request.sample_shift: nan",),
     "name: x\nrequest: {sample_guide_scale: .inf}": ("request.sample_guide_scale: inf",),
+    "name: x\nrequest: {sample_shift: 1.0e-50}": ("request.sample_shift: 1e-50 is outside 0.01..100",),
+    "name: x\nrequest: {sample_guide_scale: -1.0e+300}": (
+        "request.sample_guide_scale: -1e+300 is outside -1000..1000",
+    ),
+    f"name: x\nrequest: {{sample_guide_scale: {'9' * 400}}}": ("case.yaml", "line 2", "a number is too large"),
+    f"name: x\nrequest: {{frame_num: 0x{'f' * 5000}}}": ("case.yaml", "line 2", "a number is too large"),
+    'name: x\nrequest: {weights: "\\udcff"}': ("case.yaml", "line 2", "a text is no Unicode"),
+    'name: x\nrequest: {weights: "\\UFFFFFFFF"}': ("case.yaml", "is not valid YAML"),
     "name: x\nrequest: {sample_solver: euler}": ("request.sample_solver: 'euler'", "unipc or dpm++"),
     "name: x\nrequest: {frame_num: 80}": ("request.frame_num: 80", "4n+1"),
     "name: x\nrequest: {task: t2i-14B, frame_num: 5}": ("request.frame_num", "must be 1"),
@@ -224,6 +232,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "name: x\noptimization: {dit_fsdp: true}": ("optimization.dit_fsdp: true", "several GPUs"),
     "name: x\noptimization: {batch_size: 2}": ("optimization.batch_size: 2", "batches are not implemented"),
     "name: x\noptimization: {rows_per_chunk: 0}": ("optimization.rows_per_chunk: 0", "at least 1"),
+    "name: x\nmodel_config: {load_strategy: block}\noptimization: {resident_blocks: 41}": (
+        "optimization.resident_blocks: 41",
+        "t2v-14B has 40 blocks",
+    ),
     "name: x\noptimization: {cfg: batched}": ("optimization.cfg: 'batched'", "sequential or joint"),
     "name: x\nlogging: {log_interval: 0}": ("logging.log_interval: 0", "at least 1"),
     "name: x\nlogging: {trace_path: ../up}": ("logging.trace_path: '../up'", "leaves the run directory"),
@@ -260,6 +272,14 @@ def test_a_bad_configuration_is_one_sentence_with_file_key_and_what_is_allowed(t
         assert part in message
     assert "\n" not in message
     assert len(message) < 600
+
+
+@pytest.mark.parametrize(("task", "weights", "blocks"), [("vace-14B", "random", 48), ("t2v-1.3B", "tiny", 99)])
+def test_all_blocks_may_be_resident_and_a_tiny_transformer_means_all_by_any_number(
+    task: str, weights: str, blocks: int
+) -> None:
+    strategy = Strategy(load_strategy="block", resident_blocks=blocks)
+    assert RunConfig("x", "", "auto", Request.for_task(task), strategy, weights=weights).strategy == strategy
 
 
 def test_a_file_above_one_mebibyte_is_not_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from wanvram.engine import devices
 from wanvram.engine.devices import LIBRARY_MODULES, CudaDevice, _own_pages
 from wanvram.errors import OutOfMemory
 from wanvram.units import GIB, MIB
@@ -90,3 +91,23 @@ def test_pinned_memory_starts_as_pages_of_its_own_that_can_be_written() -> None:
     assert not tensor.any()
     tensor.fill_(7)
     assert pages[-1] == 7
+
+
+def test_a_cap_ends_with_the_next_device_that_has_none_and_only_if_it_was_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions: list[float] = []
+    monkeypatch.setattr(CudaDevice, "_capped", set())
+    monkeypatch.setattr(CudaDevice, "_outside", lambda _self: 0)
+    monkeypatch.setattr(devices, "CudaMeter", lambda _index: None)
+    fakes = {
+        "is_available": lambda: True,
+        "set_device": lambda _index: None,
+        "get_device_name": lambda _index: "card",
+        "mem_get_info": lambda _index: (4 * GIB, 4 * GIB),
+        "set_per_process_memory_fraction": lambda fraction, _index: fractions.append(fraction),
+        "Stream": lambda _index: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for limit in (None, GIB, None, None):
+        CudaDevice(limit_bytes=limit)
+    assert fractions == [0.25, 1.0]

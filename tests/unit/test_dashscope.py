@@ -228,6 +228,15 @@ def test_a_malformed_key_is_refused_without_being_shown(key: str) -> None:
     assert not key or key not in str(caught.value)
 
 
+def test_the_service_sees_a_phone_s_picture_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(buffer, "JPEG", exif=exif)
+    sent, _ = encode_picture(Image.open(buffer))
+    assert Image.open(io.BytesIO(sent)).size == (20, 40)
+
+
 @pytest.mark.parametrize("picture", [(b"x", "image/gif"), (bytes(7 * MIB + 1), "image/png")])
 def test_a_picture_the_service_does_not_take_is_refused(picture: tuple[bytes, str]) -> None:
     with pytest.raises(InputError, match="DashScope takes"):

@@ -77,28 +77,68 @@ def test_the_answer_says_how_much_whether_it_fits_who_owns_it_and_what_to_change
         "decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. "
         "The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0."
     )
-    assert said.change == ("To lower it: vae_tile: 80; 3,858.0 MiB at the peak are activations of whole frames.")
+    assert said.change == (
+        "Likely lever (not simulated; wanvram analyze DIR --advice computes it): "
+        "vae_tile: 80; 3,858.0 MiB at the peak are activations of whole frames."
+    )
 
 
 def test_the_change_proposed_is_the_knob_still_off_that_acts_on_most(run: Run) -> None:
     config = run.record.config | {"optimization": {"vae_tile": 80, "expandable_segments": False}}
     tiled = replace(run, record=replace(run.record, config=config))
     assert answer(tiled, Texts()).change == (
-        "To lower it: offload: true; 996.0 MiB of weights of other components lie on the device at the peak."
+        "Likely lever (not simulated; wanvram analyze DIR --advice computes it): "
+        "offload: true; 996.0 MiB of weights of other components lie on the device at the peak."
     )
 
 
 def test_what_advice_computed_goes_before_the_knobs(run: Run) -> None:
     advised = replace(run, advice=(Advice("a", 5 * MIB, None), Advice("offload: true", 900 * MIB, 3.5)))
-    assert answer(advised, Texts()).change == "To lower it: offload: true, which saves 900.0 MiB."
-    assert page_data(html_report([advised]))["runs"][0]["advice"][1]["seconds"] == 3.5
+    assert answer(advised, Texts()).change == (
+        "To lower it: offload: true lowers the peak by 900.0 MiB (15 %) for 3.50 s more per run (simulated)."
+    )
+    assert page_data(html_report([advised]))["runs"][0]["advice"][0]["seconds"] == 3.5
+
+
+def test_a_lossless_change_is_advised_before_a_lossy_one_that_saves_more_and_that_is_named_lossy(run: Run) -> None:
+    lossy, lossless = Advice("--precision bf16 (lossy)", 2000 * MIB, -4.0), Advice("--offload_model True", 900 * MIB, 0)
+    assert answer(replace(run, advice=(lossy, lossless)), Texts()).change == (
+        "To lower it: --offload_model True lowers the peak by 900.0 MiB (15 %) at no cost in time (simulated). "
+        "Lossy, the video changes: --precision bf16 lowers the peak by 2,000.0 MiB (32 %) and takes 4.00 s less per run "
+        "(simulated)."
+    )
+    small = replace(lossy, saved_bytes=5 * MIB)
+    assert "Lossy" not in answer(replace(run, advice=(small, lossless)), Texts()).change
+    assert answer(replace(run, advice=(small,)), Texts()).change.startswith(
+        "Lossy, the video changes: --precision bf16"
+    )
+
+
+def test_a_change_whose_cost_is_unknown_says_so(run: Run) -> None:
+    said = answer(replace(run, advice=(Advice("x", 900 * MIB, None),)), Texts()).change
+    assert said.endswith("(15 %) at an unknown cost in time (simulated).")
+
+
+def test_a_lossy_lever_is_named_only_where_no_other_is_left(run: Run) -> None:
+    everything_else = {"attention_slicing": True, "rows_per_chunk": 1, "vae_tile": 80, "expandable_segments": True}
+    model = run.record.config["model_config"] | {"precision": "fp32", "offload": True}
+    config = run.record.config | {"model_config": model, "optimization": everything_else}
+    said = answer(replace(run, record=replace(run.record, config=config)), Texts()).change
+    assert "precision: bf16 (lossy)" in said
+    config = config | {"optimization": everything_else | {"vae_tile": None}}
+    said = answer(replace(run, record=replace(run.record, config=config)), Texts()).change
+    assert "vae_tile: 80" in said
 
 
 def test_a_failed_run_opens_with_its_failure(run: Run) -> None:
     failed = replace(run.record, failure=Failure("oom", "8.00 GiB are full.", stage="decode"), fits=False)
     assert answer(replace(run, record=failed), Texts()).headline == (
-        "Out of memory in decode: 8.00 GiB are full. Until then: This run will need 6,162.0 MiB of device memory."
+        "Out of memory in decode: 8.00 GiB are full. Its peak until then: 6,162.0 MiB of device memory."
     )
+    page = page_data(html_report([replace(run, record=failed)]))
+    assert page["runs"][0]["card"] is None
+    bare = replace(failed, failure=Failure("oom", "tried to allocate 9.0 MiB", stage="decode"))
+    assert "allocate 9.0 MiB. Its peak" in answer(replace(run, record=bare), Texts()).headline
     empty = replace(failed, stages=[], components=[])
     page = html_report([replace(run, record=empty, timeline=coarse_timeline(empty), exact=False)])
     assert page_data(page)["runs"][0]["peak"] is None
@@ -191,8 +231,35 @@ def with_step(run: Run, seconds: float) -> Run:
 def test_of_runs_with_the_same_peak_the_fastest_is_the_best(run: Run) -> None:
     runs = [with_step(run, 2.0), with_step(run, 1.0), run]
     assert [best.label for _, best in best_first(runs)] == ["1 s", "2 s", run.label]
-    assert together(runs, Texts("en")).startswith("Of 3 runs “1 s” has the lowest peak")
+    assert together(runs, Texts("en")).startswith(
+        "Of 3 runs 3 share the lowest peak, 6,162.0 MiB (“1 s”, “2 s”, “baseline”); the fastest of them is “1 s”; "
+    )
+    same = [replace(run, label=f"{i}") for i in range(5)]
+    assert together(same, Texts("en")) == (
+        "Of 5 runs 5 share the lowest peak, 6,162.0 MiB (“0”, “1”, “2” and 2 more); "
+        "the smallest standard card that holds it has 8 GB."
+    )
     assert "| 1 s | predicted | 6,162.0 | 5,562.0 | 5,134.0 | 1.00 s | decode |" in markdown_report(runs)
+
+
+def test_several_runs_that_share_the_highest_peak_are_named_together(tmp_path: Path) -> None:
+    recipes = Recipe("a"), Recipe("b"), Recipe("lean", offload=True)
+    runs = find_runs([write_run(tmp_path / r.name, r) for r in recipes])
+    assert together(runs, Texts("en")).endswith("The highest is 6,162.0 MiB, shared by 2 runs (“a”, “b”).")
+
+
+def test_what_a_load_that_failed_had_loaded_is_weights(run: Run) -> None:
+    load = replace(run.record.stages[0], peak=run.record.stages[0].end)
+    failure = Failure("oom", "Full.", stage=load.name)
+    failed = replace(run, record=replace(run.record, stages=[load], components=[], failure=failure))
+    assert answer(failed, Texts()).owner == (
+        "load text_encoder (text_encoder) owns the peak: 736.0 MiB of weights loaded by it on top of 0.0 MiB already there."
+    )
+    assert page_data(html_report([failed]))["runs"][0]["stages"][0]["activation"] is None
+
+
+def test_the_time_of_a_run_leaves_loading_out(run: Run) -> None:
+    assert page_data(html_report([run]))["runs"][0]["seconds"] == 4.5  # three stages of 1.5 s; three loads took as long
 
 
 @pytest.mark.parametrize(
@@ -217,7 +284,7 @@ def test_a_record_whose_figures_are_text_is_refused(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     data["stages"][0]["peak_device_bytes"] = "<b>"
     path.write_text(json.dumps(data))
-    with pytest.raises(InputError, match=r"a value is not of its type"):
+    with pytest.raises(InputError, match=r"device_bytes is .*; expected a whole number"):
         read_run(tmp_path)
 
 
@@ -270,6 +337,16 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path: Path, capsys: pyte
     assert (directory / "report.html").read_text().startswith("<!doctype html>")
 
 
+def test_a_file_that_is_there_is_replaced_only_with_force(tmp_path: Path) -> None:
+    directory, output = str(write_run(tmp_path / "run")), tmp_path / "mine.md"
+    output.write_text("mine")
+    with pytest.raises(InputError, match=r"mine\.md exists; --force replaces it"):
+        command(directory, "-o", str(output))
+    assert output.read_text() == "mine"
+    assert command(directory, "-o", str(output), "--force") == 0
+    assert output.read_text().startswith("# wanvram report")
+
+
 def test_the_command_prints_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "both.md"
     assert command(str(write_run(tmp_path / "run")), "--json", "-o", str(output)) == 0
@@ -292,6 +369,7 @@ def test_text_and_markdown_go_to_standard_output(tmp_path: Path, capsys: pytest.
     [
         (("-o", "x.pdf"), "x.pdf: a report ends in .html, .htm, .md, .markdown, .txt"),
         (("-o", "x.md", "--format", "html"), "--format html contradicts the ending of x.md"),
+        (("--format", "text", "--lang", "zh"), "--lang zh: plain text is in English only; choose --format html or md"),
         (("nowhere",), "nowhere is no run directory"),
     ],
 )

@@ -118,6 +118,15 @@ def test_the_picture_shows_stages_with_their_peaks_and_memory_against_the_budget
     close(recorder)
 
 
+def test_the_device_never_shows_less_than_what_is_reserved_in_it() -> None:
+    view = LiveView("mine", None, stream=Terminal())
+    recorder = run_stages(view)
+    recorder.meter.device_memory = lambda: 10 * MIB  # type: ignore[method-assign]  # read after memory was given back
+    row = next(row for row in drawn(view).splitlines() if row.startswith("device"))
+    assert "1,050.0 MiB, peak 2,300.0 MiB" in row
+    close(recorder)
+
+
 def test_over_the_budget_the_bar_is_red() -> None:
     view = LiveView("mine", GIB, stream=Terminal())
     recorder = run_stages(view)

@@ -32,7 +32,7 @@ This run will need 6,162.0 MiB of device memory; it fits the budget of 8,192.0 M
 
 decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0.
 
-To lower it: vae_tile: 80; 3,858.0 MiB at the peak are activations of whole frames.
+Likely lever (not simulated; wanvram analyze DIR --advice computes it): vae_tile: 80; 3,858.0 MiB at the peak are activations of whole frames.
 
 ### Components
 
@@ -46,9 +46,9 @@ To lower it: vae_tile: 80; 3,858.0 MiB at the peak are activations of whole fram
 
 | stage | component | start MiB | activation MiB | peak device MiB | peak reserved MiB | peak allocated MiB | fragmentation | time |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| load text_encoder | text_encoder | 0.0 | 736.0 | 1,398.0 | 798.0 | 736.0 | 7.8% | 1.50 s |
-| load vae | vae | 736.0 | 280.0 | 1,702.0 | 1,102.0 | 1,016.0 | 7.8% | 1.50 s |
-| load dit | dit | 1,016.0 | 260.0 | 1,984.0 | 1,384.0 | 1,276.0 | 7.8% | 1.50 s |
+| load text_encoder | text_encoder | 0.0 |  | 1,398.0 | 798.0 | 736.0 | 7.8% | 1.50 s |
+| load vae | vae | 736.0 |  | 1,702.0 | 1,102.0 | 1,016.0 | 7.8% | 1.50 s |
+| load dit | dit | 1,016.0 |  | 1,984.0 | 1,384.0 | 1,276.0 | 7.8% | 1.50 s |
 | encode_text | text_encoder | 1,276.0 | 80.0 | 2,070.0 | 1,470.0 | 1,356.0 | 7.8% | 1.50 s |
 | denoise | dit | 1,276.0 | 500.0 | 2,524.0 | 1,924.0 | 1,776.0 | 7.7% | 1.50 s |
 | decode | vae | 1,276.0 | 3,858.0 | 6,162.0 | 5,562.0 | 5,134.0 | 7.7% | 1.50 s |
@@ -96,14 +96,14 @@ def test_several_runs_open_with_the_best_a_table_and_the_errors_of_the_predictio
         """\
 # wanvram report
 
-Of 3 runs “lean” has the lowest peak, 5,084.0 MiB; the smallest standard card that holds it has 6 GB. \
+Of 2 runs “lean” has the lowest peak, 5,084.0 MiB; the smallest standard card that holds it has 6 GB. \
 The highest is “real” with 6,204.0 MiB.
 
 ## Runs
 
 | run | kind | peak device MiB | peak reserved MiB | peak allocated MiB | step | stage | smallest card | verdict |
 | --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- |
-| baseline | predicted | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | 8 GB |  |
+| baseline | prediction of real | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | 8 GB |  |
 | lean | predicted | 5,084.0 | 4,484.0 | 4,138.0 |  | decode | 6 GB |  |
 | real | measured | 6,204.0 | 5,604.0 | 5,172.6 |  | decode | 8 GB |  |
 
@@ -150,8 +150,8 @@ def test_a_long_prompt_is_cut(tmp_path: Path) -> None:
 def test_a_failure_takes_the_place_of_the_verdict(run: Run) -> None:
     record = replace(run.record, failure=Failure("error", "The disk is full.", stage="decode"), fits=None)
     text = markdown_report([replace(run, record=record), replace(run, label="good")])
-    assert "| baseline | predicted | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | 8 GB | failed |" in text
-    assert "The run failed in decode: The disk is full. Until then: " in text
+    assert "| baseline | predicted | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | - | failed |" in text
+    assert "The run failed in decode: The disk is full. Its peak until then: 6,162.0 MiB of device memory." in text
     assert "Failed runs: 1." in text
 
 

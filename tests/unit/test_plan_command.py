@@ -16,11 +16,11 @@ from wanvram.cli import generate
 from wanvram.cli import main as command
 from wanvram.cli import plan as verb
 from wanvram.config import Request, RunConfig, Strategy, load_config
-from wanvram.errors import BudgetError, DeviceError
+from wanvram.errors import BudgetError, DeviceError, WanvramError
 from wanvram.planner.budget import Budget
 from wanvram.planner.result import Offer, Plan, Rejected
 from wanvram.planner.search import Options, plan
-from wanvram.record import Memory
+from wanvram.record import Failure, Memory
 from wanvram.report.plan import flags_of, summarize_plan
 from wanvram.run.planning import plan_run
 from wanvram.units import GIB
@@ -38,6 +38,8 @@ def free_memory_of(name: str, nbytes: int) -> ModuleType:
 class WholeRun:
     """The simulation of what was chosen: it confirms the forecasts."""
 
+    failure: Failure | None = None
+
     def peak(self) -> Memory:
         return Memory(0, 0, 0)
 
@@ -47,7 +49,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     """The only verb is plan, and it simulates on a card made by hand."""
     card = Card()
     monkeypatch.setattr("wanvram.run.planning.simulate_stage", card)
-    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config: (WholeRun(), None))
+    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (WholeRun(), None))
     monkeypatch.setattr(command, "VERBS", (verb,))
     return card
 
@@ -166,7 +168,7 @@ def test_a_whole_run_above_its_forecasts_is_planned_again_with_that_much_more_ke
         def peak(self) -> Memory:
             return Memory(0, 0, next(peaks))
 
-    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config: (Higher(), None))
+    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (Higher(), None))
     config = RunConfig("x", "", "simulated", REQUEST, Strategy(load_strategy="block"))
     result, _ = plan_run(config, Budget(6 * GIB), offers=False)
     assert isinstance(result, Plan)
@@ -191,10 +193,29 @@ def test_a_plan_that_never_keeps_its_budget_when_simulated_whole_is_no_plan(monk
         def peak(self) -> Memory:
             return Memory(0, 0, 7 * GIB)
 
-    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config: (Higher(), None))
+    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (Higher(), None))
     config = RunConfig("x", "", "simulated", Request.for_task("t2v-1.3B", size="832*480"), Strategy())
     with pytest.raises(BudgetError, match=r"3 plans for 6,144\.0 MiB needed more"):
         plan_run(config, Budget(6 * GIB), offers=False)
+
+
+def test_a_whole_run_is_simulated_without_the_card_s_end_and_one_that_stops_early_is_no_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stopped(WholeRun):
+        failure = Failure("oom", "there was no room")
+
+    asked: list[dict[str, bool]] = []
+
+    def simulate(_config: RunConfig, **how: bool) -> tuple[Stopped, None]:
+        asked.append(how)
+        return Stopped(), None
+
+    monkeypatch.setattr("wanvram.run.planning.simulate", simulate)
+    config = RunConfig("x", "", "simulated", REQUEST, Strategy())
+    with pytest.raises(WanvramError, match="could not be simulated to its end: there was no room"):
+        plan_run(config, Budget(6 * GIB), offers=False)
+    assert asked == [{"unlimited": True}]
 
 
 def made_by_hand() -> Plan:

@@ -19,7 +19,7 @@ import torch
 from wanvram.errors import InputError, OutputError
 from wanvram.record import Failure, Memory
 from wanvram.recorder.events import EventLog
-from wanvram.recorder.meters import CpuMeter, CudaMeter
+from wanvram.recorder.meters import CpuMeter, CudaMeter, available_ram_bytes
 from wanvram.recorder.recorder import Recorder
 
 MIB = 2**20
@@ -443,3 +443,31 @@ def test_a_block_on_cuda_costs_less_than_a_fifth_of_a_millisecond() -> None:
                 pass
         each = (time.perf_counter() - start) / 1000
     assert each < 2e-4, f"{each * 1e6:.0f} us"
+
+
+CGROUP_2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
+CGROUP_1 = (
+    "memory/memory.limit_in_bytes",
+    "memory/memory.usage_in_bytes",
+    "memory/memory.stat",
+    "total_inactive_file",
+)
+
+
+@pytest.mark.parametrize("names", [CGROUP_2, CGROUP_1])
+@pytest.mark.parametrize(("used", "left"), [(60, 70), (200, 0), (10, 100)])
+def test_what_a_container_already_uses_is_not_available_but_its_file_pages_are(
+    names: tuple[str, str, str, str], used: int, left: int, tmp_path: Path
+) -> None:
+    limit, current, statistics, inactive = names
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("100\n")
+    assert available_ram_bytes(tmp_path) == 100
+    (tmp_path / current).write_text(f"{used}\n")
+    (tmp_path / statistics).write_text(f"anon 5\n{inactive} 30\nactive_file 7\n")
+    assert available_ram_bytes(tmp_path) == left
+
+
+def test_a_container_without_a_limit_has_the_host_s_memory(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_ram_bytes(tmp_path) > MIB

@@ -150,6 +150,19 @@ def test_the_sizes_are_those_of_all_parameters_and_do_not_depend_on_where_they_a
     assert component.weight_bytes == padded_bytes(plain)
 
 
+@pytest.mark.parametrize("how", LOADS)
+def test_the_host_bytes_are_those_of_the_weights_that_wait_in_ram(
+    how: str, plain: Model, source: MappingSource, device: CpuDevice
+) -> None:
+    waiting = padded_bytes(plain) - padded_bytes(plain.patch, plain.head)
+    expected = {"resident": 0, "disk": 0, "host": padded_bytes(plain), "pinned": waiting, "pageable": waiting}
+    _, component = on_meta(device)
+    load(component, how, source)
+    assert component.host_bytes == expected[how]
+    component.release()
+    assert component.host_bytes == 0
+
+
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 

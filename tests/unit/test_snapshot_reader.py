@@ -404,6 +404,24 @@ def test_events_leave_nothing_behind_but_numbers(tmp_path: Path, monkeypatch: py
     assert read_snapshot(path).main.events == 6001
 
 
+@pytest.mark.parametrize("what", ["frames", "refusals", "alive", "traces"])
+def test_what_a_replay_holds_counts_toward_the_limit(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces = {
+        "frames": [[entry("snapshot", 0, 0, 0, OWN | {"line": i}) for i in range(400)]],
+        "refusals": [[entry("oom", 0, MIB) for _ in range(1200)]],
+        "alive": [[entry("alloc", i * MIB, 512) for i in range(1200)]],
+        "traces": [[entry("snapshot", 0, 0)] for _ in range(200)],
+    }
+    path = tmp_path / "s.pickle"
+    path.write_bytes(pickle.dumps({"segments": [], "device_traces": traces[what]}))
+    read_snapshot(path)
+    monkeypatch.setattr(pickles, "MAX_KEPT", 1000)
+    with pytest.raises(InputError, match="outside of any event"):
+        read_snapshot(path)
+
+
 def test_a_gzipped_snapshot_and_one_of_bare_segments_are_read(tmp_path: Path) -> None:
     path = tmp_path / "s.pickle"
     path.write_bytes(gzip.compress(_small(tmp_path), mtime=0))

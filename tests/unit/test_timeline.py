@@ -165,6 +165,20 @@ def test_weights_are_what_survives_a_load_span_for_as_long_as_it_lives() -> None
     ]
 
 
+def test_what_a_load_that_broke_off_had_loaded_is_weights_too() -> None:
+    script = Script()
+    script.timeline.begin("load dit", "load", "dit")
+    script.take("a", 8 * MIB)
+    script.take("b", 16 * MIB)
+    script.give("a", "b")  # the exception that ended it freed them before the span was closed
+    script.timeline.end()
+    peak = moment(script.result(), "peak of load dit")
+    assert [(g["component"], g["operation"], g["bytes"]) for g in peak["alive"]] == [
+        ("dit", "weights", 16 * MIB),
+        ("dit", "weights", 8 * MIB),
+    ]
+
+
 def test_pages_mapped_for_a_malloc_that_failed_are_reserved_all_the_same() -> None:
     run = Script(AllocatorSettings(expandable_segments=True))
     run.allocator.total_bytes = 50 * MIB

@@ -6,7 +6,9 @@ import gzip
 import json
 import os
 import random
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,31 @@ def test_what_is_kept_of_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.
 def test_a_missing_trace_and_a_folder_get_a_sentence(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
+            read_trace(path)
+
+
+def test_a_trace_that_begins_with_a_byte_order_mark_is_read(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "marked.json"
+    path.write_bytes(b"\xef\xbb\xbf" + small.read_bytes())
+    assert read_trace(path).events == read_trace(small).events
+
+
+@pytest.mark.parametrize("content", ["[]", '{"traceEvents": []}'])
+def test_a_trace_without_any_event_is_a_sentence(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "empty.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="holds no events: nothing was recorded"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 5000, "1e999", "-1e999", "NaN"])
+def test_a_number_without_end_in_a_trace_is_read_or_named(number: str, small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    found = list(re.finditer(r"(?<=[:\s])[0-9]+(\.[0-9]+)?(?=[,}\s])", text := small.read_text()))
+    assert found
+    for place in found:
+        path.write_text(text[: place.start()] + number + text[place.end() :])
+        with suppress(InputError):
             read_trace(path)
 
 

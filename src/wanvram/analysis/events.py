@@ -6,7 +6,6 @@ figures are exact to 0.01 MB.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.errors import InputError
+from wanvram.record import strict_json
 from wanvram.units import MIB
 
 __all__ = ["EventGroup", "EventSummary", "Growth", "read_events"]
 
 MAX_FILE_BYTES = 256 * MIB  # an event has about 300 bytes
-_LOG = re.compile(r"(incremental_memory|peak_memory)=(-?[0-9]+(?:\.[0-9]+)?) MB")
+_LOG = re.compile(r"(incremental_memory|peak_memory)=(-?[0-9]{1,12}(?:\.[0-9]{1,12})?) MB")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_events(path: Path) -> EventSummary:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{path} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read")
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        data = strict_json(path.read_text(encoding="utf-8-sig"))
         if not isinstance(data, list):
             raise ValueError("it holds no list")
         events = [_event(number, item) for number, item in enumerate(data, 1)]
@@ -85,6 +85,8 @@ def read_events(path: Path) -> EventSummary:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no memory_events.json: {error}") from error
+    if not events:
+        raise InputError(f"{path} holds no events: the run ended before its first stage")
     return _summary(events)
 
 
@@ -114,7 +116,7 @@ def _whole(number: int, item: dict[str, Any], key: str) -> int | None:
 
 
 def _summary(events: list[_Event]) -> EventSummary:
-    first = events[0].timestamp if events else 0.0
+    first = events[0].timestamp
     by_name: dict[str, list[_Event]] = {}
     for event in events:
         by_name.setdefault(event.name, []).append(event)
@@ -126,13 +128,11 @@ def _summary(events: list[_Event]) -> EventSummary:
         if before.allocated is not None and after.allocated is not None and after.allocated > before.allocated
     ]
     notes = []
-    if not events:
-        notes.append("no event was logged")
-    elif not any(event.reserved is not None for event in events):
+    if not any(event.reserved is not None for event in events):
         notes.append("the events hold no byte counts; figures are read from memory_log, to 0.01 MB")
     return EventSummary(
         events=len(events),
-        seconds=max((event.timestamp for event in events), default=first) - first,
+        seconds=max(event.timestamp for event in events) - first,
         peak=max(known, key=lambda group: group.allocated_bytes or 0, default=None),
         groups=groups,
         growth=tuple(sorted(growth, key=lambda g: -g.bytes)[:5]),

@@ -17,7 +17,7 @@ __all__ = ["PlainUnpickler"]
 
 CHUNK = 1 << 20
 MARGIN = 1 << 18  # read on when less than this is left: no single opcode of plain data is longer
-MAX_STACK = 1 << 22  # values waiting for their container; a pickler puts 1,000 at a time
+MAX_STACK = 1 << 20  # values waiting for their container; a pickler puts 1,000 at a time
 MAX_KEPT = 1 << 21  # values kept in containers; a snapshot keeps some 100,000 (blocks and segments)
 MAX_MEMO = 1 << 26  # 512 MiB of references; a GiB of trace entries has 20 million
 MAX_TEXT = 1 << 26  # characters of different strings; what comes after them is dropped

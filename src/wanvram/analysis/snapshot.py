@@ -53,6 +53,8 @@ __all__ = [
 
 MAX_GROUPS = 200  # alive groups of a moment in a timeline
 MAX_STAGES = 1000
+FRAME_COST = 4  # what a stack frame takes in memory, in values that are kept
+REPLAY_COST = 16
 _NOT_OWN = re.compile(r"(^|[/\\])torch[/\\]|\.(c|cc|cpp|cu|cuh|h|hpp|so|pyx)$|^\?\?$|^$")
 
 
@@ -154,12 +156,22 @@ class _SnapshotUnpickler(PlainUnpickler):
         self._frames: dict[tuple[Any, ...], _Framed] = {}
         self._seen: set[tuple[str, ...]] = set()
         self._replays: dict[int, tuple[Any, Replay]] = {}  # id of the trace's list -> (the list, its replay)
+        self._held: dict[int, int] = {}  # id of the trace's list -> the values that its replay holds
 
     def replay_of(self, trace: Any) -> Replay:
         known = self._replays.get(id(trace))
         if known is None:
+            self._keep(REPLAY_COST)
             known = self._replays[id(trace)] = (trace, Replay(self._rules))
         return known[1]
+
+    def _feed(self, trace: Any, entries: list[Any]) -> None:
+        replay = self.replay_of(trace)
+        replay.feed(entries)
+        live = len(replay.alive) + len(replay.pending) + len(replay.gone)
+        held = live + len(replay.ranges) + len(replay.refusals)
+        self._keep(held - self._held.get(id(trace), 0))
+        self._held[id(trace)] = held
 
     def finish_dict(self, value: dict[Any, Any]) -> Any:
         if "action" in value:
@@ -177,7 +189,7 @@ class _SnapshotUnpickler(PlainUnpickler):
     def finish_list(self, target: Any, items: list[Any]) -> Any:
         kind = items[0].__class__
         if kind is _Entry:
-            self.replay_of(target).feed(items)
+            self._feed(target, items)
             return target
         if kind is _Framed:
             if target:
@@ -207,6 +219,7 @@ class _SnapshotUnpickler(PlainUnpickler):
         key = (str(value["filename"]), value["line"], str(value.get("name", "")))
         known = self._frames.get(key)
         if known is None:
+            self._keep(FRAME_COST)
             filename, line, name = key
             own = _NOT_OWN.search(filename) is None
             known = self._frames[key] = _Framed((Stack((Frame(filename, int(line), name),)), own))

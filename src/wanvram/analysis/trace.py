@@ -129,7 +129,7 @@ class _Scanner:
     def __init__(self, read: Callable[[int], bytes], name: str) -> None:
         self._read = read
         self._name = name
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("replace").decode
         self._parse = json.JSONDecoder(strict=False).raw_decode
         self._text = ""
         self._pos = 0
@@ -359,6 +359,8 @@ def read_trace(path: Path) -> TraceSummary:
         notes.append(f"the file breaks off after {collector.events:,} events; what follows them is missing")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not collector.events:
+        raise InputError(f"{path} holds no events: nothing was recorded while the profiler ran")
     return _summary(path, collector, notes)
 
 

@@ -4,7 +4,7 @@ examples:
   wanvram analyze profiler_logs/baseline                           who owns the peak, fragmentation, stages, growth
   wanvram analyze profiler_logs/baseline --advice                  and the three changes that lower the peak most
   wanvram analyze profiler_logs/baseline/memory_events.json
-  wanvram analyze profiler_logs/baseline/trace/*.pt.trace.json     of any size, plain or gzipped
+  wanvram analyze profiler_logs/baseline/trace.json                of a run with logging.trace; any size, also gzipped
   wanvram analyze profiler_logs/baseline/snapshot.pickle --json    never unpickled: no code in it is run
 
 What a file is, is told from its content, not its name. Of a trace and a snapshot at most 1 GiB of memory is used.
@@ -13,9 +13,11 @@ What a file is, is told from its content, not its name. Of a trace and a snapsho
 from __future__ import annotations
 
 import argparse
+import codecs
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,6 +37,7 @@ from wanvram.report.runs import read_run
 
 __all__ = ["prepare_parser", "run"]
 
+TRACE_NAME = "trace.json"  # as spec.md 5.2 asks for a run's trace
 HEAD_BYTES = 1 << 16
 Result = tuple[str, dict[str, Any]]  # text, JSON
 _EVENTS = re.compile(rb'\s*\[\s*(\]|\{\s*"(name|timestamp|memory_log)"\s*:.*"memory_log")', re.DOTALL)
@@ -74,9 +77,12 @@ def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
 
 def _kind(path: Path) -> tuple[str, Path]:
     """What is at the path, and the path of just that. Raises InputError."""
+    if path.name == TRACE_NAME and not path.exists() and (path.parent / "record.json").is_file():
+        print(f"{path.parent} was not traced (logging.trace is false); this is what its record says", file=sys.stderr)
+        return "run", path.parent
     if path.is_dir():
         return _in_directory(path)
-    head = _head(path)
+    head = _head(path).removeprefix(codecs.BOM_UTF8)
     if head[:1] == b"\x80" or path.suffix in (".pickle", ".pkl"):  # what a pickle of protocol 2 or later begins with
         return "snapshot", path
     if _EVENTS.match(head):
@@ -96,7 +102,9 @@ def _in_directory(path: Path) -> tuple[str, Path]:
         found = sorted(path.glob(pattern))
         if found:
             return kind, found[-1]
-    raise InputError(f"{path} holds no record.json, no memory_events.json, no trace and no snapshot")
+    runs = sorted(inside.parent for inside in path.glob("*/record.json"))
+    hint = f"; it holds {len(runs)} runs, such as {runs[0]}: analyze one, or compare or report them all" if runs else ""
+    raise InputError(f"{path} holds no record.json, no memory_events.json, no trace and no snapshot{hint}")
 
 
 def _head(path: Path) -> bytes:

@@ -2,7 +2,7 @@
 
 examples:
   wanvram report profiler_logs/baseline                         writes profiler_logs/baseline/report.html
-  wanvram report profiler_logs -o docs/report.html              every run in the directory, compared
+  wanvram report profiler_logs -o docs/report.html --force      every run in the directory, compared; replaces the file
   wanvram report profiler_logs/a profiler_logs/b --format md    Markdown on stdout
   wanvram report profiler_logs/baseline --lang zh -o report.md
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.record import write_atomically
-from wanvram.report.answer import answer, deciding_bytes, smallest_card
+from wanvram.report.answer import answer, card_of
 from wanvram.report.html import html_report
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Run, find_runs
@@ -36,15 +36,20 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, help="file to write; its ending says the format")
     parser.add_argument("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
+    parser.add_argument("--force", action="store_true", help="replace the file that is already there")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
     kind = _format(args.format, args.output)
-    runs = find_runs(args.runs)
+    if kind == "text" and args.lang != "en":
+        raise InputError(f"--lang {args.lang}: plain text is in English only; choose --format html or md")
     output = args.output
     if output is None and kind == "html" and not args.json:
         output = _common(args.runs) / "report.html"
+    if output is not None and output.exists() and not args.force:
+        raise InputError(f"{output} exists; --force replaces it")
+    runs = find_runs(args.runs)
     text = "" if output is None and args.json else _report(runs, kind, args.lang)
     if output is not None:
         write_atomically(output, text)
@@ -103,7 +108,7 @@ def _run_summary(run: Run, texts: Texts) -> dict[str, Any]:
         "peak_allocated_bytes": peak.allocated_bytes if peak else None,
         "stage": where.name if where else None,
         "component": where.component if where else None,
-        "smallest_card_gib": smallest_card(deciding_bytes(peak)) if peak and record.device != "cpu" else None,
+        "smallest_card_gib": card_of(record),
         "failure": record.failure.kind if record.failure else None,
         **asdict(answer(run, texts)),
     }

@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -154,6 +154,7 @@ class CudaDevice(Device):
 
     kind = "cuda"
     _context_bytes = 0  # of this process, when the first device was made
+    _capped: ClassVar[set[int]] = set()  # indices whose allocator a device of this process has capped
 
     def __init__(self, index: int = 0, *, limit_bytes: int | None = None) -> None:
         if not torch.cuda.is_available():
@@ -173,6 +174,10 @@ class CudaDevice(Device):
                     f"{human(limit_bytes)} cannot hold the CUDA context and libraries, which take {human(outside)} on this GPU"
                 )
             torch.cuda.set_per_process_memory_fraction(min(1.0, (limit_bytes - outside) / total), index)
+            self._capped.add(index)
+        elif index in self._capped:  # the cap outlives its device; one that somebody else set is not ours to lift
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
+            self._capped.discard(index)
         self.limit_bytes = limit_bytes
         self._copies = torch.cuda.Stream(index)
         self._copied = Copies()

@@ -60,7 +60,6 @@ def rows_per_chunk(tokens: int, asked: int | None) -> int:
 class _Loaded:
     component: Component
     base_bytes: int
-    host_bytes: int
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,8 @@ class Pipeline:
         with self.recorder.span(f"load {name}", kind="load", component=name) as span:
             component = parts.load(which)
         base = span.end.allocated_bytes - span.start.allocated_bytes
-        host = component.weight_bytes - base if component.weight_bytes > base else 0
-        self._loaded[name] = _Loaded(component, base, host)
-        self._finished.append(ComponentRecord(name, component.parameters, base, host, 0))
+        self._loaded[name] = _Loaded(component, base)
+        self._finished.append(ComponentRecord(name, component.parameters, base, component.host_bytes, 0))
 
     def _use(self, which: str, parts: Parts) -> Component:
         name = "vae" if which.startswith("vae") else which

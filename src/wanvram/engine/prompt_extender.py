@@ -136,11 +136,11 @@ class LocalExtender:
 def _picture(picture: Path | Image.Image) -> Image.Image:
     if not isinstance(picture, Path):
         return picture
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(picture) as file:
-            return file.convert("RGB")
+            return ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{picture} cannot be read as a picture ({type(error).__name__})") from error
 

@@ -99,6 +99,7 @@ class Component:
         self._ring: SlotRing | None = None
         self._masters: dict[_Part, torch.Tensor] = {}
         self._source: TensorSource | None = None
+        self._on_host = False
         self._unpacked: torch.Tensor | None = None
         self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
@@ -131,6 +132,7 @@ class Component:
 
     def load_host(self, source: TensorSource | None) -> None:
         """Every parameter in host RAM; the module then computes on the CPU."""
+        self._on_host = True
         for part in self._parts():
             part.flat = self.device.host_empty((part.nbytes,), torch.uint8)
             if source is not None:
@@ -148,6 +150,7 @@ class Component:
                 part.clear()
             self._masters.clear()
             self._source = self._unpacked = None
+            self._on_host = False
 
     def _place(self, part: _Part, source: TensorSource | None) -> None:
         part.flat = self.device.empty((part.nbytes,), torch.uint8)
@@ -293,6 +296,13 @@ class Component:
     def weight_bytes(self) -> int:
         """Bytes of all parameters in their storage dtypes, wherever they are."""
         return sum(part.nbytes for part in self._parts())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of weights in host RAM now: none where they are resident or read from disk in every pass."""
+        if self._on_host:
+            return sum(part.flat.nbytes for part in self._parts() if part.flat is not None)
+        return sum(master.nbytes for master in self._masters.values())
 
 
 def _part(module: nn.Module, prefix: str, fp8: bool = False) -> _Part:

@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
@@ -222,15 +223,30 @@ class CpuMeter(TorchDispatchMode):
         return int(self._process.memory_info().rss), 0
 
 
-def available_ram_bytes() -> int:
-    """Host memory that can be used without swapping; a container's limit counts."""
+# Limit, use and the statistics' name of file pages that the kernel takes back before it kills: cgroup v2, then v1.
+_CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def available_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Host memory that can be used without swapping; what a container's limit leaves beside its use counts."""
     available = int(psutil.virtual_memory().available)
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(name, encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
+    for limit_file, use_file, statistics_file, reclaimable in _CGROUPS:
+        limit = _text(cgroup / limit_file).strip()
+        if not limit.isdigit():
             continue
-        if text.isdigit():
-            available = min(available, int(text))
+        use = _text(cgroup / use_file).strip()
+        statistics = dict(line.split() for line in _text(cgroup / statistics_file).splitlines() if line.count(" ") == 1)
+        used = (int(use) if use.isdigit() else 0) - int(statistics.get(reclaimable, 0))
+        available = min(available, max(0, int(limit) - max(0, used)))
     return available
+
+
+def _text(path: Path) -> str:
+    """What a file of the system says; nothing where it does not exist."""
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""

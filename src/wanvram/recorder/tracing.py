@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +30,20 @@ def setup_profiler(log_dir: str) -> torch.profiler.profile:
 
 @contextmanager
 def allocator_snapshot(path: Path) -> Iterator[None]:
-    """Records the CUDA allocator's full history inside and writes it for PyTorch's memory_viz (pickle protocol 4)."""
+    """Records the CUDA allocator's full history inside and writes it for PyTorch's memory_viz (pickle protocol 4).
+
+    Raises OSError when it cannot be written; there is then no file.
+    """
     torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
     try:
         yield
     finally:
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(None)  # type: ignore[arg-type]
-        path.write_bytes(pickle.dumps(snapshot, protocol=4))
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with beside.open("wb") as file:
+                pickle.dump(snapshot, file, protocol=4)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -8,14 +8,27 @@ from dataclasses import dataclass
 
 from wanvram.analysis.peak import weights_at
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.runs import Run, pairs
+from wanvram.report.runs import Advice, Run, pairs
 from wanvram.report.texts import Texts
 from wanvram.report.timeline import peak_moment
-from wanvram.units import GIB, human
+from wanvram.units import GIB, human, seconds
 
-__all__ = ["CARDS_GIB", "Answer", "answer", "best_first", "deciding_bytes", "smallest_card", "together"]
+__all__ = [
+    "CARDS_GIB",
+    "Answer",
+    "advice_first",
+    "answer",
+    "best_first",
+    "card_of",
+    "deciding_bytes",
+    "smallest_card",
+    "together",
+]
 
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
+NAMED = 3  # of the runs that share a figure
+LEAST_SECONDS = 0.005  # what is shown as 0.00 s costs no time
+LOSSY = " (lossy)"  # how run.advice marks a change after which the video is another
 USABLE_SHARE = 0.98  # of a card's nominal memory a process gets about this much: RTX 4090 24,082 of 24,576 MiB
 
 
@@ -34,6 +47,7 @@ class _Lever:
 
     key: str
     bytes_at_stake: int
+    lossy: bool = False
 
 
 def deciding_bytes(memory: Memory) -> int:
@@ -44,6 +58,14 @@ def deciding_bytes(memory: Memory) -> int:
 def smallest_card(used_bytes: int) -> int | None:
     """Nominal GiB of the smallest standard card with that much usable memory; None above 80 GB."""
     return next((card for card in CARDS_GIB if used_bytes <= card * GIB * USABLE_SHARE), None)
+
+
+def card_of(record: RunRecord) -> int | None:
+    """`smallest_card` of a run that came to its end on a card; None also for one that failed: its peak was still to come."""
+    peak = record.peak()
+    if peak is None or record.device == "cpu" or record.failure is not None:
+        return None
+    return smallest_card(deciding_bytes(peak))
 
 
 def answer(run: Run, texts: Texts) -> Answer:
@@ -60,7 +82,7 @@ def _headline(record: RunRecord, peak: Memory, texts: Texts) -> str:
     parts = [texts(f"peak_{figure}_{'predicted' if record.simulated else 'measured'}", bytes=human(used))]
     failure = _failure(record, texts)
     if failure:
-        return " ".join([failure, texts("until_then", peak=parts[0])])
+        return texts.join(failure, texts(f"until_then_{figure}", bytes=human(used)))
     if record.budget_bytes is not None:
         key = "fits_budget" if record.fits else "exceeds_budget"
         spare = human(abs(record.budget_bytes - used))
@@ -75,17 +97,22 @@ def _failure(record: RunRecord, texts: Texts) -> str | None:
     if record.failure is None:
         return None
     where = record.failure.stage or texts("no_stage")
-    return texts(f"failed_{record.failure.kind}", stage=where, message=record.failure.message)
+    sentence = texts(f"failed_{record.failure.kind}", stage=where, message=record.failure.message.rstrip())
+    return sentence if sentence.endswith((".", "!", "?", "。")) else texts.sentence([sentence])
 
 
 def _owner(run: Run, span: Span, texts: Texts) -> str:
     component = span.component or texts("no_component")
     there, activation = span.start.allocated_bytes, span.activation_bytes
     key = "owner_activation" if activation > there else "owner_weights"
-    sentence = texts(key, stage=span.name, component=component, activation=human(activation), there=human(there))
+    values = {"stage": span.name, "component": component, "there": human(there)}
+    if span.kind == "load":  # what loading adds are weights, though they were not there when it began
+        sentence = texts("owner_loading", loaded=human(activation), **values)
+    else:
+        sentence = texts(key, activation=human(activation), **values)
     moment = peak_moment(run.timeline)
     groups = [g for g in moment["alive"] if g["operation"] != "(other)"] if moment else []
-    if not groups:
+    if not groups or span.kind == "load":
         return sentence
     top = max(groups, key=lambda group: int(group["bytes"]))
     what = " ".join(str(top[k]) for k in ("operation", "module") if top[k]) or texts("unknown")
@@ -94,12 +121,52 @@ def _owner(run: Run, span: Span, texts: Texts) -> str:
 
 def _change(run: Run, span: Span, texts: Texts) -> str:
     if run.advice:
-        best = max(run.advice, key=lambda advice: advice.saved_bytes)
-        return texts("advice", change=best.change, saved=human(best.saved_bytes))
-    lever = max(_levers(run, span), key=lambda lever: lever.bytes_at_stake, default=None)
-    if lever is None or lever.bytes_at_stake <= 0:
+        return _advised(run, texts)
+    levers = [lever for lever in _levers(run, span) if lever.bytes_at_stake > 0]
+    lever = max(levers, key=lambda lever: (not lever.lossy, lever.bytes_at_stake), default=None)
+    if lever is None:
         return texts("lever_none")
-    return texts(lever.key, bytes=human(lever.bytes_at_stake), component=span.component or texts("no_component"))
+    component = span.component or texts("no_component")
+    return texts("lever", lever=texts(lever.key, bytes=human(lever.bytes_at_stake), component=component))
+
+
+def _advised(run: Run, texts: Texts) -> str:
+    """The best lossless change, then the best lossy one if it saves more."""
+    best, *others = advice_first(run.advice)
+    sentences = [_advice(run, best, texts)]
+    lossy = next((a for a in others if _is_lossy(a) and a.saved_bytes > best.saved_bytes), None)
+    if lossy is not None and not _is_lossy(best):
+        sentences.append(_advice(run, lossy, texts))
+    return texts.join(*sentences)
+
+
+def advice_first(advice: Sequence[Advice]) -> list[Advice]:
+    """Lossless changes first, then by what they save."""
+    return sorted(advice, key=lambda a: (_is_lossy(a), -a.saved_bytes))
+
+
+def _is_lossy(advice: Advice) -> bool:
+    return advice.change.endswith(LOSSY)
+
+
+def _advice(run: Run, advice: Advice, texts: Texts) -> str:
+    peak = run.record.peak()
+    used = deciding_bytes(peak) if peak else 0
+    return texts(
+        "advice_lossy" if _is_lossy(advice) else "advice",
+        change=advice.change.removesuffix(LOSSY),
+        saved=human(advice.saved_bytes),
+        share=f"{advice.saved_bytes / used:.0%}".replace("%", " %") if used else "-",
+        cost=_cost(advice.seconds, texts),
+    )
+
+
+def _cost(added: float | None, texts: Texts) -> str:
+    if added is None:
+        return texts("cost_unknown")
+    if abs(added) < LEAST_SECONDS:
+        return texts("cost_none")
+    return texts("cost_slower" if added > 0 else "cost_faster", time=seconds(abs(added)))
 
 
 def _levers(run: Run, span: Span) -> Iterator[_Lever]:
@@ -124,7 +191,7 @@ def _levers(run: Run, span: Span) -> Iterator[_Lever]:
     if setting("optimization.expandable_segments") is False:
         yield _Lever("lever_segments", span.peak.reserved_bytes - span.peak.allocated_bytes)
     if setting("model_config.precision") == "fp32":
-        yield _Lever("lever_precision", span.peak.allocated_bytes // 2)
+        yield _Lever("lever_precision", span.peak.allocated_bytes // 2, lossy=True)
 
 
 def _setting(run: Run) -> Callable[[str], object]:
@@ -150,23 +217,48 @@ def best_first(runs: Sequence[Run]) -> list[tuple[int, Run]]:
 
     A prediction that was measured is left out: the measurement stands for it.
     """
-    measured = {predicted for predicted, _ in pairs(runs)}
-    judged = [run for index, run in enumerate(runs) if index not in measured and not run.record.failure]
+    judged = [run for run in _judged(runs) if not run.record.failure]
     ended = [(deciding_bytes(peak), run) for run in judged if (peak := run.record.peak())]
     return sorted(ended, key=lambda item: (item[0], item[1].record.step_seconds() or math.inf))
 
 
+def _judged(runs: Sequence[Run]) -> list[Run]:
+    measured = {predicted for predicted, _ in pairs(runs)}
+    return [run for index, run in enumerate(runs) if index not in measured]
+
+
 def together(runs: Sequence[Run], texts: Texts) -> str:
-    """One sentence over several runs: the lowest and the highest peak."""
-    ended = best_first(runs)
-    failed = sum(1 for run in runs if run.record.failure)
+    """One sentence over several runs: the lowest and the highest peak, and how many share them."""
+    ended, judged = best_first(runs), _judged(runs)
+    failed = sum(1 for run in judged if run.record.failure)
     if not ended:
-        return texts("all_failed", count=len(runs))
-    (least, best), (most, worst) = ended[0], ended[-1]
+        return texts("all_failed", count=len(judged))
+    (least, _), (most, worst) = ended[0], ended[-1]
     card = smallest_card(least)
-    parts = [texts("best_of", count=len(runs), best=best.label, least=human(least))]
-    parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))
+    parts = _best(len(judged), least, [run for used, run in ended if used == least], texts)
+    if any(run.record.device != "cpu" for _, run in ended):
+        parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))
     sentence = texts.sentence(parts)
-    if most > least:
+    highest = [run.label for used, run in ended if used == most]
+    if most > least and len(highest) > 1:
+        last = texts("worst_shared", shared=len(highest), names=_named(highest, texts), most=human(most))
+        sentence = texts.join(sentence, last)
+    elif most > least:
         sentence = texts.join(sentence, texts("worst_of", worst=worst.label, most=human(most)))
     return texts.join(sentence, texts("some_failed", count=failed)) if failed else sentence
+
+
+def _best(count: int, least: int, sharing: Sequence[Run], texts: Texts) -> list[str]:
+    """sharing: the runs with the lowest peak, the fastest first."""
+    best = sharing[0]
+    if len(sharing) == 1:
+        return [texts("best_of", count=count, best=best.label, least=human(least))]
+    names = _named([run.label for run in sharing], texts)
+    parts = [texts("best_shared", count=count, shared=len(sharing), least=human(least), names=names)]
+    times = [run.record.step_seconds() or math.inf for run in sharing]
+    return [*parts, texts("fastest_of", best=best.label)] if times[0] < times[1] else parts
+
+
+def _named(labels: Sequence[str], texts: Texts) -> str:
+    names = ", ".join(f"“{label}”" for label in labels[:NAMED])
+    return texts("names_more", names=names, more=len(labels) - NAMED) if len(labels) > NAMED else names

@@ -16,6 +16,7 @@ from wanvram.units import MIB, seconds
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
 
 MAX_CELL = 40
+SEED = "request.base_seed"  # drawn anew for each run, and no figure depends on it: shown only if nothing else differs
 _STAGE_FIGURES = (
     ("stages", "peak_allocated_bytes", "peak allocated MiB"),
     ("stages", "activation_bytes", "activation MiB"),
@@ -109,10 +110,13 @@ def _legend(comparison: Comparison) -> str:
 
 
 def _configuration(comparison: Comparison) -> str:
-    if not comparison.changed:
+    changed = comparison.changed
+    if not changed:
         return "The configurations are the same." if len(comparison.labels) > 1 else ""
+    if changed.keys() - {SEED, "name", "description"}:
+        changed = {key: values for key, values in changed.items() if key != SEED}
     rows = [["changed", *map(_letter, range(len(comparison.labels)))]]
-    rows += [[key, *(_cell(value) for value in values)] for key, values in comparison.changed.items()]
+    rows += [[key, *(_cell(value) for value in values)] for key, values in changed.items()]
     return table(rows)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.record import RunRecord, Span
-from wanvram.report.answer import CARDS_GIB, answer, best_first, deciding_bytes, smallest_card, together
+from wanvram.report.answer import CARDS_GIB, advice_first, answer, best_first, card_of, together
 from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import GLOSSARY, TEXTS, Texts
 from wanvram.report.timeline import thinned
@@ -124,7 +124,6 @@ def _json(value: object) -> str:
 def _run(run: Run, texts: Texts) -> dict[str, Any]:
     record = run.record
     peak, where = record.peak(), record.peak_span()
-    used = deciding_bytes(peak) if peak else 0
     return {
         "label": run.label,
         "device": record.device,
@@ -137,14 +136,13 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "stage": where.name if where else None,
         "component": where.component if where else None,
         "fragmentation": where.peak.fragmentation if where else None,
-        "used": used,
-        "card": smallest_card(used) if peak and record.device != "cpu" else None,
+        "card": card_of(record),
         "seconds": _seconds(record),
         "step_seconds": record.step_seconds(),
         "settings": {key: _short(value) for key, value in run.settings().items()},
         "environment": {key: _short(value) for key, value in record.environment.items()},
         "notes": [_short(note) for note in record.notes],
-        "advice": [asdict(advice) | {"change": _short(advice.change)} for advice in run.advice],
+        "advice": [asdict(advice) | {"change": _short(advice.change)} for advice in advice_first(run.advice)],
         "components": [asdict(component) for component in record.components],
         "stages": [_stage(span) for span in record.stages],
         "exact": run.exact,
@@ -157,8 +155,8 @@ def _memory(allocated: int, reserved: int, device: int | None) -> dict[str, int 
 
 
 def _seconds(record: RunRecord) -> float | None:
-    """Of a simulated run: predicted, without loading."""
-    times = [span.seconds for span in record.stages if span.seconds is not None]
+    """Without loading, which predictions do not time."""
+    times = [span.seconds for span in record.stages if span.kind == "stage" and span.seconds is not None]
     return None if not times else sum(times)
 
 
@@ -173,7 +171,7 @@ def _stage(span: Span) -> dict[str, Any]:
         "component": span.component,
         "start": span.start.allocated_bytes,
         "peak": _memory(span.peak.allocated_bytes, span.peak.reserved_bytes, span.peak.device_bytes),
-        "activation": span.activation_bytes,
+        "activation": None if span.kind == "load" else span.activation_bytes,
         "fragmentation": span.peak.fragmentation,
         "fluctuation": span.fluctuation_bytes,
         "seconds": span.seconds,

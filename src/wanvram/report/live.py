@@ -132,7 +132,10 @@ class LiveView:
             "reserved": (memory.reserved_bytes, max((p.reserved_bytes for p in peaks), default=0)),
         }
         if device is not None:
-            figures["device"] = (device, max((p.device_bytes or 0 for p in peaks), default=0))
+            # Read one after the other while memory is given back, or at the last span's end: what is reserved is in it.
+            peak = max((p.device_bytes or 0 for p in peaks), default=0)
+            now, top = figures["reserved"]
+            figures["device"] = (max(device, now), max(peak, top))
         full = self._budget or max(1, *(max(pair) for pair in figures.values()))
         rows = Table.grid(padding=(0, 2))
         for name, (now, peak) in figures.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.answer import answer, deciding_bytes, smallest_card, together
+from wanvram.report.answer import advice_first, answer, card_of, together
 from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import Texts
 from wanvram.report.timeline import peak_moment
@@ -35,16 +35,17 @@ def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
 def _runs(runs: Sequence[Run], texts: Texts) -> list[str]:
     heads = ["run", "kind", "peak_device", "peak_reserved", "peak_allocated", "step", "stage", "card", "verdict"]
     rows = []
-    for run in runs:
+    measured = {predicted: runs[index].label for predicted, index in pairs(runs)}
+    for index, run in enumerate(runs):
         peak, where, step = run.record.peak(), run.record.peak_span(), run.record.step_seconds()
         rows.append(
             [
                 run.label,
-                texts("predicted" if run.record.simulated else "measured"),
+                _kind(run, measured.get(index), texts),
                 *_figures(peak),
                 None if step is None else seconds(step),
                 where.name if where else None,
-                _card(run.record, peak, texts),
+                _card(run.record, texts),
                 _verdict(run.record, texts),
             ]
         )
@@ -59,10 +60,19 @@ def _figures(memory: Memory | None) -> list[str | None]:
     return [device, _mib(memory.reserved_bytes), _mib(memory.allocated_bytes)]
 
 
-def _card(record: RunRecord, peak: Memory | None, texts: Texts) -> str | None:
-    if peak is None or record.device == "cpu":
+def _kind(run: Run, measured: str | None, texts: Texts) -> str:
+    """measured: the run whose prediction this is."""
+    if measured is not None:
+        return texts("prediction_of", run=measured)
+    return texts("predicted" if run.record.simulated else "measured")
+
+
+def _card(record: RunRecord, texts: Texts) -> str | None:
+    if record.peak() is None or record.device == "cpu":
         return None
-    card = smallest_card(deciding_bytes(peak))
+    if record.failure is not None:
+        return "-"
+    card = card_of(record)
     return f"{card} GB" if card else texts("over_cards", card=80)
 
 
@@ -112,7 +122,8 @@ def _stages(run: Run, texts: Texts) -> list[str]:
 
 def _stage(span: Span) -> list[str | None]:
     time = seconds(span.seconds) if span.seconds is not None else None
-    start, activation = _mib(span.start.allocated_bytes), _mib(span.activation_bytes)
+    start = _mib(span.start.allocated_bytes)
+    activation = None if span.kind == "load" else _mib(span.activation_bytes)
     return [span.name, span.component, start, activation, *_figures(span.peak), f"{span.peak.fragmentation:.1%}", time]
 
 
@@ -141,7 +152,10 @@ def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
 
 def _advice(run: Run, texts: Texts) -> list[str]:
     heads = [texts("advice_change"), _head("advice_saved", texts), texts("advice_seconds")]
-    rows = [[a.change, _mib(a.saved_bytes), None if a.seconds is None else seconds(a.seconds)] for a in run.advice]
+    rows = [
+        [a.change, _mib(a.saved_bytes), None if a.seconds is None else seconds(a.seconds)]
+        for a in advice_first(run.advice)
+    ]
     return _table(heads, rows, numbers=(1, 2))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.record import Memory, RunRecord, Span, dotted
+from wanvram.record import RunRecord, check_types, dotted, strict_json
 from wanvram.report.timeline import checked_timeline, coarse_timeline
 
 __all__ = ["Advice", "Run", "find_runs", "pairs", "read_run"]
@@ -111,7 +111,6 @@ def read_run(directory: Path, taken: Mapping[str, bool] | None = None) -> Run:
     """
     try:
         record = RunRecord.from_json(_load(directory / "record.json"))
-        _check(record)
         exact = (directory / "timeline.json").is_file()
         timeline = checked_timeline(_load(directory / "timeline.json")) if exact else coarse_timeline(record)
         advice = _advice(_load(directory / "advice.json")) if (directory / "advice.json").is_file() else ()
@@ -134,58 +133,20 @@ def _load(path: Path) -> Any:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise InputError(f"{path.name} has {size} bytes; at most {MAX_FILE_BYTES} are read")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        return strict_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path.name} cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} is no valid JSON ({error})") from error
 
 
-def _check(record: RunRecord) -> None:
-    """RunRecord.from_json takes values as they come; a report computes with them."""
-
-    def number(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    def whole(memory: Memory) -> bool:
-        device = memory.device_bytes
-        return number(memory.allocated_bytes) and number(memory.reserved_bytes) and (device is None or number(device))
-
-    spans = [span for stage in record.stages for span in stage.walk()]
-    good = (
-        isinstance(record.config, dict)
-        and isinstance(record.environment, dict)
-        and (record.budget_bytes is None or number(record.budget_bytes))
-        and all(isinstance(note, str) for note in record.notes)
-        and all(_plain(span) and all(map(whole, (span.start, span.peak, span.end))) for span in spans)
-        and all(isinstance(c.name, str) for c in record.components)
-        and all(
-            number(n) for c in record.components for n in (c.parameters, c.base_bytes, c.host_bytes, c.activation_bytes)
-        )
-    )
-    if not good:
-        raise InputError("record.json is damaged: a value is not of its type")
-
-
-def _plain(span: Span) -> bool:
-    timed = span.seconds is None or (isinstance(span.seconds, (int, float)) and not isinstance(span.seconds, bool))
-    counted = isinstance(span.repeats, int) and 1 <= span.repeats <= 1_000_000
-    named = isinstance(span.name, str) and isinstance(span.component, (str, type(None)))
-    return timed and counted and named
-
-
 def _advice(data: Any) -> tuple[Advice, ...]:
     try:
-        return tuple(
-            Advice(
-                str(item["change"]),
-                int(item["saved_bytes"]),
-                None if item["seconds"] is None else float(item["seconds"]),
-            )
-            for item in data["advice"]
-        )
+        found = tuple(Advice(item["change"], item["saved_bytes"], item["seconds"]) for item in data["advice"])
+        check_types(found, tuple[Advice, ...], "advice")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"advice.json is damaged: {error!r}") from error
+    return found
 
 
 def pairs(runs: Sequence[Run]) -> list[tuple[int, int]]:

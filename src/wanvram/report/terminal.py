@@ -40,6 +40,8 @@ def _headline(record: RunRecord) -> str:
 def _why(peak: Span) -> str:
     start = peak.start.allocated_bytes
     activation = peak.peak.allocated_bytes - start
+    if peak.kind == "load":
+        return f"      {human(start)} there when loading began + {human(activation)} of weights loaded"
     cause = "activations of the stage" if activation > start else "weights and tensors already there"
     return f"      {human(start)} there when the stage began + {human(activation)} activation: mostly {cause}"
 
@@ -74,7 +76,8 @@ def _stages(record: RunRecord) -> str:
 def _peak_cells(span: Span) -> list[str]:
     m: Memory = span.peak
     device = _mib(m.device_bytes) if m.device_bytes is not None else "-"
-    return [_mib(m.allocated_bytes), _mib(span.activation_bytes), _mib(m.reserved_bytes), device]
+    activation = "-" if span.kind == "load" else _mib(span.activation_bytes)  # what loading adds are weights
+    return [_mib(m.allocated_bytes), activation, _mib(m.reserved_bytes), device]
 
 
 def _largest_moments(record: RunRecord) -> str:

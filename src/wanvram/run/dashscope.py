@@ -58,7 +58,13 @@ def default_model(*, vision: bool) -> str:
 
 
 def encode_picture(picture: Image.Image) -> tuple[bytes, str]:
-    """(PNG bytes, media type) of at most 512 x 512 pixels' area, the aspect ratio kept, as the official script uploads it."""
+    """(PNG bytes, media type) of at most 512 x 512 pixels' area, the aspect ratio kept, as the official script uploads it.
+
+    Upright, as the transformer sees it: see run.media.read_picture.
+    """
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
     scale = min(1.0, (PICTURE_PIXELS / (picture.width * picture.height)) ** 0.5)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     buffer = io.BytesIO()

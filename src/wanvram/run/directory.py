@@ -18,6 +18,8 @@ RUN_FILES = (
     "advice.json",
     "report.html",
     "snapshot.pickle",
+    "trace.json",
+    "trace/*.pt.trace.json",
     "video*.mp4",
     "video*.json",
     "image*.png",

@@ -22,12 +22,12 @@ from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import deferred
 from wanvram.recorder.recorder import Recorder
-from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
 from wanvram.run.checks import run_checks
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
 from wanvram.run.extension import prompt_extension
 from wanvram.run.inputs import prepare_inputs
+from wanvram.run.observe import observed
 from wanvram.run.outputs import Outputs
 from wanvram.run.simulated import simulated_memory
 from wanvram.run.weights import NoWeights, choose_weights
@@ -84,13 +84,12 @@ def execute(
         if watch:
             stack.enter_context(watch(recorder))
         pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
-        if progress and not simulated:
-            pipeline.on_step = StepProgress(progress)
-        if directory:
-            _observe(stack, config, pipeline, directory)
+        if progress:
+            pipeline.on_step = StepProgress(progress, "simulated" if simulated else "done")
+        lost = stack.enter_context(observed(config.measurement, pipeline, directory))
         failure = _run(pipeline, outputs)
     record = _record(config, device, pipeline, failure, environment)
-    record.notes += notes + (extend.notes if extend else [])
+    record.notes += notes + (extend.notes if extend else []) + lost
     if directory:
         record.write(directory / "record.json")
     if directory and timeline:
@@ -118,8 +117,9 @@ def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | Non
 class StepProgress:
     """Says how far denoising is and how long it will take, from the second step on at most every two seconds."""
 
-    def __init__(self, show: Callable[[str], None]) -> None:
+    def __init__(self, show: Callable[[str], None], verb: str) -> None:
         self.show = show
+        self.verb = verb  # a simulated step takes other seconds than the step it predicts
         self.first = self.last = 0.0
 
     def __call__(self, done: int, steps: int) -> None:
@@ -128,17 +128,8 @@ class StepProgress:
             self.first = now
         if done > 1 and (now - self.last >= 2.0 or done == steps):
             mean = (now - self.first) / (done - 1)
-            self.show(f"step {done} of {steps}, {mean:.2f} s each, {mean * (steps - done):.0f} s left")
+            self.show(f"step {done} of {steps} {self.verb}, {mean:.2f} s each, {mean * (steps - done):.0f} s left")
             self.last = now
-
-
-def _observe(stack: ExitStack, config: RunConfig, pipeline: Pipeline, directory: Path) -> None:
-    """Starts what the configuration asks for beside the recorder: torch.profiler's trace, the allocator's history."""
-    if config.measurement.trace:
-        profiler = stack.enter_context(setup_profiler(str(directory / config.measurement.trace_directory)))
-        pipeline.trace_step = profiler.step
-    if config.measurement.snapshot:
-        stack.enter_context(allocator_snapshot(directory / "snapshot.pickle"))
 
 
 def simulate_with_timeline(config: RunConfig) -> tuple[RunRecord, Timeline]:
@@ -148,9 +139,14 @@ def simulate_with_timeline(config: RunConfig) -> tuple[RunRecord, Timeline]:
     return _simulate(config, memory, timeline), timeline
 
 
-def simulate(config: RunConfig, *, keep_events: bool = False) -> tuple[RunRecord, SimulatedMemory]:
-    """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's."""
-    memory = simulated_memory(config, keep_events=keep_events)
+def simulate(
+    config: RunConfig, *, keep_events: bool = False, unlimited: bool = False
+) -> tuple[RunRecord, SimulatedMemory]:
+    """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's.
+
+    unlimited: on a card without end, so that the peak is what the whole run takes.
+    """
+    memory = simulated_memory(config, keep_events=keep_events, unlimited=unlimited)
     return _simulate(config, memory, None), memory
 
 

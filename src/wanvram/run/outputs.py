@@ -14,6 +14,7 @@ import torch
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
 from wanvram.record import write_atomically
+from wanvram.run.directory import RUN_FILES
 from wanvram.run.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
 from wanvram.version import __version__
 
@@ -50,6 +51,10 @@ class Outputs:
         if self.save_file.suffix.lower() not in allowed:
             raise InputError(f"--save_file {self.save_file}: its name must end in {' or '.join(allowed)}")
         for index in range(len(self.config.request.all_prompts())):
+            if self._is_of_the_run(self.path(index).with_suffix(".json")):
+                raise InputError(
+                    f"--save_file {self.path(index)}: its description {self.path(index).stem}.json would replace a file of the run"
+                )
             for path in (self.path(index), self.path(index).with_suffix(".json")):
                 if path.is_dir():
                     raise InputError(f"--save_file {path} is a directory; name a file")
@@ -62,6 +67,9 @@ class Outputs:
             probe.unlink()
         except OSError as error:
             raise OutputError(f"cannot write to {self.save_file.parent}: {error.strerror or error}") from error
+
+    def _is_of_the_run(self, path: Path) -> bool:
+        return path.name in RUN_FILES and path.parent.resolve() == self.directory.resolve()
 
     def path(self, index: int) -> Path:
         """Numbered from 001 when there are several prompts."""

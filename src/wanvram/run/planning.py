@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from wanvram.config import RunConfig
-from wanvram.errors import BudgetError
+from wanvram.errors import BudgetError, WanvramError
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
 from wanvram.record import RunRecord
 from wanvram.run.execute import simulate
@@ -26,8 +26,8 @@ def plan_run(
     """The fastest lossless strategy whose whole predicted run stays within the budget less its margin, and that run.
 
     Forecasts are shortened; where the whole run needs more than they said, the difference is kept free and the search is
-    made again, at most three times, then BudgetError. The allocator's expandable segments are always used where PyTorch
-    has them, which is on Linux: they cost nothing and leave no holes.
+    made again, at most three times, then BudgetError. WanvramError if a whole run ends early. The allocator's expandable
+    segments are always used where PyTorch has them, which is on Linux: they cost nothing and leave no holes.
     """
     base = replace(config.strategy, expandable_segments=sys.platform == "linux")
     known: dict[tuple[RunConfig, str], StageForecast] = {}
@@ -44,7 +44,10 @@ def plan_run(
         result = search(config.request, tried, Options(base, offers), forecast)
         if isinstance(result, Refusal):
             return result, None
-        record, _ = simulate(replace(planned_config(config, result), memory_limit_bytes=None))
+        # On the card itself a run that does not fit ends early, with a peak that looks as if it did.
+        record, _ = simulate(replace(planned_config(config, result), memory_limit_bytes=None), unlimited=True)
+        if record.failure is not None:
+            raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
         peak = record.peak()
         whole = peak.device_bytes if peak is not None else None
         excess = (whole or 0) - budget.device_limit

@@ -264,10 +264,15 @@ class Timeline:
         return owners
 
     def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[_Entry, int, int]]) -> dict[int, str]:
-        """Index of a block -> the component whose weights it holds: born in that component's load and alive after it."""
+        """Index of a block -> the component whose weights it holds: born in that component's load and alive after it.
+
+        A load that nothing follows broke off, and what it had loaded was freed before it ended: there, what lived with the last block.
+        """
         found: dict[int, str] = {}
         for entry, start, end in wholes:
             if entry.kind == "load":
+                if entry is wholes[-1][0]:
+                    end = int(blocks.born.max(initial=start, where=blocks.born <= end))
                 survivors = (blocks.born > start) & (blocks.born <= end) & (blocks.died > end)
                 found |= dict.fromkeys(np.flatnonzero(survivors).tolist(), entry.component or entry.name)
         return found

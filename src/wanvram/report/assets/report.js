@@ -24,7 +24,7 @@ function tiles(run) {
     if (run.peak[kind] !== null) items.push(tile(t(`peak_${kind}`), human(run.peak[kind])));
   }
   items.push(tile(t("fragmentation"), percent(run.fragmentation), t("moment_peak")));
-  if (run.seconds !== null) items.push(tile(t("time"), duration(run.seconds)));
+  if (run.seconds !== null) items.push(tile(t("time_unloaded"), duration(run.seconds)));
   if (run.budget !== null) items.push(tile(t("budget"), human(run.budget), verdict(run)));
   return el("dl", { class: "stats" }, ...items);
 }
@@ -46,8 +46,17 @@ function answerOf(run, headline) {
   const lines = [run.answer.owner, run.answer.change].filter(Boolean).map((text) => el("p", { text }));
   const box = el("div", { class: kindOfAnswer }, kind, el(headline ? "h2" : "h1", { class: "headline", text: run.answer.headline }), ...lines);
   if (run.peak) box.append(tiles(run));
-  if (run.peak && run.device !== "cpu") box.append(cardRow(run));
+  if (run.peak && run.device !== "cpu" && !run.failure) box.append(cardRow(run));
   return box;
+}
+
+// A prediction that was measured follows its measurement.
+function runsInOrder() {
+  const measured = new Map(data.pairs);
+  const entry = (index) => ({ run: data.runs[index], index, measured: data.runs[measured.get(index)] });
+  const predictions = (index) => [...measured.keys()].filter((p) => measured.get(p) === index);
+  const first = data.runs.map((_, index) => index).filter((index) => !measured.has(index));
+  return first.flatMap((index) => [index, ...predictions(index)]).map(entry);
 }
 
 function runsTable(show, pin) {
@@ -73,20 +82,20 @@ function runsTable(show, pin) {
       column("peak_reserved_bytes", "peak_reserved", "mib"),
       column("peak_allocated_bytes", "peak_allocated", "mib"),
       column("fragmentation", "fragmentation", "percent"),
-      column("seconds", "time", "seconds"),
+      column("seconds", "time_unloaded", "seconds"),
       column("task", "task"),
     ],
-    rows: data.runs.map((run, index) => ({
+    rows: runsInOrder().map(({ run, index, measured }) => ({
       index,
       run: run.label,
-      kind: t(run.simulated ? "predicted" : "measured"),
+      kind: measured ? t("prediction_of", { run: measured.label }) : t(run.simulated ? "predicted" : "measured"),
       task: ["task", "size", "frame_num"].map((key) => run.settings[`request.${key}`] ?? "").join(" "),
       peak_device_bytes: run.peak?.device,
       peak_reserved_bytes: run.peak?.reserved,
       peak_allocated_bytes: run.peak?.allocated,
       stage: run.stage,
       fragmentation: run.fragmentation,
-      card_gb: !run.peak || run.device === "cpu" ? null : run.card === null ? t("over_cards", { card: data.cards.at(-1) }) : `${run.card} GB`,
+      card_gb: !run.peak || run.device === "cpu" || run.failure ? null : run.card === null ? t("over_cards", { card: data.cards.at(-1) }) : `${run.card} GB`,
       verdict: verdict(run),
       seconds: run.seconds,
       step_seconds: run.step_seconds,

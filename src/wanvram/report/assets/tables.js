@@ -65,12 +65,15 @@ function bodyRow(columns, row) {
     const text = value === null || value === undefined ? "–" : SHOW[column.type](value);
     const sign = ["delta", "change"].includes(column.type) && value ? (value > 0 ? " up" : " down") : "";
     const kind = column.type !== "text" ? `number${sign}` : text.length > 40 ? "words" : "word";
-    return i === 0 ? el("th", { scope: "row", class: kind, text }) : el("td", { class: kind, text });
+    return i === 0 ? el("th", { scope: "row", class: kind }, ...breakable(text)) : el("td", { class: kind, text });
   });
   const result = el("tr", { class: row.marked ? "marked" : null }, ...cells);
   if (row.component !== undefined && columns[0].swatch) cells[0].prepend(swatch(row.component));
   return result;
 }
+
+// Lines break after - and _ of a name, not inside its words.
+const breakable = (text) => text.split(/(?<=[-_])/).flatMap((part, i) => (i ? [el("wbr"), part] : [part]));
 
 function swatch(component) {
   const mark = el("span", { class: "swatch", "aria-hidden": "true" });
@@ -229,8 +232,12 @@ function comparisonTables(a, b) {
   const keys = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])];
   // A record of an older version lacks the settings that did not exist yet; they are as good as off.
   const at = (run, key) => (["null", "false", "[]"].includes(run.settings[key]) ? "" : (run.settings[key] ?? ""));
-  const different = keys
-    .filter((key) => at(a, key) !== at(b, key))
+  const changed = keys.filter((key) => at(a, key) !== at(b, key));
+  // Drawn anew for each run, and no figure depends on it: shown only if nothing else differs.
+  const seed = "request.base_seed";
+  const others = changed.some((key) => ![seed, "name", "description"].includes(key));
+  const different = changed
+    .filter((key) => key !== seed || !others)
     .map((setting) => ({ setting, a: a.settings[setting] ?? null, b: b.settings[setting] ?? null }));
   if (!different.length) return [table, el("p", { text: t("no_difference") })];
   const words = [column("setting", "setting"), { key: "a", label: "A", type: "text" }, { key: "b", label: "B", type: "text" }];
