@@ -1,16 +1,12 @@
-"""Is what advice promises true? The predicted saving of the best lossless change against the saving measured on a GPU.
+"""Is what advice promises true? The predicted saving of every change it names against the saving measured on a GPU.
 
-    python benchmarks/advice_saving.py plan advice_cases.json                  anywhere: asks for advice, 2 minutes of CPU
+    python benchmarks/advice_saving.py plan advice_cases.json                  anywhere: asks for advice, 5 minutes of CPU
     python benchmarks/advice_saving.py run advice_cases.json --out benchmarks  on the GPU
-    python benchmarks/advice_saving.py run advice_cases.json --together        the same in less time, without device memory
 
-Five configurations with random full-size weights and 2 steps. Each runs as it is and with the change, every run in a fresh process
-(`wanvram profile --device cuda`), so that neither sees the other's allocator. Savings are of the run's peaks; device memory is the
-driver's view. The project's bound is 3 % of the measured saving. Writes <out>/<date>_<gpu>_advice_saving.json after every case.
-
---together runs all cases as they are at the same time, then all with the change. In a container the driver does not tell processes
-apart, so the device saving is not reported then (null): allocated and reserved are, which the allocator of each process counts
-itself. Nor are times compared: the runs slow each other down. The card must hold the peaks of all runs (`plan` prints their sum).
+Five configurations with random full-size weights and 2 steps. Each runs as it is and with each of the up to three changes, every run in
+a fresh process (`wanvram profile --device cuda`), so that none sees another's allocator. Savings are of the run's peaks; device
+memory is the driver's view. The project's bound is 3 % of the measured saving. Writes <out>/<date>_<gpu>_advice_saving.json after
+every change.
 """
 
 from __future__ import annotations
@@ -22,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,33 +48,30 @@ CASES = [
 
 
 def plan_cases(target: Path) -> None:
-    """Asks for advice on each case and keeps the best lossless one, with what whole simulated runs say it saves."""
+    """Asks for advice on each case; every change it names is a row, with what whole simulated runs say it saves."""
     cases = []
     for config in CASES:
         start = time.monotonic()
         record, _ = simulate(config)
-        best = next(advice for advice in advise(config, record) if advice.lossless)
+        advices = advise(config, record)
         seconds = time.monotonic() - start
-        changed = replace(config, strategy=replace(config.strategy, **best.knobs))
-        peaks = [r.to_json()["peak"] for r in (record, simulate(changed)[0])]
-        predicted = savings(*peaks)
-        check_same(config.name, best, predicted)
-        cases.append({
-            "name": config.name,
-            "change": best.change,
-            "before": config.to_dict(),
-            "after": changed.to_dict(),
-            "predicted": predicted,
-            "predicted_peaks": peaks,
-            "predicted_seconds": best.seconds,
-            "advice_seconds": seconds,
-        })  # fmt: skip
-        print(f"{config.name}: {best.change} saves {saved_text(predicted)}", flush=True)
+        for advice in advices:
+            changed = replace(config, strategy=replace(config.strategy, **advice.knobs))
+            peaks = [r.to_json()["peak"] for r in (record, simulate(changed)[0])]
+            predicted = savings(*peaks)
+            check_same(config.name, advice, predicted)
+            cases.append({
+                "name": config.name,
+                "change": advice.change,
+                "before": config.to_dict(),
+                "after": changed.to_dict(),
+                "predicted": predicted,
+                "predicted_peaks": peaks,
+                "predicted_seconds": advice.seconds,
+                "advice_seconds": seconds,
+            })  # fmt: skip
+            print(f"{config.name}: {advice.change} saves {saved_text(predicted)}", flush=True)
         target.write_text(json.dumps(cases, indent=1) + "\n")
-    sums = [sum(case["predicted_peaks"][run]["device_bytes"] for case in cases) / GIB for run in (0, 1)]
-    print(
-        f"device peaks of all {len(cases)} runs together: {sums[0]:.1f} GiB before, {sums[1]:.1f} GiB after the change"
-    )
 
 
 def savings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
@@ -115,73 +107,47 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def compared(
-    case: dict[str, Any], before: dict[str, Any], after: dict[str, Any], *, together: bool = False
-) -> dict[str, Any]:
-    """The case with measured savings beside the predicted ones; together: None for what other runs disturbed."""
-    measured: dict[str, int | None] = dict(savings(before["peak"], after["peak"]))
-    peaks = [before["peak"], after["peak"]]
-    if together:
-        measured["device"] = None
-        peaks = [peak | {"device_bytes": None} for peak in peaks]
-    result = case | {"device": before["device"], "together": together, "peaks": peaks}
-    for figure, saved in measured.items():
-        error = case["predicted"][figure] / saved - 1 if saved else None
-        row = {"predicted": case["predicted"][figure], "measured": saved, "error": error}
-        result[figure + "_saving"] = None if saved is None else row
+def compared(case: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The case with measured savings beside the predicted ones."""
+    result = case | {"device": before["device"], "peaks": [before["peak"], after["peak"]]}
+    for figure, saved in savings(before["peak"], after["peak"]).items():
+        predicted = case["predicted"][figure]
+        error = predicted / saved - 1 if saved else None
+        result[f"{figure}_saving"] = {"predicted": predicted, "measured": saved, "error": error}
     times = [sum(s["seconds"] or 0.0 for s in r["stages"] if s["kind"] == "stage") for r in (before, after)]
-    return result | {"measured_seconds": None if together else times[1] - times[0]}
+    return result | {"measured_seconds": times[1] - times[0]}
 
 
 def show(row: dict[str, Any]) -> None:
     cells = []
     for figure in FIGURES:
         saving = row[f"{figure}_saving"]
-        if saving is not None:
-            error = "" if saving["error"] is None else f" {saving['error']:+.2%}"
-            cells.append(f"{figure} {saving['predicted'] / GIB:.3f} / {saving['measured'] / GIB:.3f} GiB{error}")
-    if row["measured_seconds"] is not None:
-        cells.append(f"time {row['predicted_seconds']} / {row['measured_seconds']:.2f} s")
+        error = "" if saving["error"] is None else f" {saving['error']:+.2%}"
+        cells.append(f"{figure} {saving['predicted'] / GIB:.3f} / {saving['measured'] / GIB:.3f} GiB{error}")
+    cells.append(f"time {row['predicted_seconds']} / {row['measured_seconds']:.2f} s")
     print(f"{row['name']}: {row['change']}: {', '.join(cells)}", flush=True)
 
 
 def show_worst(rows: list[dict[str, Any]]) -> None:
     for figure in ("device", "reserved"):
-        measured = [saving for row in rows if (saving := row[f"{figure}_saving"]) is not None]
-        errors = [abs(saving["error"]) for saving in measured if saving["error"] is not None]
+        errors = [abs(error) for row in rows if (error := row[f"{figure}_saving"]["error"]) is not None]
         if errors:
-            print(f"{len(errors)} cases, worst error of the {figure} saving {max(errors):.2%} (bound {BOUND:.0%})")
+            print(f"{len(errors)} changes, worst error of the {figure} saving {max(errors):.2%} (bound {BOUND:.0%})")
 
 
 def run_cases(cases: list[dict[str, Any]], target: Path, seconds: float) -> None:
     """One run after the other."""
     start, rows = time.monotonic(), []
+    before: dict[str, dict[str, Any]] = {}
     for planned in cases:
         if time.monotonic() - start > seconds:
-            print(f"stopped for time before {planned['name']}")
+            print(f"stopped for time before {planned['name']}: {planned['change']}")
             break
-        rows.append(compared(planned, measure(planned["before"]), measure(planned["after"])))
+        if planned["name"] not in before:
+            before[planned["name"]] = measure(planned["before"])
+        rows.append(compared(planned, before[planned["name"]], measure(planned["after"])))
         show(rows[-1])
         target.write_text(json.dumps(rows, indent=1) + "\n")
-    show_worst(rows)
-
-
-def run_together(cases: list[dict[str, Any]], target: Path) -> None:
-    """All runs before the change at once, then all with it; a case whose run failed is said and left out."""
-    runs: dict[str, list[Future[dict[str, Any]]]] = {}
-    with ThreadPoolExecutor(max_workers=len(cases)) as pool:
-        for which in ("before", "after"):
-            runs[which] = [pool.submit(measure, planned[which]) for planned in cases]
-            for run in runs[which]:
-                run.exception()  # waits: no run with the change shares the card with one without
-    rows = []
-    for planned, before, after in zip(cases, runs["before"], runs["after"], strict=True):
-        if error := before.exception() or after.exception():
-            print(error)
-            continue
-        rows.append(compared(planned, before.result(), after.result(), together=True))
-        show(rows[-1])
-    target.write_text(json.dumps(rows, indent=1) + "\n")
     show_worst(rows)
 
 
@@ -192,17 +158,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--gpu", default="h200", help="only names the file")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this many seconds")
-    parser.add_argument("--together", action="store_true", help="all cases at the same time, see above")
     args = parser.parse_args()
     if args.what == "plan":
         plan_cases(args.cases)
         return
     cases = json.loads(args.cases.read_text())
     target = args.out / f"{datetime.date.today()}_{args.gpu}_advice_saving.json"
-    if args.together:
-        run_together(cases, target)
-    else:
-        run_cases(cases, target, args.seconds)
+    run_cases(cases, target, args.seconds)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from wanvram.engine.vae_stages import decode, encode
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.weights import GeneratedWeights
 
-TILES = (None, 80, 52, 30)
+TILES = (80, 52, 30)
 SIZES = {"832*480": (60, 104), "1280*720": (90, 160)}
 MIB = 2**20
 
@@ -99,7 +99,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         bench = Bench(f"vae_{way}r")
         for size in args.sizes:
             whole: dict[str, Any] = {}
-            for tile in TILES:
+            for tile in (None, *args.tiles):
                 row = measure(bench, way, size, tile, args)
                 whole = whole or row
                 different = (row["result"].float() - whole["result"].float()).abs().max().item()
@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=["decode", "encode"], choices=("decode", "encode"))
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--tiles", nargs="+", type=int, default=list(TILES), help="edges in latent pixels")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
