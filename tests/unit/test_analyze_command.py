@@ -131,6 +131,22 @@ def test_a_killed_run_is_analyzed_from_its_events(tmp_path: Path, capsys: pytest
     assert ["denoise", "2", "500.0", "640.0", "1,200.0", "-"] in rows
 
 
+def test_a_run_s_events_say_what_each_stage_added_to_what_it_found(tmp_path: Path) -> None:
+    path = tmp_path / "memory_events.json"
+    figures = {"load dit: start": 100, "load dit": 300, "denoise: start": 250, "step 0": 900, "denoise": 950}
+    path.write_text(
+        json.dumps([{"name": n, "timestamp": 1.0, "allocated_bytes": b, "memory_log": ""} for n, b in figures.items()])
+    )
+    increments = {group.name: group.incremental_bytes for group in read_events(path).groups}
+    assert increments == {
+        "load dit: start": None,
+        "load dit": 200,
+        "denoise: start": None,
+        "step 0": None,
+        "denoise": 700,
+    }
+
+
 def test_events_of_the_specifications_own_profiler_are_read_from_their_text(tmp_path: Path) -> None:
     path = tmp_path / "memory_events.json"
     base = {"base_memory": 100 * MIB}

@@ -96,6 +96,22 @@ def test_a_seed_drawn_anew_is_a_difference_only_if_there_is_no_other() -> None:
     assert "base_seed" not in both
 
 
+def test_many_runs_are_compared_in_tables_that_a_terminal_can_show() -> None:
+    labels = [f"run{number}" for number in range(12)]
+    text = comparison_text(compare(labels, [record("a", factor=number + 1) for number in range(12)]))
+    assert max(map(len, text.splitlines())) <= 150
+    heads = [line for line in text.splitlines() if line.startswith("peak, MiB")]
+    assert [head.split()[2:][1::3] for head in heads] == [list("BCDE"), list("FGHI"), list("JKL")]
+    assert text.count("denoise") == 3 * comparison_text(compare(labels[:2], [record(), record(factor=2)])).count(
+        "denoise"
+    )
+
+
+def test_a_condition_that_is_too_long_is_refused_whole() -> None:
+    with pytest.raises(InputError, match="is not understood"):
+        parse_condition("peak.reserved_bytes > 1" + "0" * 600)
+
+
 def test_the_text_of_two_runs_is_exact() -> None:
     text = comparison_text(compare(["a", "b"], [record("a"), record("b", factor=2)]))
     assert text.startswith(

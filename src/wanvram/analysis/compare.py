@@ -198,6 +198,7 @@ def _errors(predicted: dict[Key, Number | None], measured: dict[Key, Number | No
 
 # --- conditions ----------------------------------------------------------------------------------------------------------
 
+MAX_CONDITION = 500  # characters
 _CONDITION = re.compile(r"\s*(\S.*?)\s*(>=|<=|>|<)\s*([+-]?)\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[A-Za-z]*)\s*")
 _HELP = "write for example 'peak.reserved_bytes > +2%', 'peak.device_bytes > 8GiB' or 'seconds > +10'"
 
@@ -265,7 +266,7 @@ _OPERATORS = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
 
 def parse_condition(text: str) -> Condition:
     """`peak.reserved_bytes > +2%`: with a sign counted from the first run, without one absolute. Raises InputError."""
-    match = _CONDITION.fullmatch(text[:500])
+    match = _CONDITION.fullmatch(text) if len(text) <= MAX_CONDITION else None
     if match is None:
         raise InputError(f"--fail-if '{text[:80]}' is not understood; {_HELP}")
     name, operator, sign, digits, unit = match.groups()

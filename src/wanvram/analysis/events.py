@@ -7,7 +7,7 @@ figures are exact to 0.01 MB.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from wanvram.units import MIB
 __all__ = ["EventGroup", "EventSummary", "Growth", "read_events"]
 
 MAX_FILE_BYTES = 256 * MIB  # an event has about 300 bytes
+START = ": start"
 _LOG = re.compile(r"(incremental_memory|peak_memory)=(-?[0-9]{1,12}(?:\.[0-9]{1,12})?) MB")
 
 
@@ -26,7 +27,8 @@ _LOG = re.compile(r"(incremental_memory|peak_memory)=(-?[0-9]{1,12}(?:\.[0-9]{1,
 class EventGroup:
     """All events of one name; each figure its highest, None where no event has it.
 
-    incremental_bytes: over the base_memory that was given, so base memory where a model was loaded.
+    incremental_bytes: over the base_memory that was given, so base memory where a model was loaded; of a run's own events,
+    over what there was at `NAME: start`.
     """
 
     name: str
@@ -80,7 +82,7 @@ def read_events(path: Path) -> EventSummary:
         data = strict_json(path.read_text(encoding="utf-8-sig"))
         if not isinstance(data, list):
             raise ValueError("it holds no list")
-        events = [_event(number, item) for number, item in enumerate(data, 1)]
+        events = _over_their_starts([_event(number, item) for number, item in enumerate(data, 1)])
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -106,6 +108,20 @@ def _event(number: int, item: Any) -> _Event:
     if allocated is not None and isinstance(base, int) and not isinstance(base, bool):
         incremental = allocated - base
     return _Event(item["name"], float(timestamp), allocated, reserved, device, incremental)
+
+
+def _over_their_starts(events: list[_Event]) -> list[_Event]:
+    """The recorder logs a stage's start and, when it ends, its peak."""
+    starts: dict[str, int] = {}
+    result = []
+    for event in events:
+        before = starts.pop(event.name, None)
+        if event.name.endswith(START) and event.allocated is not None:
+            starts[event.name.removesuffix(START)] = event.allocated
+        if before is not None and event.incremental is None and event.allocated is not None:
+            event = replace(event, incremental=event.allocated - before)
+        result.append(event)
+    return result
 
 
 def _whole(number: int, item: dict[str, Any], key: str) -> int | None:

@@ -16,6 +16,7 @@ from wanvram.units import MIB, seconds
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
 
 MAX_CELL = 40
+OTHERS = 4  # runs beside A in one table: about 140 columns
 SEED = "request.base_seed"  # drawn anew for each run, and no figure depends on it: shown only if nothing else differs
 _STAGE_FIGURES = (
     ("stages", "peak_allocated_bytes", "peak allocated MiB"),
@@ -87,11 +88,18 @@ def _result(record: RunRecord) -> str:
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """Runs are called A, B, C, ...; every difference counts from A. Figures equal in all runs are left out."""
-    parts = [_legend(comparison), _configuration(comparison), _peaks(comparison)]
-    for group, figure, title in _STAGE_FIGURES:
-        keys = [(name, (group, name, figure)) for name in comparison.names(group)]
-        parts.append(_differences(comparison, f"{group.removesuffix('s')}, {title}", keys))
+    """Runs are called A, B, C, ...; every difference counts from A. Figures equal in all runs are left out.
+
+    A table has at most five runs, which is as much as a wide terminal shows; the others follow in tables of their own.
+    """
+    parts = [_legend(comparison), _same_configuration(comparison)]
+    last = len(comparison.labels)
+    for first in range(1, max(last, 2), OTHERS):
+        others = range(first, min(first + OTHERS, last))
+        parts += [_configuration(comparison, others), _peaks(comparison, others)]
+        for group, figure, title in _STAGE_FIGURES:
+            keys = [(name, (group, name, figure)) for name in comparison.names(group)]
+            parts.append(_differences(comparison, f"{group.removesuffix('s')}, {title}", keys, others))
     parts += [_prediction(*pair) for pair in comparison.predictions]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -109,15 +117,20 @@ def _legend(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _configuration(comparison: Comparison) -> str:
-    changed = comparison.changed
-    if not changed:
-        return "The configurations are the same." if len(comparison.labels) > 1 else ""
+def _same_configuration(comparison: Comparison) -> str:
+    return "The configurations are the same." if len(comparison.labels) > 1 and not comparison.changed else ""
+
+
+def _configuration(comparison: Comparison, others: Sequence[int]) -> str:
+    """What differs between A and any of the others."""
+    shown = [0, *others]
+    changed = {key: [values[run] for run in shown] for key, values in comparison.changed.items()}
+    changed = {key: values for key, values in changed.items() if any(value != values[0] for value in values)}
     if changed.keys() - {SEED, "name", "description"}:
-        changed = {key: values for key, values in changed.items() if key != SEED}
-    rows = [["changed", *map(_letter, range(len(comparison.labels)))]]
-    rows += [[key, *(_cell(value) for value in values)] for key, values in changed.items()]
-    return table(rows)
+        changed.pop(SEED, None)
+    rows = [["changed", *map(_letter, shown)]]
+    rows += [[key, *map(_cell, values)] for key, values in changed.items()]
+    return table(rows) if changed else ""
 
 
 def _cell(value: Any) -> str:
@@ -126,36 +139,45 @@ def _cell(value: Any) -> str:
     return text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
 
 
-def _peaks(comparison: Comparison) -> str:
+def _peaks(comparison: Comparison, others: Sequence[int]) -> str:
     keys: list[tuple[str, Key]] = [
         ("allocated", ("peak", "allocated_bytes")),
         ("reserved", ("peak", "reserved_bytes")),
         ("device", ("peak", "device_bytes")),
     ]
-    return _differences(comparison, "peak, MiB", [k for k in keys if k[1] in comparison.figures], always=True)
+    keys = [key for key in keys if key[1] in comparison.figures]
+    return _differences(comparison, "peak, MiB", keys, others, always=True)
 
 
-def _differences(comparison: Comparison, title: str, keys: Sequence[tuple[str, Key]], *, always: bool = False) -> str:
+def _differences(
+    comparison: Comparison,
+    title: str,
+    keys: Sequence[tuple[str, Key]],
+    others: Sequence[int],
+    *,
+    always: bool = False,
+) -> str:
     """A row per key: A's figure, then for each other run its figure, the difference, and that in per cent of A."""
     head = [title, "A"]
-    for run in range(1, len(comparison.labels)):
+    for run in others:
         head += [_letter(run), f"{_letter(run)}-A", "%"]
     rows = [head]
     for name, key in keys:
         values = comparison.figures.get(key, ())
-        if values and (always or len(set(values)) > 1):
-            rows.append([name, *_cells(comparison, key, values)])
+        if values and (always or any(values[run] != values[0] for run in others)):
+            rows.append([name, *_cells(comparison, key, others)])
     return table(rows) if len(rows) > 1 else ""
 
 
-def _cells(comparison: Comparison, key: Key, values: Sequence[int | float | None]) -> Iterator[str]:
+def _cells(comparison: Comparison, key: Key, others: Sequence[int]) -> Iterator[str]:
     show = _format(key)
-    yield show(values[0], "")
-    for run in range(1, len(values)):
+    values = comparison.figures[key]
+    first = values[0]
+    yield show(first, "")
+    for run in others:
         difference = comparison.difference(key, run)
         yield show(values[run], "")
         yield show(difference, "+")
-        first = values[0]
         yield f"{100 * difference / first:+.1f}" if difference is not None and first else "-"
 
 
