@@ -56,7 +56,7 @@ def _host(host: dict[str, Any]) -> str:
     return (
         f"Host RAM {human(host['ram_available_bytes'])} free of {human(host['ram_total_bytes'])}; "
         f"disk of {host['disk']} {human(host['disk_free_bytes'])} free; "
-        f"load {host['load_average']:.1f} on {host['cpu_count']} cores"
+        f"load {host['load_average']:.1f} on {host['cpu_count']} cores; an operation is issued in {host['operation_us']:.1f} us"
     )
 
 
