@@ -6,16 +6,26 @@ import math
 from dataclasses import dataclass, field
 
 from wanvram.config import Request, RunConfig, Strategy
-from wanvram.planner.forecasts import StageForecast
+from wanvram.planner.budget import Budget
+from wanvram.planner.forecasts import Forecast, StageForecast
+from wanvram.planner.result import Plan
+from wanvram.planner.search import Options, search
 from wanvram.planner.transformer import block_count
 from wanvram.specs import DIT
 from wanvram.units import MIB
 
-__all__ = ["Card"]
+__all__ = ["Card", "plan"]
 
 CONTEXT = 760 * MIB  # CUDA context and libraries on the H200
 DISK_RATE = 3e9
 FORWARDS = 2  # per step: with the prompt and without
+
+
+def plan(request: Request, budget: Budget, options: Options, forecast: Forecast) -> Plan:
+    """As `search`, where something fits."""
+    result = search(request, budget, options, forecast)
+    assert isinstance(result, Plan), result.message
+    return result
 
 
 @dataclass

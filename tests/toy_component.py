@@ -169,8 +169,8 @@ class LateDevice(CpuDevice):
 
     def wait(self, mark: Any) -> None:
         self.waited += 1
-        self.wait_on_host(mark)
+        self.reader_waits(mark)
 
-    def wait_on_host(self, mark: Any) -> None:
+    def reader_waits(self, mark: Any) -> None:
         while any(mark is copy for copy in self.pending):
             self.pending.popleft()()

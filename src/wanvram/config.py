@@ -18,9 +18,9 @@ from wanvram.specs import DIT
 from wanvram.strict_yaml import read_strict_yaml
 from wanvram.tasks import TASKS
 
-__all__ = ["WEIGHT_HOMES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
+__all__ = ["MAX_NAME_BYTES", "WEIGHT_HOMES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
 
-MAX_NAME_BYTES = 200  # file systems take 255; a suffix must still fit
+MAX_NAME_BYTES = 200  # file systems take 255; a suffix, a number or the mark of an unfinished file must still fit
 DEVICES = ("auto", "cuda", "cpu", "simulated")
 
 WEIGHT_HOMES = ("pinned", "pageable", "disk")

@@ -75,7 +75,6 @@ class CLIPSpec:
     mlp_ratio: int
     num_heads: int
     num_layers: int
-    out_dim: int
 
 
 _T2V_1_3B = DiTSpec(
@@ -136,8 +135,6 @@ VAE: dict[str, VAESpec] = {
 }
 
 CLIP: dict[str, CLIPSpec] = {
-    "vit-h-14": CLIPSpec(
-        image_size=224, patch_size=14, dim=1280, mlp_ratio=4, num_heads=16, num_layers=32, out_dim=1024
-    ),
-    "tiny": CLIPSpec(image_size=224, patch_size=14, dim=40, mlp_ratio=4, num_heads=4, num_layers=2, out_dim=24),
+    "vit-h-14": CLIPSpec(image_size=224, patch_size=14, dim=1280, mlp_ratio=4, num_heads=16, num_layers=32),
+    "tiny": CLIPSpec(image_size=224, patch_size=14, dim=40, mlp_ratio=4, num_heads=4, num_layers=2),
 }

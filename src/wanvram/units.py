@@ -30,6 +30,11 @@ def mib(count: int) -> str:
     return f"{count / MIB:,.1f} MiB"
 
 
+def mib_cell(count: int | None) -> str:
+    """Bytes -> `1,234.5`, for a column in MiB; `-` where nothing is known."""
+    return "-" if count is None else f"{count / MIB:,.1f}"
+
+
 def gib(count: int) -> str:
     """Bytes -> `1.23 GiB`."""
     return f"{count / GIB:,.2f} GiB"

@@ -23,7 +23,6 @@ def _spec() -> CLIPSpec:
         mlp_ratio=c["vision_mlp_ratio"],
         num_heads=c["vision_heads"],
         num_layers=c["vision_layers"],
-        out_dim=c["embed_dim"],
     )
 
 

@@ -41,7 +41,7 @@ class Lazy(CpuDevice):
         self.log.append(("receive", mark))
         return mark
 
-    def catch_up(self, mark: Any) -> None:
+    def host_waits(self, mark: Any) -> None:
         if mark in self.coming:
             passage, value = self.coming.pop(mark)
             passage.copy_(value)

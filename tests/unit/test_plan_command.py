@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from planner_card import Card
+from planner_card import Card, plan
 from wanvram.cli import generate
 from wanvram.cli import main as command
 from wanvram.cli import plan as verb
@@ -19,7 +19,7 @@ from wanvram.config import Request, RunConfig, Strategy, load_config
 from wanvram.errors import BudgetError, DeviceError, WanvramError
 from wanvram.planner.budget import Budget
 from wanvram.planner.result import Offer, Plan, Rejected
-from wanvram.planner.search import Options, plan
+from wanvram.planner.search import Options
 from wanvram.record import Failure, Memory
 from wanvram.report.plan import flags_of, summarize_plan
 from wanvram.run.planning import plan_run

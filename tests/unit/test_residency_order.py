@@ -120,9 +120,9 @@ class BesideDevice(CpuDevice):
         self.ended += 1
 
     def wait(self, mark: Any) -> None:
-        self.wait_on_host(mark)
+        self.reader_waits(mark)
 
-    def wait_on_host(self, mark: Any) -> None:
+    def reader_waits(self, mark: Any) -> None:
         if mark is not None:
             mark.future.result(timeout=30)
 

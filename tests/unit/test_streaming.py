@@ -79,7 +79,7 @@ class QueueDevice(CpuDevice):
     def wait(self, mark: Mark | None) -> None:
         self._queue(COMPUTE, mark, lambda: None)
 
-    def wait_on_host(self, mark: Mark | None) -> None:
+    def reader_waits(self, mark: Mark | None) -> None:
         with self.lock:
             while mark is not None and not self.passed(mark):
                 self._run_one(mark.queue)
@@ -88,8 +88,8 @@ class QueueDevice(CpuDevice):
         return self.queued[mark.queue] - len(self.queues[mark.queue]) >= mark.position
 
     def finish(self) -> None:
-        self.wait_on_host(self.mark())
-        self.wait_on_host(Mark(COPIES, self.queued[COPIES]))
+        self.reader_waits(self.mark())
+        self.reader_waits(Mark(COPIES, self.queued[COPIES]))
 
     def _queue(self, queue: str, after: Mark | None, operation: Callable[[], None]) -> Mark:
         with self.lock:
@@ -105,7 +105,7 @@ class QueueDevice(CpuDevice):
             return mark
 
     def _run_one(self, queue: str) -> None:
-        self.wait_on_host(self.queues[queue][0][0])
+        self.reader_waits(self.queues[queue][0][0])
         self.queues[queue].popleft()[1]()
 
 
@@ -232,11 +232,11 @@ def test_a_slot_is_not_overwritten_before_its_piece_is_done(kind: str) -> None:
         for piece, slot in zip(pieces, ring.walk(pieces), strict=True):
             reader.visit(piece, slot)
         if honest:
-            device.wait_on_host(device.mark())
+            device.reader_waits(device.mark())
             assert reader.seen == 3
         else:
             with pytest.raises(AssertionError, match="instead of piece 1"):
-                device.wait_on_host(Mark(COMPUTE, device.queued[COMPUTE]))
+                device.reader_waits(Mark(COMPUTE, device.queued[COMPUTE]))
 
 
 def test_only_as_much_is_copied_as_the_piece_has() -> None:
@@ -426,7 +426,7 @@ def test_the_host_goes_on_while_weights_are_read_and_waits_when_it_needs_them() 
     future = home.fetch(pieces[0], slot, None)
     assert not future.done()
     may_read.set()
-    device.wait_on_host(future.result(timeout=30))
+    device.reader_waits(future.result(timeout=30))
     assert slot.tolist() == [1] * 8
     home.close()
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from wanvram.analysis import event_scanner
 from wanvram.analysis import trace as module
 from wanvram.analysis.trace import OUTSIDE, read_trace
 from wanvram.errors import InputError
@@ -192,7 +193,7 @@ def test_a_gzipped_trace_and_a_bare_list_are_the_same_trace(small: Path, tmp_pat
 def test_where_a_chunk_ends_does_not_matter(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = saved(tmp_path / "t.json", [*EVENTS, op('grün é ∂ 🎬 \\ " \n', 1300, 1)], number=12345, truth=True)
     expected = read_trace(named)
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(event_scanner, "CHUNK", chunk)
     found = read_trace(named)
     assert (found.memory, found.operators_by_time, found.steps) == (
         expected.memory,
@@ -319,8 +320,9 @@ def test_a_number_that_cannot_be_is_named(event: dict[str, Any], sentence: str, 
 
 
 def test_what_is_kept_of_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"CHUNK": 4096, "MAX_VALUE": 20_000, "MAX_RECORDS": 100, "MAX_NAMES": 10, "MAX_SPANS": 10}
-    for name, value in limits.items():
+    for name, value in {"CHUNK": 4096, "MAX_VALUE": 20_000}.items():
+        monkeypatch.setattr(event_scanner, name, value)
+    for name, value in {"MAX_RECORDS": 100, "MAX_NAMES": 10, "MAX_SPANS": 10}.items():
         monkeypatch.setattr(module, name, value)
     with pytest.raises(InputError, match="over 100 operators and memory events; record fewer steps"):
         read_trace(saved(tmp_path / "t.json", [op("a", i, 1) for i in range(101)]))

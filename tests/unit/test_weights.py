@@ -29,10 +29,10 @@ from wanvram.weights.sources import (
     FilteredSource,
     SafetensorsSource,
     TensorSource,
-    TorchFileSource,
     check_keys,
     memory_order,
 )
+from wanvram.weights.torch_files import TorchFileSource
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b.bias": torch.ones(5, dtype=torch.bfloat16)}
 SHAPES = {key: tuple(t.shape) for key, t in TENSORS.items()}
@@ -126,7 +126,8 @@ def test_a_torch_file_of_the_other_byte_order_is_read_as_torch_reads_it(tmp_path
 MEASURE = """
 import json, sys, torch
 from pathlib import Path
-from wanvram.weights.sources import SafetensorsSource, TorchFileSource
+from wanvram.weights.sources import SafetensorsSource
+from wanvram.weights.torch_files import TorchFileSource
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()

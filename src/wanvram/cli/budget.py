@@ -10,12 +10,10 @@ from wanvram.errors import BudgetError, InputError
 from wanvram.planner.budget import Budget
 from wanvram.planner.result import Refusal
 from wanvram.report.plan import summarize_plan
-from wanvram.simulate.gpus import find_gpu
+from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
 from wanvram.units import parse_bytes
 
 __all__ = ["add_budget_flags", "budget_of", "planned"]
-
-DEFAULT_GPU = "h200"
 
 
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:

@@ -86,12 +86,12 @@ class Device:
         """Prefetching since the start: bytes, how long it took and how long computation waited for it."""
         return Copies()
 
-    def wait_on_host(self, mark: Any) -> None:
+    def reader_waits(self, mark: Any) -> None:
         """Stops the calling thread until a mark returned by `prefetch` has passed."""
 
-    def catch_up(self, mark: Any) -> None:
+    def host_waits(self, mark: Any) -> None:
         """The host itself waits until a mark has passed."""
-        self.wait_on_host(mark)
+        self.reader_waits(mark)
 
     def send(self, host: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
         """Host tensor -> new device tensor by way of pinned memory, which must stay as it is until a later mark has passed."""
@@ -292,7 +292,7 @@ class CudaDevice(Device):
         self._copied += Copies(nbytes, seconds, stalled)
         return self._copied
 
-    def wait_on_host(self, mark: Any) -> None:
+    def reader_waits(self, mark: Any) -> None:
         if mark is not None:
             mark.synchronize()
 
@@ -382,12 +382,12 @@ class SimulatedDevice(Device):
     def copies(self) -> Copies:
         return self.clock.copied
 
-    def wait_on_host(self, mark: Any) -> None:
+    def reader_waits(self, mark: Any) -> None:
         """Only the thread that reads weights waits so; here it is a timeline of the clock."""
         if mark is not None:
             self.clock.reader_waits(mark)
 
-    def catch_up(self, mark: Any) -> None:
+    def host_waits(self, mark: Any) -> None:
         if mark is not None:
             self.clock.host_waits(mark)
 

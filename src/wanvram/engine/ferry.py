@@ -52,7 +52,7 @@ class Ferry:
         """Waits for what came down, but for the last `leave` tensors, and puts it into its targets."""
         while len(self._landing) > leave:
             target, passage, mark = self._landing.popleft()
-            self.device.catch_up(mark)
+            self.device.host_waits(mark)
             self.device.copy_on_host(target, passage)
 
     def park(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Ferry:
         """A contiguous device tensor with the values of a parked one or of a view of it."""
         self.land()
         buffer = self._turn(self._up)
-        self.device.catch_up(buffer.mark)
+        self.device.host_waits(buffer.mark)
         result = self.device.send(part, buffer.shaped(part))
         buffer.mark = self.device.mark()
         return result

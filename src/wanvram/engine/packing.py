@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from wanvram.engine.layout import Layout, Place
-from wanvram.weights.fp8 import FP8, row_scales, to_fp8
+from wanvram.weights.fp8 import FP8, SCALE_SUFFIX, row_scales, to_fp8
 
 __all__ = ["Packing"]
-
-SCALE = ".scale"
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,11 @@ class Packing:
         """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device."""
         stored = dict(self.stored.views(target))
         for name, view in self.plain.views(flat):
-            if name + SCALE not in stored:
+            if name + SCALE_SUFFIX not in stored:
                 stored[name].copy_(view)
                 continue
             scales = row_scales(view)
-            stored[name + SCALE].copy_(scales)
+            stored[name + SCALE_SUFFIX].copy_(scales)
             stored[name].copy_(to_fp8(view, scales))
 
     def unpack(self, packed: torch.Tensor, flat: torch.Tensor) -> None:
@@ -45,8 +43,8 @@ class Packing:
         stored = dict(self.stored.views(packed))
         for name, view in self.plain.views(flat):
             view.copy_(stored[name])
-            if name + SCALE in stored:
-                view.mul_(stored[name + SCALE])
+            if name + SCALE_SUFFIX in stored:
+                view.mul_(stored[name + SCALE_SUFFIX])
 
 
 def _stored(plain: Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...]]]:
@@ -55,7 +53,7 @@ def _stored(plain: Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], 
             yield place.name, place.dtype, place.shape, place.stride
             continue
         yield place.name, FP8, place.shape, place.stride
-        yield place.name + SCALE, torch.float32, (place.shape[0], 1), (1, 1)
+        yield place.name + SCALE_SUFFIX, torch.float32, (place.shape[0], 1), (1, 1)
 
 
 def _is_matrix(place: Place) -> bool:

@@ -45,7 +45,7 @@ class PinnedHome:
         return self._last
 
     def close(self) -> None:
-        self.device.wait_on_host(self._last)  # copies end in order; RAM must stay pinned until the last has
+        self.device.reader_waits(self._last)  # copies end in order; RAM must stay pinned until the last has
         self.masters.clear()
 
 
@@ -69,7 +69,7 @@ class StagedHome:
 
     def _read_and_copy(self, piece: Any, slot: torch.Tensor, after: Any, turn: int) -> Any:
         buffer = self._buffers[turn].narrow(0, 0, piece.nbytes)
-        self.device.wait_on_host(self._copied[turn])
+        self.device.reader_waits(self._copied[turn])
         try:
             self.read(piece, buffer)
         except (OSError, WanvramError) as error:
@@ -82,7 +82,7 @@ class StagedHome:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
         for mark in self._copied:
-            self.device.wait_on_host(mark)
+            self.device.reader_waits(mark)
         self._buffers.clear()
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from wanvram.config import RunConfig, load_config
 from wanvram.errors import InputError
 from wanvram.record import RunRecord, dotted
-from wanvram.simulate.gpus import find_gpu
+from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
 from wanvram.units import parse_bytes
 
 __all__ = ["Job", "changed_keys", "exit_code", "expected", "finished"]
 
-DEFAULT_GPU = "h200"
 _MEDIA = ("video*", "image*")
 
 

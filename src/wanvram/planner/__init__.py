@@ -3,7 +3,7 @@
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import Forecast, StageForecast
 from wanvram.planner.result import Alternative, Offer, Plan, Refusal, Rejected
-from wanvram.planner.search import Options, plan, search
+from wanvram.planner.search import Options, search
 
 __all__ = [
     "Alternative",
@@ -15,6 +15,5 @@ __all__ = [
     "Refusal",
     "Rejected",
     "StageForecast",
-    "plan",
     "search",
 ]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from wanvram.errors import require
-from wanvram.simulate.gpus import GPU, find_gpu
+from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.units import GIB, MIB, human
 
 __all__ = ["PROCESS_BYTES", "Budget"]
@@ -28,7 +28,7 @@ class Budget:
     vram_bytes: int
     margin_bytes: int | None = None
     ram_bytes: int | None = None
-    gpu: str = "h200"
+    gpu: str = DEFAULT_GPU
 
     def __post_init__(self) -> None:
         require(self.vram_bytes >= 1, f"--vram: {self.vram_bytes} bytes is no budget; write for example 8GiB")

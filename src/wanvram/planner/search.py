@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from wanvram.config import WEIGHT_HOMES, Request, Strategy
-from wanvram.errors import BudgetError
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import KNOBS, Forecast, StageForecast, Trial, Trials, components_of, total_seconds
 from wanvram.planner.refusal import refuse
@@ -21,7 +20,7 @@ from wanvram.planner.tiles import largest_tile
 from wanvram.planner.transformer import cannot_fit, fastest_streamed
 from wanvram.units import gib
 
-__all__ = ["Options", "plan", "search"]
+__all__ = ["Options", "search"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,6 @@ class Options:
 
     base: Strategy = field(default_factory=Strategy)
     offers: bool = True
-
-
-def plan(request: Request, budget: Budget, options: Options, forecast: Forecast) -> Plan:
-    """As `search`; BudgetError with the smallest budget that would do if nothing fits."""
-    result = search(request, budget, options, forecast)
-    if isinstance(result, Refusal):
-        raise BudgetError(result.message)
-    return result
 
 
 def search(request: Request, budget: Budget, options: Options, forecast: Forecast) -> Plan | Refusal:

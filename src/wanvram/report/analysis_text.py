@@ -12,16 +12,12 @@ from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummar
 from wanvram.record import Memory, RunRecord
 from wanvram.report.runs import Advice
 from wanvram.report.terminal import table
-from wanvram.units import MIB, human, seconds
+from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["events_text", "run_text", "snapshot_text", "trace_text"]
 
 MAX_NAME = 70
 ROWS = 12
-
-
-def _mib(count: int | None) -> str:
-    return "-" if count is None else f"{count / MIB:,.1f}"
 
 
 def _share(value: float | None) -> str:
@@ -80,14 +76,14 @@ def _owners(analysis: Analysis) -> str:
 
 
 def _owner(owner: OwnerShare) -> list[str]:
-    return [_short(owner.name), f"{owner.count:,}", _mib(owner.bytes), _share(owner.share)]
+    return [_short(owner.name), f"{owner.count:,}", mib_cell(owner.bytes), _share(owner.share)]
 
 
 def _components(analysis: Analysis) -> str:
     rows = [["component", "base MiB", "host MiB", "activation MiB", "streamed MiB", "hidden"]]
     for c in analysis.components:
         sizes = (c.base_bytes, c.host_bytes, c.activation_bytes, c.streamed_bytes)
-        rows.append([c.name, *map(_mib, sizes), _share(c.hidden_share)])
+        rows.append([c.name, *map(mib_cell, sizes), _share(c.hidden_share)])
     return table(rows) if len(rows) > 1 else ""
 
 
@@ -109,7 +105,7 @@ def _stages(analysis: Analysis) -> str:
     for s in analysis.stages:
         sizes = (s.start.allocated_bytes, s.peak.allocated_bytes, s.activation_bytes, s.fluctuation_bytes)
         shares = (s.fragmentation.at_peak, s.fragmentation.highest)
-        rows.append([s.name, *map(_mib, sizes), *map(_share, shares), _time(s.seconds), _share(s.time_share)])
+        rows.append([s.name, *map(mib_cell, sizes), *map(_share, shares), _time(s.seconds), _share(s.time_share)])
     total = f"Fragmentation: {_share(analysis.fragmentation_at_peak)} at the peak, at most {_share(analysis.fragmentation_highest)}."
     return f"{table(rows)}\n{total}"
 
@@ -127,13 +123,13 @@ def _moments(moments: SpecMoments) -> str:
 
 
 def _memory(memory: Memory) -> list[str]:
-    return [_mib(memory.allocated_bytes), _mib(memory.reserved_bytes), _mib(memory.device_bytes)]
+    return [mib_cell(memory.allocated_bytes), mib_cell(memory.reserved_bytes), mib_cell(memory.device_bytes)]
 
 
 def _loading(analysis: Analysis) -> str:
     rows = [["loading", "added MiB", "beyond that, while loading MiB", "time"]]
     rows += [
-        [load.component or "-", _mib(load.added_bytes), _mib(load.transient_bytes), _time(load.seconds)]
+        [load.component or "-", mib_cell(load.added_bytes), mib_cell(load.transient_bytes), _time(load.seconds)]
         for load in analysis.loading
     ]
     return table(rows) if len(rows) > 1 else ""
@@ -144,7 +140,7 @@ def _switches(switches: Sequence[Switch]) -> str:
     for s in switches:
         given_back = (s.given_back_allocated_bytes, s.given_back_reserved_bytes)
         sizes = (s.before.allocated_bytes, s.after.allocated_bytes, *given_back)
-        rows.append([f"{s.leaving or '-'} to {s.entering or '-'}", *map(_mib, sizes)])
+        rows.append([f"{s.leaving or '-'} to {s.entering or '-'}", *map(mib_cell, sizes)])
     return table(rows) if len(rows) > 1 else ""
 
 
@@ -165,7 +161,7 @@ def _growth(analysis: Analysis) -> str:
 
 def _advice(advice: Sequence[Advice]) -> str:
     rows = [["what lowers the peak most (simulated)", "saves MiB", "costs"]]
-    rows += [[item.change, _mib(item.saved_bytes), _time(item.seconds)] for item in advice]
+    rows += [[item.change, mib_cell(item.saved_bytes), _time(item.seconds)] for item in advice]
     return table(rows) if len(rows) > 1 else ""
 
 
@@ -180,14 +176,14 @@ def events_text(summary: EventSummary) -> str:
     rows = [["event", "count", "allocated MiB", "reserved MiB", "device MiB", "increment MiB"]]
     rows += [_event(group) for group in summary.groups]
     growth = [["largest growth", "MiB"]]
-    growth += [[f"{_short(g.after)} -> {_short(g.before)}", _mib(g.bytes)] for g in summary.growth]
+    growth += [[f"{_short(g.after)} -> {_short(g.before)}", mib_cell(g.bytes)] for g in summary.growth]
     tables = [table(rows) if len(rows) > 1 else "", table(growth) if len(growth) > 1 else ""]
     return _joined([head, *tables, _notes(summary.notes)])
 
 
 def _event(group: EventGroup) -> list[str]:
     figures = (group.allocated_bytes, group.reserved_bytes, group.device_bytes, group.incremental_bytes)
-    return [_short(group.name), f"{group.count:,}", *map(_mib, figures)]
+    return [_short(group.name), f"{group.count:,}", *map(mib_cell, figures)]
 
 
 # --- a torch.profiler trace ----------------------------------------------------------------------------------------------
@@ -219,7 +215,7 @@ def _curve(curve: MemoryCurve) -> str:
 def _operators(title: str, operators: Sequence[Operator]) -> str:
     rows = [[title, "calls", "allocated MiB", "own time", "time"]]
     rows += [
-        [_short(o.name), f"{o.calls:,}", _mib(o.allocated_bytes), _time(o.self_seconds), _time(o.seconds)]
+        [_short(o.name), f"{o.calls:,}", mib_cell(o.allocated_bytes), _time(o.self_seconds), _time(o.seconds)]
         for o in operators[:ROWS]
     ]
     return table(rows) if len(rows) > 1 else ""
@@ -229,7 +225,9 @@ def _spans(title: str, spans: Sequence[TraceSpan]) -> str:
     rows = [[title, "start", "time", "peak allocated MiB", "peak reserved MiB"]]
     for span in spans[:ROWS]:
         times = [f"{span.start:.3f} s", _time(span.end - span.start)]
-        rows.append([_short(span.name), *times, _mib(span.peak_allocated_bytes), _mib(span.peak_reserved_bytes)])
+        rows.append(
+            [_short(span.name), *times, mib_cell(span.peak_allocated_bytes), mib_cell(span.peak_reserved_bytes)]
+        )
     more = f"\n... and {len(spans) - ROWS:,} more" if len(spans) > ROWS else ""
     return table(rows) + more if len(rows) > 1 else ""
 
@@ -244,7 +242,7 @@ def snapshot_text(snapshot: Snapshot) -> str:
     alive = [["alive at the peak, by where it was allocated", "count", "MiB", "share"]]
     total = max(1, main.peak.allocated_bytes)
     alive += [
-        [_short(group.where), f"{group.count:,}", _mib(group.bytes), _share(group.bytes / total)]
+        [_short(group.where), f"{group.count:,}", mib_cell(group.bytes), _share(group.bytes / total)]
         for group in main.peak.alive[:ROWS]
     ]
     holes = [["reserved but not in use at the peak", "MiB"]]
@@ -252,7 +250,7 @@ def snapshot_text(snapshot: Snapshot) -> str:
     for hole in main.peak.holes:
         why = "beside live blocks" if hole.why.startswith("beside live") else hole.why
         by_reason[why] = by_reason.get(why, 0) + hole.bytes
-    holes += [[why, _mib(size)] for why, size in sorted(by_reason.items(), key=lambda item: -item[1])[:ROWS]]
+    holes += [[why, mib_cell(size)] for why, size in sorted(by_reason.items(), key=lambda item: -item[1])[:ROWS]]
     refused = [
         f"out of memory at {r.seconds:.3f} s: {human(r.requested_bytes)} asked for, the driver had {human(r.free_bytes)} free"
         for r in main.out_of_memory[:ROWS]

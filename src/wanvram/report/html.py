@@ -19,7 +19,7 @@ from wanvram.errors import InputError
 from wanvram.record import RunRecord, Span
 from wanvram.report.answer import CARDS_GIB, advice_first, answer, best_first, card_of, together
 from wanvram.report.runs import Run, pairs
-from wanvram.report.texts import GLOSSARY, TEXTS, Texts
+from wanvram.report.texts import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.report.timeline import thinned
 from wanvram.version import __version__
 
@@ -139,10 +139,12 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "card": card_of(record),
         "seconds": _seconds(record),
         "step_seconds": record.step_seconds(),
-        "settings": {key: _short(value) for key, value in run.settings().items()},
-        "environment": {key: _short(value) for key, value in record.environment.items()},
-        "notes": [_short(note) for note in record.notes],
-        "advice": [asdict(advice) | {"change": _short(advice.change)} for advice in advice_first(run.advice)],
+        "settings": {key: shortened(value, MAX_TEXT) for key, value in run.settings().items()},
+        "environment": {key: shortened(value, MAX_TEXT) for key, value in record.environment.items()},
+        "notes": [shortened(note, MAX_TEXT) for note in record.notes],
+        "advice": [
+            asdict(advice) | {"change": shortened(advice.change, MAX_TEXT)} for advice in advice_first(run.advice)
+        ],
         "components": [asdict(component) for component in record.components],
         "stages": [_stage(span) for span in record.stages],
         "exact": run.exact,
@@ -158,11 +160,6 @@ def _seconds(record: RunRecord) -> float | None:
     """Without loading, which predictions do not time."""
     times = [span.seconds for span in record.stages if span.kind == "stage" and span.seconds is not None]
     return None if not times else sum(times)
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
 def _stage(span: Span) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.answer import advice_first, answer, card_of, together
 from wanvram.report.runs import Run, pairs
-from wanvram.report.texts import Texts
+from wanvram.report.texts import Texts, shortened
 from wanvram.report.timeline import peak_moment
-from wanvram.units import MIB, seconds
+from wanvram.units import MIB, mib_cell, seconds
 
 __all__ = ["markdown_report"]
 
@@ -56,8 +56,8 @@ def _figures(memory: Memory | None) -> list[str | None]:
     """device, reserved, allocated in MiB."""
     if memory is None:
         return [None, None, None]
-    device = None if memory.device_bytes is None else _mib(memory.device_bytes)
-    return [device, _mib(memory.reserved_bytes), _mib(memory.allocated_bytes)]
+    device = None if memory.device_bytes is None else mib_cell(memory.device_bytes)
+    return [device, mib_cell(memory.reserved_bytes), mib_cell(memory.allocated_bytes)]
 
 
 def _kind(run: Run, measured: str | None, texts: Texts) -> str:
@@ -98,16 +98,23 @@ def _run(run: Run, texts: Texts) -> list[str]:
     if run.advice:
         lines += [f"### {texts('advice_title')}", "", *_advice(run, texts), ""]
     lines += [f"### {texts('configuration')}", ""]
-    lines += [f"- `{_code(key)}`: {_text(_short(value))}" for key, value in sorted(run.settings().items())] + [""]
+    lines += [
+        f"- `{_code(key)}`: {_text(shortened(value, MAX_TEXT))}" for key, value in sorted(run.settings().items())
+    ] + [""]
     if run.record.notes:
-        lines += [f"### {texts('notes')}", "", *(f"- {_text(_short(note))}" for note in run.record.notes), ""]
+        lines += [
+            f"### {texts('notes')}",
+            "",
+            *(f"- {_text(shortened(note, MAX_TEXT))}" for note in run.record.notes),
+            "",
+        ]
     return lines
 
 
 def _components(run: Run, texts: Texts) -> list[str]:
     heads = [texts("component"), texts("parameters")] + [_head(key, texts) for key in ("base", "host", "activation")]
     rows = [
-        [c.name, f"{c.parameters:,}", _mib(c.base_bytes), _mib(c.host_bytes), _mib(c.activation_bytes)]
+        [c.name, f"{c.parameters:,}", mib_cell(c.base_bytes), mib_cell(c.host_bytes), mib_cell(c.activation_bytes)]
         for c in run.record.components
     ]
     return _table(heads, rows, numbers=range(1, 5))
@@ -122,8 +129,8 @@ def _stages(run: Run, texts: Texts) -> list[str]:
 
 def _stage(span: Span) -> list[str | None]:
     time = seconds(span.seconds) if span.seconds is not None else None
-    start = _mib(span.start.allocated_bytes)
-    activation = None if span.kind == "load" else _mib(span.activation_bytes)
+    start = mib_cell(span.start.allocated_bytes)
+    activation = None if span.kind == "load" else mib_cell(span.activation_bytes)
     return [span.name, span.component, start, activation, *_figures(span.peak), f"{span.peak.fragmentation:.1%}", time]
 
 
@@ -131,7 +138,7 @@ def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
     groups = sorted(moment["alive"], key=lambda g: (-g["bytes"], json.dumps(g, sort_keys=True)))
     rows = [
         [
-            _mib(g["bytes"]),
+            mib_cell(g["bytes"]),
             str(g["count"]),
             g["component"],
             texts("other") if g["operation"] == "(other)" else g["operation"],
@@ -144,7 +151,7 @@ def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
     rest = groups[ALIVE_ROWS:]
     if rest:
         count = sum(g["count"] for g in rest)
-        rows.append([_mib(sum(g["bytes"] for g in rest)), str(count), None, texts("other"), None, None, None])
+        rows.append([mib_cell(sum(g["bytes"] for g in rest)), str(count), None, texts("other"), None, None, None])
     heads = [_head("bytes", texts)]
     heads += [texts(key) for key in ("count", "component", "operation", "shape", "dtype", "module")]
     return _table(heads, rows, numbers=(0, 1))
@@ -153,7 +160,7 @@ def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
 def _advice(run: Run, texts: Texts) -> list[str]:
     heads = [texts("advice_change"), _head("advice_saved", texts), texts("advice_seconds")]
     rows = [
-        [a.change, _mib(a.saved_bytes), None if a.seconds is None else seconds(a.seconds)]
+        [a.change, mib_cell(a.saved_bytes), None if a.seconds is None else seconds(a.seconds)]
         for a in advice_first(run.advice)
     ]
     return _table(heads, rows, numbers=(1, 2))
@@ -167,7 +174,9 @@ def _accuracy(predicted: Run, measured: Run, texts: Texts) -> list[str]:
             a, b = getattr(p, f"{key}_bytes"), getattr(m, f"{key}_bytes")
             if a is not None and b is not None:
                 relative = f"{(a - b) / b:+.2%}" if b else None
-                rows.append([f"{name}: {texts(f'peak_{key}')}", _mib(a), _mib(b), f"{(a - b) / MIB:+,.1f}", relative])
+                rows.append(
+                    [f"{name}: {texts(f'peak_{key}')}", mib_cell(a), mib_cell(b), f"{(a - b) / MIB:+,.1f}", relative]
+                )
     heads = [texts("figure"), *(_head(key, texts) for key in ("predicted", "measured", "error")), texts("relative")]
     title = f"## {texts('accuracy')}: {_text(predicted.label)}, {_text(measured.label)}"
     return [title, "", texts("accuracy_help"), "", *_table(heads, rows, numbers=range(1, 5)), ""]
@@ -200,15 +209,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str | None]], numbers: 
 
 def _line(cells: Sequence[str | None], *, plain: bool = False) -> str:
     return "| " + " | ".join("" if cell is None else cell if plain else _text(cell) for cell in cells) + " |"
-
-
-def _mib(count: int) -> str:
-    return f"{count / MIB:,.1f}"
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
 _SIGNS = str.maketrans(

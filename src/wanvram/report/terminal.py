@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.units import MIB, human, seconds
+from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["summarize", "table"]
 
@@ -59,7 +59,7 @@ def _verdict(record: RunRecord) -> str:
 def _components(record: RunRecord) -> str:
     rows = [["component", "parameters", "base MiB", "host MiB", "activation MiB"]]
     rows += [
-        [c.name, f"{c.parameters:,}", _mib(c.base_bytes), _mib(c.host_bytes), _mib(c.activation_bytes)]
+        [c.name, f"{c.parameters:,}", mib_cell(c.base_bytes), mib_cell(c.host_bytes), mib_cell(c.activation_bytes)]
         for c in record.components
     ]
     return table(rows)
@@ -69,15 +69,15 @@ def _stages(record: RunRecord) -> str:
     rows = [["stage", "start MiB", "peak MiB", "activation MiB", "reserved MiB", "device MiB", "time"]]
     for span in record.stages:
         time = seconds(span.seconds) if span.seconds is not None else "-"
-        rows.append([span.name, _mib(span.start.allocated_bytes), *_peak_cells(span), time])
+        rows.append([span.name, mib_cell(span.start.allocated_bytes), *_peak_cells(span), time])
     return table(rows)
 
 
 def _peak_cells(span: Span) -> list[str]:
     m: Memory = span.peak
-    device = _mib(m.device_bytes) if m.device_bytes is not None else "-"
-    activation = "-" if span.kind == "load" else _mib(span.activation_bytes)  # what loading adds are weights
-    return [_mib(m.allocated_bytes), activation, _mib(m.reserved_bytes), device]
+    device = mib_cell(m.device_bytes) if m.device_bytes is not None else "-"
+    activation = "-" if span.kind == "load" else mib_cell(span.activation_bytes)  # what loading adds are weights
+    return [mib_cell(m.allocated_bytes), activation, mib_cell(m.reserved_bytes), device]
 
 
 def _largest_moments(record: RunRecord) -> str:
@@ -96,10 +96,6 @@ def _leaves(spans: Sequence[Span], path: str) -> Iterator[tuple[str, Span]]:
         inner = max(_leaves(span.children, here), key=lambda item: item[1].peak.allocated_bytes, default=None)
         own = inner is None or inner[1].peak.allocated_bytes < span.peak.allocated_bytes
         yield (here, span) if own or inner is None else inner
-
-
-def _mib(count: int) -> str:
-    return f"{count / MIB:,.1f}"
 
 
 def table(rows: list[list[str]]) -> str:

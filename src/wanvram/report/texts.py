@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wanvram.errors import InputError
 
-__all__ = ["GLOSSARY", "LANGUAGES", "TEXTS", "Texts"]
+__all__ = ["GLOSSARY", "LANGUAGES", "TEXTS", "Texts", "shortened"]
 
 LANGUAGES = ("en", "zh")
 
@@ -375,3 +376,9 @@ class Texts:
     def join(self, *sentences: str) -> str:
         """Sentences after one another."""
         return ("" if self.language == "zh" else " ").join(sentence for sentence in sentences if sentence)
+
+
+def shortened(value: object, limit: int) -> str:
+    """A setting or a sentence of a record, at most `limit` characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

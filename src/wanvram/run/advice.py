@@ -25,9 +25,9 @@ from wanvram.recorder.recorder import Recorder
 from wanvram.run.extension import prompt_extension
 from wanvram.run.forecast import simulate_stage
 from wanvram.run.inputs import prepare_inputs
-from wanvram.run.simulated import DEFAULT_GPU, simulated_memory
+from wanvram.run.simulated import simulated_memory
 from wanvram.run.weights import NoWeights
-from wanvram.simulate.gpus import find_gpu
+from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
 from wanvram.tasks import latent_shape
 
 __all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]

@@ -59,8 +59,7 @@ def execute(
     watch: entered with the recorder for the time of the run, to show it while it goes on. Raises InputError, CheckpointError
     or DeviceError before anything is loaded.
     """
-    if config.request.base_seed < 0:
-        config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
+    config = _seeded(config)
     _check_measurement(config)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
     checks = {} if device_kind(config) == "simulated" else {"checks": run_checks(output.directory)}
@@ -91,16 +90,26 @@ def execute(
     record = _record(config, device, pipeline, failure, environment)
     record.notes += notes + (extend.notes if extend else []) + lost
     if directory:
-        record.write(directory / "record.json")
-    if directory and timeline:
-        write_atomically(directory / "timeline.json", json.dumps(timeline.to_json(), ensure_ascii=False) + "\n")
+        _write_results(directory, record, timeline)
     return record
+
+
+def _seeded(config: RunConfig) -> RunConfig:
+    if config.request.base_seed >= 0:
+        return config
+    return replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
 
 
 def _write_circumstances(directory: Path, config: RunConfig, environment: dict[str, object]) -> None:
     text = yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False)
     write_atomically(directory / "config.yaml", text)
     write_atomically(directory / "environment.json", _json(environment))
+
+
+def _write_results(directory: Path, record: RunRecord, timeline: Timeline | None) -> None:
+    record.write(directory / "record.json")
+    if timeline:
+        write_atomically(directory / "timeline.json", json.dumps(timeline.to_json(), ensure_ascii=False) + "\n")
 
 
 def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from wanvram.config import RunConfig
+from wanvram.config import MAX_NAME_BYTES, RunConfig
 from wanvram.errors import InputError, OutputError
 from wanvram.record import write_atomically
 from wanvram.run.directory import RUN_FILES
@@ -21,7 +21,6 @@ from wanvram.version import __version__
 __all__ = ["Outputs"]
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
-MAX_NAME_BYTES = 200  # file systems take 255; a number and the mark of an unfinished file must still fit
 
 
 @dataclass

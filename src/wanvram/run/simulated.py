@@ -6,13 +6,12 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
-from wanvram.simulate.gpus import GPU, find_gpu
+from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
 
-__all__ = ["DEFAULT_GPU", "simulated_memory"]
+__all__ = ["simulated_memory"]
 
-DEFAULT_GPU = "h200"
 UNLIMITED_BYTES = 2**50
 
 

@@ -27,10 +27,6 @@ class Schedule:
     timesteps: tuple[int, ...]
     sigmas: tuple[float, ...]
 
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
-
 
 def timesteps_and_sigmas(solver: Solver, steps: int, shift: float) -> Schedule:
     """Linear noise levels pushed towards the noisy end by `shift`.

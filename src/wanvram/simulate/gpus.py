@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from wanvram.errors import InputError
 from wanvram.units import GIB, MIB
 
-__all__ = ["EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "find_gpu"]
+__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "find_gpu"]
+
+DEFAULT_GPU = "h200"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from functools import cache
 from importlib import resources
 
 from wanvram.simulate.gpus import GPU
+from wanvram.units import MIB
 
 __all__ = ["Libraries", "conv_key"]
-
-MIB = 1024 * 1024
 
 
 def conv_key(dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from wanvram.errors import CheckpointError, InputError, OutputError
 from wanvram.record import write_atomically
 from wanvram.specs import DIT
 from wanvram.units import human
-from wanvram.weights.fp8 import FP8, LARGEST, row_scales, to_fp8
+from wanvram.weights.fp8 import FP8, LARGEST, SCALE_SUFFIX, row_scales, to_fp8
 from wanvram.weights.official import (
     COMPONENTS,
     Component,
@@ -36,7 +36,7 @@ from wanvram.weights.official import (
     spec_beside,
     tokenizer_file,
 )
-from wanvram.weights.sources import DTYPES, MANIFEST, MANIFEST_SCHEMA, SCALE_SUFFIX, TensorSource
+from wanvram.weights.sources import DTYPES, MANIFEST, MANIFEST_SCHEMA, TensorSource
 
 __all__ = ["Job", "convert", "free_bytes", "verify"]
 

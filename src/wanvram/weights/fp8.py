@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "LARGEST", "row_scales", "to_fp8"]
+__all__ = ["FP8", "LARGEST", "SCALE_SUFFIX", "row_scales", "to_fp8"]
 
+SCALE_SUFFIX = ".scale"  # of a matrix's name: what the scales of its rows are called
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest finite e4m3 number
 

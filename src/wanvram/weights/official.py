@@ -26,10 +26,10 @@ from wanvram.weights.sources import (
     FilteredSource,
     SafetensorsSource,
     TensorSource,
-    TorchFileSource,
     check_file,
     check_keys,
 )
+from wanvram.weights.torch_files import TorchFileSource
 
 __all__ = [
     "CLIP_FILE",

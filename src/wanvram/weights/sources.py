@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,22 +19,22 @@ import torch
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
+from wanvram.weights.fp8 import SCALE_SUFFIX
 
 __all__ = [
     "DTYPES",
     "MANIFEST",
     "MANIFEST_SCHEMA",
-    "SCALE_SUFFIX",
     "ConvertedSource",
     "FileSource",
     "FilteredSource",
     "SafetensorsSource",
     "Stored",
     "TensorSource",
-    "TorchFileSource",
     "check_file",
     "check_keys",
     "memory_order",
+    "opened",
     "read_manifest",
 ]
 
@@ -45,7 +44,6 @@ CHUNK_BYTES = 4 * 2**20  # stays in the cache between read and conversion: 1.6 t
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library itself
 MANIFEST = "wanvram.json"  # of a folder written by `wanvram convert`
 MANIFEST_SCHEMA = 1
-SCALE_SUFFIX = ".scale"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -196,7 +194,7 @@ class Stored:
         if self.scale is None:
             return None
         scales = torch.empty(self.scale.shape)
-        with _opened(self.scale.path) as file:
+        with opened(self.scale.path) as file:
             self.scale.read(file, scales)
         return scales.unsqueeze(1)
 
@@ -222,7 +220,7 @@ class FileSource:
             _copy(key, stored, dest, self._origin)
             return
         _check_shape(key, stored.shape, dest, str(stored.path))
-        with _opened(stored.path) as file, torch.no_grad():
+        with opened(stored.path) as file, torch.no_grad():
             direct = dest.device.type == "cpu" and dest.dtype == stored.dtype and dest.is_contiguous()
             if direct and stored.scale is None:
                 stored.read(file, dest)
@@ -237,7 +235,7 @@ class FileSource:
         if isinstance(stored, Tensor):
             return stored[list(indices)]
         result = torch.empty((len(indices), *stored.shape[1:]), dtype=stored.dtype)
-        with _opened(stored.path) as file:
+        with opened(stored.path) as file:
             for number, index in enumerate(indices):
                 stored.read(file, result[number], index)
         scale = stored.scales()
@@ -258,7 +256,7 @@ class FileSource:
         return self._tensors[key]
 
 
-def _opened(path: Path) -> FileIO:
+def opened(path: Path) -> FileIO:
     try:
         return FileIO(path)
     except OSError as error:
@@ -269,76 +267,6 @@ def _check_rows(key: str, indices: Sequence[int], count: int, origin: str) -> No
     outside = [index for index in indices if not 0 <= index < count]
     if outside:
         raise CheckpointError(f"{origin}: {key} has {count} rows; row {outside[0]} was asked for")
-
-
-class TorchFileSource(FileSource):
-    """A state dict saved by torch.save. Only tensors are unpickled; anything that would run code is refused.
-
-    torch maps the file; from the mapping follows where in the file each tensor lies, and then the mapping is dropped.
-    """
-
-    def __init__(self, path: Path) -> None:
-        tensors = _load_state_dict(path)
-        super().__init__({**tensors, **_located(path, tensors)}, str(path))
-
-
-def _load_state_dict(path: Path) -> dict[str, Tensor]:
-    # Only the zip format (torch >= 1.6) can be mapped; an older file has to be read whole.
-    mapped = check_file(path, "a PyTorch state dict (.pth)").startswith(b"PK\x03\x04")
-    try:
-        content: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was refused: it is damaged, or would run code when loaded; "
-            "expected a PyTorch state dict (.pth) of tensors only"
-        ) from error
-    except Exception as error:  # a damaged pickle or archive can fail in any way
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({path.stat().st_size:,} bytes); expected a PyTorch state dict (.pth)"
-        ) from error
-    if not isinstance(content, dict) or not all(_is_plain(value) for value in content.values()):
-        raise CheckpointError(f"{path} does not hold a state dict: expected a mapping from names to plain tensors")
-    return content
-
-
-def _is_plain(value: object) -> bool:
-    """Dense numbers: neither sparse, nor quantised, nor without data (meta)."""
-    if not isinstance(value, Tensor) or value.is_quantized:
-        return False
-    return bool(value.device.type == "cpu" and value.layout == torch.strided)
-
-
-def _located(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """The tensors whose bytes are found in the file. Empty if any first bytes differ: the file's byte order is another."""
-    found: dict[str, Stored] = {}
-    maps = _mappings(path)
-    with _opened(path) as file:
-        for key, tensor in tensors.items():
-            if not tensor.is_contiguous():
-                continue
-            start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-            offset = next((start - low + at for low, high, at in maps if low <= start and start + size <= high), None)
-            if offset is None:
-                continue
-            file.seek(offset)
-            if file.read(min(size, 64)) != bytes(tensor.reshape(-1).view(torch.uint8)[:64].numpy()):
-                return {}
-            found[key] = Stored(path, offset, tensor.dtype, tuple(tensor.shape))
-    return found
-
-
-def _mappings(path: Path) -> list[tuple[int, int, int]]:
-    """(first address, end, offset in the file) of each mapping of `path`; none where there is no /proc."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return []
-    result = []
-    for fields in (line.split(None, 5) for line in lines):
-        if len(fields) == 6 and fields[5] == str(path.resolve()):
-            low, high = (int(address, 16) for address in fields[0].split("-"))
-            result.append((low, high, int(fields[2], 16)))
-    return result
 
 
 class SafetensorsSource(FileSource):
@@ -371,7 +299,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
     """
     check_file(path, "a safetensors file")
     size = path.stat().st_size
-    with _opened(path) as file:
+    with opened(path) as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
