@@ -1,7 +1,8 @@
 """`@pytest.mark.limit_vram("2 GiB")`: a test that takes more memory fails. For any project's PyTorch tests; pytest loads it by itself.
 
-On CUDA the allocator of the first device is capped at the limit for the time of the test, so it runs out of memory where
-it would exceed it. On the CPU, which has no allocator to cap, the bytes in live tensors are counted. `device="cpu"` or
+On CUDA the allocator of the current device is capped at the limit for the time of the test, so it runs out of memory where
+it would exceed it. On the CPU, which has no allocator to cap, the bytes in live tensors are counted, but not those of
+operations in other threads than the test's: PyTorch's dispatch modes are per thread. `device="cpu"` or
 `device="cuda"` chooses; without it CUDA is taken where there is one. Tensors that live before the test count too.
 The peak is in the test's report as the property `vram_peak_bytes`.
 """

@@ -188,3 +188,5 @@ def test_a_predicted_run_exports_what_its_record_says(tmp_path: Path) -> None:
     assert peak is not None
     assert (history.peak_allocated_bytes, history.peak_reserved_bytes) == (peak.allocated_bytes, peak.reserved_bytes)
     assert sum(group.bytes for group in history.peak.alive) == peak.allocated_bytes
+    named = [group for group in history.peak.alive if group.where.startswith(("vae", "residency", "dit"))]
+    assert sum(group.bytes for group in named) > 0.9 * peak.allocated_bytes, "by who asked, not by operation"

@@ -248,6 +248,9 @@ def test_a_long_run_keeps_every_stages_extremes_within_the_limit_of_points() -> 
         assert max(p[1] for p in kept) == full[0, start : end + 1].max()
         assert min(p[1] for p in kept) == full[0, start : end + 1].min()
         assert max(p[2] for p in kept) == full[1, start : end + 1].max()
+        allocated, reserved = full[:2, start : end + 1]
+        fragmentation = (reserved - allocated)[reserved > 0] / reserved[reserved > 0]
+        assert max(1 - p[1] / p[2] for p in kept if p[2]) == pytest.approx(fragmentation.max(), abs=1e-12)
     assert all(full[0, p[0]] == p[1] and full[1, p[0]] == p[2] for p in result["points"])
 
 

@@ -42,7 +42,9 @@ class Frame:
 
     @property
     def where(self) -> str:
-        """`models/dit.py:120 forward`: the file with its folder."""
+        """`models/dit.py:120 forward`: the file with its folder; of a predicted run, whose frames have no lines, the name alone."""
+        if not self.line and not self.name:
+            return self.filename
         parts = self.filename.replace("\\", "/").rsplit("/", 2)
         return f"{'/'.join(parts[-2:])}:{self.line} {self.name}"
 

@@ -55,7 +55,8 @@ MAX_GROUPS = 200  # alive groups of a moment in a timeline
 MAX_STAGES = 1000
 FRAME_COST = 4  # what a stack frame takes in memory, in values that are kept
 REPLAY_COST = 16
-_NOT_OWN = re.compile(r"(^|[/\\])torch[/\\]|\.(c|cc|cpp|cu|cuh|h|hpp|so|pyx)$|^\?\?$|^$")
+# PyTorch's own files, compiled code, and the operations that report.memory_viz writes as innermost frames.
+_NOT_OWN = re.compile(r"(^|[/\\])torch[/\\]|^(aten|prims|wanvram)\.|\.(c|cc|cpp|cu|cuh|h|hpp|so|pyx)$|^\?\?$|^$")
 
 
 @dataclass(frozen=True)

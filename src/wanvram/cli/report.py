@@ -19,11 +19,12 @@ from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.record import write_atomically
-from wanvram.report.answer import answer, card_of
+from wanvram.report.answer import answer, card_of, together
+from wanvram.report.compare import runs_table
 from wanvram.report.html import html_report
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Run, find_runs
-from wanvram.report.terminal import summarize
+from wanvram.report.terminal import show, summarize
 from wanvram.report.texts import LANGUAGES, Texts
 
 __all__ = ["prepare_parser", "run"]
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         write_atomically(output, text)
     if args.json:
         print(json.dumps(_summary(runs, args.lang, output), ensure_ascii=False))
+    elif output is None and kind == "text":
+        show(text)
     elif output is None:
         print(text, end="")
     else:
@@ -85,7 +88,20 @@ def _report(runs: Sequence[Run], kind: str, language: str) -> str:
         return html_report(runs, language)
     if kind == "md":
         return markdown_report(runs, language)
-    return "\n".join(summarize(run.record) for run in runs)
+    return _text(runs)
+
+
+def _text(runs: Sequence[Run]) -> str:
+    """Several runs: which is lowest, all in one table, then each by its label. The answer comes before a run's tables."""
+    texts = Texts("en")
+    parts = []
+    if len(runs) > 1:
+        parts = [together(runs, texts) + "\n", runs_table([(run.label, run.record) for run in runs]) + "\n"]
+    for run in runs:
+        heading = [run.label, "=" * len(run.label)] if len(runs) > 1 else []
+        said = [sentence for sentence in asdict(answer(run, texts)).values() if sentence]
+        parts.append("\n".join([*heading, *said, "", summarize(run.record)]))
+    return "\n".join(parts)
 
 
 def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Pipeline:
     recorder: Recorder
     weights: Weights
     inputs: Inputs
-    on_step: Callable[[int, int], None] | None = None
+    on_step: Callable[[int, int, int], None] | None = None  # steps done, of how many, how many are still to be run
     trace_step: Callable[[], None] | None = None
     extend: PromptExtension | None = None
     alone: bool = False  # one component's stages are simulated alone: what they leave in the allocator is not looked at
@@ -317,7 +317,7 @@ class Pipeline:
             if skipped and index == steps - 2:
                 span.repeats = skipped + 1
             if self.on_step:
-                self.on_step(number + 1, steps + skipped)
+                self.on_step(number + 1, steps + skipped, steps - 1 - index)
             if self.trace_step:
                 self.trace_step()
         component.observe(None)

@@ -18,12 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from wanvram.record import Memory, Span
-from wanvram.units import human, seconds
+from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["LiveView", "Watched"]
 
 FRAMES_PER_SECOND = 4  # the driver is asked that often; each time takes about 1 ms
-BAR_WIDTH = 40
+BAR_WIDTH = 20  # with the longest figures beside it a line has 80 columns
+_HEAD = ("stage", "peak MiB", "reserved MiB", "device MiB", "time")
 MAX_FINISHED = 12  # lines of finished stages; several prompts have many
 
 
@@ -103,20 +104,22 @@ class LiveView:
         """What is on the screen now."""
         elapsed = seconds(time.monotonic() - self._start)
         if self._recorder is None:
-            return Text(f"{self._name}  {elapsed}")
+            return _line(f"{self._name}  {elapsed}")
         finished, running = list(self._recorder.spans), self._recorder.open_spans
-        parts: list[RenderableType] = [Text(f"{self._name}  {elapsed}", style="bold"), self._tree(finished, running)]
+        parts: list[RenderableType] = [_line(f"{self._name}  {elapsed}", "bold"), self._tree(finished, running)]
         parts.append(self._bars(self._recorder.meter, [*finished, *running]))
         if "left" in self._last:
-            parts.append(Text(self._last))
+            parts.append(_line(self._last))
         return Group(*parts)
 
     def _tree(self, finished: Sequence[Span], running: Sequence[Span]) -> Table:
         rows = Table.grid(padding=(0, 2))
-        for _ in range(5):
-            rows.add_column()
+        rows.add_column()  # the one that shrinks
+        for _ in _HEAD[1:]:
+            rows.add_column(justify="right", no_wrap=True)
+        rows.add_row(*(_line(title, "dim") for title in _HEAD))
         if len(finished) > MAX_FINISHED:
-            rows.add_row(Text(f"  {len(finished) - MAX_FINISHED} earlier stages", style="dim"))
+            rows.add_row(_line(f"{len(finished) - MAX_FINISHED} earlier stages", "dim"))
         for span in finished[-MAX_FINISHED:]:
             rows.add_row(*_row("done", span, 0))
         for depth, span in enumerate(running):
@@ -142,7 +145,7 @@ class LiveView:
             style = "red" if self._budget is not None and max(now, peak) > self._budget else "green"
             bar = ProgressBar(total=full, completed=min(now, full), width=BAR_WIDTH, complete_style=style)
             limit = f" of {human(full)}" if self._budget is not None else ""
-            rows.add_row(name, bar, Text(f"{human(now)}{limit}, peak {human(max(now, peak))}"))
+            rows.add_row(name, bar, _line(f"{human(now)}{limit}, peak {human(max(now, peak))}"))
         return rows
 
 
@@ -152,7 +155,11 @@ def _row(state: str, span: Span, depth: int) -> list[Text]:
         name += f" ({len(span.children)} parts done)"
     style = "bold" if state == "now" else ""
     peak = span.peak
-    device = "" if peak.device_bytes is None else f"device {human(peak.device_bytes)}"
+    figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes)
     time_text = "" if span.seconds is None else seconds(span.seconds)
-    cells = [name, f"peak {human(peak.allocated_bytes)}", f"reserved {human(peak.reserved_bytes)}", device, time_text]
-    return [Text(cell, style=style) for cell in cells]
+    return [_line(cell, style) for cell in (name, *map(mib_cell, figures), time_text)]
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Never more than one line."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")

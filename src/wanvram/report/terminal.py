@@ -1,20 +1,34 @@
-"""The terminal summary of one run: peak first, then components, stages and the three largest moments. No torch, plain text."""
+"""The terminal summary of one run: peak first, then components, stages and the three largest moments. No torch.
+
+Text is made plain, then shown: on a terminal with the same words in bold and colour.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TextIO
 
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.units import human, mib_cell, seconds
+from wanvram.simulate.gpus import GPUS
+from wanvram.units import MIB, human, mib_cell, seconds
 
-__all__ = ["summarize", "table"]
+__all__ = ["show", "summarize", "table"]
+
+_BAD = r"(?i)\b(does not fit|failed|out of memory)\b"
+_GOOD = r"\bfits\b"
 
 
 def summarize(record: RunRecord) -> str:
     """Multi-line text; exact for a given record."""
     parts = [_headline(record), "", _components(record), "", _stages(record), "", _largest_moments(record)]
     if record.failure is not None and record.failure.alive:
-        parts += ["", "alive when it failed:", *(f"  {human(size):>14}  {what}" for what, size in record.failure.alive)]
+        parts += ["", "alive when it failed:", *_alive(record.failure.alive)]
+    if record.failure is not None and record.failure.kind == "oom":
+        parts += ["", _remedy(record)]
     if record.notes:
         parts += ["", *(f"note: {note}" for note in record.notes)]
     return "\n".join(parts) + "\n"
@@ -96,6 +110,49 @@ def _leaves(spans: Sequence[Span], path: str) -> Iterator[tuple[str, Span]]:
         inner = max(_leaves(span.children, here), key=lambda item: item[1].peak.allocated_bytes, default=None)
         own = inner is None or inner[1].peak.allocated_bytes < span.peak.allocated_bytes
         yield (here, span) if own or inner is None else inner
+
+
+def _alive(alive: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """Largest first; equal ones, which older records list one by one, are one line."""
+    found: dict[str, list[int]] = {}
+    for what, size in alive:
+        found.setdefault(what, []).append(size)
+    for what, sizes in sorted(found.items(), key=lambda item: -sum(item[1])):
+        yield f"  {human(sum(sizes)):>14}  {f'{len(sizes)} x ' if len(sizes) > 1 else ''}{what}"
+
+
+def _remedy(record: RunRecord) -> str:
+    """What says how it would fit, as commands to copy."""
+    request, card = record.config.get("request", {}), record.device.partition(":")[2]
+    gpu = GPUS.get(card) if record.simulated else None
+    limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
+    command = ["wanvram", "plan"]
+    for key in ("task", "size", "frame_num"):
+        command += [f"--{key}", str(request[key])] if key in request else []
+    command += ["--vram", f"{limit // MIB}MiB" if limit else "auto", *(["--gpu", card] if gpu else [])]
+    return (
+        f"What would make it fit: `{shlex.join(command)}` finds the settings, "
+        "`wanvram analyze DIR --advice` computes for this run's directory what each change saves"
+    )
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Prints text; on a terminal first lines and the heads of tables are bold, what fits is green, what does not is red."""
+    stream = sys.stdout if stream is None else stream
+    if not stream.isatty():
+        print(text, end="", file=stream)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    drawn = Text()
+    lines = [*text.splitlines(), ""]
+    for index, (line, following) in enumerate(pairwise(lines)):
+        heading = index == 0 or (len(following) > 1 and set(following) <= {"-", "="})
+        drawn.append(line, style="bold" if heading else "").append("\n")
+    drawn.highlight_regex(_GOOD, "green")
+    drawn.highlight_regex(_BAD, "bold red")
+    Console(file=stream).print(drawn, end="", soft_wrap=True)
 
 
 def table(rows: list[list[str]]) -> str:

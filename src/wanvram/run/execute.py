@@ -124,20 +124,25 @@ def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | Non
 
 
 class StepProgress:
-    """Says how far denoising is and how long it will take, from the second step on at most every two seconds."""
+    """Says how far denoising is and how long it will take, from the second step on at most every two seconds.
+
+    A simulation runs a few of the steps, and in other seconds than those it predicts: `verb` says that they are simulated.
+    """
 
     def __init__(self, show: Callable[[str], None], verb: str) -> None:
         self.show = show
-        self.verb = verb  # a simulated step takes other seconds than the step it predicts
+        self.verb = verb
         self.first = self.last = 0.0
+        self.run = 0
 
-    def __call__(self, done: int, steps: int) -> None:
+    def __call__(self, done: int, steps: int, left: int) -> None:
         now = time.monotonic()
+        self.run += 1
         if done == 1:
-            self.first = now
-        if done > 1 and (now - self.last >= 2.0 or done == steps):
-            mean = (now - self.first) / (done - 1)
-            self.show(f"step {done} of {steps} {self.verb}, {mean:.2f} s each, {mean * (steps - done):.0f} s left")
+            self.first, self.run = now, 0
+        if self.run and (now - self.last >= 2.0 or not left):
+            mean = (now - self.first) / self.run
+            self.show(f"step {done} of {steps} {self.verb}, {mean:.2f} s each, {mean * left:.0f} s left")
             self.last = now
 
 
@@ -174,7 +179,8 @@ def _simulate(config: RunConfig, memory: SimulatedMemory, timeline: Timeline | N
 def _check_measurement(config: RunConfig) -> None:
     if config.measurement.snapshot and device_kind(config) != "cuda":
         raise InputError(
-            "logging.snapshot: an allocator snapshot exists on CUDA only; set it to false or use --device cuda"
+            "logging.snapshot: an allocator snapshot exists on CUDA only; set it to false or use --device cuda "
+            "(of a predicted run: wanvram estimate --config FILE.yaml --memory_viz FILE.pickle)"
         )
     if config.measurement.trace and device_kind(config) == "simulated":
         raise InputError(
@@ -243,12 +249,22 @@ def _run(pipeline: Pipeline, outputs: Outputs | None) -> Failure | None:
 
 
 def _largest_alive(pipeline: Pipeline, count: int = 10) -> tuple[tuple[str, int], ...]:
-    """The components resident at the failure and, on the simulated device, the largest allocations by operation."""
-    alive = list(pipeline.resident())
+    """The components resident at the failure and, on the simulated device, every allocation, equal ones together."""
     device = pipeline.device
+    alive = dict(pipeline.resident())
     if isinstance(device, SimulatedDevice):
-        alive += [(operation, nbytes) for nbytes, operation in device.memory.live.values()]
-    return tuple(sorted(alive, key=lambda item: -item[1])[:count])
+        observer = device.memory.observer
+        timeline = observer if isinstance(observer, Timeline) else None
+        named = _names(timeline) if timeline else {}
+        alive = {} if timeline else alive  # with it, weights are told apart from the rest: nothing is listed twice
+        equal: dict[tuple[str, int], int] = {}
+        for handle, (nbytes, operation) in device.memory.live.items():
+            key = named.get(handle, operation), nbytes
+            equal[key] = equal.get(key, 0) + 1
+        for (name, nbytes), times in equal.items():
+            alive[f"{times} x {human(nbytes)}, {name}" if times > 1 else name] = 0
+        alive = _summed(equal) | {k: v for k, v in alive.items() if v}
+    return tuple(sorted(alive.items(), key=lambda item: -item[1])[:count])
 
 
 def _record(

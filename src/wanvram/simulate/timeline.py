@@ -366,7 +366,8 @@ def _moments(
 
 
 def _kept(series: np.ndarray, marks: set[int]) -> np.ndarray:
-    """At most MAX_POINTS x values: all marks, and of every stretch the highest and lowest allocated and the highest reserved.
+    """At most MAX_POINTS x values: all marks, and of every stretch the highest and lowest allocated, the highest reserved and the
+    highest share of reserved memory that is not allocated.
 
     Stretches end at marks, so that each stage keeps its own extremes.
     """
@@ -374,12 +375,14 @@ def _kept(series: np.ndarray, marks: set[int]) -> np.ndarray:
     if last < MAX_POINTS:
         return np.arange(last + 1)
     always = marks | {0, last, *(int(row.argmax()) for row in (*series, series[1] + series[2]))}
-    count = (MAX_POINTS - len(always)) // 3 - len(always)
+    unused = (series[1] - series[0]) / np.maximum(series[1], 1)
+    count = (MAX_POINTS - len(always)) // 4 - len(always)
     edges = sorted(always | set(np.linspace(0, last, max(count, 2)).astype(int).tolist()))
     kept = set(always)
     for low, high in pairwise(edges):
         allocated, reserved = series[0, low:high], series[1, low:high]
-        kept.update(low + int(i) for i in (allocated.argmax(), allocated.argmin(), reserved.argmax()))
+        places = (allocated.argmax(), allocated.argmin(), reserved.argmax(), unused[low:high].argmax())
+        kept.update(low + int(i) for i in places)
     return np.array(sorted(kept))
 
 
