@@ -247,9 +247,19 @@ def test_a_run_that_does_not_fit_is_compared_on_a_card_without_limit() -> None:
     whole = Whole(limit=24 * GIB)
     config = run_of(limit=24 * GIB)
     advices = asked_of(config, whole)
-    assert [unlimited for _, unlimited in whole.asked] == [False, True, *[True] * (len(whole.asked) - 2)]
-    assert advices == asked_of(run_of(), Whole())
+    compared = [unlimited for _, unlimited in whole.asked][: -len(advices)]
+    assert compared == [False, True, *[True] * (len(compared) - 2)]
+    assert [replace(a, fits=None) for a in advices] == asked_of(run_of(), Whole())
     assert advices[0].peak_device_bytes < 24 * GIB
+
+
+def test_of_a_run_that_does_not_fit_each_change_says_whether_it_fits_then() -> None:
+    whole = Whole(limit=24 * GIB)
+    advices = asked_of(run_of(limit=24 * GIB), whole)
+    assert [a.fits for a in advices] == [a.peak_device_bytes <= 24 * GIB for a in advices]
+    assert {a.fits for a in advices} == {True, False}
+    assert {a.base_device_bytes - a.saved_device_bytes - a.peak_device_bytes for a in advices} == {0}
+    assert {a.base_device_bytes > 24 * GIB for a in advices} == {True}
 
 
 def test_out_of_memory_is_no_prediction_and_a_card_without_limit_is_one() -> None:
@@ -266,6 +276,9 @@ def test_the_report_reads_what_is_written_and_lossy_changes_say_so(tmp_path: Pat
     advices = asked_of(run_of(), Whole())
     path = write_advice(tmp_path, advices)
     read = read_run(tmp_path).advice
+    assert [(a.base_device_bytes, a.peak_device_bytes, a.fits) for a in read] == [
+        (a.base_device_bytes, a.peak_device_bytes, None) for a in advices
+    ]
     assert [(a.saved_bytes, a.seconds) for a in read] == [(a.saved_device_bytes, a.seconds) for a in advices]
     assert [a.change.endswith(" (lossy)") for a in read] == [not a.lossless for a in advices]
     assert {a.lossless for a in advices} == {True, False}

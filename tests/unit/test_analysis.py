@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from wanvram.analysis.peak import component_of, describe_moment, module_of, owners, shape_of, unusable
+from wanvram.analysis.peak import component_of, describe_moment, module_of, owners, shape_of, stage_of, unusable
 from wanvram.analysis.stages import analyze_run, steady_growth
 from wanvram.errors import InputError
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
+from wanvram.report.analysis_text import run_text
 from wanvram.units import MIB
 
 
@@ -97,7 +98,7 @@ def timeline() -> dict[str, Any]:
 # --- who owns a moment -----------------------------------------------------------------------------------------------
 
 
-def test_owners_add_up_to_everything_alive_by_component_module_and_shape() -> None:
+def test_owners_add_up_to_everything_alive_by_component_stage_module_and_shape() -> None:
     found = describe_moment(timeline()["moments"][0])
     assert [(o.name, o.bytes // MIB, o.count) for o in found.by_component] == [
         ("weights of dit", 40, 2),
@@ -116,8 +117,13 @@ def test_owners_add_up_to_everything_alive_by_component_module_and_shape() -> No
         ("[75, 5] bfloat16", 36),
         ("cublas workspace", 3),
     ]
+    assert [(o.name, o.bytes // MIB, o.count) for o in found.by_stage] == [
+        ("load dit", 40, 2),
+        ("denoise", 39, 4),
+        ("(other)", 1, 9),
+    ]
     assert (found.weights_bytes, found.by_component[0].share) == (40 * MIB, 0.5)
-    for name in (component_of, module_of, shape_of):
+    for name in (component_of, stage_of, module_of, shape_of):
         assert sum(owner.bytes for owner in owners(ALIVE, name)) == found.allocated_bytes
 
 
@@ -129,8 +135,8 @@ def test_reserved_but_unusable_is_split_by_what_could_give_it_back_and_by_the_la
     assert (found.largest_allocation_bytes, found.too_small_bytes) == (12 * MIB, 6 * MIB)
     assert found.reason == (
         "20.0 MiB of 100.0 MiB reserved are not allocated: 6.0 MiB in holes beside live blocks and 14.0 MiB in free "
-        "segments, which emptying the cache would give back. Holes: 3, the largest of 14.0 MiB. 6.0 MiB are in holes "
-        "too small for the largest activation alive, 12.0 MiB."
+        "segments, which emptying the cache would give back. That is 3 pieces, the largest of 14.0 MiB. 6.0 MiB are in "
+        "pieces too small for the largest activation alive, 12.0 MiB."
     )
 
 
@@ -268,7 +274,21 @@ def test_a_leak_over_the_denoising_steps_is_reported_in_bytes_per_step() -> None
 def test_folded_steps_count_when_measured_but_one_simulated_step_proves_nothing_about_others() -> None:
     steps = [step(0, 50), step(1, 52), step(2, 52, repeats=47), step(49, 43)]
     assert analyze_run(record(steps), None).growth[0].leak is False
-    assert analyze_run(record(steps, simulated=True), None).growth[0].leak is None
+    (predicted,) = analyze_run(record(steps, simulated=True), None).growth
+    assert (predicted.leak, len(predicted.allocated_bytes), predicted.steps) == (None, 4, 50)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "says"),
+    [
+        (47, "cannot be told, since only 4 of 50 steps were simulated, and the others repeat one of them."),
+        (1, "4 steps are too few to tell."),
+    ],
+)
+def test_growth_that_cannot_be_told_says_whether_steps_were_few_or_few_were_simulated(repeats: int, says: str) -> None:
+    steps = [step(0, 50), step(1, 52), step(2, 52, repeats=repeats), step(49, 43)]
+    run = record(steps, simulated=True)
+    assert f"\nGrowth in denoise: {says}\n" in run_text(run, analyze_run(run, None), ())
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -281,6 +301,8 @@ def test_the_analysis_is_json() -> None:
     assert data["stages"][3]["fragmentation"]["at_peak"] == 0.2
     assert data["inference"] == ["encode_text", "denoise", "decode"]
     assert [moment["label"] for moment in data["peaks"]] == ["peak", "peak of denoise"]
+    assert data["peaks"][0]["by_stage"][0] == {"name": "load dit", "bytes": 40 * MIB, "count": 2, "share": 0.5}
+    assert data["growth"][0]["steps"] == 2
 
 
 def test_a_run_that_recorded_nothing_has_an_analysis_of_nothing() -> None:

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from report_runs import Recipe, write_run
 from wanvram.analysis.events import read_events
 from wanvram.cli.main import main
 from wanvram.errors import InputError
-from wanvram.record import Memory
+from wanvram.record import Failure, Memory, RunRecord
 from wanvram.recorder.events import EventLog
-from wanvram.units import MIB
+from wanvram.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
 TRACE = {
@@ -113,7 +114,16 @@ def test_a_run_says_who_owns_the_peak_and_gives_its_record_and_analysis(
     (directory / "advice.json").write_text(json.dumps(advice))
     assert main(["analyze", str(directory)]) == 0
     out = capsys.readouterr().out
-    for title in ("alive at the peak, by component", "by module", "by shape", "moment", "loading", "Fragmentation: "):
+    titles = (
+        "alive at the peak, by component",
+        "by stage",
+        "by module",
+        "by shape",
+        "moment",
+        "loading",
+        "Fragmentation: ",
+    )
+    for title in titles:
         assert f"\n{title}" in out, title
     assert ["--vae_tile", "32", "100.0", "2.50", "s"] in [line.split() for line in out.splitlines()]
     assert main(["analyze", str(directory / "record.json"), "--json"]) == 0
@@ -123,10 +133,52 @@ def test_a_run_says_who_owns_the_peak_and_gives_its_record_and_analysis(
     assert document["advice"][0]["change"] == "--vae_tile 32"
 
 
+def test_lossless_advice_comes_first_whatever_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_run(tmp_path / "run", Recipe())
+    changes = {"--precision bf16 (lossy)": 300, "--vae_tile 32": 100, "--offload_model True": 200}
+    advice = [{"change": c, "saved_bytes": n * MIB, "seconds": None} for c, n in changes.items()]
+    (directory / "advice.json").write_text(json.dumps({"schema": 1, "advice": advice}))
+    assert main(["analyze", str(directory)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--") and " " in line]
+    assert [row.split("  ")[0] for row in rows] == [
+        "--offload_model True",
+        "--vae_tile 32",
+        "--precision bf16 (lossy)",
+    ]
+
+
+def test_advice_on_a_run_that_ran_out_of_memory_says_what_it_starts_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_run(tmp_path / "run", Recipe())
+    failed = replace(RunRecord.read(directory / "record.json"), failure=Failure("oom", "no memory", stage="decode"))
+    failed.write(directory / "record.json")
+    figures = {"saved_bytes": 32 * GIB, "base_device_bytes": 40 * GIB, "peak_device_bytes": 8 * GIB}
+    advice = {"change": "--load_strategy block", "seconds": 0.5, "fits": True} | figures
+    (directory / "advice.json").write_text(json.dumps({"schema": 1, "advice": [advice]}))
+    assert main(["analyze", str(directory)]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["--load_strategy", "block", "32,768.0", "8,192.0", "0.50", "s", "yes"] in rows
+    assert "\nEach is taken from the 40.00 GiB that this run would need on a card without limit.\n" in out
+    assert main(["analyze", str(directory), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["advice"] == [advice]
+
+
+@pytest.mark.parametrize("item", ["x", {"change": "x", "saved_bytes": 1, "seconds": None, "fits": 1}, {"change": "x"}])
+def test_damaged_advice_is_a_sentence(item: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_run(tmp_path / "run", Recipe())
+    (directory / "advice.json").write_text(json.dumps({"schema": 1, "advice": [item]}))
+    assert main(["analyze", str(directory)]) == 2
+    assert "advice.json is damaged" in capsys.readouterr().err
+
+
 def test_a_killed_run_is_analyzed_from_its_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logged(tmp_path / "memory_events.json")
     assert main(["analyze", str(tmp_path)]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    out = capsys.readouterr().out
+    assert out.startswith("3 events, recorded within ")
+    rows = [line.split() for line in out.splitlines()]
     assert ["load", "dit", "1", "300.0", "320.0", "900.0", "200.0"] in rows
     assert ["denoise", "2", "500.0", "640.0", "1,200.0", "-"] in rows
 

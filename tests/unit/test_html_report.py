@@ -75,7 +75,7 @@ def test_the_answer_says_how_much_whether_it_fits_who_owns_it_and_what_to_change
     )
     assert said.owner == (
         "decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. "
-        "The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0."
+        "The largest group alive then: 1,929.0 MiB, 1 x [1, 96, 4, 480, 832] float16 of decoder.up.0."
     )
     assert said.change == (
         "Likely lever (not simulated; wanvram analyze DIR --advice computes it): "
@@ -358,7 +358,7 @@ def test_the_command_prints_one_json_document(tmp_path: Path, capsys: pytest.Cap
 def test_text_and_markdown_go_to_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = str(write_run(tmp_path))
     assert command(directory, "--format", "text") == 0
-    assert capsys.readouterr().out.startswith("baseline: t2v-1.3B 832*480 81 frames\n")
+    assert capsys.readouterr().out.startswith("This run will need 6,162.0 MiB of device memory")
     assert command(directory, "--format", "md", "--lang", "zh") == 0
     assert capsys.readouterr().out.startswith("# wanvram 报告\n")
     assert not (tmp_path / "report.html").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,8 @@ def close(recorder: Recorder) -> None:
     watching.__exit__(None, None, None)
 
 
-def drawn(view: LiveView) -> str:
-    console = Console(file=io.StringIO(), width=120, color_system=None)
+def drawn(view: LiveView, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(view.picture())
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
@@ -94,23 +95,11 @@ def test_the_picture_shows_stages_with_their_peaks_and_memory_against_the_budget
     view.message("step 2 of 50, 1.20 s each, 58 s left")
     rows = drawn(view).splitlines()
     assert rows[0].startswith("mine")
-    assert rows[1].split() == [
-        "load",
-        "dit",
-        "peak",
-        "1,000.0",
-        "MiB",
-        "reserved",
-        "1,050.0",
-        "MiB",
-        "device",
-        "1,600.0",
-        "MiB",
-        "0.00",
-        "s",
-    ]
-    assert rows[2].split()[:7] == ["denoise", "(2", "parts", "done)", "peak", "1,700.0", "MiB"]
-    assert rows[3].split()[:2] == ["step", "2"]
+    assert rows[1].split("  ")[0] == "stage"
+    assert rows[1].split()[1:] == ["peak", "MiB", "reserved", "MiB", "device", "MiB", "time"]
+    assert rows[2].split() == ["load", "dit", "1,000.0", "1,050.0", "1,600.0", "0.00", "s"]
+    assert rows[3].split()[:5] == ["denoise", "(2", "parts", "done)", "1,700.0"]
+    assert rows[4].split()[:2] == ["step", "2"]
     allocated = next(row for row in rows if row.startswith("allocated"))
     assert "1,000.0 MiB of 4,096.0 MiB, peak 1,700.0 MiB" in allocated
     assert any(row.startswith("device") and "1,600.0 MiB of 4,096.0 MiB" in row for row in rows)
@@ -124,6 +113,26 @@ def test_the_device_never_shows_less_than_what_is_reserved_in_it() -> None:
     recorder.meter.device_memory = lambda: 10 * MIB  # type: ignore[method-assign]  # read after memory was given back
     row = next(row for row in drawn(view).splitlines() if row.startswith("device"))
     assert "1,050.0 MiB, peak 2,300.0 MiB" in row
+    close(recorder)
+
+
+def test_at_80_columns_every_row_is_one_line_and_only_names_are_cut() -> None:
+    name = "a name that is much too long for the title of a view in so narrow a terminal as this one"
+    view = LiveView(name, 80 * GIB, stream=Terminal())
+    recorder = run_stages(view)
+    view.message("step 2 of 50, 1.20 s each, 58 s left" + " and more" * 9)
+    recorder.meter.device_memory = lambda: 9_999 * MIB  # type: ignore[method-assign]
+    peak = Memory(24_000 * MIB, 25_000 * MIB, 26_000 * MIB)
+    recorder.spans[0] = replace(
+        recorder.spans[0], name="load a component of a name that is long", peak=peak, seconds=1859.0
+    )
+    rows = drawn(view, 80).splitlines()
+    assert len(rows) == 1 + 1 + 3 + 3 + 1, "title, heads, stages, bars, time left"
+    assert max(map(len, rows)) <= 80
+    assert rows[0].endswith("…")
+    assert "…" in rows[2]
+    assert rows[2].split()[-7:] == ["24,000.0", "25,000.0", "26,000.0", "30", "min", "59", "s"]
+    assert rows[-2].endswith("9,999.0 MiB of 80.00 GiB, peak 25.39 GiB")
     close(recorder)
 
 

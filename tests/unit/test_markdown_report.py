@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from report_runs import Recipe, write_run
-from wanvram.record import Failure
+from wanvram.record import Failure, Memory, Span
+from wanvram.report.answer import answer
 from wanvram.report.markdown import markdown_report
-from wanvram.report.runs import Run, find_runs, read_run
+from wanvram.report.runs import Advice, Run, find_runs, read_run
+from wanvram.report.texts import Texts
 from wanvram.units import GIB, MIB
 
 
@@ -30,7 +32,7 @@ Predicted: simulated, nothing was run on a GPU (simulated:h200)
 
 This run will need 6,162.0 MiB of device memory; it fits the budget of 8,192.0 MiB with 2,030.0 MiB to spare; the smallest standard card that holds it has 8 GB.
 
-decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. The largest group alive then: 1,929.0 MiB, 1 x conv3d decoder.up.0.
+decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. The largest group alive then: 1,929.0 MiB, 1 x \\[1, 96, 4, 480, 832\\] float16 of decoder.up.0.
 
 Likely lever (not simulated; wanvram analyze DIR --advice computes it): vae_tile: 80; 3,858.0 MiB at the peak are activations of whole frames.
 
@@ -163,3 +165,84 @@ def test_of_a_moment_with_many_groups_the_ten_largest_are_listed_and_the_rest_is
     text = markdown_report([replace(run, timeline=timeline)])
     assert "| 6.0 | 1 | vae | op 6 |" in text
     assert "| 15.0 | 5 |  | other |  |  |  |\n" in text  # 1 + 2 + 3 + 4 + 5 MiB
+
+
+def test_moving_the_code_to_other_lines_changes_nothing_and_one_place_is_one_row(run: Run) -> None:
+    moment = run.timeline["moments"][0]
+    group = moment["alive"][0] | {"bytes": 30 * MIB, "count": 2}
+
+    def at(*modules: str) -> str:
+        alive = [group | {"module": module} for module in modules]
+        return markdown_report([replace(run, timeline=run.timeline | {"moments": [moment | {"alive": alive}]})])
+
+    text = at("vae.Stream.history:129 > new_frames:46", "vae.Stream.history:131 > new_frames:46")
+    assert text == at("vae.Stream.history:7 > new_frames:9", "vae.Stream.history:8 > new_frames:9")
+    assert "| 60.0 | 4 | vae | conv3d | 1x96x4x480x832 | float16 | vae.Stream.history &gt; new_frames |\n" in text
+    assert "60.0 MiB, 4 x \\[1, 96, 4, 480, 832\\] float16 of vae.Stream.history &gt; new_frames." in text
+
+
+def test_the_largest_group_is_said_in_both_languages_also_when_it_is_weights_or_nothing_is_known(run: Run) -> None:
+    moment = run.timeline["moments"][0]
+    group = moment["alive"][0] | {"bytes": 30 * MIB, "count": 2}
+
+    def said(language: str, **other: object) -> str:
+        moments = [moment | {"alive": [group | other]}]
+        return answer(replace(run, timeline=run.timeline | {"moments": moments}), Texts(language)).owner
+
+    assert said("zh").endswith("2 个 decoder.up.0 的 [1, 96, 4, 480, 832] float16，共 30.0 MiB。")
+    assert said("en", operation="weights", component="dit").endswith("2 x weights of dit.")
+    assert said("zh", operation="weights", component="dit").endswith("2 个 dit 的权重，共 30.0 MiB。")
+    assert said("en", shape=None, operation="cublas workspace").endswith("2 x cublas workspace.")
+    assert said("en", shape=None, operation=None).endswith("2 x unknown.")
+
+
+# --- advice on a run that ran out of memory ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failed(run: Run) -> Run:
+    """Out of memory at 6 GiB, with advice that starts from the 40 GiB it would need."""
+    advice = (
+        Advice("--weight_storage fp8 (lossy)", 36 * GIB, -1.0, 40 * GIB, 4 * GIB, fits=True),
+        Advice("--load_strategy block", 32 * GIB, 0.5, 40 * GIB, 8 * GIB, fits=False),
+    )
+    record = replace(run.record, failure=Failure("oom", "no memory", stage="decode"), fits=None)
+    return replace(run, record=record, advice=advice)
+
+
+def test_what_advice_saves_of_a_run_without_memory_is_a_share_of_what_it_would_need(failed: Run) -> None:
+    assert answer(failed, Texts()).change == (
+        "On a card without limit this run would need 40.00 GiB; with --load_strategy block 8,192.0 MiB (80 % less), "
+        "which does not fit the card, for 0.50 s more per run (simulated). "
+        "Lossy, the video changes: on a card without limit this run would need 40.00 GiB; with --weight_storage fp8 "
+        "4,096.0 MiB (90 % less), which fits the card, and takes 1.00 s less per run (simulated)."
+    )
+    assert "若显存无上限，该运行需要 40.00 GiB；" in answer(failed, Texts("zh")).change
+
+
+def test_the_table_of_advice_says_what_is_left_and_whether_that_fits(failed: Run) -> None:
+    assert """\
+Each is taken from the 40.00 GiB that this run would need on a card without limit.
+
+| change | saves MiB | leaves MiB | added time per run | fits |
+| --- | ---: | ---: | ---: | --- |
+| --load_strategy block | 32,768.0 | 8,192.0 | 0.50 s | no |
+| --weight_storage fp8 (lossy) | 36,864.0 | 4,096.0 | -1.00 s | yes |
+""" in markdown_report([failed])
+
+
+def test_advice_that_does_not_say_what_it_starts_from_is_no_share_of_a_run_that_failed(failed: Run) -> None:
+    old = replace(failed, advice=(Advice("--load_strategy block", 32 * GIB, None),))
+    assert "lowers the peak by 32.00 GiB (-)" in answer(old, Texts()).change
+    ended = replace(old, record=replace(old.record, failure=None), advice=(Advice("x", 616 * MIB, None),))
+    assert "(10 %)" in answer(ended, Texts()).change
+
+
+def test_what_loading_the_text_encoder_adds_is_counted_once_in_its_lever(run: Run) -> None:
+    nothing, full = Memory(0, 0, 0), Memory(700 * MIB, 710 * MIB, 800 * MIB)
+    load = Span("load text_encoder", "load", "text_encoder", nothing, full, full)
+    moment = run.timeline["moments"][0] | {"label": "peak", "x": 5, "allocated_bytes": full.allocated_bytes}
+    weights = [{"component": "text_encoder", "bytes": 690 * MIB, "start": 0, "end": 9}]
+    timeline = run.timeline | {"moments": [moment], "weights": weights}
+    change = answer(replace(run, record=replace(run.record, stages=[load]), timeline=timeline), Texts()).change
+    assert change.endswith("t5_cpu: true; the text encoder holds 690.0 MiB at the peak.")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from wanvram.cli.main import main
 from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span
-from wanvram.report.terminal import summarize
+from wanvram.report.terminal import show, summarize
 from wanvram.units import GIB, MIB
 
 CONFIG: dict[str, Any] = {"name": "lean", "request": {"task": "t2v-1.3B", "size": "832*480", "frame_num": 81}}
@@ -147,6 +154,10 @@ decode      242.0   7,242.0         7,000.0       7,300.0     7,900.0  0.50 s
 
 largest moments:
      7,242.0 MiB  decode / up 1
+
+what would make it fit:
+  wanvram plan --task t2v-1.3B --size '832*480' --frame_num 81 --vram 8192MiB
+  wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)
 """
     )
 
@@ -207,3 +218,99 @@ def test_an_out_of_memory_summary_says_what_was_alive() -> None:
     failure = Failure("oom", "full", stage="denoise", alive=[("weights of dit", 3 * 2**20)])
     record = RunRecord("cpu", False, {"name": "x", "request": {}}, False, 2**20, [], [], {}, {}, failure=failure)
     assert "alive when it failed:\n         3.0 MiB  weights of dit\n" in summarize(record)
+
+
+def test_equal_allocations_of_an_out_of_memory_record_are_one_line_with_their_count() -> None:
+    failure = Failure("oom", "full", alive=(("aten.empty", MIB), ("weights of dit", 5 * MIB), ("aten.empty", MIB)))
+    record = replace(simulated(), failure=failure)
+    lines = summarize(record).split("alive when it failed:\n")[1].splitlines()
+    assert lines[:3] == ["         5.0 MiB  weights of dit", "         2.0 MiB  2 x aten.empty", ""]
+
+
+def test_what_would_make_it_fit_is_asked_for_the_simulated_card_or_else_for_what_is_free() -> None:
+    failure = Failure("oom", "full")
+    text = summarize(replace(simulated(), device="simulated:rtx4060", budget_bytes=None, failure=failure))
+    assert " --vram 8028MiB --gpu rtx4060\n" in text
+    measured = replace(simulated(), device="cuda:NVIDIA H200", simulated=False, budget_bytes=None, failure=failure)
+    assert " --vram auto\n" in summarize(measured)
+    assert "make it fit" not in summarize(replace(measured, failure=Failure("interrupted", "stopped")))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_the_same_words_in_bold_and_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    text = summarize(replace(simulated(), notes=["[bold]" + "x " * 80 + ":smile:"]))
+    plain, terminal = io.StringIO(), Terminal()
+    show(text, plain)
+    show(text, terminal)
+    drawn = terminal.getvalue()
+    assert plain.getvalue() == text
+    assert re.sub(r"\x1b\[[0-9;]*m", "", drawn) == text
+    assert drawn.startswith("\x1b[1mlean: ")
+    assert "Verdict: \x1b[32mfits\x1b[0m in" in drawn
+    assert re.search(r"\x1b\[1mstage +start MiB", drawn)
+    bad = Terminal()
+    show(summarize(replace(simulated(), fits=False)), bad)
+    assert "\x1b[1;31mDOES NOT FIT\x1b[0m" in bad.getvalue()
+
+
+def write(directory: Path, record: RunRecord) -> Path:
+    directory.mkdir()
+    record.write(directory / "record.json")
+    return directory
+
+
+def test_a_report_of_several_runs_begins_with_the_lowest_and_highest_and_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = simulated(), replace(simulated(), config=CONFIG | {"name": "small"})
+    second.stages = second.stages[:2]
+    a, b = write(tmp_path / "a", first), write(tmp_path / "b", second)
+    saved = {"change": "--vae_tile 80", "saved_bytes": 79 * MIB, "seconds": 1.5, "peak_device_bytes": 7821 * MIB}
+    (a / "advice.json").write_text(json.dumps({"schema": 1, "advice": [saved]}))
+    assert main(["report", str(a), str(b), "--format", "text"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Of 2 runs “small” has the lowest peak, 4,900.0 MiB")
+    assert "The highest is “lean” with 7,900.0 MiB." in text.splitlines()[0]
+    order = [
+        "\nconfiguration ",
+        "\nlean ",
+        "\nlean\n====\n",
+        "decode (vae) owns the peak",
+        "--vae_tile 80",
+        "\ncomponent ",
+    ]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    assert "79.0 MiB" in text
+    assert "1.50 s" in text
+    assert text.index("\nsmall\n=====\n") > places[-1]
+
+
+def test_a_report_of_one_run_begins_with_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(write(tmp_path / "a", simulated())), "--format", "text"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("This run will need 7,900.0 MiB of device memory; it fits the budget of 8,192.0 MiB")
+    assert lines[1].startswith("decode (vae) owns the peak: 7,000.0 MiB of activations")
+    assert lines[4] == "lean: t2v-1.3B 832*480 81 frames"
+    assert "configuration " not in "\n".join(lines)
+
+
+def test_a_simulated_run_out_of_memory_groups_what_was_alive_by_module_and_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device", "simulated", "--vram", "5GiB", "-o", str(tmp_path / "run")]
+    config = Path(__file__).parents[1] / "configs" / "baseline.yaml"
+    assert main(["profile", str(config), *flags]) == 3
+    lines = capsys.readouterr().out.split("alive when it failed:\n")[1].split("\n\n")[0].splitlines()
+    assert len(lines) == len(set(lines)) == 10
+    assert any(
+        re.search(r" \d+ x \[1, 192, 1, 240, 416\] float32 of vae_blocks\.\S+ > new_frames$", line) for line in lines
+    )
+    assert any(re.search(r"736\.0 MiB  \d+ x weights of text_encoder$", line) for line in lines)

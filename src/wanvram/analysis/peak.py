@@ -10,7 +10,21 @@ from typing import Any
 from wanvram.errors import InputError
 from wanvram.units import human
 
-__all__ = ["Moment", "OwnerShare", "Unusable", "describe_moment", "owners", "unusable", "weights_at"]
+__all__ = [
+    "WEIGHTS",
+    "Moment",
+    "OwnerShare",
+    "Unusable",
+    "component_of",
+    "describe_moment",
+    "module_of",
+    "owners",
+    "shape_of",
+    "stage_of",
+    "unusable",
+    "weights_at",
+    "without_lines",
+]
 
 WEIGHTS = "weights"  # the operation of a group that holds a component's weights
 TOP = 10  # owners of each kind that are kept
@@ -58,6 +72,7 @@ class Moment:
     reserved_bytes: int
     weights_bytes: int
     by_component: tuple[OwnerShare, ...]
+    by_stage: tuple[OwnerShare, ...]
     by_module: tuple[OwnerShare, ...]
     by_shape: tuple[OwnerShare, ...]
     unusable: Unusable | None
@@ -76,6 +91,7 @@ def describe_moment(moment: dict[str, Any]) -> Moment:
             reserved_bytes=moment["reserved_bytes"],
             weights_bytes=sum(g["bytes"] for g in alive if g["operation"] == WEIGHTS),
             by_component=owners(alive, component_of)[:TOP],
+            by_stage=owners(alive, stage_of)[:TOP],
             by_module=owners(alive, module_of)[:TOP],
             by_shape=owners(alive, shape_of)[:TOP],
             unusable=unusable(moment),
@@ -104,11 +120,23 @@ def component_of(group: dict[str, Any]) -> str:
     return f"{'weights' if group['operation'] == WEIGHTS else 'activations'} of {group['component']}"
 
 
+def stage_of(group: dict[str, Any]) -> str:
+    """The stage that allocated it."""
+    if group["operation"] == MERGED:
+        return MERGED
+    return group["stage"] or "outside the stages"
+
+
 def module_of(group: dict[str, Any]) -> str:
     """`dit.SelfAttention.forward > Linear.forward`, whatever the line; weights and unknown places by component."""
     if group["operation"] == MERGED or not group["module"]:
         return component_of(group)
-    return re.sub(r":\d+", "", group["module"])
+    return without_lines(group["module"])
+
+
+def without_lines(module: str) -> str:
+    """`Linear.forward` of `Linear.forward:7`: an edit elsewhere in the code moves lines, not places."""
+    return re.sub(r":\d+", "", module)
 
 
 def shape_of(group: dict[str, Any]) -> str:
@@ -162,8 +190,9 @@ def _with_reason(found: Unusable, reserved: int) -> Unusable:
     if found.free_segment_bytes:
         parts.append(f"{human(found.free_segment_bytes)} in free segments, which emptying the cache would give back")
     text = f"{human(found.inactive_bytes)} of {human(reserved)} reserved are not allocated: {' and '.join(parts)}."
-    text += f" Holes: {found.holes}, the largest of {human(found.largest_hole_bytes)}."
+    pieces = "1 piece" if found.holes == 1 else f"{found.holes:,} pieces, the largest"
+    text += f" That is {pieces} of {human(found.largest_hole_bytes)}."
     if found.largest_allocation_bytes:
         least = human(found.largest_allocation_bytes)
-        text += f" {human(found.too_small_bytes)} are in holes too small for the largest activation alive, {least}."
+        text += f" {human(found.too_small_bytes)} are in pieces too small for the largest activation alive, {least}."
     return replace(found, reason=text)

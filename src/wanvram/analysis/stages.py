@@ -116,15 +116,17 @@ class Switch:
 
 @dataclass(frozen=True)
 class Growth:
-    """Allocated at the end of every step of a stage. leak None: too few steps to tell.
+    """Allocated at the end of every recorded step of a stage. leak None: too few steps to tell.
 
     bytes_per_step is the slope after the warm-up and before the last step, and 0 when there is no steady growth.
+    steps: all of the stage, also those that a simulation did not run because they repeat a recorded one.
     """
 
     stage: str
     allocated_bytes: tuple[int, ...]
     leak: bool | None
     bytes_per_step: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -318,12 +320,13 @@ def _switches(
 def _growths(record: RunRecord) -> Iterator[Growth]:
     for stage in record.stages:
         ends: list[int] = []
-        for step in (child for child in stage.children if child.kind == "step"):
+        steps = [child for child in stage.children if child.kind == "step"]
+        for step in steps:
             # A simulated step that stands for many was run once: it says nothing about growth over the others.
             repeats = 1 if record.simulated else min(step.repeats, MAX_STEPS - len(ends))
             ends += [step.end.allocated_bytes] * repeats
         if len(ends) > 1:
-            yield Growth(stage.name, tuple(ends), *steady_growth(ends))
+            yield Growth(stage.name, tuple(ends), *steady_growth(ends), steps=sum(step.repeats for step in steps))
 
 
 def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:

@@ -10,6 +10,7 @@ from wanvram.analysis.snapshot import DeviceHistory, Snapshot
 from wanvram.analysis.stages import Analysis, SpecMoments, Switch
 from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummary
 from wanvram.record import Memory, RunRecord
+from wanvram.report.answer import advice_first, unlimited_base
 from wanvram.report.runs import Advice
 from wanvram.report.terminal import table
 from wanvram.units import human, mib_cell, seconds
@@ -58,7 +59,7 @@ def run_text(record: RunRecord, analysis: Analysis, advice: Sequence[Advice]) ->
         _loading(analysis),
         _switches(analysis.switches),
         _growth(analysis),
-        _advice(advice),
+        _advice(record, advice),
         _notes(record.notes),
     ]
     return _joined(parts)
@@ -69,9 +70,10 @@ def _owners(analysis: Analysis) -> str:
         return ""
     peak: Moment = analysis.peaks[0]
     rows = [["alive at the peak, by component", "count", "MiB", "share"], *map(_owner, peak.by_component)]
-    rest = [["by module", "count", "MiB", "share"], *map(_owner, peak.by_module[:ROWS])]
-    shapes = [["by shape", "count", "MiB", "share"], *map(_owner, peak.by_shape[:ROWS])]
-    text = "\n\n".join(table(part) for part in (rows, rest, shapes))
+    tables = [rows]
+    for title, owners in (("by stage", peak.by_stage), ("by module", peak.by_module), ("by shape", peak.by_shape)):
+        tables.append([[title, "count", "MiB", "share"], *map(_owner, owners[:ROWS])])
+    text = "\n\n".join(map(table, tables))
     return text + (f"\n\n{peak.unusable.reason}" if peak.unusable is not None else "")
 
 
@@ -152,6 +154,9 @@ def _growth(analysis: Analysis) -> str:
             lines.append(
                 f"LEAK in {growth.stage}: {human(growth.bytes_per_step)} more after every one of {steps} steps."
             )
+        elif growth.leak is None and growth.steps > steps:
+            few = f"{steps} of {growth.steps:,} steps were simulated, and the others repeat one of them"
+            lines.append(f"Growth in {growth.stage}: cannot be told, since only {few}.")
         elif growth.leak is None:
             lines.append(f"Growth in {growth.stage}: {steps} steps are too few to tell.")
         else:
@@ -159,10 +164,23 @@ def _growth(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
-def _advice(advice: Sequence[Advice]) -> str:
-    rows = [["what lowers the peak most (simulated)", "saves MiB", "costs"]]
-    rows += [[item.change, mib_cell(item.saved_bytes), _time(item.seconds)] for item in advice]
-    return table(rows) if len(rows) > 1 else ""
+def _advice(record: RunRecord, advice: Sequence[Advice]) -> str:
+    """Lossless changes first. What is left and whether that fits in columns of their own where they are known."""
+    if not advice:
+        return ""
+    advice = advice_first(advice)
+    columns = {"what lowers the peak most (simulated)": [item.change for item in advice]}
+    columns["saves MiB"] = [mib_cell(item.saved_bytes) for item in advice]
+    if any(item.peak_device_bytes is not None for item in advice):
+        columns["leaves MiB"] = [mib_cell(item.peak_device_bytes) for item in advice]
+    columns["costs"] = [_time(item.seconds) for item in advice]
+    if any(item.fits is not None for item in advice):
+        columns["then fits"] = [{True: "yes", False: "no", None: "-"}[item.fits] for item in advice]
+    text = table([list(columns), *map(list, zip(*columns.values(), strict=True))])
+    base = unlimited_base(record, advice[0])
+    if base is None:
+        return text
+    return f"{text}\nEach is taken from the {human(base)} that this run would need on a card without limit."
 
 
 # --- events --------------------------------------------------------------------------------------------------------------
@@ -170,7 +188,7 @@ def _advice(advice: Sequence[Advice]) -> str:
 
 def events_text(summary: EventSummary) -> str:
     peak = summary.peak
-    head = f"{summary.events:,} events in {seconds(summary.seconds)}."
+    head = f"{summary.events:,} events, recorded within {seconds(summary.seconds)}."
     if peak is not None:
         head += f" Highest allocated: {human(peak.allocated_bytes or 0)} at '{_short(peak.name)}'."
     rows = [["event", "count", "allocated MiB", "reserved MiB", "device MiB", "increment MiB"]]

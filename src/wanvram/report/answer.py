@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from wanvram.analysis.peak import weights_at
+from wanvram.analysis.peak import WEIGHTS, component_of, module_of, owners, shape_of, weights_at
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.runs import Advice, Run, pairs
 from wanvram.report.texts import Texts
@@ -23,6 +24,7 @@ __all__ = [
     "deciding_bytes",
     "smallest_card",
     "together",
+    "unlimited_base",
 ]
 
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
@@ -114,9 +116,17 @@ def _owner(run: Run, span: Span, texts: Texts) -> str:
     groups = [g for g in moment["alive"] if g["operation"] != "(other)"] if moment else []
     if not groups or span.kind == "load":
         return sentence
-    top = max(groups, key=lambda group: int(group["bytes"]))
-    what = " ".join(str(top[k]) for k in ("operation", "module") if top[k]) or texts("unknown")
-    return texts.join(sentence, texts("largest_group", bytes=human(top["bytes"]), count=top["count"], what=what))
+    top = owners(groups, lambda group: _group_name(group, texts))[0]
+    return texts.join(sentence, texts("largest_group", bytes=human(top.bytes), count=top.count, what=top.name))
+
+
+def _group_name(group: dict[str, Any], texts: Texts) -> str:
+    """What was asked for and where: shape and module, not the operation, which for most is one that makes an empty tensor."""
+    if group["operation"] == WEIGHTS:
+        return texts("weights_of", component=group["component"]) if group["component"] else component_of(group)
+    if group["shape"] is None:
+        return shape_of(group) if group["operation"] else texts("unknown")
+    return texts("group_of", shape=shape_of(group), module=module_of(group))
 
 
 def _change(run: Run, span: Span, texts: Texts) -> str:
@@ -150,15 +160,32 @@ def _is_lossy(advice: Advice) -> bool:
 
 
 def _advice(run: Run, advice: Advice, texts: Texts) -> str:
-    peak = run.record.peak()
-    used = deciding_bytes(peak) if peak else 0
-    return texts(
-        "advice_lossy" if _is_lossy(advice) else "advice",
-        change=advice.change.removesuffix(LOSSY),
-        saved=human(advice.saved_bytes),
-        share=f"{advice.saved_bytes / used:.0%}".replace("%", " %") if used else "-",
-        cost=_cost(advice.seconds, texts),
-    )
+    lossy = "_lossy" if _is_lossy(advice) else ""
+    values = {
+        "change": advice.change.removesuffix(LOSSY),
+        "saved": human(advice.saved_bytes),
+        "share": _share(run.record, advice),
+        "cost": _cost(advice.seconds, texts),
+    }
+    base = unlimited_base(run.record, advice)
+    if base is None:
+        return texts(f"advice{lossy}", **values)
+    fits = "" if advice.fits is None else texts("advice_fits" if advice.fits else "advice_exceeds")
+    left = human(base - advice.saved_bytes)
+    return texts(f"advice_unlimited{lossy}", base=human(base), left=left, fits=fits, **values)
+
+
+def unlimited_base(record: RunRecord, advice: Advice) -> int | None:
+    """The peak that the advice lowers, of a run that ran out of memory: on a card without limit, since its own was still to come."""
+    return advice.base_device_bytes if record.failure is not None and record.failure.kind == "oom" else None
+
+
+def _share(record: RunRecord, advice: Advice) -> str:
+    peak = record.peak()
+    base = advice.base_device_bytes
+    if base is None and record.failure is None and peak is not None:
+        base = deciding_bytes(peak)
+    return f"{advice.saved_bytes / base:.0%}".replace("%", " %") if base else "-"
 
 
 def _cost(added: float | None, texts: Texts) -> str:
@@ -180,7 +207,8 @@ def _levers(run: Run, span: Span) -> Iterator[_Lever]:
     if setting("model_config.load_strategy") == "full":
         yield _Lever("lever_block", own)
     if span.component == "text_encoder" and setting("model_config.t5_cpu") is False:
-        yield _Lever("lever_t5_cpu", own + span.activation_bytes)
+        activation = span.activation_bytes if span.kind == "stage" else 0  # what loading adds are the weights
+        yield _Lever("lever_t5_cpu", own + activation)
     if span.component == "dit" and span.kind == "stage":
         if setting("optimization.attention_slicing") is False:
             yield _Lever("lever_slicing", span.activation_bytes)

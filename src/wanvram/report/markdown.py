@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from wanvram.analysis.peak import without_lines
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.answer import advice_first, answer, card_of, together
+from wanvram.report.answer import advice_first, answer, card_of, together, unlimited_base
 from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import Texts, shortened
 from wanvram.report.timeline import peak_moment
-from wanvram.units import MIB, mib_cell, seconds
+from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["markdown_report"]
 
@@ -135,7 +136,7 @@ def _stage(span: Span) -> list[str | None]:
 
 
 def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
-    groups = sorted(moment["alive"], key=lambda g: (-g["bytes"], json.dumps(g, sort_keys=True)))
+    groups = _groups(moment)
     rows = [
         [
             mib_cell(g["bytes"]),
@@ -157,13 +158,31 @@ def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
     return _table(heads, rows, numbers=(0, 1))
 
 
+def _groups(moment: dict[str, Any]) -> list[dict[str, Any]]:
+    """Largest first. Without line numbers of the code, which any edit of it moves: groups that only these told apart are one."""
+    sums: dict[str, dict[str, Any]] = {}
+    for group in moment["alive"]:
+        place = group["module"] and without_lines(group["module"])
+        shown = group | {"module": place, "stage": None, "bytes": 0, "count": 0}
+        total = sums.setdefault(json.dumps(shown, sort_keys=True), shown)
+        total["bytes"] += group["bytes"]
+        total["count"] += group["count"]
+    return sorted(sums.values(), key=lambda g: (-g["bytes"], json.dumps(g, sort_keys=True)))
+
+
 def _advice(run: Run, texts: Texts) -> list[str]:
-    heads = [texts("advice_change"), _head("advice_saved", texts), texts("advice_seconds")]
-    rows = [
-        [a.change, mib_cell(a.saved_bytes), None if a.seconds is None else seconds(a.seconds)]
-        for a in advice_first(run.advice)
-    ]
-    return _table(heads, rows, numbers=(1, 2))
+    """What is left and whether that fits in columns of their own where they are known."""
+    advice = advice_first(run.advice)
+    base = unlimited_base(run.record, advice[0])
+    intro = [] if base is None else [texts("advice_base", base=human(base)), ""]
+    columns = {"advice_change": [a.change for a in advice], "advice_saved": [mib_cell(a.saved_bytes) for a in advice]}
+    if any(a.peak_device_bytes is not None for a in advice):
+        columns["advice_left"] = [mib_cell(a.peak_device_bytes) for a in advice]
+    numbers = range(1, len(columns) + 1)
+    columns["advice_seconds"] = ["" if a.seconds is None else seconds(a.seconds) for a in advice]
+    if any(a.fits is not None for a in advice):
+        columns["fits"] = ["" if a.fits is None else texts("yes" if a.fits else "no") for a in advice]
+    return [*intro, *_table([_head(key, texts) for key in columns], zip(*columns.values(), strict=True), numbers)]
 
 
 def _accuracy(predicted: Run, measured: Run, texts: Texts) -> list[str]:
@@ -193,7 +212,7 @@ def _same(a: Run, b: Run, texts: Texts) -> Iterable[tuple[str, Memory, Memory]]:
 
 
 _IN_MIB = {"peak_device", "peak_reserved", "peak_allocated", "base", "host", "activation", "start", "bytes"}
-_IN_MIB |= {"advice_saved", "predicted", "measured", "error"}
+_IN_MIB |= {"advice_saved", "advice_left", "predicted", "measured", "error"}
 
 
 def _head(key: str, texts: Texts) -> str:

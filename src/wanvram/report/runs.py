@@ -31,15 +31,23 @@ _FREE_KEYS = {
     "request.prompt",
     "request.negative_prompt",
 }
+_OPTIONAL = ("base_device_bytes", "peak_device_bytes", "fits")
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One change of strategy and what running it saved. seconds: added time, None when unknown."""
+    """One change of strategy and what running it saved. seconds: added time, None when unknown.
+
+    base_device_bytes, peak_device_bytes: the simulated peak without and with the change; fits: of a run that does not fit its
+    card, whether it fits with the change. All None in an advice.json that does not say.
+    """
 
     change: str
     saved_bytes: int
     seconds: float | None
+    base_device_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    fits: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def read_run(directory: Path, taken: Mapping[str, bool] | None = None) -> Run:
     """The run in a directory. taken: labels of other runs, and whether they are simulated; what tells it apart is added to one
     that exists already: predicted or measured, else the directory's name.
 
-    advice.json: {"schema": 1, "advice": [{"change": str, "saved_bytes": int, "seconds": float|null}]}.
+    advice.json: {"schema": 1, "advice": [{"change": str, "saved_bytes": int, "seconds": float|null}]}, and more of Advice.
     Raises InputError naming the damaged file.
     """
     try:
@@ -142,9 +150,12 @@ def _load(path: Path) -> Any:
 
 def _advice(data: Any) -> tuple[Advice, ...]:
     try:
-        found = tuple(Advice(item["change"], item["saved_bytes"], item["seconds"]) for item in data["advice"])
+        found = tuple(
+            Advice(item["change"], item["saved_bytes"], item["seconds"], *map(item.get, _OPTIONAL))
+            for item in data["advice"]
+        )
         check_types(found, tuple[Advice, ...], "advice")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"advice.json is damaged: {error!r}") from error
     return found
 

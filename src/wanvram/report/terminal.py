@@ -5,7 +5,6 @@ Text is made plain, then shown: on a terminal with the same words in bold and co
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["show", "summarize", "table"]
 
-_BAD = r"(?i)\b(does not fit|failed|out of memory)\b"
-_GOOD = r"\bfits\b"
+_BAD = r"\b(DOES NOT FIT|does not fit|FAILED|[Oo]ut of memory)\b"
+_GOOD = r"(?<!whether it )\bfits\b"
 
 
 def summarize(record: RunRecord) -> str:
@@ -128,11 +127,11 @@ def _remedy(record: RunRecord) -> str:
     limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
     command = ["wanvram", "plan"]
     for key in ("task", "size", "frame_num"):
-        command += [f"--{key}", str(request[key])] if key in request else []
+        command += [f"--{key}", str(request[key])] if request.get(key) else []
     command += ["--vram", f"{limit // MIB}MiB" if limit else "auto", *(["--gpu", card] if gpu else [])]
     return (
-        f"What would make it fit: `{shlex.join(command)}` finds the settings, "
-        "`wanvram analyze DIR --advice` computes for this run's directory what each change saves"
+        f"what would make it fit:\n  {shlex.join(command)}\n"
+        "  wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"
     )
 
 

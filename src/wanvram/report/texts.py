@@ -48,6 +48,7 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "The largest group alive then: {bytes}, {count} x {what}.",
         "当时最大的一组存活张量：{count} 个 {what}，共 {bytes}。",
     ),
+    "group_of": ("{shape} of {module}", "{module} 的 {shape}"),
     "advice": (
         "To lower it: {change} lowers the peak by {saved} ({share}) {cost} (simulated).",
         "降低峰值：{change} 可将峰值降低 {saved}（{share}），{cost}（模拟结果）。",
@@ -56,6 +57,17 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "Lossy, the video changes: {change} lowers the peak by {saved} ({share}) {cost} (simulated).",
         "有损，会改变视频：{change} 可将峰值降低 {saved}（{share}），{cost}（模拟结果）。",
     ),
+    "advice_unlimited": (
+        "On a card without limit this run would need {base}; with {change} {left} ({share} less){fits}, {cost} (simulated).",
+        "若显存无上限，该运行需要 {base}；使用 {change} 后为 {left}（减少 {share}）{fits}，{cost}（模拟结果）。",
+    ),
+    "advice_unlimited_lossy": (
+        "Lossy, the video changes: on a card without limit this run would need {base}; with {change} {left} ({share} less)"
+        "{fits}, {cost} (simulated).",
+        "有损，会改变视频：若显存无上限，该运行需要 {base}；使用 {change} 后为 {left}（减少 {share}）{fits}，{cost}（模拟结果）。",
+    ),
+    "advice_fits": (", which fits the card", "，可放入该显卡"),
+    "advice_exceeds": (", which does not fit the card", "，仍放不进该显卡"),
     "cost_slower": ("for {time} more per run", "每次运行多用 {time}"),
     "cost_faster": ("and takes {time} less per run", "每次运行少用 {time}"),
     "cost_none": ("at no cost in time", "不增加耗时"),
@@ -262,6 +274,13 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "advice_title": ("What changes would save", "各项改动可节省"),
     "advice_change": ("change", "改动"),
     "advice_saved": ("saves", "节省"),
+    "advice_left": ("leaves", "剩余"),
+    "advice_base": (
+        "Each is taken from the {base} that this run would need on a card without limit.",
+        "各项均以显存无上限时该运行所需的 {base} 为基准。",
+    ),
+    "yes": ("yes", "是"),
+    "no": ("no", "否"),
     "advice_seconds": ("added time per run", "每次运行增加耗时"),
     "glossary": ("Glossary", "术语"),
     "csv": ("CSV", "CSV"),

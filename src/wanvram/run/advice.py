@@ -43,7 +43,8 @@ class Advice:
 
     change: the flags. saved_*_bytes: of the run's peak. seconds: added to the run, loading aside, negative if it is faster,
     None when times are unknown. lossless: the result stays the same up to rounding of reordered sums.
-    peak_device_bytes, peak_stage_after: the run's peak with the change, and the stage that then owns it.
+    base_device_bytes, peak_device_bytes, peak_stage_after: the run's peak without and with the change, and the stage that then
+    owns it. fits: of a run that does not fit its card, which is compared without limit, whether it fits with the change.
     """
 
     change: str
@@ -52,8 +53,10 @@ class Advice:
     saved_allocated_bytes: int
     seconds: float | None
     lossless: bool
+    base_device_bytes: int
     peak_device_bytes: int
     peak_stage_after: str
+    fits: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ def advise(
     runs = _Runs(config, base, unlimited, predict, forecast)
     estimates = [estimate for knobs in _changes(config) if (estimate := _estimate(runs, knobs)).saved_bytes > 0]
     estimates.sort(key=lambda e: (-e.saved_bytes, _is_lossy(e.knobs), e.seconds))
-    return _best(runs, estimates, count, show)
+    advices = _best(runs, estimates, count, show)
+    return [replace(advice, fits=_fits(runs, advice)) for advice in advices] if unlimited else advices
 
 
 def write_advice(directory: Path, advices: list[Advice]) -> Path:
@@ -339,6 +343,12 @@ def _best(runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[s
     return found[:count]
 
 
+def _fits(runs: _Runs, advice: Advice) -> bool:
+    """Run with the limit: on a card that runs short the allocator gives back what it only keeps, so the peak cannot tell."""
+    strategy = replace(runs.config.strategy, **advice.knobs)
+    return runs.predict(replace(runs.config, strategy=strategy), False) is not None
+
+
 def _advice(runs: _Runs, knobs: dict[str, Any]) -> Advice | None:
     """None if the whole run saves nothing."""
     after = runs.whole(replace(runs.config.strategy, **knobs))
@@ -352,6 +362,7 @@ def _advice(runs: _Runs, knobs: dict[str, Any]) -> Advice | None:
         saved_allocated_bytes=runs.base.allocated_bytes - after.allocated_bytes,
         seconds=None if times[0] is None or times[1] is None else round(times[1] - times[0], 3),
         lossless=not _is_lossy(knobs),
+        base_device_bytes=runs.base.device_bytes,
         peak_device_bytes=after.device_bytes,
         peak_stage_after=after.top.name,
     )

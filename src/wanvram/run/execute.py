@@ -22,6 +22,7 @@ from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import deferred
 from wanvram.recorder.recorder import Recorder
+from wanvram.run.alive import largest_alive
 from wanvram.run.checks import run_checks
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
@@ -237,7 +238,7 @@ def _run(pipeline: Pipeline, outputs: Outputs | None) -> Failure | None:
             requested_bytes=error.requested_bytes,
             allocated_bytes=error.allocated_bytes,
             reserved_bytes=error.reserved_bytes,
-            alive=_largest_alive(pipeline),
+            alive=largest_alive(pipeline),
         )
     except KeyboardInterrupt:
         failure = Failure("interrupted", "interrupted by the user")
@@ -246,25 +247,6 @@ def _run(pipeline: Pipeline, outputs: Outputs | None) -> Failure | None:
             raise
         failure = Failure("error", str(error))
     return pipeline.recorder.finish_open(failure)
-
-
-def _largest_alive(pipeline: Pipeline, count: int = 10) -> tuple[tuple[str, int], ...]:
-    """The components resident at the failure and, on the simulated device, every allocation, equal ones together."""
-    device = pipeline.device
-    alive = dict(pipeline.resident())
-    if isinstance(device, SimulatedDevice):
-        observer = device.memory.observer
-        timeline = observer if isinstance(observer, Timeline) else None
-        named = _names(timeline) if timeline else {}
-        alive = {} if timeline else alive  # with it, weights are told apart from the rest: nothing is listed twice
-        equal: dict[tuple[str, int], int] = {}
-        for handle, (nbytes, operation) in device.memory.live.items():
-            key = named.get(handle, operation), nbytes
-            equal[key] = equal.get(key, 0) + 1
-        for (name, nbytes), times in equal.items():
-            alive[f"{times} x {human(nbytes)}, {name}" if times > 1 else name] = 0
-        alive = _summed(equal) | {k: v for k, v in alive.items() if v}
-    return tuple(sorted(alive.items(), key=lambda item: -item[1])[:count])
 
 
 def _record(
