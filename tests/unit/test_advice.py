@@ -18,7 +18,7 @@ from wanvram.errors import InputError
 from wanvram.planner.forecasts import KNOBS, components_of
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
 from wanvram.report.runs import read_run
-from wanvram.run.advice import Advice, Prediction, advise, predict, write_advice
+from wanvram.run.advice import Advice, Prediction, _Estimate, _ranked, advise, predict, write_advice
 from wanvram.run.execute import simulate
 from wanvram.units import GIB
 
@@ -291,3 +291,13 @@ def test_the_report_reads_what_is_written_and_lossy_changes_say_so(tmp_path: Pat
 def test_the_page_on_strategy_names_every_knob() -> None:
     page = (Path(__file__).parents[2] / "docs" / "strategy.md").read_text(encoding="utf-8")
     assert [f.name for f in fields(Strategy) if f"**`{f.name}`**" not in page] == []
+
+
+def test_a_knob_s_fastest_value_stands_for_it_where_it_saves_nearly_the_most() -> None:
+    estimates = [
+        _Estimate({"vae_tile": 80}, 90 * MIB, 0.1),
+        _Estimate({"vae_tile": 30}, 98 * MIB, 0.4),
+        _Estimate({"vae_tile": 20}, 100 * MIB, 2.5),
+        _Estimate({"offload": True}, 99 * MIB, 0.0),
+    ]
+    assert [e.knobs for e in _ranked(estimates)] == [{"offload": True}, {"vae_tile": 30}]

@@ -33,6 +33,7 @@ from wanvram.tasks import latent_shape
 __all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]
 
 LOSSY = ("precision", "weight_storage", "vae_precision")
+NEARLY = 0.95
 FLAGS = {"offload": "offload_model"}  # the knob whose flag has another name
 BASIS = "differences between two simulated runs, of this configuration with and without the change; loading is not in the times"
 
@@ -117,7 +118,8 @@ def advise(
     forecast: Forecast = simulate_stage,
     predict: Predict = predict,
 ) -> list[Advice]:
-    """The `count` single changes that lower the device peak of `record`, a run of `config`, most; one per knob.
+    """The `count` single changes that lower the device peak of `record`, a run of `config`, most; one per knob: of
+    its values that save within 5 % of the most, the fastest.
 
     Of those that save the same, lossless ones come first, then the fastest. Fewer than `count` if fewer lower it. A run that
     did not fit is compared on a card without limit. Raises InputError if the record's card is unknown to the simulator.
@@ -131,8 +133,7 @@ def advise(
     assert base is not None  # a card of 1 PiB
     runs = _Runs(config, base, unlimited, predict, forecast)
     estimates = [estimate for knobs in _changes(config) if (estimate := _estimate(runs, knobs)).saved_bytes > 0]
-    estimates.sort(key=lambda e: (-e.saved_bytes, _is_lossy(e.knobs), e.seconds))
-    advices = _best(runs, estimates, count, show)
+    advices = _best(runs, _ranked(estimates), count, show)
     return [replace(advice, fits=_fits(runs, advice)) for advice in advices] if unlimited else advices
 
 
@@ -323,6 +324,19 @@ def _peak(stage: StageForecast, holes: bool) -> int:
     return stage.peak_device_bytes if holes else stage.peak_allocated_bytes
 
 
+def _ranked(estimates: list[_Estimate]) -> list[_Estimate]:
+    """Largest saving first; of one knob's values, the fastest of those that save nearly the most stands for the knob.
+
+    Tiles of 20 save 2 % more than tiles of 30 and cost eight times as much (t2v-1.3B 832x480, simulated).
+    """
+    chosen = []
+    for knob in {next(iter(e.knobs)): None for e in estimates}:
+        same = [e for e in estimates if knob in e.knobs]
+        enough = NEARLY * max(e.saved_bytes for e in same)
+        chosen.append(min((e for e in same if e.saved_bytes >= enough), key=lambda e: (e.seconds, -e.saved_bytes)))
+    return sorted(chosen, key=lambda e: (-e.saved_bytes, _is_lossy(e.knobs), e.seconds))
+
+
 # --- what it does save -------------------------------------------------------------------------------------------------------
 
 
@@ -332,8 +346,6 @@ def _best(runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[s
     for estimate in estimates:
         if len(found) >= count and estimate.saved_bytes <= found[count - 1].saved_device_bytes:
             break
-        if any(advice.knobs.keys() == estimate.knobs.keys() for advice in found):
-            continue
         advice = _advice(runs, estimate.knobs)
         if advice is not None:
             found.append(advice)
