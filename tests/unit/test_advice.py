@@ -20,7 +20,7 @@ from wanvram.record import ComponentRecord, Memory, RunRecord, Span
 from wanvram.report.runs import read_run
 from wanvram.run.advice import Advice, Prediction, _Estimate, _ranked, advise, predict, write_advice
 from wanvram.run.execute import simulate
-from wanvram.units import GIB
+from wanvram.units import GIB, MIB
 
 HOLES = 3 << 20  # reserved and not allocated, in every stage of the fakes
 
