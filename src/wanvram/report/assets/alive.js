@@ -51,11 +51,16 @@ function describe(group, total) {
   return parts.filter(Boolean).join(" · ");
 }
 
-// Groups under their component (or stage, module, operation), largest first.
+const NAMES = {
+  operation: groupName,
+  shape: (group) => [shapeText(group), group.dtype].filter(Boolean).join(" "),
+};
+
+// Groups under their component (or stage, module, shape, operation), largest first.
 function nested(groups, key) {
   const result = new Map();
   for (const group of groups.filter((g) => g.bytes > 0)) {
-    const name = (key === "operation" ? groupName(group) : group[key]) ?? t("other");
+    const name = NAMES[key]?.(group) || group[key] || t("other");
     result.set(name, [...(result.get(name) ?? []), group]);
   }
   return [...result]
@@ -295,7 +300,7 @@ function aliveView(moment) {
     reserved: human(moment.reserved_bytes),
   });
   const holder = el("div");
-  const keys = ["component", "stage", "module", "operation"];
+  const keys = ["component", "stage", "module", "shape", "operation"];
   const choice = el("select", {}, ...keys.map((key) => el("option", { value: key, text: t(key) })));
   const show = () => holder.replaceChildren(total ? treemap(groups, choice.value) : el("p", { text: t("nothing_alive") }));
   choice.addEventListener("change", show);

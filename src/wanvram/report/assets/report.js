@@ -165,6 +165,7 @@ function glossary() {
 
 function build() {
   const several = data.runs.length > 1;
+  const answered = el("div");
   const shown = el("div");
   const compared = el("div");
   const runs = el("div");
@@ -172,7 +173,8 @@ function build() {
   function show(index) {
     state.run = index;
     const run = data.runs[index];
-    shown.replaceChildren(answerOf(run, several), ...details(run));
+    answered.replaceChildren(answerOf(run, several));
+    shown.replaceChildren(...details(run));
   }
   function pin(index) {
     state.pins = state.pins.includes(index) ? state.pins.filter((i) => i !== index) : [...state.pins, index].slice(-2);
@@ -188,9 +190,11 @@ function build() {
   root.append(header);
   if (several) {
     runs.append(runsTable(show, pin));
-    root.append(el("h1", { class: "headline", text: data.headline }), section(t("runs"), runs));
+    root.append(el("h1", { class: "headline", text: data.headline }), answered, section(t("runs"), runs));
     root.append(section(t("compare"), compared));
     compare();
+  } else {
+    root.append(answered);
   }
   root.append(shown);
   if (data.pairs.length) root.append(accuracy(data.pairs.map(([p, m]) => [data.runs[p], data.runs[m]])));
