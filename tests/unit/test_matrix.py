@@ -249,10 +249,32 @@ def test_a_directory_of_another_configuration_is_refused_before_anything_runs(tm
     (changed,) = jobs(tmp_path, "a")
     changed = replace(changed, config=replace(changed.config, gpu="rtx4060"))
     seen = Seen()
-    with pytest.raises(InputError, match=r"another configuration \(request.gpu differ\); --force"):
+    with pytest.raises(InputError, match=r"another configuration \(request.gpu differs\); --force_changed"):
         run_all([*jobs(tmp_path, "new"), changed], seen)
     assert seen.started_names == []
     assert [o.seconds is None for o in run_all([changed], seen, force=True)] == [False]
+
+
+@pytest.mark.usefixtures("child")
+def test_of_a_series_only_the_changed_runs_can_be_replaced(tmp_path: Path) -> None:
+    run_all(jobs(tmp_path, "a", "b"), Seen())
+    same, changed = jobs(tmp_path, "a", "b")
+    changed = replace(changed, config=replace(changed.config, gpu="rtx4060"))
+    outcomes = run_all([same, changed, *jobs(tmp_path, "new")], Seen(), force_changed=True)
+    assert [outcome.seconds is None for outcome in outcomes] == [True, False, False]
+
+
+@pytest.mark.usefixtures("child")
+def test_a_run_on_whatever_was_there_is_one_of_the_device_it_found(tmp_path: Path) -> None:
+    (job,) = jobs(tmp_path, "a")
+    found = replace(job, config=replace(job.config, device="auto"))
+    run_all([found], Seen())
+    record = RunRecord.read(job.directory / "record.json")
+    record.simulated = True
+    record.write(job.directory / "record.json")
+    assert [o.seconds for o in run_all([job], Seen())] == [None], "simulated is asked for, and it was simulated"
+    with pytest.raises(InputError, match=r"model_config.device differs"):
+        run_all([replace(job, config=replace(job.config, device="cuda"))], Seen())
 
 
 def test_somebodys_video_without_a_configuration_is_not_deleted(tmp_path: Path) -> None:
@@ -260,7 +282,7 @@ def test_somebodys_video_without_a_configuration_is_not_deleted(tmp_path: Path) 
     job.directory.mkdir(parents=True)
     (job.directory / "video.mp4").write_bytes(b"precious")
     with pytest.raises(InputError, match="--force"):
-        finished(job, force=False, retry=False)
+        finished(job)
 
 
 def test_a_drawn_seed_and_a_planned_strategy_are_no_difference(tmp_path: Path) -> None:
@@ -281,9 +303,9 @@ def test_a_drawn_seed_and_a_planned_strategy_are_no_difference(tmp_path: Path) -
     (job.directory / "config.yaml").write_text(yaml.safe_dump(written.to_dict()))
     record = RunRecord("cpu", False, written.to_dict(), None, None, [], [], {}, {})
     record.write(job.directory / "record.json")
-    assert finished(drawn, force=False, retry=False) is not None
+    assert finished(drawn) is not None
     with pytest.raises(InputError, match="memory_limit_bytes"):
-        finished(replace(drawn, vram_budget="4GiB"), force=False, retry=False)
+        finished(replace(drawn, vram_budget="4GiB"))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ examples:
   wanvram profile tests/configs/*.yaml -o profiler_logs            one fresh process each, into profiler_logs/<name>
   wanvram profile tests/configs/matrix.yaml --timeout 600          every combination of the file's axes
 
-Of several configurations only those without a result are run, so an interrupted series goes on where it was. A run out of
-memory and a failed run are results, too. The exit code is the highest of all: 0 ok, 1 a run failed, 3 one does not fit.
+Of several configurations only those without a result are run, so an interrupted series goes on where it was; --force_changed also
+runs those again whose configuration was edited. A run out of memory and a failed run are results, too. The exit code is the highest of
+all: 0 ok, 1 a run failed, 3 one does not fit.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retry", action="store_true", help="of several, run those that failed (not: out of memory) again"
     )
+    parser.add_argument(
+        "--force_changed",
+        action="store_true",
+        help="of several, replace the runs whose configuration has changed since",
+    )
     parser.add_argument("--live", action="store_true", help="show stages, memory and time left while it runs")
     parser.add_argument(
         "--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)"
@@ -58,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     single = len(args.config) == 1 and not is_matrix(args.config[0])
     if not single or args.timeout is not None:
         return _run_each(configs, args, single)
-    if args.retry:
-        raise InputError("--retry is for several configurations; a single one is run again with --force")
+    for flag in ("retry", "force_changed"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag} is for several configurations; a single one is run again with --force")
     return _run_here(configs[0], args)
 
 
@@ -130,7 +137,9 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
     if single and args.output is not None:
         jobs = [replace(jobs[0], directory=args.output)]
     with display(quiet=args.json) as shown:
-        outcomes = run_all(jobs, shown, timeout=args.timeout, force=args.force, retry=args.retry)
+        outcomes = run_all(
+            jobs, shown, timeout=args.timeout, force=args.force, force_changed=args.force_changed, retry=args.retry
+        )
     code = max(outcome.exit_code for outcome in outcomes)
     if args.json:
         print(json.dumps(_document(base, outcomes, code), ensure_ascii=False))

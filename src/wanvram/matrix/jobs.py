@@ -30,11 +30,11 @@ class Job:
         return self.config.name
 
 
-def finished(job: Job, *, force: bool, retry: bool) -> RunRecord | None:
+def finished(job: Job, *, force: bool = False, force_changed: bool = False, retry: bool = False) -> RunRecord | None:
     """The record of a run of exactly this configuration; None if it must be run: never begun, killed, or interrupted.
 
-    force: none counts as finished. retry: nor does one that failed for another reason than memory. Raises InputError
-    if the directory holds something else and `force` is not given.
+    force: none counts as finished. force_changed: one of another configuration does not. retry: nor does one that failed for
+    another reason than memory. Raises InputError if the directory holds something else and neither is given.
     """
     if job.directory.is_file():
         raise InputError(f"{job.directory} is a file; it must be a directory for the run '{job.name}'")
@@ -45,12 +45,26 @@ def finished(job: Job, *, force: bool, retry: bool) -> RunRecord | None:
         if record is not None or any(any(job.directory.glob(pattern)) for pattern in _MEDIA):
             raise InputError(f"{job.directory} holds results without a config.yaml; --force replaces them")
         return None
-    changed = changed_keys(config, expected(job, config))
+    changed = changed_keys(_where_it_ran(config, record, job.config.device), expected(job, config))
+    if changed and force_changed:
+        return None
     if changed:
         what = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-        raise InputError(f"{job.directory} holds a run of another configuration ({what} differ); --force replaces it")
+        verb = "differs" if len(changed) == 1 else "differ"
+        raise InputError(
+            f"{job.directory} holds a run of another configuration ({what} {verb}); --force_changed replaces such runs, "
+            "-o DIR keeps them"
+        )
     kind = record.failure.kind if record is not None and record.failure is not None else None
     return None if kind == "interrupted" or (retry and kind == "error") else record
+
+
+def _where_it_ran(config: RunConfig, record: RunRecord | None, asked: str) -> RunConfig:
+    """A run of `auto` is one of the device it found, if just that is asked for now."""
+    if config.device != "auto" or record is None:
+        return config
+    device = "simulated" if record.simulated else "cuda"
+    return replace(config, device=device) if device == asked else config
 
 
 def exit_code(record: RunRecord) -> int:

@@ -62,14 +62,20 @@ class Display(Protocol):
 
 
 def run_all(
-    jobs: Sequence[Job], display: Display, *, timeout: float | None = None, force: bool = False, retry: bool = False
+    jobs: Sequence[Job],
+    display: Display,
+    *,
+    timeout: float | None = None,
+    force: bool = False,
+    force_changed: bool = False,
+    retry: bool = False,
 ) -> list[Outcome]:
     """One outcome per job, in order; see `finished` for what is not run again. timeout: seconds per run.
 
     Raises InputError, before anything runs, for a directory that holds something else; OutputError; KeyboardInterrupt
     after the running process has recorded what it had.
     """
-    known = [finished(job, force=force, retry=retry) for job in jobs]
+    known = _known(jobs, force=force, force_changed=force_changed, retry=retry)
     outcomes = []
     with _only_one_in({job.directory.parent for job in jobs}):
         for number, (job, record) in enumerate(zip(jobs, known, strict=True), 1):
@@ -81,6 +87,20 @@ def run_all(
             display.finished(number, len(jobs), outcome)
             outcomes.append(outcome)
     return outcomes
+
+
+def _known(jobs: Sequence[Job], **how: bool) -> list[RunRecord | None]:
+    """What `finished` says of each. All directories in the way are counted, not only the first."""
+    known, errors = [], []
+    for job in jobs:
+        try:
+            known.append(finished(job, **how))
+        except InputError as error:
+            errors.append(str(error))
+    if errors:
+        more = f" ({len(errors) - 1} more are in the way)" if len(errors) > 1 else ""
+        raise InputError(f"{errors[0]}{more}; nothing was run")
+    return known
 
 
 @contextmanager
