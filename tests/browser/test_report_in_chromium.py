@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from browser.chromium import Browser, Page, find_chromium
 from report_runs import Recipe, write_run
+from wanvram.record import Failure
 from wanvram.report.html import html_report
 from wanvram.report.runs import find_runs
 from wanvram.units import GIB
@@ -136,6 +138,69 @@ def test_a_table_sorts_by_the_column_whose_head_is_clicked(several: Page) -> Non
     assert several.troubles() == []
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_of_several_runs_bottleneck_why_and_change_stand_above_the_runs_on_the_first_screen(
+    browser: Browser, tmp_path: Path, language: str
+) -> None:
+    recipes = [Recipe(f"matrix-full-no_offload-no_attention_slicing-{i}", offload=i > 3) for i in range(15)]
+    page = browser.open(report(tmp_path, *recipes, language=language), width=1440, height=900)
+    bottom = page.value("document.querySelector('.answer').getBoundingClientRect().bottom")
+    assert page.value("document.querySelectorAll('.answer > p:not(.kind)').length") == 2
+    assert page.value("[...document.querySelectorAll('.answer > p > b')].every((b) => b.textContent.length > 3)")
+    runs = page.value("document.querySelector('.dense thead').getBoundingClientRect().bottom")
+    assert bottom < runs < 700
+    parts = "document.querySelectorAll('.answer, .dense table, .chart')"
+    assert page.value(f"[...{parts}].map((n) => n.className || n.tagName)") == ["answer", "TABLE", "chart"]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_at_1440_pixels_the_table_of_runs_shows_every_column(browser: Browser, tmp_path: Path, language: str) -> None:
+    name = "matrix-full-no_offload-no_attention_slicing"
+    recipes = Recipe(name), Recipe(name, simulated=False, budget_bytes=6 * GIB), Recipe("b", budget_bytes=6 * GIB)
+    page = browser.open(report(tmp_path, *recipes, language=language), width=1440)
+    assert page.value("document.querySelectorAll('.dense thead th').length") == 14
+    assert (
+        page.value(
+            "(({ scrollWidth, clientWidth }) => scrollWidth - clientWidth)(document.querySelector('.dense .scroll'))"
+        )
+        == 0
+    )
+    assert page.value("document.querySelector('.dense table').getBoundingClientRect().right") <= 1440
+
+
+def test_the_comparison_is_one_line_until_a_run_is_pinned(several: Page) -> None:
+    line = "A: real · B: lean · whole run: peak device -1,120.0 MiB (-18.1 %)"
+    assert several.text("details > summary") == line
+    assert not several.value("document.querySelector('details').open")
+    several.click("input[name=pin]", 2)
+    assert several.value("document.querySelector('details').open")
+    assert several.text("details > summary").startswith("A: lean · B: baseline · ")
+    assert several.troubles() == []
+
+
+def test_what_was_alive_is_grouped_by_shape_and_type_when_asked(single: Page) -> None:
+    single.value("document.querySelector('.choice select').value = 'shape'")
+    single.value("document.querySelector('.choice select').dispatchEvent(new Event('change'))")
+    single.wait("[...document.querySelectorAll('.family')].some((f) => f.textContent.startsWith('['))")
+    names = single.value("[...document.querySelectorAll('.family')].map((f) => f.textContent).filter(Boolean)")
+    assert names[0] == "[1, 96, 4, 480, 832] float16 1,929.0 MiB"
+    assert all(" float16 " in name for name in names)
+    assert single.troubles() == []
+
+
+def test_the_chart_of_a_run_that_found_its_card_full_has_the_card_as_its_limit(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe())])[0]
+    failed = replace(run.record, device="simulated:rtx4060", failure=Failure("oom", "Full.", stage="decode"))
+    path = tmp_path / "report.html"
+    path.write_text(html_report([replace(run, record=failed)]), encoding="utf-8")
+    page = browser.open(path)
+    page.wait("document.querySelector('.u-over') !== null")
+    assert page.text(".legend li:last-child") == "NVIDIA GeForce RTX 4060 8GB 8,028.2 MiB"
+    assert page.troubles() == []
+
+
 def test_two_pinned_runs_are_compared_and_other_pins_change_the_comparison(several: Page) -> None:
     highest_and_lowest = "A: real · B: lean"
     assert column(several, highest_and_lowest, 0)[0] == "whole run: peak device"
@@ -187,7 +252,7 @@ def test_hostile_names_and_prompts_are_shown_as_text(browser: Browser, tmp_path:
     page = browser.open(report(tmp_path, Recipe(HOSTILE, prompt=HOSTILE, timeline=False), Recipe("plain")))
     assert HOSTILE in column(page, "Runs", 0)
     page.click("input[name=show]", 0)
-    page.click("summary", 0)
+    page.click("summary", 1)
     assert HOSTILE in column(page, "Configuration", 1)
     assert page.value("[window.broken === undefined, document.images.length]") == [True, 0]
     assert page.troubles() == []

@@ -83,6 +83,39 @@ def test_two_configurations_one_of_which_does_not_fit(tmp_path: Path, capsys: py
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_an_edited_configuration_is_left_alone_while_the_others_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, logs = tmp_path / "m.yaml", tmp_path / "logs"
+    file.write_text(MATRIX.partition("include")[0].replace("[false, true]", "[true]"))
+    series = ["profile", str(file), "-o", str(logs)]
+    assert main(series) == 0
+    before = (logs / "tiny" / "record.json").read_bytes()
+    file.write_text(
+        file.read_text().replace("sample_steps: 2", "sample_steps: 3")
+        + "include: [{name: new, request.frame_num: 9}]\n"
+    )
+    capsys.readouterr()
+    assert main([*series, "--json"]) == 2
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert [(run["name"], run["kept"]) for run in document["runs"]] == [("new", False)]
+    assert [(run["name"], run["differs"]) for run in document["changed"]] == [("tiny", ["request.sample_steps"])]
+    assert document["exit_code"] == 2
+    assert "tiny: changed: not run (request.sample_steps differs)" in captured.err
+    assert (logs / "tiny" / "record.json").read_bytes() == before
+
+    assert main(series) == 2
+    out = capsys.readouterr().out
+    assert "tiny: changed: not run (request.sample_steps differs); --force_changed" in out
+    assert "0 run, 1 already done, 1 changed" in out
+    file.write_text(file.read_text().partition("include")[0])
+    assert main(series) == 2
+    assert "0 run, 0 already done, 1 changed" in capsys.readouterr().out, "nothing is left to run, which is no error"
+    assert main([*series, "--force-changed"]) == 0
+    assert "1 run, 0 already done;" in capsys.readouterr().out
+
+
 def test_a_bad_configuration_among_several_is_found_before_the_first_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

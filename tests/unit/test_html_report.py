@@ -144,6 +144,22 @@ def test_a_failed_run_opens_with_its_failure(run: Run) -> None:
     assert page_data(page)["runs"][0]["peak"] is None
 
 
+def test_the_limit_drawn_is_the_budget_or_else_the_card_that_was_full(run: Run) -> None:
+    def limit(**changes: Any) -> Any:
+        return page_data(html_report([replace(run, record=replace(run.record, **changes))]))["runs"][0]["limit"]
+
+    full = Failure("oom", "Full.", stage="decode")
+    card = {"name": "NVIDIA GeForce RTX 4060 8GB", "bytes": int(8 * GIB * 0.98)}
+    assert limit(device="simulated:rtx4060") is None
+    assert limit(device="simulated:rtx4060", failure=full) == card
+    assert limit(device="simulated:rtx4060", failure=full, budget_bytes=6 * GIB) == {"name": None, "bytes": 6 * GIB}
+    assert limit(device="simulated:rtx4060", failure=Failure("error", "Lost.")) is None
+    assert limit(device="simulated:<b>", failure=full) is None
+    real = {"device": "cuda:NVIDIA T4", "simulated": False, "failure": full}
+    assert limit(**real, environment={"gpu_total_bytes": 16 * GIB}) == {"name": "NVIDIA T4", "bytes": 16 * GIB}
+    assert limit(**real, environment={"gpu_total_bytes": "<b>"}) is None
+
+
 @pytest.mark.parametrize(
     ("used", "card"), [(0, 4), (int(7.84 * GIB), 8), (int(7.85 * GIB), 10), (78 * GIB, 80), (79 * GIB, None)]
 )

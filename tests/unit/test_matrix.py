@@ -20,7 +20,7 @@ from wanvram.config import RunConfig, load_config
 from wanvram.errors import InputError, OutputError
 from wanvram.matrix import runner
 from wanvram.matrix.grid import expand, is_matrix, load_configurations
-from wanvram.matrix.jobs import Job, exit_code, finished
+from wanvram.matrix.jobs import Job, difference, exit_code, finished
 from wanvram.matrix.progress import Lines, describe
 from wanvram.matrix.runner import LOG, Outcome, run_all
 from wanvram.record import Failure, RunRecord
@@ -275,6 +275,29 @@ def test_a_run_on_whatever_was_there_is_one_of_the_device_it_found(tmp_path: Pat
     assert [o.seconds for o in run_all([job], Seen())] == [None], "simulated is asked for, and it was simulated"
     with pytest.raises(InputError, match=r"model_config.device differs"):
         run_all([replace(job, config=replace(job.config, device="cuda"))], Seen())
+
+
+@pytest.mark.usefixtures("child")
+@pytest.mark.parametrize(("card", "same"), [(None, "simulated"), ("NVIDIA H200", "cuda")])
+def test_what_auto_means_here_is_no_difference(
+    card: str | None, same: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanvram.run.environment.gpu_here", lambda: card)
+    (job,) = jobs(tmp_path, "a")
+    auto = replace(job, config=replace(job.config, device="auto"))
+    for device in ("simulated", "cuda", "cpu"):
+        run_all([replace(job, config=replace(job.config, device=device))], Seen(), force=True)
+        assert difference(auto) == ([] if device == same else ["model_config.device"])
+
+
+def test_a_run_of_auto_that_left_no_record_counts_as_one_of_this_machine(
+    tmp_path: Path, child: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanvram.run.environment.gpu_here", lambda: None)
+    write(child, CRASHES)
+    (job,) = jobs(tmp_path, "a")
+    run_all([replace(job, config=replace(job.config, device="auto"))], Seen())
+    assert difference(job) == []
 
 
 def test_somebodys_video_without_a_configuration_is_not_deleted(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ examples:
   wanvram profile tests/configs/*.yaml -o profiler_logs            one fresh process each, into profiler_logs/<name>
   wanvram profile tests/configs/matrix.yaml --timeout 600          every combination of the file's axes
 
-Of several configurations only those without a result are run, so an interrupted series goes on where it was; --force_changed also
-runs those again whose configuration was edited. A run out of memory and a failed run are results, too. The exit code is the highest of
-all: 0 ok, 1 a run failed, 3 one does not fit.
+Of several configurations only those without a result are run, so an interrupted series goes on where it was; one whose
+configuration was edited since is left alone and named at the end, and --force_changed replaces it. A run out of memory and a failed
+run are results, too. The exit code is the highest of all: 0 ok, 1 a run failed, 3 one does not fit; 2 if one was left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from wanvram.cli.common import add_device_flags, add_output_flags, finish, memor
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, WanvramError
 from wanvram.matrix.grid import is_matrix, load_configurations
-from wanvram.matrix.jobs import Job, exit_code
+from wanvram.matrix.jobs import Job, difference, differing, exit_code
 from wanvram.matrix.progress import display
 from wanvram.matrix.runner import Outcome, die_with_parent, run_all
 from wanvram.record import RunRecord
@@ -35,6 +35,8 @@ from wanvram.simulate.gpus import find_gpu
 __all__ = ["prepare_parser", "run"]
 
 LOGS = Path("profiler_logs")
+
+Changed = tuple[Job, list[str]]  # left alone, and the dotted keys in which it differs
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--force_changed",
+        "--force-changed",
         action="store_true",
         help="of several, replace the runs whose configuration has changed since",
     )
@@ -130,27 +133,52 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
     if args.vram and args.vram_budget:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
     base = args.output or LOGS
-    for config in configs:
-        if config.gpu is not None:
-            find_gpu(config.gpu)
-    jobs = [Job(c, base / c.name, args.vram_budget, args.ram) for c in configs]
-    if single and args.output is not None:
-        jobs = [replace(jobs[0], directory=args.output)]
+    jobs = _jobs(configs, args, base, single)
+    changed = [] if single or args.force or args.force_changed else _changed(jobs)
+    for job, keys in changed:
+        print(f"wanvram: {job.directory}: {_left_alone(keys)}", file=sys.stderr)
+    left = {job.name for job, _ in changed}
+    jobs = [job for job in jobs if job.name not in left]
     with display(quiet=args.json) as shown:
         outcomes = run_all(
             jobs, shown, timeout=args.timeout, force=args.force, force_changed=args.force_changed, retry=args.retry
         )
-    code = max(outcome.exit_code for outcome in outcomes)
+    code = 2 if changed else max(outcome.exit_code for outcome in outcomes)  # 2: not all that was asked for was done
     if args.json:
-        print(json.dumps(_document(base, outcomes, code), ensure_ascii=False))
+        print(json.dumps(_document(base, outcomes, changed, code), ensure_ascii=False))
     else:
-        print(runs_table([(o.job.name, o.record) for o in outcomes]))
-        ran = sum(outcome.seconds is not None for outcome in outcomes)
-        print(f"\n{ran} run, {len(outcomes) - ran} already done; `wanvram report {base}` shows them side by side")
+        _summarize(base, outcomes, changed)
     return code
 
 
-def _document(base: Path, outcomes: Sequence[Outcome], code: int) -> dict[str, object]:
+def _jobs(configs: Sequence[RunConfig], args: argparse.Namespace, base: Path, single: bool) -> list[Job]:
+    for config in configs:
+        if config.gpu is not None:
+            find_gpu(config.gpu)
+    jobs = [Job(c, base / c.name, args.vram_budget, args.ram) for c in configs]
+    return [replace(jobs[0], directory=args.output)] if single and args.output is not None else jobs
+
+
+def _changed(jobs: Sequence[Job]) -> list[Changed]:
+    """Found before the first run, so that who watches can stop a series of hours at once."""
+    return [(job, keys) for job in jobs if (keys := difference(job))]
+
+
+def _left_alone(keys: Sequence[str]) -> str:
+    return f"changed: not run ({differing(keys)}); --force_changed replaces it"
+
+
+def _summarize(base: Path, outcomes: Sequence[Outcome], changed: Sequence[Changed]) -> None:
+    if outcomes:
+        print(runs_table([(o.job.name, o.record) for o in outcomes]) + "\n")
+    for job, keys in changed:
+        print(f"{job.name}: {_left_alone(keys)}")
+    ran = sum(outcome.seconds is not None for outcome in outcomes)
+    counts = f"{ran} run, {len(outcomes) - ran} already done" + (f", {len(changed)} changed" if changed else "")
+    print(f"{counts}; `wanvram report {base}` shows them side by side")
+
+
+def _document(base: Path, outcomes: Sequence[Outcome], changed: Sequence[Changed], code: int) -> dict[str, object]:
     return {
         "schema": 1,
         "directory": str(base),
@@ -166,4 +194,5 @@ def _document(base: Path, outcomes: Sequence[Outcome], code: int) -> dict[str, o
             }
             for outcome in outcomes
         ],
+        "changed": [{"name": job.name, "directory": str(job.directory), "differs": keys} for job, keys in changed],
     }

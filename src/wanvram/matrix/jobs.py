@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from wanvram.record import RunRecord, dotted
 from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
 from wanvram.units import parse_bytes
 
-__all__ = ["Job", "changed_keys", "exit_code", "expected", "finished"]
+__all__ = ["Job", "changed_keys", "difference", "differing", "exit_code", "expected", "finished"]
 
 _MEDIA = ("video*", "image*")
 
@@ -45,26 +46,46 @@ def finished(job: Job, *, force: bool = False, force_changed: bool = False, retr
         if record is not None or any(any(job.directory.glob(pattern)) for pattern in _MEDIA):
             raise InputError(f"{job.directory} holds results without a config.yaml; --force replaces them")
         return None
-    changed = changed_keys(_where_it_ran(config, record, job.config.device), expected(job, config))
+    changed = _changes(job, config, record)
     if changed and force_changed:
         return None
     if changed:
-        what = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-        verb = "differs" if len(changed) == 1 else "differ"
         raise InputError(
-            f"{job.directory} holds a run of another configuration ({what} {verb}); --force_changed replaces such runs, "
-            "-o DIR keeps them"
+            f"{job.directory} holds a run of another configuration ({differing(changed)}); --force_changed replaces such "
+            "runs, -o DIR keeps them"
         )
     kind = record.failure.kind if record is not None and record.failure is not None else None
     return None if kind == "interrupted" or (retry and kind == "error") else record
 
 
-def _where_it_ran(config: RunConfig, record: RunRecord | None, asked: str) -> RunConfig:
-    """A run of `auto` is one of the device it found, if just that is asked for now."""
-    if config.device != "auto" or record is None:
-        return config
-    device = "simulated" if record.simulated else "cuda"
-    return replace(config, device=device) if device == asked else config
+def difference(job: Job) -> list[str]:
+    """Dotted keys in which the job differs from the run in its directory; none if there is no run."""
+    config = _written_config(job.directory)
+    return [] if config is None else _changes(job, config, _written_record(job.directory))
+
+
+def differing(keys: Sequence[str]) -> str:
+    """`request.sample_steps differs`."""
+    shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return f"{shown} {'differs' if len(keys) == 1 else 'differ'}"
+
+
+def _changes(job: Job, config: RunConfig, record: RunRecord | None) -> list[str]:
+    if _same_device(config, record, job.config.device):
+        config = replace(config, device=job.config.device)
+    return changed_keys(config, expected(job, config))
+
+
+def _same_device(config: RunConfig, record: RunRecord | None, asked: str) -> bool:
+    """`auto` is what the run found; where no record says it, and for what is asked now, what this machine has."""
+    if "auto" not in (config.device, asked) or config.device == asked:
+        return config.device == asked
+    if config.device == "auto" and record is not None and record.device != "auto":
+        return asked == ("simulated" if record.simulated else "cuda")
+    from wanvram.run.environment import gpu_here  # reaches torch: only where `auto` has to be resolved
+
+    here = "cuda" if gpu_here() else "simulated"
+    return here in (config.device, asked)
 
 
 def exit_code(record: RunRecord) -> int:

@@ -21,6 +21,7 @@ from wanvram.report.answer import CARDS_GIB, advice_first, answer, best_first, c
 from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.report.timeline import thinned
+from wanvram.simulate.gpus import GPUS
 from wanvram.version import __version__
 
 __all__ = ["MAX_BYTES", "html_report"]
@@ -130,6 +131,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "simulated": record.simulated,
         "fits": record.fits,
         "budget": record.budget_bytes,
+        "limit": _limit(record),
         "failure": record.failure.kind if record.failure else None,
         "answer": asdict(answer(run, texts)),
         "peak": _memory(peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else None,
@@ -150,6 +152,19 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "exact": run.exact,
         "borrowed": run.borrowed,
     }
+
+
+def _limit(record: RunRecord) -> dict[str, Any] | None:
+    """The line above the curve: the budget, or what the card has where a run without budget found it full. No name: the budget."""
+    if record.budget_bytes is not None:
+        return {"name": None, "bytes": record.budget_bytes}
+    if record.failure is None or record.failure.kind != "oom":
+        return None
+    if not record.simulated:
+        total = record.environment.get("gpu_total_bytes")
+        return {"name": record.device.partition(":")[2], "bytes": total} if type(total) is int else None
+    gpu = GPUS.get(record.device.partition(":")[2])
+    return {"name": gpu.name, "bytes": gpu.total_bytes} if gpu else None
 
 
 def _memory(allocated: int, reserved: int, device: int | None) -> dict[str, int | None]:

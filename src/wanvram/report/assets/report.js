@@ -39,11 +39,17 @@ function cardRow(run) {
   return el("div", { class: "cards" }, el("span", { text: t("cards") }), el("ul", {}, ...items));
 }
 
+// The words before the colon say what the sentence is about; they are found at a glance.
+function led(text) {
+  const [, lead, rest] = /^(.{1,90}?(?:: |：))(.*)$/s.exec(text) ?? [null, "", text];
+  return el("p", {}, lead ? el("b", { text: lead }) : null, rest);
+}
+
 function answerOf(run, headline) {
   const kind = el("p", { class: run.simulated ? "kind simulated" : "kind measured" });
   kind.textContent = `${run.label} · ${t(run.simulated ? "simulated" : "measured_on")} (${run.device})`;
   const kindOfAnswer = run.failure || run.fits === false ? "answer no" : "answer";
-  const lines = [run.answer.owner, run.answer.change].filter(Boolean).map((text) => el("p", { text }));
+  const lines = [run.answer.owner, run.answer.change].filter(Boolean).map(led);
   const box = el("div", { class: kindOfAnswer }, kind, el(headline ? "h2" : "h1", { class: "headline", text: run.answer.headline }), ...lines);
   if (run.peak) box.append(tiles(run));
   if (run.peak && run.device !== "cpu" && !run.failure) box.append(cardRow(run));
@@ -59,6 +65,24 @@ function runsInOrder() {
   return first.flatMap((index) => [index, ...predictions(index)]).map(entry);
 }
 
+function runRow({ run, index, measured }) {
+  return {
+    index,
+    run: run.label,
+    kind: measured ? t("prediction_of", { run: measured.label }) : t(run.simulated ? "predicted" : "measured"),
+    task: ["task", "size", "frame_num"].map((key) => run.settings[`request.${key}`] ?? "").join(" "),
+    peak_device_bytes: run.peak?.device,
+    peak_reserved_bytes: run.peak?.reserved,
+    peak_allocated_bytes: run.peak?.allocated,
+    stage: run.stage,
+    fragmentation: run.fragmentation,
+    card_gb: !run.peak || run.device === "cpu" || run.failure ? null : run.card === null ? t("over_cards", { card: data.cards.at(-1) }) : `${run.card} GB`,
+    verdict: verdict(run),
+    seconds: run.seconds,
+    step_seconds: run.step_seconds,
+  };
+}
+
 function runsTable(show, pin) {
   const control = (type, name, checked, label, change, index) => {
     const box = el("input", { type, name, "data-index": index, "aria-label": label, on: { change } });
@@ -69,13 +93,14 @@ function runsTable(show, pin) {
     caption: t("runs"),
     file: "runs",
     titled: true,
+    dense: true,
     columns: [
       column("run", "run"),
       column("peak_device_bytes", "peak_device", "mib"),
       { ...column("show", "show"), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
       { ...column("pin", "pin"), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
       column("step_seconds", "step", "seconds"),
-      column("kind", "kind"),
+      column("kind", "kind", "text", { names: true }),
       column("card_gb", "card", "text"),
       column("verdict", "verdict"),
       column("stage", "stage"),
@@ -85,21 +110,7 @@ function runsTable(show, pin) {
       column("seconds", "time_unloaded", "seconds"),
       column("task", "task"),
     ],
-    rows: runsInOrder().map(({ run, index, measured }) => ({
-      index,
-      run: run.label,
-      kind: measured ? t("prediction_of", { run: measured.label }) : t(run.simulated ? "predicted" : "measured"),
-      task: ["task", "size", "frame_num"].map((key) => run.settings[`request.${key}`] ?? "").join(" "),
-      peak_device_bytes: run.peak?.device,
-      peak_reserved_bytes: run.peak?.reserved,
-      peak_allocated_bytes: run.peak?.allocated,
-      stage: run.stage,
-      fragmentation: run.fragmentation,
-      card_gb: !run.peak || run.device === "cpu" || run.failure ? null : run.card === null ? t("over_cards", { card: data.cards.at(-1) }) : `${run.card} GB`,
-      verdict: verdict(run),
-      seconds: run.seconds,
-      step_seconds: run.step_seconds,
-    })),
+    rows: runsInOrder().map(runRow),
   });
 }
 
@@ -135,6 +146,13 @@ function memoryOver(run) {
 
 function folded(title, ...children) {
   return el("details", {}, el("summary", { text: title }), ...children);
+}
+
+// Folded until the reader pins runs: its tables would push the timeline of the run shown far down.
+function comparison(a, b, open) {
+  const node = folded(comparedInShort(a, b), ...comparisonTables(a, b));
+  node.open = open;
+  return node;
 }
 
 function details(run) {
@@ -179,11 +197,11 @@ function build() {
   function pin(index) {
     state.pins = state.pins.includes(index) ? state.pins.filter((i) => i !== index) : [...state.pins, index].slice(-2);
     runs.querySelectorAll("input[name=pin]").forEach((box) => (box.checked = state.pins.includes(Number(box.dataset.index))));
-    compare();
+    compare(true);
   }
-  function compare() {
+  function compare(open) {
     const [a, b] = state.pins.map((index) => data.runs[index]);
-    compared.replaceChildren(...(b ? comparisonTables(a, b) : [el("p", { class: "quiet", text: t("compare_help") })]));
+    compared.replaceChildren(b ? comparison(a, b, open) : el("p", { class: "quiet", text: t("compare_help") }));
   }
 
   const header = el("header", {}, el("p", { class: "brand", text: t("title") }), themeButton());
@@ -192,7 +210,7 @@ function build() {
     runs.append(runsTable(show, pin));
     root.append(el("h1", { class: "headline", text: data.headline }), answered, section(t("runs"), runs));
     root.append(section(t("compare"), compared));
-    compare();
+    compare(false);
   } else {
     root.append(answered);
   }

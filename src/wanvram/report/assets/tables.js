@@ -13,9 +13,10 @@ const SHOW = {
 };
 const UNIT = { mib: " MiB", delta: " MiB", error: " MiB" };
 
-// columns: [{key, label, type, node?}] where node(row) makes a control instead of text; rows: objects by key.
-// titled: the heading above says the same as the caption, which is then for screen readers only.
-function dataTable({ caption, columns, rows, file, limit = Infinity, titled = false }) {
+// columns: [{key, label, type, node?, names?}] where node(row) makes a control instead of text and names may break in two lines;
+// rows: objects by key.
+// titled: the heading above says the same as the caption, which is then for screen readers only. dense: many columns.
+function dataTable({ caption, columns, rows, file, limit = Infinity, titled = false, dense = false }) {
   const body = el("tbody");
   const heads = columns.map((column) => headCell(column, () => sortBy(column)));
   let order = null;
@@ -48,7 +49,7 @@ function dataTable({ caption, columns, rows, file, limit = Infinity, titled = fa
   const link = csvLink(file, values.map((c) => c.key), () => rows.map((row) => values.map((c) => row[c.key])));
   const table = el("table", {}, el("caption", { text: caption, class: titled ? "unseen" : null }), el("thead", {}, el("tr", {}, ...heads)), body);
   const scroll = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, table);
-  return el("div", { class: "table" }, scroll, el("div", { class: "tools" }, rows.length > limit ? more : null, link));
+  return el("div", { class: dense ? "table dense" : "table" }, scroll, el("div", { class: "tools" }, rows.length > limit ? more : null, link));
 }
 
 function headCell(column, sort) {
@@ -65,7 +66,8 @@ function bodyRow(columns, row) {
     const text = value === null || value === undefined ? "–" : SHOW[column.type](value);
     const sign = ["delta", "change"].includes(column.type) && value ? (value > 0 ? " up" : " down") : "";
     const kind = column.type !== "text" ? `number${sign}` : text.length > 40 ? "words" : "word";
-    return i === 0 ? el("th", { scope: "row", class: kind }, ...breakable(text)) : el("td", { class: kind, text });
+    if (i === 0) return el("th", { scope: "row", class: kind }, ...breakable(text));
+    return el("td", { class: kind }, ...(column.names ? breakable(text) : [text]));
   });
   const result = el("tr", { class: row.marked ? "marked" : null }, ...cells);
   if (row.component !== undefined && columns[0].swatch) cells[0].prepend(swatch(row.component));
@@ -215,9 +217,21 @@ function comparedRows(pairs, from, to) {
   });
 }
 
+// What is compared, and by how much the first figure that both have differs.
+function comparedInShort(a, b) {
+  const first = comparedRows(figures(a, b), "a", "b").find((row) => row.difference !== null);
+  const parts = [`A: ${a.label}`, `B: ${b.label}`];
+  if (first) {
+    const share = first.relative === null ? "" : ` (${SHOW.change(first.relative)})`;
+    parts.push(`${first.figure} ${signed(first.difference, human(first.difference))}${share}`);
+  }
+  return parts.join(" · ");
+}
+
 function comparisonTables(a, b) {
   const table = dataTable({
     caption: `A: ${a.label} · B: ${b.label}`,
+    titled: true,
     file: "comparison",
     limit: 9,
     columns: [

@@ -27,17 +27,17 @@ function layers(run) {
   if (device.some((value) => value !== null)) {
     lines.push({ label: t("device_line"), color: "--device", values: device, dash: [6, 4] });
   }
-  if (run.budget !== null) {
-    lines.push({ label: t("budget"), color: "--budget", values: xs.map(() => run.budget), flat: true });
+  if (run.limit) {
+    lines.push({ label: run.limit.name ?? t("budget"), color: "--budget", values: xs.map(() => run.limit.bytes), flat: true });
   }
   return [top, ...stacked.reverse(), ...lines];
 }
 
-// A budget far above the curve would flatten it; it then stays in the legend only.
+// A limit far above the curve would flatten it; it then stays in the legend only.
 function highest(run) {
   const [, allocated, reserved, device] = run.timeline.points;
   const top = [allocated, reserved, device].reduce((m, values) => values.reduce((n, v) => Math.max(n, v ?? 0), m), 1);
-  return run.budget !== null && run.budget <= 2 * top ? Math.max(top, run.budget) : top;
+  return run.limit && run.limit.bytes <= 2 * top ? Math.max(top, run.limit.bytes) : top;
 }
 
 function axes(run) {
