@@ -65,6 +65,9 @@ class FakeNvml:
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
 
 
+OPERATION_US = module._operation_us  # the fixture below replaces it
+
+
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the machine, and torch as if it could use the made-up GPU; the host is idle."""
@@ -72,6 +75,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module.os, "getloadavg", lambda: (0.1, 0.1, 0.1))
+    monkeypatch.setattr(module, "_operation_us", lambda: 2.0)
     monkeypatch.setattr(module, "LEAST_FREE_DISK", 0)
     monkeypatch.setattr(module, "LEAST_FREE_RAM_SHARE", 0.0)
 
@@ -89,6 +93,19 @@ def test_an_idle_gpu_has_nothing_against_it_and_unknown_figures_are_none() -> No
     text = check_text(checks)
     assert "345 of 1980 MHz" in text
     assert text.endswith("Nothing here would falsify a measurement.\n")
+
+
+def test_a_host_that_issues_work_slowly_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_operation_us", lambda: 5.93)
+    checks = found()
+    assert checks["warnings"] == [
+        "the host issues work slowly (5.9 us an operation): small tiles and short videos take longer than predicted"
+    ]
+    assert "an operation is issued in 5.9 us" in check_text(checks)
+
+
+def test_what_an_operation_costs_the_host_is_measured() -> None:
+    assert 0.1 < OPERATION_US() < 1000
 
 
 def test_another_process_on_the_gpu_is_named_and_our_own_is_not() -> None:

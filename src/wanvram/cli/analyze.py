@@ -33,6 +33,7 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
+from wanvram.report.answer import advice_first
 from wanvram.report.runs import read_run
 
 __all__ = ["prepare_parser", "run"]
@@ -131,7 +132,7 @@ def _analyze_run(path: Path) -> Result:
     analysis = analyze_run(found.record, _timeline(path) if found.exact else None)
     document = found.record.to_json() | {
         "analysis": analysis.to_json(),
-        "advice": [asdict(item) for item in found.advice],
+        "advice": [asdict(item) for item in advice_first(found.advice)],
     }
     return run_text(found.record, analysis, found.advice), document
 

@@ -26,6 +26,9 @@ __all__ = ["GpuProcess", "own_gpu_process", "run_checks", "warm_up"]
 LEAST_FREE_DISK = 5 * GIB  # a trace of three steps takes 1 to 2 GiB
 LEAST_FREE_RAM_SHARE = 0.1
 BUSY_PERCENT = 10
+SLOW_OPERATION_US = (
+    4.0  # hosts of 6 us took up to 4 times what the clock says for small tiles (benchmarks/*_h100_tiled_vae.json)
+)
 OTHERS_BYTES = 64 * MIB  # less is what a driver keeps for itself
 # nvml.h, nvmlClocksThrottleReason*: what slows the GPU down beyond idling and the clocks somebody chose.
 _SLOWED = {0x04: "power cap", 0x08: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
@@ -208,6 +211,9 @@ def _host_warnings(host: dict[str, Any]) -> list[str]:
     if host["load_average"] > (host["cpu_count"] or 1):
         load = f"{host['load_average']:.1f} processes wait for {host['cpu_count']} CPU cores"
         result.append(f"the host is busy ({load}): loading and launching kernels take longer")
+    if host["operation_us"] > SLOW_OPERATION_US:
+        cost = f"{host['operation_us']:.1f} us an operation"
+        result.append(f"the host issues work slowly ({cost}): small tiles and short videos take longer than predicted")
     return result
 
 
