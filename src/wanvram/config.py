@@ -161,8 +161,7 @@ class RunConfig:
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
             "precision: fp16 has no fast CPU kernels; use bf16 or fp32 with device cpu",
         )
-        spec, resident = DIT[TASKS[self.request.task].dit], self.strategy.resident_blocks
-        blocks = spec.num_layers + len(spec.vace_layers)
+        blocks, resident = DIT[TASKS[self.request.task].dit].block_count, self.strategy.resident_blocks
         require(
             self.weights == "tiny" or resident <= blocks,  # tiny transformers have few blocks: there it means all
             f"resident_blocks: {resident}, but the transformer of {self.request.task} has {blocks} blocks; give at most that many",

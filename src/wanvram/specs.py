@@ -36,6 +36,11 @@ class DiTSpec:
         return self.dim // self.num_heads
 
     @property
+    def block_count(self) -> int:
+        """The main blocks, and those of VACE."""
+        return self.num_layers + len(self.vace_layers)
+
+    @property
     def has_image_branch(self) -> bool:
         return self.model_type in ("i2v", "flf2v")
 

@@ -35,10 +35,10 @@ from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
 from wanvram.report.answer import advice_first
 from wanvram.report.runs import read_run
+from wanvram.run.directory import TRACE_NAME
 
 __all__ = ["prepare_parser", "run"]
 
-TRACE_NAME = "trace.json"  # as spec.md 5.2 asks for a run's trace
 HEAD_BYTES = 1 << 16
 Result = tuple[str, dict[str, Any]]  # text, JSON
 _EVENTS = re.compile(rb'\s*\[\s*(\]|\{\s*"(name|timestamp|memory_log)"\s*:.*"memory_log")', re.DOTALL)
@@ -78,8 +78,8 @@ def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
 
 def _kind(path: Path) -> tuple[str, Path]:
     """What is at the path, and the path of just that. Raises InputError."""
-    if path.name == TRACE_NAME and not path.exists() and (path.parent / "record.json").is_file():
-        print(f"{path.parent} was not traced (logging.trace is false); this is what its record says", file=sys.stderr)
+    if path.name == TRACE_NAME and not path.exists() and not _nearby(path) and (path.parent / "record.json").is_file():
+        print(f"{path.parent} was not traced (logging.trace); this is what its record says", file=sys.stderr)
         return "run", path.parent
     if path.is_dir():
         return _in_directory(path)

@@ -23,9 +23,8 @@ VERIFICATIONS = 4  # forecasts spent on the number of resident blocks; blocks of
 
 
 def block_count(request: Request) -> int:
-    """Blocks that can stay on the device: the main ones, and those of VACE."""
-    spec = DIT[TASKS[request.task].dit]
-    return spec.num_layers + len(spec.vace_layers)
+    """Blocks that can stay on the device."""
+    return DIT[TASKS[request.task].dit].block_count
 
 
 def variants(request: Request) -> list[dict[str, Any]]:

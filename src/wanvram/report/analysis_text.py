@@ -13,6 +13,7 @@ from wanvram.record import Memory, RunRecord
 from wanvram.report.answer import advice_first, unlimited_base
 from wanvram.report.runs import Advice
 from wanvram.report.terminal import table
+from wanvram.report.texts import Texts
 from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["events_text", "run_text", "snapshot_text", "trace_text"]
@@ -180,7 +181,7 @@ def _advice(record: RunRecord, advice: Sequence[Advice]) -> str:
     base = unlimited_base(record, advice[0])
     if base is None:
         return text
-    return f"{text}\nEach is taken from the {human(base)} that this run would need on a card without limit."
+    return f"{text}\n{Texts('en')('advice_base', base=human(base))}"
 
 
 # --- events --------------------------------------------------------------------------------------------------------------

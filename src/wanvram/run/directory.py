@@ -7,8 +7,9 @@ from pathlib import Path
 
 from wanvram.errors import InputError, OutputError
 
-__all__ = ["RUN_FILES", "prepare_directory", "unused_directory"]
+__all__ = ["RUN_FILES", "TRACE_NAME", "prepare_directory", "unused_directory"]
 
+TRACE_NAME = "trace.json"  # where spec.md 5.2 looks for a run's trace
 RUN_FILES = (
     "record.json",  # run.log is not among them: a series writes a run's output to it while the run prepares the directory
     "memory_events.json",
@@ -18,7 +19,7 @@ RUN_FILES = (
     "advice.json",
     "report.html",
     "snapshot.pickle",
-    "trace.json",
+    TRACE_NAME,
     "trace/*.pt.trace.json",
     "video*.mp4",
     "video*.json",

@@ -13,10 +13,9 @@ import torch
 from wanvram.config import Measurement
 from wanvram.engine.pipeline import Pipeline
 from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
+from wanvram.run.directory import TRACE_NAME
 
-__all__ = ["TRACE_NAME", "observed"]
-
-TRACE_NAME = "trace.json"  # where spec.md 5.2 looks for a run's trace
+__all__ = ["observed"]
 
 
 @contextmanager
