@@ -23,8 +23,10 @@ __all__ = [
     "Copies",
     "Failure",
     "Memory",
+    "Predicted",
     "RunRecord",
     "Span",
+    "Times",
     "check_types",
     "dotted",
     "folded",
@@ -234,6 +236,26 @@ class Failure:
     alive: tuple[tuple[str, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the whole command. start: from the process's beginning to the first stage, planning included. in_all: until the
+    results are written; of a prediction until the process has ended. None: unknown.
+    """
+
+    start_seconds: float | None = None
+    in_all_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a budget's plan said before the run: device memory at peak, seconds from its loading to the end of the process."""
+
+    device_bytes: int
+    reserved_bytes: int
+    allocated_bytes: int
+    in_all_seconds: float | None
+
+
 @dataclass
 class RunRecord:
     """One run, measured or simulated."""
@@ -249,6 +271,8 @@ class RunRecord:
     host: dict[str, int]
     failure: Failure | None = None
     notes: list[str] = field(default_factory=list)
+    times: Times = field(default_factory=Times)
+    predicted: Predicted | None = None
     schema: int = SCHEMA
 
     def peak_span(self) -> Span | None:
@@ -289,6 +313,8 @@ class RunRecord:
             "fragmentation": _fragmentation(self.stages, where),
             "fluctuation": _highest((s.name, s.fluctuation_bytes) for s in self.stages),
             "host": self.host,
+            "times": asdict(self.times),
+            "predicted": asdict(self.predicted) if self.predicted else None,
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -315,6 +341,8 @@ class RunRecord:
                 host=data["host"],
                 failure=Failure(**failure) if failure else None,
                 notes=data["notes"],
+                times=Times(**data.get("times", {})),
+                predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
             )
             record._check()
         except KeyError as error:

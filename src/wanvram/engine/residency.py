@@ -85,10 +85,12 @@ class Component:
         embedders: Sequence[nn.Module] = (),
         *,
         fp8: bool = False,
+        generated: bool = True,
     ) -> None:
         self.name = name
         self.module = module
         self.device = device
+        self._generated = generated  # where there is no source: what it would do
         self.parameters = sum(p.numel() for p in module.parameters())
         prefixes = {id(m): prefix for prefix, m in module.named_modules()}
         self._units = {id(u): _part(u, prefixes[id(u)], fp8) for u in units}
@@ -193,7 +195,7 @@ class Component:
         masters = {}
         for part in parts:
             master = self.device.host_empty((part.nbytes,), torch.uint8, pinned=pinned)
-            if source is None or isinstance(source, RandomSource):
+            if (source is None and self._generated) or isinstance(source, RandomSource):
                 staging = self.device.empty((part.nbytes,), torch.uint8)
                 self._fill(part, staging, source)
                 self.device.copy(master, staging)
@@ -209,8 +211,10 @@ class Component:
         plain = flat
         if part.packing is not None:
             plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
-        if source is None:
+        if source is None and self._generated:
             self.device.generated_weights()
+        elif source is None:
+            self.device.loaded_weights(flat)
         else:
             for name, view in part.layout.views(plain):
                 source.fill(part.prefix + name, view)

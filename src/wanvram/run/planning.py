@@ -45,7 +45,7 @@ def plan_run(
         if isinstance(result, Refusal):
             return result, None
         # On the card itself a run that does not fit ends early, with a peak that looks as if it did.
-        record, _ = simulate(replace(planned_config(config, result), memory_limit_bytes=None), unlimited=True)
+        record, _ = simulate(planned_config(config, result), unlimited=True)
         if record.failure is not None:
             raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
         peak = record.peak()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.machine.driver import LATER_BYTES
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
@@ -18,7 +19,7 @@ UNLIMITED_BYTES = 2**50
 def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited: bool = False) -> SimulatedMemory:
     """Raises InputError for an unknown GPU, or one that cannot compute in the precision.
 
-    unlimited: a card of 1 PiB, to learn what a run would take.
+    unlimited: a card of 1 PiB and no cap, to learn what a run would take.
     """
     gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
     if config.strategy.precision == "bf16" and gpu.compute_capability < (8, 0):
@@ -28,6 +29,7 @@ def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited:
     settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
     outside = gpu.context_bytes + sum(gpu.module_bytes.values())
     usable = UNLIMITED_BYTES if unlimited else gpu.total_bytes - outside
-    limit = None if config.memory_limit_bytes is None else max(0, config.memory_limit_bytes - outside)
+    capped = config.memory_limit_bytes is not None and not unlimited
+    limit = max(0, (config.memory_limit_bytes or 0) - outside - LATER_BYTES) if capped else None
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
     return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)

@@ -4,8 +4,7 @@ Four timelines, as on a real machine: the host issues work, the device computes 
 thread on the host reads weights into pinned buffers. Each moves by prices from a card's rates (gpus.py); one waits for another
 only through marks and blocking calls, so a copy is hidden exactly where it would be.
 
-Not modelled: a first use's compilation and tuning (0.7 to 2.8 s once per process on an H200), making, reading and pinning weights
-at loading, encoding the video, and other programs on the same machine.
+Not modelled: what the weights' values and the video's content change, and other programs on the same machine.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from math import prod
 from typing import Any
 
 from wanvram.record import Copies
-from wanvram.simulate.gpus import GPU, HOST, Host
+from wanvram.simulate.gpus import GPU
+from wanvram.simulate.host import HOST, Host
 
 __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
 
@@ -73,9 +73,12 @@ class Price:
 class Costs:
     """Prices of operations on one card, at the rates that are reached."""
 
-    def __init__(self, gpu: GPU) -> None:
+    def __init__(self, gpu: GPU, host: Host = HOST) -> None:
         self.gpu = gpu
         self.bandwidth = gpu.bandwidth_bytes * gpu.efficiency.memory
+        self.slowness = (
+            host.operation_us / HOST.operation_us
+        )  # the host's times per operation were fitted on that machine
 
     def price(self, operation: str) -> Price | None:
         """Of an operation by its full name, such as `aten.mm.out`; None for an allocation."""
@@ -94,7 +97,7 @@ class Costs:
 
     def _dispatch(self, name: str) -> float:
         own = name.startswith("wanvram.")
-        return self.gpu.efficiency.own_seconds if own else self.gpu.efficiency.dispatch_seconds
+        return self.slowness * (self.gpu.efficiency.own_seconds if own else self.gpu.efficiency.dispatch_seconds)
 
     def seconds(self, work: Work) -> float:
         """The larger of arithmetic and memory traffic: they overlap."""
@@ -176,17 +179,20 @@ class Clock:
 
     gpu: GPU
     machine: Host = HOST
+    cold: bool = False  # kernels were never compiled on this machine
     copied: Copies = field(default_factory=Copies)
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
     _host: float = 0.0
     _compute: float = 0.0
     _copies: float = 0.0
     _reader: float = 0.0
+    _encoder: float = 0.0
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
 
     def __post_init__(self) -> None:
-        self.costs = Costs(self.gpu)
-        self._launch, self._view = self.gpu.efficiency.launch_seconds, self.gpu.efficiency.view_seconds
+        self.costs = Costs(self.gpu, self.machine)
+        self._launch = self.gpu.efficiency.launch_seconds
+        self._view = self.gpu.efficiency.view_seconds * self.costs.slowness
         self._pageable = min(self.machine.pageable_bytes, self.gpu.pcie_bytes)
 
     def now(self) -> float:
@@ -260,6 +266,33 @@ class Clock:
     def copy_on_host(self, nbytes: int) -> None:
         """The host itself copies between its tensors."""
         self._host += nbytes / self.machine.copy_bytes
+
+    # --- once ----------------------------------------------------------------------------------------------------------------
+
+    def first_use(self, library: str) -> None:
+        """The host loads a library's modules and makes its plans, while the device waits."""
+        cost = self.machine.first_use.get(library)
+        if cost is not None:
+            self._host += cost.cold if self.cold else cost.warm
+
+    def pin(self, nbytes: int) -> None:
+        """The host takes zeroed RAM and pins it."""
+        self._host += nbytes / self.machine.pin_bytes
+
+    def unpin(self, nbytes: int) -> None:
+        self._host += nbytes / self.machine.unpin_bytes
+
+    def load_from_disk(self, nbytes: int) -> None:
+        """The host reads checkpoint files while nothing else happens."""
+        cached = self.machine.cached_share
+        self._host += nbytes * (cached / self.machine.cached_bytes + (1 - cached) / self.machine.disk_bytes)
+
+    def encode(self, pixels: int) -> None:
+        """Frames for the encoder, a thread beside everything else."""
+        self._encoder = max(self._encoder, self._host) + pixels / self.machine.encode_pixels
+
+    def finish_encoding(self) -> None:
+        self._host = max(self._host, self._encoder)
 
     # --- reading ahead ---------------------------------------------------------------------------------------------------
 

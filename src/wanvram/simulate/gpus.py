@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from wanvram.errors import InputError
+from wanvram.machine.driver import DRIVER_BYTES
 from wanvram.units import GIB, MIB
 
-__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "find_gpu"]
+__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "Efficiency", "find_gpu"]
 
 DEFAULT_GPU = "h200"
 
@@ -38,17 +39,6 @@ class Efficiency:
     own_seconds: float  # the same for the operations `wanvram::*`: Triton's launcher, attention, convolutions
 
 
-@dataclass(frozen=True)
-class Host:
-    """The machine around the card, bytes and operations per second."""
-
-    pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
-    copy_bytes: float  # from RAM to RAM, in a thread beside the computation
-    disk_bytes: float  # checkpoint files
-    flops: float  # bf16 products on the CPU
-    memory_bytes: float  # read and written by operations on the CPU
-
-
 # Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
 # attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
 # single kernels (h200.md, *_probe_libraries.json). The host's times per operation are estimates.
@@ -67,10 +57,6 @@ EFFICIENCY = Efficiency(
     dispatch_seconds=18e-6,
     own_seconds=50e-6,
 )
-
-# The H200's machine, 16 cores: pageable_bytes is measured, flops and memory_bytes follow from T5 on the CPU (2.0 s for two
-# prompts). copy_bytes (one thread's memcpy) and disk_bytes (an NVMe drive, files not in the page cache) are assumptions.
-HOST = Host(pageable_bytes=9.1e9, copy_bytes=10e9, disk_bytes=3e9, flops=3e12, memory_bytes=20e9)
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ class GPU:
 
 
 _MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 2 * MIB}
-_CONTEXT = 588 * MIB
+_CONTEXT = 588 * MIB + DRIVER_BYTES
 _ESTIMATE = "published rates; context estimated from the H200; usable memory taken as 98 % of nominal"
 
 
