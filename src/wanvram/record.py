@@ -253,6 +253,7 @@ class Predicted:
     device_bytes: int
     reserved_bytes: int
     allocated_bytes: int
+    pinned_bytes: int
     in_all_seconds: float | None
 
 
@@ -291,6 +292,19 @@ class RunRecord:
         steps = [step for stage in self.stages if stage.name == "denoise" for step in stage.children]
         times = [step.seconds for step in steps if step.seconds is not None for _ in range(step.repeats)]
         return median(times) if times else None
+
+    def prediction(self) -> Predicted | None:
+        """Of a simulated run, to stand beside what is measured."""
+        peak = self.peak()
+        if peak is None or peak.device_bytes is None:
+            return None
+        return Predicted(
+            peak.device_bytes,
+            peak.reserved_bytes,
+            peak.allocated_bytes,
+            self.host["pinned_bytes"],
+            self.times.in_all_seconds,
+        )
 
     def to_json(self) -> dict[str, Any]:
         peak, where = self.peak(), self.peak_span()

@@ -15,5 +15,4 @@ def test_frames_the_encoder_refuses_are_a_sentence_and_leave_no_file(tmp_path: P
     odd = torch.zeros((1, 31, 33, 3), dtype=torch.uint8)  # yuv420p needs even sizes
     with pytest.raises(OutputError, match=r"cannot write .*video\.mp4"), VideoWriter(tmp_path / "video.mp4") as video:
         video.write(odd)
-        video.finish()
     assert list(tmp_path.iterdir()) == []

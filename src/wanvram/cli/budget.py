@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
+from wanvram.cli.common import settle_allocator
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
+from wanvram.machine.allocator_settings import check_plain
 from wanvram.planner.budget import Budget
 from wanvram.planner.result import Refusal
+from wanvram.planner.search import planned_base
+from wanvram.record import Predicted
 from wanvram.report.plan import summarize_plan
 from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
 from wanvram.units import parse_bytes
@@ -35,17 +40,20 @@ def budget_of(vram: str, ram: str | None, config: RunConfig) -> Budget:
     return Budget(free, ram_bytes=ram_bytes, gpu=config.gpu or find_gpu(name).key)
 
 
-def planned(config: RunConfig, args: argparse.Namespace) -> RunConfig:
-    """The configuration with the planner's strategy under `--vram_budget`; as it is without that flag.
+def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Predicted | None]:
+    """The configuration with the planner's strategy under `--vram_budget` and what it will take; as it is without that flag.
 
     Raises BudgetError, exit code 3, if nothing fits.
     """
     if args.vram_budget is None:
         if args.ram is not None:
             raise InputError("--ram: limits what --vram_budget plans; give that, too")
-        return config
+        return config, None
     if args.vram:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
+    if config.device in ("auto", "cuda"):
+        check_plain()
+        settle_allocator(replace(config, strategy=planned_base(config.strategy)))
     from wanvram.recorder.meters import available_ram_bytes
     from wanvram.run.environment import gpu_here
     from wanvram.run.planning import plan_run, planned_config
@@ -57,8 +65,8 @@ def planned(config: RunConfig, args: argparse.Namespace) -> RunConfig:
         gpu = config.gpu or DEFAULT_GPU
     ram = args.ram or str(available_ram_bytes())
     budget = budget_of(args.vram_budget, ram, RunConfig(**{**vars(config), "gpu": gpu}))
-    result, _ = plan_run(config, budget, offers=False)
+    result, record = plan_run(config, budget, offers=False)
     if isinstance(result, Refusal):
         raise BudgetError(result.message)
     print(summarize_plan(result), file=sys.stderr)
-    return planned_config(config, result)
+    return planned_config(config, result), None if record is None else record.prediction()

@@ -7,15 +7,19 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from wanvram.errors import InputError
+from wanvram.config import RunConfig
+from wanvram.errors import DeviceError, InputError
+from wanvram.machine.allocator_settings import put_in_force
+from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
 from wanvram.units import parse_bytes
 
-__all__ = ["add_device_flags", "add_output_flags", "finish", "memory_limit", "progress_printer"]
+__all__ = ["add_device_flags", "add_output_flags", "finish", "memory_limit", "progress_printer", "settle_allocator"]
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +45,17 @@ def memory_limit(args: argparse.Namespace) -> int | None:
     if limit < 1:
         raise InputError(f"--vram: '{args.vram}' is not an amount of memory; write for example 8GiB, 8GB or 512MiB")
     return limit
+
+
+def settle_allocator(config: RunConfig) -> None:
+    """Puts the allocator's settings in force, before torch is imported. Raises InputError where the user's contradict the strategy.
+
+    Only where a GPU may be used: whoever simulates may have any settings.
+    """
+    if config.device in ("auto", "cuda"):
+        with suppress(DeviceError):
+            first_gpu()
+            put_in_force(config.strategy.expandable_segments)
 
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:

@@ -8,6 +8,7 @@ tiles never slower than smaller ones, pinned RAM never slower than pageable, tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +21,7 @@ from wanvram.planner.tiles import largest_tile
 from wanvram.planner.transformer import cannot_fit, fastest_streamed
 from wanvram.units import gib
 
-__all__ = ["Options", "search"]
+__all__ = ["Options", "planned_base", "search"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def search(request: Request, budget: Budget, options: Options, forecast: Forecas
         offers=tuple(_offers(trials, chosen)) if options.offers else (),
         notes=tuple(_notes(trials, chosen)),
     )
+
+
+def planned_base(strategy: Strategy) -> Strategy:
+    """With the allocator's expandable segments where PyTorch has them, which is on Linux: they cost nothing and leave no holes."""
+    return replace(strategy, expandable_segments=sys.platform == "linux")
 
 
 def _clean(base: Strategy) -> Strategy:

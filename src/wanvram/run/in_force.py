@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
-from wanvram.errors import DeviceError
+from wanvram.errors import DeviceError, InputError
 from wanvram.models.precision import PRECISIONS
 from wanvram.simulate.gpus import find_gpu
 from wanvram.simulate.libraries import KNOWN_TORCH, Libraries
@@ -42,10 +43,12 @@ def _attention(config: RunConfig, device: CudaDevice) -> str | None:
     choose = getattr(torch, "_fused_sdp_choice", None)
     if choose is None:
         return None
-    q = torch.empty(
-        (1, 1, 64, HEAD_DIM), dtype=PRECISIONS[config.strategy.precision].matmul, device=device.torch_device
-    )
-    return _BACKENDS.get(int(choose(q, q, q)), "other")
+    dtype = PRECISIONS[config.strategy.precision].matmul
+    q = torch.empty((1, 1, 64, HEAD_DIM), dtype=dtype, device=device.torch_device)
+    chosen = int(choose(q, q, q))
+    del q
+    torch.cuda.empty_cache()  # the run begins with an empty allocator
+    return _BACKENDS.get(chosen, "other")
 
 
 def check_in_force(config: RunConfig, found: dict[str, Any], device: CudaDevice) -> None:
@@ -71,7 +74,8 @@ def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) ->
     """A budget's configuration names the card that it was planned for."""
     card = find_gpu(config.gpu or "")
     here = device.name.removeprefix("cuda:")
-    _must(find_gpu(here).key == card.key, f"the plan is for {card.name}, but the card here is {here}; plan again")
+    with suppress(InputError):  # a card that no table knows was given the nearest name, or a file of its own
+        _must(find_gpu(here).key == card.key, f"the plan is for {card.name}, but the card here is {here}; plan again")
     backend = Libraries(card).attention_backend(PRECISIONS[config.strategy.precision].matmul.itemsize, HEAD_DIM)
     _must(
         found["attention"] in (backend, None),

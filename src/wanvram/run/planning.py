@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, WanvramError
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
+from wanvram.planner.search import planned_base
 from wanvram.record import RunRecord
 from wanvram.run.execute import simulate
 from wanvram.run.forecast import simulate_stage
@@ -26,10 +26,9 @@ def plan_run(
     """The fastest lossless strategy whose whole predicted run stays within the budget less its margin, and that run.
 
     Forecasts are shortened; where the whole run needs more than they said, the difference is kept free and the search is
-    made again, at most three times, then BudgetError. WanvramError if a whole run ends early. The allocator's expandable
-    segments are always used where PyTorch has them, which is on Linux: they cost nothing and leave no holes.
+    made again, at most three times, then BudgetError. WanvramError if a whole run ends early.
     """
-    base = replace(config.strategy, expandable_segments=sys.platform == "linux")
+    base = planned_base(config.strategy)
     known: dict[tuple[RunConfig, str], StageForecast] = {}
 
     def forecast(asked: RunConfig, component: str) -> StageForecast:
@@ -45,7 +44,7 @@ def plan_run(
         if isinstance(result, Refusal):
             return result, None
         # On the card itself a run that does not fit ends early, with a peak that looks as if it did.
-        record, _ = simulate(planned_config(config, result), unlimited=True)
+        record, _ = simulate(planned_config(config, result), unlimited=True, video=True)
         if record.failure is not None:
             raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
         peak = record.peak()
