@@ -334,6 +334,9 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     if config.gpu and pipeline.device.kind != "simulated":
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
+    cold = pipeline.device.clock.cold_seconds() if isinstance(pipeline.device, SimulatedDevice) else 0.0
+    if cold:
+        notes.append(f"kernels were never compiled on this machine: {cold:.0f} s of the first run are for that")
     if gpu is not None and not gpu.measured:
         notes.append(f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card")
     return notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.machine.driver import LATER_BYTES
+from wanvram.run.host import clock_of
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
@@ -32,4 +33,5 @@ def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited:
     capped = config.memory_limit_bytes is not None and not unlimited
     limit = max(0, (config.memory_limit_bytes or 0) - outside - LATER_BYTES) if capped else None
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
-    return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)
+    buffers = LibraryBuffers(gpu, Libraries(gpu))
+    return SimulatedMemory(gpu, allocator, buffers, clock=clock_of(config, gpu), keep_events=keep_events)

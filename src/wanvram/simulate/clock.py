@@ -179,7 +179,7 @@ class Clock:
 
     gpu: GPU
     machine: Host = HOST
-    cold: bool = False  # kernels were never compiled on this machine
+    cold: frozenset[str] = frozenset()  # libraries whose kernels were never compiled on this machine
     copied: Copies = field(default_factory=Copies)
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
     _host: float = 0.0
@@ -273,7 +273,12 @@ class Clock:
         """The host loads a library's modules and makes its plans, while the device waits."""
         cost = self.machine.first_use.get(library)
         if cost is not None:
-            self._host += cost.cold if self.cold else cost.warm
+            self._host += cost.cold if library in self.cold else cost.warm
+
+    def cold_seconds(self) -> float:
+        """What compiling costs this run and no later one."""
+        costs = [self.machine.first_use[library] for library in self.cold if library in self.machine.first_use]
+        return sum(cost.cold - cost.warm for cost in costs)
 
     def pin(self, nbytes: int) -> None:
         """The host takes zeroed RAM and pins it."""

@@ -39,13 +39,14 @@ class Host:
 
 
 # The H200's machine, 16 cores of a virtual machine, 2026-11-24 and 2026-11-28. pageable_bytes is measured, flops and memory_bytes
-# follow from T5 on the CPU (2.0 s for two prompts). copy_bytes (one thread's memcpy) and disk_bytes (an NVMe drive) are assumptions.
-# From pin_bytes on: benchmarks/probe_driver.py and runs of 1.3B and 14B through the command (benchmarks/README.md).
+# follow from T5 on the CPU (2.0 s for two prompts). copy_bytes (one thread's memcpy) is an assumption.
+# disk_bytes: a virtual disk, read through its mapping. pin_bytes and below: benchmarks/probe_driver.py, and runs of 1.3B and 14B
+# through the command.
 HOST = Host(
     pageable_bytes=9.1e9,
     copy_bytes=10e9,
-    disk_bytes=3e9,
-    cached_bytes=6e9,
+    disk_bytes=1.8e9,
+    cached_bytes=2e10,
     cached_share=0.0,
     pin_bytes=14.3e9,
     unpin_bytes=32.5e9,
@@ -57,9 +58,9 @@ HOST = Host(
     end_seconds=0.75,
     first_use={
         "kernels": FirstUse(0.1, 0.1),
-        "cublas": FirstUse(0.25, 0.2),
-        "attention": FirstUse(2.1, 0.25),
-        "cudnn": FirstUse(2.8, 0.25),
-        "triton": FirstUse(2.5, 0.95),
+        "cublas": FirstUse(0.2, 0.2),
+        "attention": FirstUse(2.2, 0.25),
+        "cudnn": FirstUse(0.25, 0.25),
+        "triton": FirstUse(6.9, 0.95),
     },
 )
