@@ -102,8 +102,11 @@ class Device:
         """Copies between host tensors."""
         destination.copy_(source)
 
-    def read_from_disk(self, nbytes: int) -> None:
-        """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked."""
+    def read_from_disk(self, nbytes: int, kept_bytes: int | None) -> None:
+        """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked.
+
+        kept_bytes: they were read before, with so many others since; None: for the first time.
+        """
 
     def generator(self, seed: int) -> torch.Generator | None:
         return torch.Generator(self.torch_device).manual_seed(seed)
@@ -227,8 +230,8 @@ class SimulatedDevice(Device):
         else:
             self.clock.copy_on_host(source.nbytes)
 
-    def read_from_disk(self, nbytes: int) -> None:
-        self.clock.read_from_disk(nbytes)
+    def read_from_disk(self, nbytes: int, kept_bytes: int | None) -> None:
+        self.clock.read_from_disk(nbytes, kept_bytes)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")

@@ -100,6 +100,7 @@ class Component:
         self._shell = _Part(module, "", Layout.of(shell), tuple(shell))
         self._ring: SlotRing | None = None
         self._masters: dict[_Part, torch.Tensor] = {}
+        self._read: set[_Part] = set()  # from disk, at least once
         self._source: TensorSource | None = None
         self._on_host = False
         self._unpacked: torch.Tensor | None = None
@@ -177,7 +178,9 @@ class Component:
         if self._source is not None:
             self._fill(part, buffer, self._source)
         else:
-            self.device.read_from_disk(buffer.nbytes)
+            kept = self.weight_bytes if part in self._read else None
+            self.device.read_from_disk(buffer.nbytes, kept)
+            self._read.add(part)
 
     def _fill_masters(
         self, parts: Sequence[_Part], source: TensorSource | None, *, pinned: bool

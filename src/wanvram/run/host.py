@@ -13,6 +13,7 @@ from wanvram.config import RunConfig
 from wanvram.errors import DeviceError, InputError
 from wanvram.machine.caches import cached_share, cold_libraries
 from wanvram.machine.nvml import first_gpu
+from wanvram.recorder.meters import available_ram_bytes
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.simulate.host import HOST
@@ -50,7 +51,8 @@ def clock_of(config: RunConfig, gpu: GPU) -> Clock:
     host = replace(HOST, cached_share=_cached(config.weights))
     if not is_here(gpu.key):
         return Clock(gpu, host)
-    return Clock(gpu, replace(host, operation_us=operation_us()), cold_libraries())
+    here = replace(host, operation_us=operation_us(), page_cache_bytes=float(available_ram_bytes()))
+    return Clock(gpu, here, cold_libraries())
 
 
 def _cached(weights: str) -> float:

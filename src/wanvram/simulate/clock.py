@@ -309,9 +309,15 @@ class Clock:
         """The reading thread copies pageable memory into a pinned buffer; the next prefetch is of it."""
         self._read_ahead(nbytes / self.machine.copy_bytes)
 
-    def read_from_disk(self, nbytes: int) -> None:
-        """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it."""
-        self._read_ahead(nbytes / self.machine.disk_bytes)
+    def read_from_disk(self, nbytes: int, kept_bytes: int | None = None) -> None:
+        """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it.
+
+        kept_bytes: read before, with so many bytes of files since, which the page cache holds if it is larger.
+        """
+        machine = self.machine
+        again = kept_bytes is not None and kept_bytes <= machine.page_cache_bytes
+        share = 1.0 if again else machine.cached_share
+        self._read_ahead(nbytes * (share / machine.reread_bytes + (1 - share) / machine.disk_bytes))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

@@ -26,7 +26,9 @@ class Host:
     copy_bytes: float  # from RAM to RAM, in a thread beside the computation
     disk_bytes: float  # checkpoint files that are not in the page cache
     cached_bytes: float  # checkpoint files that are
+    reread_bytes: float  # the same by the one thread that streams weights
     cached_share: float  # of the checkpoint's bytes
+    page_cache_bytes: float  # RAM that file pages may keep between two passes of streamed weights
     pin_bytes: float  # taking zeroed RAM and pinning it
     unpin_bytes: float
     flops: float  # bf16 products on the CPU
@@ -47,7 +49,9 @@ HOST = Host(
     copy_bytes=10e9,
     disk_bytes=1.8e9,
     cached_bytes=2e10,
+    reread_bytes=5.3e9,
     cached_share=0.0,
+    page_cache_bytes=0.0,
     pin_bytes=14.3e9,
     unpin_bytes=32.5e9,
     flops=3e12,
