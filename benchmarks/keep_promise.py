@@ -90,7 +90,7 @@ def _missed_by_run(row: Mapping[str, Any]) -> list[str]:
         return breaches
     if predicted is None or measured <= 0:
         return [*breaches, "no prediction, or nothing measured"]
-    if abs(predicted / measured - 1) > MOST_ERROR:
+    if abs(predicted - measured) > MOST_ERROR * measured:
         breaches.append(f"predicted {predicted} of {measured} bytes: {predicted / measured - 1:+.3%}")
     if measured - predicted > MOST_UNDER_BYTES:
         breaches.append(f"predicted {measured - predicted} bytes too few")
