@@ -248,13 +248,13 @@ class Times:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a budget's plan said before the run: device memory at peak, seconds from its loading to the end of the process."""
+    """What a plan said before the run: memory at peak, and seconds of the whole command, planning included, until its process ends."""
 
     device_bytes: int
     reserved_bytes: int
     allocated_bytes: int
     pinned_bytes: int
-    in_all_seconds: float | None
+    seconds: float | None
 
 
 @dataclass
@@ -293,17 +293,19 @@ class RunRecord:
         times = [step.seconds for step in steps if step.seconds is not None for _ in range(step.repeats)]
         return median(times) if times else None
 
-    def prediction(self) -> Predicted | None:
-        """Of a simulated run, to stand beside what is measured."""
-        peak = self.peak()
+    def prediction(self, elapsed_seconds: float) -> Predicted | None:
+        """Of a simulated run, to stand beside what is measured. elapsed_seconds: what the process has taken until now."""
+        peak, times = self.peak(), self.times
         if peak is None or peak.device_bytes is None:
             return None
+        known = times.in_all_seconds is not None and times.start_seconds is not None
+        left = (times.in_all_seconds or 0.0) - (times.start_seconds or 0.0)
         return Predicted(
             peak.device_bytes,
             peak.reserved_bytes,
             peak.allocated_bytes,
             self.host["pinned_bytes"],
-            self.times.in_all_seconds,
+            elapsed_seconds + left if known else None,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
         settle_allocator(replace(config, strategy=planned_base(config.strategy)))
     from wanvram.recorder.meters import available_ram_bytes
     from wanvram.run.environment import gpu_here
+    from wanvram.run.host import since_process_start
     from wanvram.run.planning import plan_run, planned_config
 
     if config.gpu is None and config.device in ("auto", "cuda"):
@@ -69,4 +70,4 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
     if isinstance(result, Refusal):
         raise BudgetError(result.message)
     print(summarize_plan(result), file=sys.stderr)
-    return planned_config(config, result), None if record is None else record.prediction()
+    return planned_config(config, result), None if record is None else record.prediction(since_process_start())

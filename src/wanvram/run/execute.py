@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 import yaml
 
@@ -29,6 +28,7 @@ from wanvram.run.checks import run_checks
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
 from wanvram.run.extension import prompt_extension
+from wanvram.run.host import since_process_start
 from wanvram.run.in_force import check_in_force, in_force
 from wanvram.run.inputs import prepare_inputs
 from wanvram.run.observe import observed
@@ -94,21 +94,16 @@ def execute(
         if progress:
             pipeline.on_step = StepProgress(progress, "simulated" if simulated else "done")
         lost = stack.enter_context(observed(config.measurement, pipeline, directory))
-        start = _since_process_start()
+        start = since_process_start()
         failure = _run(pipeline, _sinks(pipeline, outputs, video=output.video))
     record = _record(config, device, pipeline, failure, environment)
     record.predicted = output.predicted
     if not simulated:
-        record.times = Times(start, _since_process_start())
+        record.times = Times(start, since_process_start())
     record.notes += notes + (extend.notes if extend else []) + lost
     if directory:
         _write_results(directory, record, timeline)
     return record
-
-
-def _since_process_start() -> float:
-    """Seconds; imports and a plan made before the run are in it."""
-    return time.time() - psutil.Process().create_time()
 
 
 def _seeded(config: RunConfig) -> RunConfig:

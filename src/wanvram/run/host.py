@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from wanvram.config import RunConfig
@@ -18,7 +19,7 @@ from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.simulate.host import HOST
 
-__all__ = ["clock_of", "is_here", "operation_us"]
+__all__ = ["clock_of", "is_here", "operation_us", "since_process_start"]
 
 MEASURED_SECONDS = (
     0.2  # a shared processor is slow now and then: the fastest of many short rounds is the machine's own speed
@@ -35,6 +36,11 @@ def operation_us() -> float:
             x.add_(1.0)
         fastest = min(fastest, time.perf_counter() - start)
     return round(fastest / 200 * 1e6, 2)
+
+
+def since_process_start() -> float:
+    """Seconds; imports and a plan made before the run are in it."""
+    return time.time() - psutil.Process().create_time()
 
 
 @cache
