@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from wanvram.errors import InputError
 from wanvram.units import GIB, MIB
 
-__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "find_gpu"]
+__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "cards_with_memory", "find_gpu"]
 
 DEFAULT_GPU = "h200"
 
@@ -192,3 +192,12 @@ def find_gpu(text: str) -> GPU:
     if len(close) == 1:
         return close[0]
     raise InputError(f"GPU '{text}' is unknown; name the nearest of these (--gpu): {', '.join(GPUS)}")
+
+
+SAME_SIZE = 0.06  # a card sold as 8 GB has 8 GiB, of which drivers offer 7.8; the next sizes are 6 and 10
+
+
+def cards_with_memory(nbytes: int) -> list[str]:
+    """Keys of the cards whose nominal memory is within 6 % of nbytes, fastest first."""
+    fits = [gpu for gpu in GPUS.values() if abs(gpu.total_bytes / 0.98 - nbytes) <= SAME_SIZE * nbytes]
+    return [gpu.key for gpu in sorted(fits, key=lambda gpu: -gpu.bf16_flops)]
