@@ -23,7 +23,8 @@ from wanvram.run.execute import simulate
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.clock import Clock, Costs
-from wanvram.simulate.gpus import EFFICIENCY, GPU, GPUS, HOST
+from wanvram.simulate.gpus import EFFICIENCY, GPU, GPUS
+from wanvram.simulate.host import HOST
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.units import GIB

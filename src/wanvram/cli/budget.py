@@ -36,8 +36,8 @@ def budget_of(vram: str, ram: str | None, config: RunConfig) -> Budget:
         return Budget(parse_bytes(vram), ram_bytes=ram_bytes, gpu=config.gpu or DEFAULT_GPU)
     from wanvram.run.environment import free_device_bytes
 
-    free, _, name = free_device_bytes()
-    return Budget(free, ram_bytes=ram_bytes, gpu=config.gpu or find_gpu(name).key)
+    free, total, name = free_device_bytes()
+    return Budget(free, ram_bytes=ram_bytes, gpu=config.gpu or find_gpu(name, total).key)
 
 
 def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Predicted | None]:
@@ -55,13 +55,13 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
         check_plain()
         settle_allocator(replace(config, strategy=planned_base(config.strategy)))
     from wanvram.recorder.meters import available_ram_bytes
-    from wanvram.run.environment import gpu_here
+    from wanvram.run.environment import free_device_bytes, gpu_here
     from wanvram.run.host import since_process_start
     from wanvram.run.planning import plan_run, planned_config
 
     if config.gpu is None and config.device in ("auto", "cuda"):
         here = gpu_here()
-        gpu = find_gpu(here).key if here else DEFAULT_GPU
+        gpu = find_gpu(here, free_device_bytes()[1]).key if here else DEFAULT_GPU
     else:
         gpu = config.gpu or DEFAULT_GPU
     ram = args.ram or str(available_ram_bytes())

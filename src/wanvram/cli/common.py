@@ -24,7 +24,9 @@ __all__ = ["add_device_flags", "add_output_flags", "finish", "memory_limit", "pr
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "simulated", "cpu"), help="where to run (default: auto)")
-    parser.add_argument("--gpu", help="GPU to simulate, for example h200, rtx4090, rtx4060 (default: h200)")
+    parser.add_argument(
+        "--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200)"
+    )
     parser.add_argument("--vram", help="memory the run may use, for example 8GiB; the answer says whether it fits")
 
 

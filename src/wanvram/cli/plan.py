@@ -35,7 +35,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("budget")
     group.add_argument("--vram", required=True, help="memory of the card, for example 8GiB; auto: what it has free now")
     group.add_argument("--ram", help="memory of the host, for example 16GiB (default: not limited)")
-    group.add_argument("--gpu", help="card to plan for (default: the one here with --vram auto, else h200)")
+    group.add_argument(
+        "--gpu",
+        metavar="CARD",
+        help="card to plan for, also FILE.yaml (default: the one here with --vram auto, else h200)",
+    )
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
     fixed.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16")
     fixed.add_argument("--weight_storage", choices=("same", "fp8"), help="fp8: half the transformer's weights, lossy")

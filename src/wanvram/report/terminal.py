@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TextIO
 
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.simulate.gpus import GPUS
+from wanvram.simulate.gpus import card_of_run
 from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["show", "summarize", "table"]
@@ -122,13 +122,13 @@ def _alive(alive: Sequence[tuple[str, int]]) -> Iterator[str]:
 
 def _remedy(record: RunRecord) -> str:
     """What says how it would fit, as commands to copy."""
-    request, card = record.config.get("request", {}), record.device.partition(":")[2]
-    gpu = GPUS.get(card) if record.simulated else None
+    request = record.config.get("request", {})
+    gpu = card_of_run(record.device, request.get("gpu"))
     limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
     command = ["wanvram", "plan"]
     for key in ("task", "size", "frame_num"):
         command += [f"--{key}", str(request[key])] if request.get(key) else []
-    command += ["--vram", f"{limit // MIB}MiB" if limit else "auto", *(["--gpu", card] if gpu else [])]
+    command += ["--vram", f"{limit // MIB}MiB" if limit else "auto", *(["--gpu", gpu.argument] if gpu else [])]
     return (
         f"what would make it fit:\n  {shlex.join(command)}\n"
         "  wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"

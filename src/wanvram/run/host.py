@@ -47,7 +47,8 @@ def since_process_start() -> float:
 def is_here(key: str) -> bool:
     """Whether the card is the one in this machine."""
     try:
-        return find_gpu(first_gpu().name).key == key
+        gpu = first_gpu()
+        return find_gpu(gpu.name, gpu.memory()[1]).key == key
     except (DeviceError, InputError):
         return False
 

@@ -74,8 +74,10 @@ def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) ->
     """A budget's configuration names the card that it was planned for."""
     card = find_gpu(config.gpu or "")
     here = device.name.removeprefix("cuda:")
-    with suppress(InputError):  # a card that no table knows was given the nearest name, or a file of its own
-        _must(find_gpu(here).key == card.key, f"the plan is for {card.name}, but the card here is {here}; plan again")
+    total = torch.cuda.get_device_properties(device.torch_device).total_memory
+    with suppress(InputError):  # a card that no table knows was given the nearest name
+        same = card.path is not None or find_gpu(here, total).key == card.key
+        _must(same, f"the plan is for {card.name}, but the card here is {here}; plan again")
     backend = Libraries(card).attention_backend(PRECISIONS[config.strategy.precision].matmul.itemsize, HEAD_DIM)
     _must(
         found["attention"] in (backend, None),

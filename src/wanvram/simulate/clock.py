@@ -76,9 +76,12 @@ class Costs:
     def __init__(self, gpu: GPU, host: Host = HOST) -> None:
         self.gpu = gpu
         self.bandwidth = gpu.bandwidth_bytes * gpu.efficiency.memory
-        self.slowness = (
-            host.operation_us / HOST.operation_us
-        )  # the host's times per operation were fitted on that machine
+        self.slowness = host.operation_us / HOST.operation_us  # times per operation were fitted on that machine
+        # Published rates at the clock under load. Without matrix units a card draws less: none is faster there for holding more.
+        self._half = gpu.bf16_flops * gpu.clock_ratio
+        self._fp8 = (gpu.fp8_flops or gpu.bf16_flops) * gpu.clock_ratio
+        self._tf32 = gpu.tf32_flops * gpu.clock_ratio
+        self._fp32 = gpu.fp32_flops * min(1.0, gpu.clock_ratio)
 
     def price(self, operation: str) -> Price | None:
         """Of an operation by its full name, such as `aten.mm.out`; None for an allocation."""
@@ -111,19 +114,19 @@ class Costs:
         return 2 * batch * m * k * n, self._product_rate(a.itemsize), a.nbytes + b.nbytes + out
 
     def _product_rate(self, itemsize: int) -> float:
-        gpu, reached = self.gpu, self.gpu.efficiency
+        reached = self.gpu.efficiency
         if itemsize == 1:
-            return (gpu.fp8_flops or gpu.bf16_flops) * reached.product
+            return self._fp8 * reached.product
         if itemsize == 2:
-            return gpu.bf16_flops * reached.product
-        return gpu.fp32_flops * reached.product_fp32
+            return self._half * reached.product
+        return self._fp32 * reached.product_fp32
 
     def _attention(self, args: Arguments, result: Any) -> Work:
         """q [Lq,H,D], k [Lk,H,D]: two products of 2 Lq Lk H D each."""
         q, k = args[0], args[1]
         flops = 4 * prod(q.shape) * (k.shape[0] + RAMP_KEYS)
-        gpu, reached = self.gpu, self.gpu.efficiency
-        rate = gpu.bf16_flops * reached.attention if q.itemsize == 2 else gpu.fp32_flops * reached.attention_fp32
+        reached = self.gpu.efficiency
+        rate = self._half * reached.attention if q.itemsize == 2 else self._fp32 * reached.attention_fp32
         return flops, rate, 2 * q.nbytes + 2 * k.nbytes
 
     def _convolution(self, args: Arguments, result: Any) -> Work:
@@ -136,12 +139,12 @@ class Costs:
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
 
     def _conv_rate(self, itemsize: int, narrow: bool) -> float:
-        gpu, reached = self.gpu, self.gpu.efficiency
+        reached = self.gpu.efficiency
         if itemsize == 2:
-            return gpu.bf16_flops * (reached.conv_half_narrow if narrow else reached.conv_half)
-        if gpu.compute_capability < (8, 0):
-            return gpu.fp32_flops * reached.product_fp32
-        return gpu.tf32_flops * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
+            return self._half * (reached.conv_half_narrow if narrow else reached.conv_half)
+        if self.gpu.compute_capability < (8, 0):
+            return self._fp32 * reached.product_fp32
+        return self._tf32 * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
 
 
 def _traffic(operation: str) -> Callable[[Arguments, Any], Work]:
