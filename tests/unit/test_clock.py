@@ -451,7 +451,7 @@ def test_streaming_is_never_faster_and_costs_what_cannot_hide() -> None:
     assert step_seconds(resident) <= step_seconds(joint) < step_seconds(streamed)
     assert step_seconds(streamed) == pytest.approx(0.094, rel=0.15)
     slow = step_seconds(run(**block, gpu="rtx4060")) / step_seconds(run(**SMALL, gpu="rtx4060"))
-    assert 1.0 <= slow < 1.1
+    assert 1.0 <= slow < 1.2
 
 
 def test_joint_guidance_halves_the_copies() -> None:

@@ -76,10 +76,7 @@ _GB200 = _assumed(1473, "the B200's")
 _A30 = _assumed(
     1024, "that of the A100 PCIe at 250 W, 215.3 TFLOP/s (github.com/zzc0721/torch-performance-test-data #108)"
 )
-_A6000 = _assumed(
-    1353, "the A40's, which has the same chip, SMs and 300 W; in the best of many shapes 131 TFLOP/s were measured"
-)
-_LIKE_A40 = _assumed(1353, "the A40's, which has the same chip and as many watts for each SM")
+_LIKE_A5000 = _assumed(1508, "the RTX A5000's, which has the same chip and as many watts for each SM")
 _A10 = _assumed(1201, "the RTX A4000's, which has 2.9 W for each SM; this one has 2.1")
 _LIKE_L40S = _assumed(1847, "the L40S's, which has as many watts for each SM, or a few less")
 _MAX_Q = _assumed(1093, "0.57 of the 600 W card's: what the L4 runs at of the L40S's, with half the watts for each SM")
@@ -202,9 +199,9 @@ CARDS: tuple[GPU, ...] = (
     _ada_rtx("rtx4000-ada", f"{_RTX} 4000 Ada Generation", 20, (106.9, 26.7, 360), 2175, _shape(82.7)),
     _ada_rtx("rtx4000-sff-ada", f"{_RTX} 4000 SFF Ada Generation", 20, (76.7, 19.2, 280), 1560, _shape(59)),
     _ada_rtx("rtx2000-ada", f"{_RTX} 2000 Ada Generation", 16, (48, 12, 224), 2130, _LIKE_L40S, GEN4_X8),
-    _ampere_rtx("a6000", f"{_RTX} A6000", 48, (154.8, 38.7, 768), 1800, _A6000),
-    _ampere_rtx("a5000", f"{_RTX} A5000", 24, (111.1, 27.8, 768), 1695, _LIKE_A40),
-    _ampere_rtx("a4500", f"{_RTX} A4500", 20, (94.6, 23.7, 640), 1650, _LIKE_A40),
+    _ampere_rtx("a6000", f"{_RTX} A6000", 48, (154.8, 38.7, 768), 1800, _shape(131.2)),
+    _ampere_rtx("a5000", f"{_RTX} A5000", 24, (111.1, 27.8, 768), 1695, _shape(93.9)),
+    _ampere_rtx("a4500", f"{_RTX} A4500", 20, (94.6, 23.7, 640), 1650, _LIKE_A5000),
     _ampere_rtx("a4000", f"{_RTX} A4000", 16, (76.7, 19.2, 448), 1560, _square(56.1, "#97")),
     _ampere_rtx("a2000-12gb", f"{_RTX} A2000 12GB", 12, (31.9, 8, 288), 1200, _square(28.8, "#72")),
     _ampere_rtx("a2000-6gb", f"{_RTX} A2000 6GB", 6, (31.9, 8, 288), 1200, _assumed(1140, "the A2000 12GB's")),
