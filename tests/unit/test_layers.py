@@ -16,6 +16,7 @@ TORCH_FREE = (
     "wanvram.record",
     "wanvram.report",
     "wanvram.simulate.allocator",
+    "wanvram.simulate.convolutions",
     "wanvram.simulate.gpus",
     "wanvram.simulate.libraries",
     "wanvram.specs",
