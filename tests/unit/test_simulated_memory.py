@@ -9,8 +9,8 @@ from torch import nn
 from wanvram.config import Request, RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import OutOfMemory
-from wanvram.machine.driver import LATER_BYTES
 from wanvram.kernels.attention import attention
+from wanvram.machine.driver import LATER_BYTES
 from wanvram.run.simulated import simulated_memory
 from wanvram.simulate.gpus import GPUS
 from wanvram.units import MIB

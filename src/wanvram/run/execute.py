@@ -334,7 +334,8 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
         notes.append(f"kernels were never compiled on this machine: {cold:.0f} s of the first run are for that")
     if gpu is not None and not gpu.measured:
         notes.append(f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card")
-    return notes
+    gaps = pipeline.device.memory.libraries.gaps if isinstance(pipeline.device, SimulatedDevice) else None
+    return [*notes, gaps] if gaps else notes
 
 
 def _json(value: object) -> str:
