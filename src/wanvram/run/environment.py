@@ -12,7 +12,7 @@ import torch
 from wanvram.errors import DeviceError
 from wanvram.version import __version__
 
-__all__ = ["describe_environment", "free_device_bytes", "gpu_here"]
+__all__ = ["describe_environment", "first_visible", "free_device_bytes", "gpu_here"]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -54,14 +54,14 @@ def free_device_bytes() -> tuple[int, int, str]:
 
     try:
         pynvml.nvmlInit()
-        handle = _first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        handle = first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return int(memory.free), int(memory.total), str(pynvml.nvmlDeviceGetName(handle))
     except pynvml.NVMLError as error:
         raise DeviceError(f"no NVIDIA GPU answers here ({error}); state the memory, for example --vram 8GiB") from error
 
 
-def _first_visible(nvml: Any, visible: str | None) -> Any:
+def first_visible(nvml: Any, visible: str | None) -> Any:
     """NVML's handle of CUDA's device 0; NVML itself counts every card, whatever CUDA_VISIBLE_DEVICES says."""
     if visible is None:
         return nvml.nvmlDeviceGetHandleByIndex(0)
