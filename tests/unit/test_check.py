@@ -74,7 +74,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(module.os, "getloadavg", lambda: (0.1, 0.1, 0.1))
+    monkeypatch.setattr(module.psutil, "getloadavg", lambda: (0.1, 0.1, 0.1))
     monkeypatch.setattr(module, "_operation_us", lambda: 2.0)
     monkeypatch.setattr(module, "LEAST_FREE_DISK", 0)
     monkeypatch.setattr(module, "LEAST_FREE_RAM_SHARE", 0.0)
@@ -143,7 +143,7 @@ def test_settings_that_change_what_is_measured_are_warned_of(
 
 
 def test_a_slowed_gpu_a_busy_host_and_a_full_disk_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(module.psutil, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     monkeypatch.setattr(module, "LEAST_FREE_DISK", 2**60)
     monkeypatch.setattr(module, "LEAST_FREE_RAM_SHARE", 2.0)
     texts = "\n".join(found(reasons=0x60)["warnings"])

@@ -198,7 +198,7 @@ def test_every_plan_is_within_the_source_and_the_sequence(w: int, h: int, frames
 
 def test_a_size_of_tiny_weights_takes_as_many_frames_as_an_official_one() -> None:
     plan = plan_frames(VideoInfo(640, 480, 200, 16.0), 128 * 80)
-    assert (len(plan.frame_ids), plan.width, plan.height) == (81, 112, 80)
+    assert (len(plan.frame_ids), plan.width, plan.height) == (81, 128, 80)
     slim = plan_frames(VideoInfo(4096, 16, 5, 16.0), 16 * 16)
     assert (slim.width, slim.height) == (16, 16)
 

@@ -25,7 +25,7 @@ def conv_key(dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequen
 @cache
 def _workspaces() -> dict[str, int]:
     file = resources.files("wanvram.simulate").joinpath("conv_workspaces.json")
-    return dict(json.loads(file.read_text()))
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 class Libraries:
