@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,18 @@ HEADS = ("wanvram", "python", "bash", "make", ".venv/bin/wanvram", ".venv/bin/py
 SMALLER: list[tuple[str, str]] = [
     (r"wanvram generate .*--config run\.yaml", ""),
     (r"wanvram generate .*--weights tiny", ""),
-    (r"wanvram generate .*(--weights random|--config plan\.yaml|--vram_budget)", "--device simulated --sample_steps 2"),
+    (r"wanvram generate .*--weights random", "--device simulated --frame_num 5 --sample_steps 2"),
+    (r"wanvram generate .*--config plan\.yaml", "--device simulated"),
+    (r"wanvram generate .*--vram_budget", "--device simulated --size 96*64 --frame_num 5 --sample_steps 2"),
     (r"wanvram generate --help", ""),
     (r"wanvram generate", "--device cpu --size 96*64 --frame_num 5 --sample_steps 2"),
     (r"wanvram estimate .*--config", ""),
     (r"wanvram estimate", "--frame_num 5 --sample_steps 2"),
-    (r"wanvram plan", "--weights tiny --frame_num 5 --sample_steps 2"),
-    (r"wanvram profile", "--weights tiny --device simulated"),
+    (r"wanvram plan", "--size 96*64 --frame_num 5 --sample_steps 2"),
+    (r"wanvram profile", "--device simulated"),
 ]
+# And in the configurations of tests/configs.
+SMALLER_YAML = {r"size: .*": "size: 128*80\n  weights: tiny", r"frame_num: .*": "frame_num: 9"}
 # There is no card whose free memory `auto` could ask for; CONFIG and FLAGS stand for what a reader puts there.
 INSTEAD = {
     "--vram auto": "--vram 8GiB",
@@ -128,7 +133,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _provide(word: str, command: str, shelf: Path) -> None:
     """A file or folder of that name, by its ending or by what the verb reads; nothing for a word that is no name."""
     verb, path = command.split()[1], Path(word)
-    if path.exists() or word.startswith(("-", "/")) or ".." in word:
+    written = re.search(rf"-o {re.escape(word)}( |$)", command) is not None
+    if written or path.exists() or word.startswith(("-", "/")) or ".." in word:
         return
     if path.suffix in (".jpg", ".png"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +146,7 @@ def _provide(word: str, command: str, shelf: Path) -> None:
         path.write_text("a cat\na dog\n", encoding="utf-8")
     elif verb in ("generate", "generate.py", "convert") and re.fullmatch(r"(\./)?(Wan2\.1-[\w.-]+|DIR)", word):
         os.symlink(shelf / _checkpoint_kind(command, word), path.name)
-    elif verb in (*READERS, "Wan-Test/analyze_trace_file.py") and not re.search(rf"-o {re.escape(word)}\b", command):
+    elif verb in (*READERS, "Wan-Test/analyze_trace_file.py"):
         _provide_run(path, verb, shelf)
 
 
@@ -188,9 +194,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").mkdir()
     for name in ("configs", "scripts"):
         shutil.copytree(ROOT / "tests" / name, tmp_path / "tests" / name)
+    for path in (tmp_path / "tests" / "configs").glob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        for pattern, small in SMALLER_YAML.items():
+            text = re.sub(rf"^  {pattern}", f"  {small}", text, flags=re.MULTILINE)
+        path.write_text(text, encoding="utf-8")
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner.subprocess, "Popen", InProcess)
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(**(vars(subprocess) | {"Popen": InProcess})))
     monkeypatch.setattr(profile, "die_with_parent", lambda _: None)
 
 
@@ -213,7 +224,7 @@ def _words(command: str, shelf: Path) -> list[str]:
 
 
 def _run_verb(words: list[str]) -> int:
-    models = tiny_models() if words[0] in ("generate", "convert") else contextlib.nullcontext()
+    models = tiny_models() if words[0] in ("generate", "convert", "plan") else contextlib.nullcontext()
     try:
         with models:
             return main(words)
@@ -267,7 +278,7 @@ def _run_bash(words: list[str]) -> int:
     plain = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     assert subprocess.call(["bash", *words], env=plain) == 0
     given = Path("given.txt").read_text(encoding="utf-8").splitlines()
-    return _run_verb([*given, "--weights", "tiny", *(() if "--device" in given else ("--device", "simulated"))])
+    return _run_verb([*given, *(() if "--device" in given else ("--device", "simulated"))])
 
 
 def _run_pytest(words: list[str]) -> int:

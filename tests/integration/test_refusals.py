@@ -228,6 +228,13 @@ def test_a_configuration_of_tiny_weights_is_generated_on_the_cpu_and_can_be_esti
     assert main(["estimate", "--config", "small.yaml"]) == 0
 
 
+def test_a_budget_for_tiny_weights_is_refused_because_plans_are_of_full_size_models(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*TRY, "--vram_budget", "8GiB"]) == 2
+    assert "--vram_budget: a plan is of full-size models" in capsys.readouterr().err
+
+
 # --- how far it is -----------------------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,6 @@ __all__ = ["add_request_flags", "add_strategy_flags", "boolean", "config_from_fl
 
 # What the official script assumes when a flag is absent; with --config the file says it.
 REQUEST_DEFAULTS: dict[str, Any] = {"task": "t2v-14B", "size": "1280*720"}
-# Tiny weights are for a first try on a CPU, in seconds: 2 cores take 30 s for 5 frames of 832*480, 3 s for 9 of this size.
-TINY_DEFAULTS: dict[str, Any] = {"task": "t2v-1.3B", "size": "128*80", "frame_num": 9, "sample_steps": 4}
 STRATEGY_DEFAULTS: dict[str, Any] = {"precision": "fp16", "load_strategy": "block", "offload": True}
 # fp16 is refused there; 2 steps of a tiny model take 1.11 s in fp32, 1.27 s in bf16 (2 cores)
 CPU_PRECISION = "fp32"
@@ -43,14 +41,12 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Absent flags are None: the file of --config, or the official default, decides."""
     group = parser.add_argument_group("request")
     group.add_argument("--config", type=Path, metavar="FILE.yaml", help="the same as YAML; flags override the file")
-    group.add_argument("--task", choices=sorted(TASKS), help="default: t2v-14B (tiny weights: t2v-1.3B)")
+    group.add_argument("--task", choices=sorted(TASKS), help="default: t2v-14B")
     group.add_argument(
-        "--size",
-        help="width*height (default: 1280*720; tiny weights: 128*80, and any in multiples of 16); for i2v and flf2v the "
-        "area, the picture gives the ratio",
+        "--size", help="width*height (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio"
     )
-    group.add_argument("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i; tiny weights: 9)")
-    group.add_argument("--sample_steps", type=int, help="default: 50, 40 for i2v; tiny weights: 4")
+    group.add_argument("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i)")
+    group.add_argument("--sample_steps", type=int, help="default: 50, 40 for i2v")
     group.add_argument("--sample_shift", type=float, help="default: 5.0 (3.0 for i2v at 480p, 16 for flf2v and vace)")
     group.add_argument("--sample_guide_scale", type=float, help="default: 5.0")
     group.add_argument("--sample_solver", choices=("unipc", "dpm++"), help="default: unipc")
@@ -123,9 +119,7 @@ def config_from_flags(
         data = {
             "name": "flags",
             "description": "from command line flags",
-            "request": _request_defaults(request, weights)
-            | request
-            | {k: v for k, v in others.items() if v is not None},
+            "request": REQUEST_DEFAULTS | request | {k: v for k, v in others.items() if v is not None},
         } | _sections(_strategy_defaults(device) | strategy, device or "auto")
         config = _from_dict(data)
         r = config.request
@@ -139,13 +133,6 @@ def config_from_flags(
         data["request"].update(prompt="", prompts=[])
     data["request"].update(request | {k: v for k, v in others.items() if v is not None})
     return _from_dict(data)
-
-
-def _request_defaults(given: dict[str, Any], weights: str | None) -> dict[str, Any]:
-    if weights != "tiny":
-        return REQUEST_DEFAULTS
-    one_picture = TASKS[given.get("task", TINY_DEFAULTS["task"])].frames == 1
-    return TINY_DEFAULTS | ({"frame_num": 1} if one_picture else {})
 
 
 def _strategy_defaults(device: str | None) -> dict[str, Any]:
