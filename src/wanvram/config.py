@@ -156,6 +156,7 @@ class RunConfig:
             self.memory_limit_bytes is None or self.memory_limit_bytes >= 1,
             f"memory_limit_bytes: {self.memory_limit_bytes} must be at least 1 (or absent: no limit)",
         )
+        self.request.check_size(tiny=self.weights == "tiny")
         require(self.device in DEVICES, f"device: '{self.device}'; choose one of {', '.join(DEVICES)}")
         require(
             not (self.device == "cpu" and self.strategy.precision == "fp16"),

@@ -504,7 +504,7 @@ def write_atomically(path: Path, text: str) -> None:
         name = path.with_name(f".{path.name}.{os.getpid()}")
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

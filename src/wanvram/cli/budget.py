@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 
-from wanvram.cli.common import settle_allocator
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
-from wanvram.machine.allocator_settings import check_plain
 from wanvram.planner.budget import Budget
 from wanvram.planner.result import Refusal
-from wanvram.planner.search import planned_base
 from wanvram.record import Predicted
 from wanvram.report.plan import summarize_plan
 from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
@@ -51,9 +47,6 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
         return config, None
     if args.vram:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
-    if config.device in ("auto", "cuda"):
-        check_plain()
-        settle_allocator(replace(config, strategy=planned_base(config.strategy)))
     from wanvram.recorder.meters import available_ram_bytes
     from wanvram.run.environment import free_device_bytes, gpu_here
     from wanvram.run.host import since_process_start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,11 +25,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="wanvram", description=__doc__.split(":")[0] + ": GPU memory of Wan2.1, predicted and measured."
-    )
+    parser = _Parser(prog="wanvram", description="GPU memory of Wan2.1 video generation: predicted, planned, measured.")
     parser.add_argument("--version", action="version", version=f"wanvram {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     for module in VERBS:
         name = module.__name__.rpartition(".")[2]
         summary, _, details = (module.__doc__ or "").partition("\n")
@@ -46,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    _print_any_text()
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.print_help()
+        return 0
     try:
         return int(args.run(args))
     except WanvramError as error:
@@ -60,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("wanvram: interrupted; what was recorded is kept", file=sys.stderr)
         return 1
+
+
+def _print_any_text() -> None:
+    """A console or a pipe that is not Unicode, as on Windows, gets \\u4e2d for a character it lacks, not an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":
