@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wanvram.errors import InputError
+from wanvram.foreign_text import why
 from wanvram.units import human
 
 __all__ = [
@@ -97,7 +98,7 @@ def describe_moment(moment: dict[str, Any]) -> Moment:
             unusable=unusable(moment),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the timeline is damaged: {error!r}") from error
+        raise InputError(f"the timeline is damaged: {why(error)}") from error
 
 
 def owners(alive: Iterable[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> tuple[OwnerShare, ...]:

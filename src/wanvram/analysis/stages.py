@@ -23,7 +23,8 @@ from wanvram.analysis.peak import (
     shape_of,
     weights_at,
 )
-from wanvram.errors import InputError
+from wanvram.errors import DamagedError, InputError
+from wanvram.foreign_text import quoted, shown, why
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
 from wanvram.units import human
 
@@ -170,7 +171,7 @@ def analyze_run(record: RunRecord, timeline: dict[str, Any] | None) -> Analysis:
     try:
         return _analysis(record, timeline, list(_windows(record, timeline)))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the timeline is damaged: {error!r}") from error
+        raise InputError(f"the timeline is damaged: {why(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,14 @@ class _Window:
 def _windows(record: RunRecord, timeline: dict[str, Any]) -> Iterator[_Window]:
     """One window per load or stage of the record."""
     if timeline["schema"] != SCHEMA:
-        raise ValueError(f"schema {timeline['schema']!r} instead of {SCHEMA}")
+        raise DamagedError(f"its schema is {quoted(timeline['schema'])} instead of {SCHEMA}")
     wholes = [s for s in timeline["stages"] if s["kind"] in ("load", "stage")]
     if [s["name"] for s in wholes] != [s.name for s in record.stages]:
-        raise ValueError("its stages are not those of the record")
+        raise DamagedError("its stages are not those of the record")
     for entry in wholes:
         inside = [p for p in timeline["points"] if entry["start"] <= p[0] <= entry["end"]]
         if not inside:
-            raise ValueError(f"no point in stage {entry['name']}")
+            raise DamagedError(f"it has no point in stage {quoted(entry['name'])}")
         moments = [m for m in timeline["moments"] if m["label"] == f"peak of {entry['name']}"]
         own = [m for m in moments if entry["start"] <= m["x"] <= entry["end"]]
         yield _Window(entry["start"], [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)

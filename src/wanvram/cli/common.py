@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wanvram.errors import InputError
+from wanvram.foreign_text import shown
 from wanvram.matrix.jobs import exit_code
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
@@ -63,5 +64,5 @@ def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) 
         print(summarize(record), end="")
         if directory is not None:
             for path in sorted(p for p in directory.iterdir() if p.is_file()):
-                print(f"Wrote {path}")
+                print(f"Wrote {shown(path)}")
     return exit_code(record)
