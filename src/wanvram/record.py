@@ -21,10 +21,10 @@ from wanvram.foreign_text import quoted, shown, why
 from wanvram.input_files import read_text
 
 __all__ = [
+    "MAX_RECORD_BYTES",
     "ComponentRecord",
     "Copies",
     "Failure",
-    "MAX_RECORD_BYTES",
     "Memory",
     "RunRecord",
     "Span",

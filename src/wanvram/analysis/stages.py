@@ -24,7 +24,7 @@ from wanvram.analysis.peak import (
     weights_at,
 )
 from wanvram.errors import DamagedError, InputError
-from wanvram.foreign_text import quoted, shown, why
+from wanvram.foreign_text import quoted, why
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
 from wanvram.units import human
 
