@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ _SPACE = re.compile(r"[\s,]*")
 _EVENT = re.compile(r'\{\s*"(?:ph|cat|name|pid|tid|ts|dur|id|s|bp|args)"\s*:')  # how an event may begin
 _LIST_ENDS = re.compile(r'\}\s*\]\s*(?:\}|,\s*")')
 _EVENTS_BEGIN = re.compile(r'"traceEvents"\s*:\s*\[')
+_LITERAL_BEGINS = re.compile(r"-?[A-Za-z]*\s*")
 _TIMELINE = re.compile(r"\[\s*-?[0-9]")
 
 
@@ -131,7 +132,7 @@ class EventScanner:
                 raise InputError(f"{self._name} is no torch.profiler trace: {reason}")
         self._pos = found.end()
 
-    def _array(self) -> Iterator[Any]:
+    def _array(self) -> Generator[Any, None, bool]:
         """Returns whether the list's end was reached value by value, so that what follows it can be read."""
         skip, parse = _SPACE.match, self._parse
         while True:
@@ -177,10 +178,11 @@ class EventScanner:
                 continue
             ended = ended or _LIST_ENDS.search(self._text, since) is not None
             tail = self._text[-_OVERLAP:].rstrip()
-            if not self._fill():
+            if self._end:
                 if ended or tail.endswith("]"):
                     return False
                 raise TruncatedError
+            self._fill()
             since = 0
 
     def _next(self) -> str:
@@ -200,8 +202,9 @@ class EventScanner:
             try:
                 value, end = self._complete()
             except _IncompleteError:
-                if not self._fill():
+                if self._end:
                     raise TruncatedError from None
+                self._fill()  # at the end of the file, what looked cut off may turn out to be damage
                 continue
             if end < len(self._text) or self._end:
                 self._pos = end
@@ -216,7 +219,7 @@ class EventScanner:
             self._charge(LEAST_COST)
             raise _InvalidError("it is nested too deeply") from error
         except json.JSONDecodeError as error:
-            cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _NEAR_END
+            cut = self._is_cut(error)
             self._charge(len(self._text) - self._pos if cut else error.pos - self._pos)
             if not cut:
                 at = max(error.pos - 10, self._pos)
@@ -227,6 +230,15 @@ class EventScanner:
         except ValueError as error:  # a number of more than 4,300 digits
             self._charge(LEAST_COST)
             raise _InvalidError(self._wrong("a number")) from error
+
+    def _is_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text could make the value here whole."""
+        if error.msg.startswith("Unterminated string"):
+            return True
+        tail = self._text[error.pos :]
+        if not self._end or len(tail) > _NEAR_END:
+            return len(tail) < _NEAR_END
+        return '"' not in tail if "escape" in error.msg else _LITERAL_BEGINS.fullmatch(tail) is not None
 
     def _charge(self, characters: int) -> None:
         self._fruitless += max(characters, LEAST_COST)

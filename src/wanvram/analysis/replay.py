@@ -153,7 +153,7 @@ def _impossible(action: Any, addr: Any, size: Any, stream: Any, time_us: Any) ->
         return f"has addr {quoted(addr)}"
     if time_us.__class__ is not int or not 0 <= time_us < NEVER:
         return f"has time_us {quoted(time_us)}"
-    if stream.__class__ is not int:
+    if stream.__class__ is not int or not -1 << 63 <= stream < 1 << 64:
         return f"has stream {quoted(stream)}"
     return "" if action.__class__ is str else f"has action {quoted(action)}"
 
