@@ -147,9 +147,13 @@ class EventScanner:
                     return True
                 try:
                     value = self._value()
-                except _InvalidError as error:
-                    yield Invalid(self._bytes - len(self._text[self._pos :].encode("utf-8", "replace")), str(error))
-                    if self._next_event():
+                except (_InvalidError, TruncatedError) as error:
+                    where = self._bytes - len(self._text[self._pos :].encode("utf-8", "replace"))
+                    goes_on = self._next_event()
+                    if not goes_on and isinstance(error, TruncatedError):
+                        raise
+                    yield Invalid(where, str(error) or "a text in it has no end")
+                    if goes_on:
                         continue
                     return False
             yield value
@@ -173,7 +177,7 @@ class EventScanner:
                     return True
             else:
                 self._pos = max(self._pos, len(self._text) - _OVERLAP)
-            if found is not None and not incomplete:
+            if found is not None and not (incomplete and not self._end):
                 self._pos += 1
                 continue
             ended = ended or _LIST_ENDS.search(self._text, since) is not None
