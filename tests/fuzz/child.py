@@ -29,7 +29,7 @@ from wanvram.errors import WanvramError
 CPU_SECONDS = 10
 MEMORY = 1 << 30
 PYTHON = re.compile(
-    r"Traceback"
+    r"Traceback \(most"
     r"|\b[A-Z]\w*(Error|Exception|Warning)\b|NoneType|unhashable|\b(dict|tuple|bytes|str|int|float)'? object|<\w+ object|codec can't"
     r"|\bobject of type\b|does not foresee|subscriptable|not iterable|unexpected keyword|positional argument|required argument"
 )

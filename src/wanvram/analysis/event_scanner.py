@@ -147,16 +147,22 @@ class EventScanner:
                     return True
                 try:
                     value = self._value()
-                except (_InvalidError, TruncatedError) as error:
-                    where = self._bytes - len(self._text[self._pos :].encode("utf-8", "replace"))
-                    goes_on = self._next_event()
-                    if not goes_on and isinstance(error, TruncatedError):
-                        raise
-                    yield Invalid(where, str(error) or "a text in it has no end")
-                    if goes_on:
+                except _InvalidError as error:
+                    yield Invalid(self._place(), str(error))
+                    if self._next_event():
                         continue
                     return False
+                except TruncatedError:
+                    where = self._place()
+                    if not self._next_event():
+                        raise
+                    yield Invalid(where, "a text in it has no end")
+                    continue
             yield value
+
+    def _place(self) -> int:
+        """The byte of the unpacked file that is looked at; near it where characters are none of UTF-8."""
+        return self._bytes - len(self._text[self._pos :].encode("utf-8", "replace"))
 
     def _next_event(self) -> bool:
         """From a damaged event to the next one; False if there is none and the list ends. Raises TruncatedError."""

@@ -24,9 +24,9 @@ from wanvram.analysis.peak import (
     weights_at,
 )
 from wanvram.errors import DamagedError, InputError
-from wanvram.foreign_text import quoted, why
+from wanvram.foreign_text import quoted, shown, why
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
-from wanvram.units import human
+from wanvram.units import mib
 
 __all__ = [
     "Analysis",
@@ -350,20 +350,22 @@ def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:
 
 
 def _bottleneck(span: Span, window: _Window | None, timeline: dict[str, Any] | None) -> Bottleneck:
-    where = f"{span.name} ({span.component})" if span.component else span.name
+    where = f"{shown(span.name)} ({shown(span.component)})" if span.component else shown(span.name)
     peak = span.peak
-    device = f", {human(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
-    text = f"The peak is in {where}: {human(peak.allocated_bytes)} allocated, {human(peak.reserved_bytes)} reserved{device}."
+    device = f", {mib(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
+    text = (
+        f"The peak is in {where}: {mib(peak.allocated_bytes)} allocated, {mib(peak.reserved_bytes)} reserved{device}."
+    )
     if window is None or window.moment is None or timeline is None:
-        there = f"{human(span.start.allocated_bytes)} were there when it began"
-        text += f" {there}, and {human(span.activation_bytes)} came on top."
+        there = f"{mib(span.start.allocated_bytes)} were there when it began"
+        text += f" {there}, and {mib(span.activation_bytes)} came on top."
         return Bottleneck(span.name, span.component, peak, None, (), text)
     moment = window.moment
     groups = next(m["alive"] for m in timeline["moments"] if m["label"] == moment.label and m["x"] == moment.x)
     top = owners(groups, _group_name)[:5]
     rest = owners((g for g in groups if g["operation"] != WEIGHTS), _group_name)[:2]
     if moment.weights_bytes:
-        text += f" {human(moment.weights_bytes)} are weights ({_weights_listed(moment)})."
+        text += f" {mib(moment.weights_bytes)} are weights ({_weights_listed(moment)})."
     if rest:
         text += f" Largest of the rest: {'; '.join(map(_times, rest))}."
     return Bottleneck(span.name, span.component, peak, moment.weights_bytes, top, text)
@@ -380,8 +382,8 @@ def _group_name(group: dict[str, Any]) -> str:
 
 def _weights_listed(moment: Moment) -> str:
     found = [owner for owner in moment.by_component if owner.name.startswith(_OF)]
-    return ", ".join(f"{owner.name.removeprefix(_OF)} {human(owner.bytes)}" for owner in found)
+    return ", ".join(f"{shown(owner.name.removeprefix(_OF))} {mib(owner.bytes)}" for owner in found)
 
 
 def _times(owner: OwnerShare) -> str:
-    return f"{f'{owner.count} x ' if owner.count > 1 else ''}{owner.name}, {human(owner.bytes)}"
+    return f"{f'{owner.count} x ' if owner.count > 1 else ''}{shown(owner.name)}, {mib(owner.bytes)}"

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from wanvram.cli import analyze, check, compare, convert, estimate, generate, plan, profile, report, streams
 from wanvram.errors import WanvramError
@@ -22,6 +23,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"{self.prog}: {shown(message)} (see {self.prog} --help)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse would say nothing of a stdout that is full."""
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _printed():
             raise
         return 1
+    except OSError as error:  # the help could not be printed
+        streams.abandon(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            streams.say(error.strerror or "stdout cannot be written")
+        return 1
     code = _run(args)
     return code if _printed() else max(code, 1)
 
@@ -83,7 +96,9 @@ def _run(args: argparse.Namespace) -> int:
 def _unforeseen(error: Exception, verb: str) -> str:
     if isinstance(error, OSError):
         where = f"{quoted(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return f"{where}{error.strerror or 'the system refused to read or write'}; `wanvram {verb} --debug` shows where"
+        return (
+            f"{where}{error.strerror or 'the system refused to read or write'} (`wanvram {verb} --debug` shows where)"
+        )
     if isinstance(error, MemoryError):
         return "this machine has not enough free memory for that"
     return f"{verb} stopped at something that it does not foresee, a defect of wanvram; `wanvram {verb} --debug` shows where"

@@ -293,11 +293,13 @@ def _history(history: DeviceHistory) -> str:
             f"({mib(unused)} not in use). For a peak, call torch.cuda.memory._record_memory_history() before the first "
             "allocation."
         )
+    at = f"at {peak.seconds:.3f} s"
+    if unused >= 0:  # less is reserved than allocated where the events that reserved it are not in the file
+        at += f", {mib(peak.reserved_bytes)} reserved there ({mib(unused)} not in use); peak reserved "
+        at += mib(history.peak_reserved_bytes)
     text = (
-        f"GPU {history.device}: peak {mib(peak.allocated_bytes)} allocated ({peak.allocated_bytes:,} bytes) at "
-        f"{peak.seconds:.3f} s, {mib(peak.reserved_bytes)} reserved there ({mib(unused)} not in use); peak reserved "
-        f"{mib(history.peak_reserved_bytes)}; at the end {mib(history.allocated_bytes)} allocated, "
-        f"{mib(history.reserved_bytes)} reserved; {history.events:,} events."
+        f"GPU {history.device}: peak {mib(peak.allocated_bytes)} allocated ({peak.allocated_bytes:,} bytes) {at}; at the end "
+        f"{mib(history.allocated_bytes)} allocated, {mib(history.reserved_bytes)} reserved; {history.events:,} events."
     )
     return text if history.complete else text + " Its history is incomplete."
 
