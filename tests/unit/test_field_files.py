@@ -15,13 +15,12 @@ from test_snapshot_reader import CPP, MAIN, OWN, TORCH, entry, segment
 from test_snapshot_reader import saved as saved_snapshot
 from test_trace_reader import EVENTS, HOST, memory, op, saved
 
-from report_runs import Recipe, write_run
 from wanvram.analysis import event_scanner
 from wanvram.analysis.snapshot import read_snapshot
 from wanvram.analysis.trace import read_trace
 from wanvram.cli.main import main
 from wanvram.errors import InputError
-from wanvram.units import MIB, mib
+from wanvram.units import MIB
 
 FIELD = Path(__file__).parents[1] / "data" / "field"
 
@@ -480,31 +479,3 @@ def test_digits_without_end_are_left_out_with_their_event(tmp_path: Path) -> Non
     path.write_text('{"traceEvents": [{"ph": "X", "ts": ' + "1" * 5000 + "}," + json.dumps(EVENTS)[1:] + "}")
     (note,) = read_trace(path).notes
     assert "expected a number" in note
-
-
-# --- beside the record of a run ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("device", "index"), [("cpu", (0, -1)), ("cuda:0", (1, 0))])
-def test_a_trace_whose_peak_is_not_that_of_its_record_says_why(
-    device: str, index: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = write_run(tmp_path / "run", Recipe(simulated=False))
-    record = json.loads((run / "record.json").read_text())
-    (run / "record.json").write_text(json.dumps(record | {"device": device}))
-    peak = record["peak"]["allocated_bytes"]
-    (run / "trace").mkdir()
-    saved(run / "trace" / "host.pt.trace.json", [memory(1, 5, 2 * peak, 3 * peak, device=index)])
-    text = said(capsys, run / "trace" / "host.pt.trace.json")
-    assert f"note: the peak here is {mib(2 * peak)}, that of the run's record {mib(peak)}: a trace covers " in text
-    assert ("on the CPU a trace counts every allocation" in text) == (device == "cpu")
-    path = saved(run / "trace.json", [memory(1, 5, peak, 3 * peak, device=index)])
-    assert "that of the run's record" not in said(capsys, path)
-
-
-def test_of_a_run_on_the_cpu_no_fragmentation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", Recipe())
-    assert "fragmentation" in said(capsys, run)
-    record = json.loads((run / "record.json").read_text())
-    (run / "record.json").write_text(json.dumps(record | {"device": "cpu"}))
-    assert "ragmentation" not in said(capsys, run)
