@@ -29,7 +29,7 @@ from wanvram.engine.components import Parts
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, T5_FILE, TOKENIZER_FILE, VAE_FILE
 
 
-class Loaded(Exception):
+class Loaded(BaseException):
     """A model was about to be loaded."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from wanvram.config import RunConfig
 from wanvram.errors import DeviceError, InputError
+from wanvram.foreign_text import shown
 from wanvram.machine.allocator_settings import check_plain, put_in_force
 from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
@@ -84,5 +85,5 @@ def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) 
         print(summarize(record), end="")
         if directory is not None:
             for path in sorted(p for p in directory.iterdir() if p.is_file()):
-                print(f"Wrote {path}")
+                print(f"Wrote {shown(path)}")
     return exit_code(record)
