@@ -223,7 +223,9 @@ class Table:
         after = bisect_right(regimes, conv.area, key=lambda regime: regime[0])
         inside = after > 0 and conv.area <= regimes[after - 1][1]
         near = regimes[after - 1 : after] if inside else regimes[max(after - 1, 0) : after + 1]
-        kernels = [name for _, _, *names in near for name in names if name != "in-out" or conv.positions % 4 == 0]
+        kernels = [name for _, _, *names in near for name in names]
+        if conv.positions % 4:
+            kernels = [name for name in kernels if name != "in-out"] or kernels
         sizes = [kernel_workspace(kernel, conv, multiprocessors) for kernel in kernels]
         if not regimes[0][0] <= conv.area <= regimes[-1][1]:
             return Workspace(max(sizes), min(sizes), "outside")
