@@ -99,10 +99,10 @@ def _in_directory(path: Path) -> tuple[str, Path]:
     """A run without its record, because it was killed, still has its events."""
     if (path / "record.json").is_file():
         return "run", path
-    for kind, pattern in (("events", "memory_events.json"), ("trace", "*.pt.trace.json*"), ("snapshot", "*.pickle")):
+    for kind, pattern in (("events", "memory_events*.json"), ("trace", "*.pt.trace.json*"), ("snapshot", "*.pickle")):
         found = sorted(path.glob(pattern))
         if found:
-            return kind, found[-1]
+            return kind, max(found, key=lambda file: file.stat().st_mtime_ns) if kind == "events" else found[-1]
     runs = sorted(inside.parent for inside in path.glob("*/record.json"))
     hint = f"; it holds {len(runs)} runs, such as {runs[0]}: analyze one, or compare or report them all" if runs else ""
     raise InputError(f"{path} holds no record.json, no memory_events.json, no trace and no snapshot{hint}")

@@ -13,7 +13,7 @@ from wanvram.recorder.interrupts import check
 from wanvram.recorder.meters import Meter
 from wanvram.units import human
 
-__all__ = ["Recorder", "SpanObserver"]
+__all__ = ["Recorder", "SpanObserver", "with_device"]
 
 
 class SpanObserver(Protocol):
@@ -83,7 +83,7 @@ class Recorder:
         span.end = self._read(detailed)
         span.peak = span.peak.highest(span.end)
         if driver_unasked:
-            span.peak = _with_device(span.peak, span.end)
+            span.peak = with_device(span.peak, span.end)
         self._started.pop()
         self._open.pop()
         if self.observer is not None:
@@ -136,7 +136,7 @@ def _repeated(span: Span) -> float:
     return sum((c.repeats - 1) * (c.seconds or 0.0) + _repeated(c) for c in inside)
 
 
-def _with_device(peak: Memory, end: Memory) -> Memory:
+def with_device(peak: Memory, end: Memory) -> Memory:
     """The driver is asked at the ends only. If the allocator gave memory back in between, the driver's peak was higher.
 
     What the process uses outside the allocator (context, libraries) only grows, so it is taken from the end.
