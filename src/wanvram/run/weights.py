@@ -11,6 +11,7 @@ from wanvram.specs import T5Spec
 from wanvram.tasks import TASKS
 from wanvram.weights.official import Component, check_checkpoint, open_checkpoint, tokenizer_file
 from wanvram.weights.random import RandomSource
+from wanvram.weights.recognise import explain
 from wanvram.weights.sources import TensorSource
 from wanvram.weights.tokenizer import ByteTokenizer, Tokenizer, UMT5Tokenizer
 
@@ -24,9 +25,8 @@ class OfficialWeights:
 
     def __init__(self, directory: Path, components: Sequence[str], dit: str) -> None:
         if not os.path.isdir(directory):
-            raise CheckpointError(
-                f"--ckpt_dir {directory} is not a directory; give a checkpoint directory, random or tiny"
-            )
+            missing = f"--ckpt_dir {directory} is not a directory; give a checkpoint directory, random or tiny"
+            raise explain(directory, CheckpointError(missing))
         check_checkpoint(directory, components, dit)
         self.directory = directory
         self._tokenizer = UMT5Tokenizer(tokenizer_file(directory))
@@ -84,9 +84,22 @@ def choose_weights(
     weights: str, *, simulated: bool, task: str, seed: int = 0
 ) -> OfficialWeights | GeneratedWeights | NoWeights:
     """`random`, `tiny` or a checkpoint directory, whose files are checked for everything the task needs."""
+    pictures = ("image_encoder",) if TASKS[task].kind in ("i2v", "flf2v") else ()
+    components = ("text_encoder", *pictures, "dit", "vae")
     if simulated:
+        if weights not in ("random", "tiny") and os.path.isdir(weights):
+            _refuse_what_is_no_checkpoint(Path(weights), components, TASKS[task].dit)
         return NoWeights(tiny=weights == "tiny")
     if weights in ("random", "tiny"):
         return GeneratedWeights(seed, tiny=weights == "tiny")
-    pictures = ("image_encoder",) if TASKS[task].kind in ("i2v", "flf2v") else ()
-    return OfficialWeights(Path(weights), ("text_encoder", *pictures, "dit", "vae"), TASKS[task].dit)
+    return OfficialWeights(Path(weights), components, TASKS[task].dit)
+
+
+def _refuse_what_is_no_checkpoint(directory: Path, components: Sequence[str], dit: str) -> None:
+    """The simulated device needs no weights; a folder that is known to be something else is refused as on a GPU."""
+    try:
+        check_checkpoint(directory, components, dit)
+    except CheckpointError as error:
+        nothing = CheckpointError("")
+        if explain(directory, nothing) is not nothing:
+            raise error
