@@ -195,7 +195,7 @@ def test_a_plan_that_never_keeps_its_budget_when_simulated_whole_is_no_plan(monk
 
     monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (Higher(), None))
     config = RunConfig("x", "", "simulated", Request.for_task("t2v-1.3B", size="832*480"), Strategy())
-    with pytest.raises(BudgetError, match=r"3 plans for 6,144\.0 MiB needed more"):
+    with pytest.raises(BudgetError, match=r"3 plans for 6\.00 GiB needed more"):
         plan_run(config, Budget(6 * GIB), offers=False)
 
 
@@ -240,7 +240,7 @@ def test_unknown_times_are_dashes_and_costs_are_not_called_savings() -> None:
     )
     offer = next(line for line in text.splitlines() if "--weight_storage fp8" in line)
     assert offer.strip() == (
-        "--weight_storage fp8: 13.00 GiB less of device memory of the dit, 1,024.0 MiB more of host RAM, costs 2.00 s"
+        "--weight_storage fp8: 13.00 GiB less of device memory of the dit, 1.00 GiB more of host RAM, costs 2.00 s"
     )
     assert text.endswith("note: a note\n")
 

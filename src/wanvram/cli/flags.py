@@ -9,7 +9,7 @@ from typing import Any
 
 from wanvram.config import WEIGHT_HOMES, Request, RunConfig, Strategy, load_config
 from wanvram.errors import InputError
-from wanvram.tasks import TASKS
+from wanvram.tasks import TASKS, normal_size
 
 __all__ = ["add_request_flags", "add_strategy_flags", "boolean", "config_from_flags"]
 
@@ -41,7 +41,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, metavar="FILE.yaml", help="the same as YAML; flags override the file")
     group.add_argument("--task", choices=sorted(TASKS), help="default: t2v-14B")
     group.add_argument(
-        "--size", help="width*height (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio"
+        "--size", help="width*height, also 832x480, 480p, 720p (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio"
     )
     group.add_argument("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i)")
     group.add_argument("--sample_steps", type=int, help="default: 50, 40 for i2v")
@@ -123,6 +123,8 @@ def config_from_flags(
         r = config.request
         return dataclasses.replace(config, name=f"{r.task}-{r.size.replace('*', 'x')}-{r.frame_num}")
     data = load_config(args.config).to_dict()
+    if "size" in request:
+        request["size"] = normal_size(request.get("task", data["request"]["task"]), request["size"])
     if any(request.get(key, data["request"][key]) != data["request"][key] for key in ("task", "size")):
         _forget_defaults(data["request"])
     for section, values in _sections(strategy, device).items():

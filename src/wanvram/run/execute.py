@@ -85,7 +85,7 @@ def execute(
             stack.enter_context(watch(recorder))
         pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
         if progress:
-            pipeline.on_step = StepProgress(progress, "simulated" if simulated else "done")
+            pipeline.on_step = StepProgress(progress, simulated)
         lost = stack.enter_context(observed(config.measurement, pipeline, directory))
         failure = _run(pipeline, outputs)
     record = _record(config, device, pipeline, failure, environment)
@@ -127,12 +127,13 @@ def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | Non
 class StepProgress:
     """Says how far denoising is and how long it will take, from the second step on at most every two seconds.
 
-    A simulation runs a few of the steps, and in other seconds than those it predicts: `verb` says that they are simulated.
+    simulated: a simulation runs a few of the steps, and in other seconds than those it predicts, so that neither the steps of
+    the run nor seconds of a step are named.
     """
 
-    def __init__(self, show: Callable[[str], None], verb: str) -> None:
+    def __init__(self, show: Callable[[str], None], simulated: bool) -> None:
         self.show = show
-        self.verb = verb
+        self.simulated = simulated
         self.first = self.last = 0.0
         self.run = 0
 
@@ -143,7 +144,11 @@ class StepProgress:
             self.first, self.run = now, 0
         if self.run and (now - self.last >= 2.0 or not left):
             mean = (now - self.first) / self.run
-            self.show(f"step {done} of {steps} {self.verb}, {mean:.2f} s each, {mean * left:.0f} s left")
+            if self.simulated:
+                ran = self.run + 1
+                self.show(f"{ran} of {ran + left} steps simulated, {mean * left:.0f} s of the simulation left")
+            else:
+                self.show(f"step {done} of {steps} done, {mean:.2f} s each, {mean * left:.0f} s left")
             self.last = now
 
 
