@@ -5,12 +5,14 @@ Text is made plain, then shown: on a terminal with the same words in bold and co
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TextIO
 
+from wanvram.command_line import plan_command
+from wanvram.config import RunConfig
+from wanvram.errors import InputError
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.simulate.gpus import GPUS
 from wanvram.units import MIB, human, mib_cell, seconds
@@ -121,18 +123,18 @@ def _alive(alive: Sequence[tuple[str, int]]) -> Iterator[str]:
 
 
 def _remedy(record: RunRecord) -> str:
-    """What says how it would fit, as commands to copy."""
-    request, card = record.config.get("request", {}), record.device.partition(":")[2]
+    """What says how it would fit, as commands to copy: the same request, planned."""
+    advice = "wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"
+    card = record.device.partition(":")[2]
     gpu = GPUS.get(card) if record.simulated else None
     limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
-    command = ["wanvram", "plan"]
-    for key in ("task", "size", "frame_num"):
-        command += [f"--{key}", str(request[key])] if request.get(key) else []
-    command += ["--vram", f"{limit // MIB}MiB" if limit else "auto", *(["--gpu", card] if gpu else [])]
-    return (
-        f"what would make it fit:\n  {shlex.join(command)}\n"
-        "  wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"
-    )
+    vram = f"{limit // MIB}MiB" if limit else "auto"
+    try:
+        config = RunConfig.from_dict(record.config)
+    except InputError:  # written by another version: what was asked for cannot be said in full
+        return f"what would make it fit:\n  {advice}"
+    command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=gpu.key if gpu else None)
+    return f"what would make it fit:\n  {command}\n  {advice}"
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 from wanvram.errors import DeviceError
 from wanvram.version import __version__
 
-__all__ = ["describe_environment", "free_device_bytes", "gpu_here"]
+__all__ = ["cuda_usable", "describe_environment", "free_device_bytes"]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -82,9 +82,9 @@ def _first_visible(nvml: Any, visible: str | None) -> Any:
     return found[0]
 
 
-def gpu_here() -> str | None:
-    """Name of the first CUDA device, None without one."""
-    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+def cuda_usable() -> bool:
+    """Whether `auto` is CUDA here."""
+    return bool(torch.cuda.is_available())
 
 
 def _driver_version() -> str | None:

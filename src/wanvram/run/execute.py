@@ -18,6 +18,7 @@ from wanvram.config import RunConfig
 from wanvram.engine.devices import CpuDevice, CudaDevice, Device, SimulatedDevice
 from wanvram.engine.pipeline import FrameSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, WanvramError
+from wanvram.planner.budget import beyond_card
 from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import deferred
@@ -314,6 +315,8 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     if config.gpu and pipeline.device.kind != "simulated":
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
+    beyond = beyond_card(config.memory_limit_bytes or 0, gpu) if gpu is not None else None
+    notes += [beyond] if beyond is not None else []
     if gpu is not None and not gpu.measured:
         notes.append(f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card")
     return notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.planner.budget import usable_memory
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
@@ -27,7 +28,9 @@ def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited:
         )
     settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
     outside = gpu.context_bytes + sum(gpu.module_bytes.values())
-    usable = UNLIMITED_BYTES if unlimited else gpu.total_bytes - outside
+    # A card with more memory than its name had: what is stated counts.
+    stated = usable_memory(config.memory_limit_bytes or 0, gpu)
+    usable = UNLIMITED_BYTES if unlimited else max(gpu.total_bytes, stated) - outside
     limit = None if config.memory_limit_bytes is None else max(0, config.memory_limit_bytes - outside)
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
     return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)

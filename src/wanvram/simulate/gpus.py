@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from wanvram.errors import InputError
 from wanvram.units import GIB, MIB
 
-__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "find_gpu"]
+__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "HOST", "Efficiency", "Host", "cards_with_memory", "find_gpu"]
 
 DEFAULT_GPU = "h200"
 
@@ -192,3 +192,8 @@ def find_gpu(text: str) -> GPU:
     if len(close) == 1:
         return close[0]
     raise InputError(f"GPU '{text}' is unknown; name the nearest of these (--gpu): {', '.join(GPUS)}")
+
+
+def cards_with_memory(nbytes: int) -> list[str]:
+    """Keys of the cards that are sold with about that much memory."""
+    return [gpu.key for gpu in GPUS.values() if abs(gpu.total_bytes - nbytes) < 0.06 * nbytes]
