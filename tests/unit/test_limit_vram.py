@@ -118,6 +118,8 @@ def test_a_marker_that_means_nothing_fails_its_test(on_the_cpu: dict[str, Any]) 
         (("1 GiB", 2), {}),
         (("1 GiB",), {"device": "tpu"}),
         ((0,), {}),
+        ((5.5,), {}),
+        (("8",), {}),
         (("1 GiB",), {"x": 1}),
     ],
 )

@@ -311,7 +311,7 @@ def test_somebodys_video_without_a_configuration_is_not_deleted(tmp_path: Path) 
 def test_a_drawn_seed_and_a_planned_strategy_are_no_difference(tmp_path: Path) -> None:
     (job,) = jobs(tmp_path, "a")
     drawn = replace(
-        job, config=replace(job.config, request=replace(job.config.request, base_seed=-1)), vram_budget="9GiB"
+        job, config=replace(job.config, request=replace(job.config.request, base_seed=-1)), vram_budget="8GiB"
     )
     written = replace(
         job.config,

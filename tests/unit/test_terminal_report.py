@@ -156,7 +156,7 @@ largest moments:
      7,242.0 MiB  decode / up 1
 
 what would make it fit:
-  wanvram plan --task t2v-1.3B --size '832*480' --frame_num 81 --vram 8192MiB
+  wanvram plan --task t2v-1.3B --size '832*480' --frame_num 81 --precision bf16 --vram 8192MiB
   wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)
 """
     )
@@ -183,9 +183,7 @@ largest moments:
 
 
 def test_a_budget_that_is_too_small_is_said_in_capitals() -> None:
-    assert "\nVerdict: DOES NOT FIT in 6.00 GiB\n" in summarize(
-        replace(simulated(), fits=False, budget_bytes=6 * GIB)
-    )
+    assert "\nVerdict: DOES NOT FIT in 6.00 GiB\n" in summarize(replace(simulated(), fits=False, budget_bytes=6 * GIB))
 
 
 def test_only_the_three_largest_moments_are_listed_each_with_its_path_down_to_the_block() -> None:

@@ -120,8 +120,9 @@ def _needed_blocks(trials: Trials, chosen: Strategy, empty: Strategy, limit: flo
 def trades(trials: Trials, found: Iterable[Strategy], chosen: Strategy, *, offers: bool) -> list[Trade]:
     """What fits, too, and is faster, the largest gain first. offers: also forecast blocks in RAM instead of on disk."""
     others = [*found]
-    pinned = replace(chosen, weights_in="pinned") if chosen.weights_in == "disk" else None
-    if offers and pinned is not None and trials.seconds(chosen) is not None and trials.fits("dit", pinned):
+    pinned = replace(chosen, weights_in="pinned") if chosen.weights_in == "disk" else chosen
+    streamed = [name for name in components_of(trials.request) if not name.startswith("vae")]
+    if offers and pinned != chosen and trials.seconds(chosen) is not None and _fit(trials, pinned, streamed):
         others.append(pinned)
     result: dict[tuple[object, ...], Trade] = {}
     for other in others:

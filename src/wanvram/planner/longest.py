@@ -17,34 +17,44 @@ ENCODERS = ("text_encoder", "image_encoder")  # their memory does not depend on 
 def most_frames(trials: Trials, base: Strategy) -> int | None:
     """4n+1, at most 4093; None if not even the fewest fit the device. The first guess is the request's own number."""
     least = 1 if trials.request.kind == "flf2v" else 0  # flf2v has at least 5 frames
-    known: dict[int, int] = {}
+    names = components_of(trials.request)
+    limit = trials.budget.device_limit
+    fewest = trials.for_request(frame_num=4 * least + 1)
+    if any(least_peak(fewest, base, name) > limit for name in names if name in ENCODERS):
+        return None
+    growing = [name for name in names if name not in ENCODERS]
+    known: dict[int, tuple[int, ...]] = {}
 
-    def room(n: int) -> int:
-        """Bytes that 4n+1 frames leave of the limit, negative if they do not fit."""
+    def rooms(n: int) -> tuple[int, ...]:
+        """Bytes that each component of 4n+1 frames leaves of the limit, negative if it does not fit."""
         if n not in known:
             other = trials.for_request(frame_num=4 * n + 1)
-            names = [c for c in components_of(other.request) if n == least or c not in ENCODERS]
-            known[n] = trials.budget.device_limit - max(least_peak(other, base, name) for name in names)
+            known[n] = tuple(limit - least_peak(other, base, name) for name in growing)
         return known[n]
 
-    if room(least) < 0:
+    if min(rooms(least)) < 0:
         return None
     most = (MAX_FRAMES - 1) // 4
     first = min(most, max(least + 1, (trials.request.frame_num - 1) // 4))
-    return 4 * _last(room, least, first, most) + 1
+    return 4 * _last(rooms, least, first, most) + 1
 
 
-def _last(room: Callable[[int], int], fitting: int, guess: int, most: int) -> int:
-    """The last n with room, which falls about linearly: where the line through two known points ends, then what is beside."""
-    too_many = most + 1
+def _last(rooms: Callable[[int], tuple[int, ...]], fitting: int, guess: int, most: int) -> int:
+    """The last n with room: where the first of the lines through two known points ends.
+
+    Room falls linearly once activations own a peak, which those of the fewest frames do not. Long videos are slow to
+    simulate, so the search ends where the lines leave no room for one more, without trying that.
+    """
+    least, too_many = fitting, most + 1
     while too_many - fitting > 1:
         guess = min(max(guess, fitting + 1), too_many - 1)
-        before, left = (fitting, room(fitting)), room(guess)
-        fell = max(1.0, (before[1] - left) / (guess - before[0]))
-        if left >= 0:
-            fitting, guess = guess, guess + int(left / fell)
-            # At least one further, so that the next guess also closes the range from above.
-            guess = max(guess, fitting + 1)
+        there, left = rooms(fitting), rooms(guess)
+        falls = [max(1.0, (a - b) / (guess - fitting)) for a, b in zip(there, left, strict=True)]
+        reach = min(int(room / fall) for room, fall in zip(there, falls, strict=True))  # from `fitting` on
+        if min(left) < 0:
+            too_many, guess = guess, fitting + reach
         else:
-            too_many, guess = guess, before[0] + int(before[1] / fell)
+            if reach <= guess - fitting and fitting != least:
+                return guess
+            fitting, guess = guess, min(2 * guess, fitting + reach) if fitting == least else fitting + reach
     return fitting
