@@ -30,7 +30,7 @@ from wanvram.planner.result import Plan, Refusal
 from wanvram.record import write_atomically
 from wanvram.report.plan import longest_table, summarize_plan
 from wanvram.request import MAX_FRAMES
-from wanvram.units import gib
+from wanvram.units import MIB, gib
 
 __all__ = ["prepare_parser", "run"]
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(result.to_json(), ensure_ascii=False))
         raise BudgetError(result.message)
     ready = planned_config(config, result)
-    command = generate_command(replace(ready, gpu=None))  # runs on the card that is there
+    command = _command(ready)
     if args.json:
         print(json.dumps(result.to_json() | {"command": command}, ensure_ascii=False))
     else:
@@ -95,6 +95,12 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 def _budget(args: argparse.Namespace, config: RunConfig) -> Budget:
     return budget_of(args.vram, args.ram, config.gpu)
+
+
+def _command(planned: RunConfig) -> str:
+    """For the card that is there, with whole MiB of the budget as a cap."""
+    limit = planned.memory_limit_bytes
+    return generate_command(replace(planned, gpu=None, memory_limit_bytes=limit and limit // MIB * MIB))
 
 
 def _yaml(planned: RunConfig, plan: Plan) -> str:
@@ -116,11 +122,7 @@ def _longest(args: argparse.Namespace) -> int:
 
     show = progress_printer(args)
     found = [(config, plan_longest(config, budget, show)) for config in configs]
-    commands = {
-        c.request.size: generate_command(replace(planned_config(_of(c, p), p), gpu=None))
-        for c, p in found
-        if p is not None
-    }
+    commands = {c.request.size: _command(planned_config(_of(c, p), p)) for c, p in found if p is not None}
     if args.json:
         rows = [
             {
