@@ -12,7 +12,7 @@ from wanvram.errors import InputError, OutOfMemory
 from wanvram.kernels.attention import attention
 from wanvram.run.simulated import simulated_memory
 from wanvram.simulate.gpus import GPUS, find_gpu
-from wanvram.units import MIB
+from wanvram.units import GIB, MIB
 
 MEBI_FLOATS = (512, 512)  # fp32: exactly 1 MiB
 
@@ -219,3 +219,13 @@ def test_an_unknown_or_ambiguous_card_is_an_input_error_that_lists_the_known_one
     with pytest.raises(InputError) as caught:
         find_gpu(text)
     assert all(key in str(caught.value) for key in GPUS)
+
+
+@pytest.mark.parametrize(("stated", "usable"), [(48, 48.0), (24, 24 * 0.98), (None, 24 * 0.98)])
+def test_a_card_with_more_memory_than_its_name_had_has_what_is_stated(stated: int | None, usable: float) -> None:
+    device = simulated("rtx4090", None if stated is None else stated * GIB)
+    free = int(usable * GIB) - outside("rtx4090")
+    with pytest.raises(OutOfMemory), device.session():
+        kept = device.empty((free // MIB - 64, MIB), torch.uint8)
+        assert allocated(device) == kept.nbytes
+        device.empty((128, MIB), torch.uint8)

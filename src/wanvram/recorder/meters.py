@@ -247,7 +247,7 @@ def available_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 def total_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Host memory of the machine, or a container's limit if that is less."""
     limits = [_text(cgroup / limit_file).strip() for limit_file, *_ in _CGROUPS]
-    return min(int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit()))
+    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def _text(path: Path) -> str:
