@@ -1,4 +1,4 @@
-"""What CUDA libraries take beyond the tensors we ask for, on the GPU at hand. Fills simulate/libraries.py and simulate/gpus.py.
+"""What CUDA libraries take beyond the tensors we ask for, on the GPU at hand. Fills simulate/libraries.py and simulate/card.py.
 
     python benchmarks/probe_libraries.py > $OUT/probe.json
 

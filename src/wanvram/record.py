@@ -23,8 +23,10 @@ __all__ = [
     "Copies",
     "Failure",
     "Memory",
+    "Predicted",
     "RunRecord",
     "Span",
+    "Times",
     "check_types",
     "dotted",
     "folded",
@@ -234,6 +236,27 @@ class Failure:
     alive: tuple[tuple[str, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the whole command. start: from the process's beginning to the first stage, planning included. in_all: until the
+    results are written; of a prediction until the process has ended. None: unknown.
+    """
+
+    start_seconds: float | None = None
+    in_all_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a plan said before the run: memory at peak, and seconds of the whole command, planning included, until its process ends."""
+
+    device_bytes: int
+    reserved_bytes: int
+    allocated_bytes: int
+    pinned_bytes: int
+    seconds: float | None
+
+
 @dataclass
 class RunRecord:
     """One run, measured or simulated."""
@@ -249,6 +272,8 @@ class RunRecord:
     host: dict[str, int]
     failure: Failure | None = None
     notes: list[str] = field(default_factory=list)
+    times: Times = field(default_factory=Times)
+    predicted: Predicted | None = None
     schema: int = SCHEMA
 
     def peak_span(self) -> Span | None:
@@ -267,6 +292,21 @@ class RunRecord:
         steps = [step for stage in self.stages if stage.name == "denoise" for step in stage.children]
         times = [step.seconds for step in steps if step.seconds is not None for _ in range(step.repeats)]
         return median(times) if times else None
+
+    def prediction(self, elapsed_seconds: float) -> Predicted | None:
+        """Of a simulated run, to stand beside what is measured. elapsed_seconds: what the process has taken until now."""
+        peak, times = self.peak(), self.times
+        if peak is None or peak.device_bytes is None:
+            return None
+        known = times.in_all_seconds is not None and times.start_seconds is not None
+        left = (times.in_all_seconds or 0.0) - (times.start_seconds or 0.0)
+        return Predicted(
+            peak.device_bytes,
+            peak.reserved_bytes,
+            peak.allocated_bytes,
+            self.host["pinned_bytes"],
+            elapsed_seconds + left if known else None,
+        )
 
     def to_json(self) -> dict[str, Any]:
         peak, where = self.peak(), self.peak_span()
@@ -289,6 +329,8 @@ class RunRecord:
             "fragmentation": _fragmentation(self.stages, where),
             "fluctuation": _highest((s.name, s.fluctuation_bytes) for s in self.stages),
             "host": self.host,
+            "times": asdict(self.times),
+            "predicted": asdict(self.predicted) if self.predicted else None,
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -315,6 +357,8 @@ class RunRecord:
                 host=data["host"],
                 failure=Failure(**failure) if failure else None,
                 notes=data["notes"],
+                times=Times(**data.get("times", {})),
+                predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
             )
             record._check()
         except KeyError as error:

@@ -16,6 +16,8 @@ TORCH_FREE = (
     "wanvram.record",
     "wanvram.report",
     "wanvram.simulate.allocator",
+    "wanvram.simulate.card",
+    "wanvram.simulate.card_table",
     "wanvram.simulate.gpus",
     "wanvram.simulate.libraries",
     "wanvram.specs",

@@ -31,6 +31,7 @@ class FakeMeter:
     """A driver figure of reserved + 100; counts how often the slow things were asked for."""
 
     device_name = "fake"
+    caches = True
     allocated: int = 0
     reserved: int = 0
     peak_allocated: int = 0

@@ -8,10 +8,10 @@ from torch import nn
 
 from wanvram.config import Request, RunConfig
 from wanvram.engine.devices import SimulatedDevice
-from wanvram.errors import InputError, OutOfMemory
+from wanvram.errors import OutOfMemory
 from wanvram.kernels.attention import attention
 from wanvram.run.simulated import simulated_memory
-from wanvram.simulate.gpus import GPUS, find_gpu
+from wanvram.simulate.gpus import GPUS
 from wanvram.units import GIB, MIB
 
 MEBI_FLOATS = (512, 512)  # fp32: exactly 1 MiB
@@ -206,26 +206,12 @@ def test_a_card_without_a_limit_is_full_at_its_own_size() -> None:
     assert caught.value.limit_bytes == usable
 
 
-# --- cards -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "simulated:rtx4090", "rtx-4090"])
-def test_a_card_is_found_whatever_the_case_spaces_and_maker(text: str) -> None:
-    assert find_gpu(text) is GPUS["rtx4090"]
-
-
-@pytest.mark.parametrize("text", ["rtx9999", "", "rtx40", "NVIDIA"])
-def test_an_unknown_or_ambiguous_card_is_an_input_error_that_lists_the_known_ones(text: str) -> None:
-    with pytest.raises(InputError) as caught:
-        find_gpu(text)
-    assert all(key in str(caught.value) for key in GPUS)
-
-
 @pytest.mark.parametrize(("stated", "usable"), [(48, 48.0), (24, 24 * 0.98), (None, 24 * 0.98)])
 def test_a_card_with_more_memory_than_its_name_had_has_what_is_stated(stated: int | None, usable: float) -> None:
     device = simulated("rtx4090", None if stated is None else stated * GIB)
     free = int(usable * GIB) - outside("rtx4090")
-    with pytest.raises(OutOfMemory), device.session():
+    with device.session():
         kept = device.empty((free // MIB - 64, MIB), torch.uint8)
-        assert allocated(device) == kept.nbytes
-        device.empty((128, MIB), torch.uint8)
+        with pytest.raises(OutOfMemory):
+            device.empty((128, MIB), torch.uint8)
+        assert allocated(device) >= kept.nbytes

@@ -6,14 +6,18 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 
-from wanvram.cli.common import stated
+from wanvram.cli.common import settle_allocator, stated
 from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, DeviceError, InputError
+from wanvram.machine.allocator_settings import check_plain
+from wanvram.machine.nvml import first_gpu
 from wanvram.planner.budget import Budget, desktop_bytes, system_ram
 from wanvram.planner.result import Refusal
+from wanvram.planner.search import planned_base
+from wanvram.record import Predicted
 from wanvram.report.plan import summarize_plan
-from wanvram.simulate.gpus import DEFAULT_GPU, GPU, GPUS, cards_with_memory, find_gpu
+from wanvram.simulate.gpus import DEFAULT_GPU, GPU, cards_with_memory, find_gpu
 from wanvram.units import gib
 
 __all__ = ["add_budget_flags", "budget_of", "planned"]
@@ -63,21 +67,20 @@ def budget_of(vram: str | None, ram: str | None, gpu: str | None, *, flag: str =
         notes.append(
             f"of the {gib(card.total_bytes)} that the {card.name} offers, {gib(left)} are left to others, as to a desktop"
         )
-    budget = Budget(vram_bytes, ram_bytes=ram_bytes, gpu=card.key, notes=tuple(notes))
+    budget = Budget(vram_bytes, ram_bytes=ram_bytes, gpu=card.argument, notes=tuple(notes))
     return _with_ram(budget, now) if ram_bytes is None and here is not None and here.card == card else budget
 
 
 def _here(*, required: bool) -> _Here | None:
     """None without a card; DeviceError if one is required."""
-    from wanvram.run.environment import free_device_bytes
-
     try:
-        free, total, name = free_device_bytes()
+        gpu = first_gpu()
     except DeviceError:
         if required:
             raise
         return None
-    return _Here(find_gpu(name), free, total)
+    free, total = gpu.memory()
+    return _Here(find_gpu(gpu.name, total), free, total)
 
 
 def _with_ram(budget: Budget, now: bool) -> Budget:
@@ -91,32 +94,36 @@ def _with_ram(budget: Budget, now: bool) -> Budget:
 
 def _which_card(vram_bytes: int | None) -> str:
     cards = [] if vram_bytes is None else cards_with_memory(vram_bytes)
-    known = f"cards with {gib(vram_bytes or 0)}: {', '.join(cards)}" if cards else f"known: {', '.join(GPUS)}"
+    known = f"cards with {gib(vram_bytes or 0)}: {', '.join(cards)}" if cards else "`wanvram check --cards` lists them"
     return f"no NVIDIA GPU answers here, and how long a run takes depends on the card: name it with --gpu ({known})"
 
 
-def planned(config: RunConfig, args: argparse.Namespace) -> RunConfig:
-    """The configuration with the planner's strategy under `--vram_budget`; as it is without that flag.
+def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Predicted | None]:
+    """The configuration with the planner's strategy under `--vram_budget` and what it will take; as it is without that flag.
 
     Raises BudgetError, exit code 3, if nothing fits.
     """
     if args.vram_budget is None:
         if args.ram is not None:
             raise InputError("--ram: limits what --vram_budget plans; give that, too")
-        return config
+        return config, None
     if args.vram:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
     real = config.device in ("auto", "cuda")
+    if real:
+        check_plain()
+        settle_allocator(replace(config, strategy=planned_base(config.strategy)))
     default = None if real else DEFAULT_GPU
     budget = budget_of(args.vram_budget, args.ram, config.gpu or default, flag="vram_budget", now=real)
     if config.gpu is None and default is not None:
         note = f"planned for the {budget.card.name}, the card that is simulated where --gpu names none"
         budget = replace(budget, notes=(*budget.notes, note))
+    from wanvram.run.host import since_process_start
     from wanvram.run.planning import plan_run, planned_config
 
-    result, _ = plan_run(config, budget, offers=False)
+    result, record = plan_run(config, budget, offers=False)
     if isinstance(result, Refusal):
         raise BudgetError(result.message)
     ready = planned_config(config, result)
     print(summarize_plan(result, generate_command(ready)), file=sys.stderr)
-    return ready
+    return ready, None if record is None else record.prediction(since_process_start())

@@ -4,6 +4,7 @@ examples:
   wanvram check
   wanvram check --json
   wanvram check --terminate 4711       asks first, and only for a process of yours that uses the GPU
+  wanvram check --cards                the cards that --gpu knows, without a GPU; --json: every figure and its source
 
 Warms the GPU up where there is one. Ends no process by itself; every measuring run stores the same checks in its record.
 """
@@ -11,13 +12,17 @@ Warms the GPU up where there is one. Ends no process by itself; every measuring 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from wanvram.errors import InputError, WanvramError
-from wanvram.report.check import check_text
+from wanvram.report.check import cards_text, check_text
+from wanvram.simulate.card import EFFICIENCY, card_to_json
+from wanvram.simulate.gpus import GPUS
+from wanvram.simulate.host import HOST
 from wanvram.units import human
 
 __all__ = ["prepare_parser", "run", "terminate"]
@@ -29,10 +34,15 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--terminate", type=int, metavar="PID", help="end this process of yours on the GPU, after asking"
     )
+    parser.add_argument(
+        "--cards", action="store_true", help="list the cards that can be simulated, and look at nothing here"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.cards:
+        return _list_cards(args)
     from wanvram.run.checks import run_checks, warm_up
 
     checks = run_checks()
@@ -45,6 +55,22 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"schema": 1, **checks, "terminated": ended}, ensure_ascii=False))
     else:
         print(check_text(checks), end="")
+    return 0
+
+
+def _list_cards(args: argparse.Namespace) -> int:
+    if args.terminate is not None:
+        raise InputError("--cards and --terminate: give one of them; --cards looks at nothing on this machine")
+    if not args.json:
+        print(cards_text(list(GPUS.values())), end="")
+        return 0
+    document = {
+        "schema": 1,
+        "efficiency": dataclasses.asdict(EFFICIENCY),
+        "host": dataclasses.asdict(HOST),
+        "cards": [card_to_json(card) for card in GPUS.values()],
+    }
+    print(json.dumps(document, ensure_ascii=False))
     return 0
 
 

@@ -7,20 +7,34 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from wanvram.errors import InputError
+from wanvram.config import RunConfig
+from wanvram.errors import DeviceError, InputError
+from wanvram.machine.allocator_settings import put_in_force
+from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
 from wanvram.units import parse_memory
 
-__all__ = ["add_device_flags", "add_output_flags", "finish", "memory_limit", "progress_printer", "stated"]
+__all__ = [
+    "add_device_flags",
+    "add_output_flags",
+    "finish",
+    "memory_limit",
+    "progress_printer",
+    "settle_allocator",
+    "stated",
+]
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "simulated", "cpu"), help="where to run (default: auto)")
-    parser.add_argument("--gpu", help="GPU to simulate, for example h200, rtx4090, rtx4060 (default: h200)")
+    parser.add_argument(
+        "--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200)"
+    )
     parser.add_argument("--vram", help="memory the run may use, for example 8GiB; the answer says whether it fits")
 
 
@@ -43,6 +57,17 @@ def stated(flag: str, text: str) -> int:
         return parse_memory(text)
     except InputError as error:
         raise InputError(f"--{flag}: {error}") from error
+
+
+def settle_allocator(config: RunConfig) -> None:
+    """Puts the allocator's settings in force, before torch is imported. Raises InputError where the user's contradict the strategy.
+
+    Only where a GPU may be used: whoever simulates may have any settings.
+    """
+    if config.device in ("auto", "cuda"):
+        with suppress(DeviceError):
+            first_gpu()
+            put_in_force(config.strategy.expandable_segments)
 
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:

@@ -22,7 +22,11 @@ __all__ = ["prepare_parser", "run"]
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_request_flags(parser)
     add_strategy_flags(parser)
-    parser.add_argument("--gpu", help="GPU to simulate (default: h200, the one whose figures are measured)")
+    parser.add_argument(
+        "--gpu",
+        metavar="CARD",
+        help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200, measured)",
+    )
     parser.add_argument("--vram", help="memory the run may use, for example 8GiB; exit code 3 if it does not fit")
     parser.add_argument(
         "--memory_viz", type=Path, metavar="FILE.pickle", help="also write what https://pytorch.org/memory_viz opens"

@@ -17,7 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from wanvram.cli.budget import add_budget_flags, planned
-from wanvram.cli.common import add_device_flags, add_output_flags, finish, memory_limit, progress_printer
+from wanvram.cli.common import (
+    add_device_flags,
+    add_output_flags,
+    finish,
+    memory_limit,
+    progress_printer,
+    settle_allocator,
+)
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.errors import InputError
 
@@ -46,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
         import secrets
 
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
-    config = planned(config, args)
+    config, predicted = planned(config, args)
+    settle_allocator(config)
     from wanvram.run.directory import unused_directory
     from wanvram.run.execute import Output, execute
 
     directory = args.output or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
-    output = Output(directory, args.force, video=True, save_file=args.save_file)
+    output = Output(directory, args.force, video=True, save_file=args.save_file, predicted=predicted)
     record = execute(config, output, progress_printer(args))
     return finish(record, args, directory)

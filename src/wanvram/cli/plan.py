@@ -48,7 +48,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="memory of the host, for example 32GiB; an eighth of it, at least 4 GiB, is kept for the system (default: this "
         "machine's; not limited for another machine's card)",
     )
-    group.add_argument("--gpu", help="card to plan for (default: the one in this machine)")
+    group.add_argument(
+        "--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)"
+    )
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
     fixed.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16")
     fixed.add_argument("--weight_storage", choices=("same", "fp8"), help="fp8: half the transformer's weights, lossy")

@@ -21,7 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from wanvram.cli.budget import add_budget_flags, planned
-from wanvram.cli.common import add_device_flags, add_output_flags, finish, memory_limit, progress_printer
+from wanvram.cli.common import (
+    add_device_flags,
+    add_output_flags,
+    finish,
+    memory_limit,
+    progress_printer,
+    settle_allocator,
+)
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, WanvramError
 from wanvram.matrix.grid import is_matrix, load_configurations
@@ -95,11 +102,12 @@ def _overridden(config: RunConfig, args: argparse.Namespace) -> RunConfig:
 def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
     if args.child_of is not None:
         die_with_parent(args.child_of)
-    config = planned(config, args)
+    config, predicted = planned(config, args)
+    settle_allocator(config)
     directory = args.output or LOGS / config.name
     from wanvram.run.execute import Output, execute
 
-    output = Output(directory, args.force)
+    output = Output(directory, args.force, predicted=predicted)
     if args.live:
         from wanvram.report.live import LiveView
 

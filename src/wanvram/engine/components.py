@@ -102,7 +102,10 @@ class Parts:
             check_keys(expected, source, name, ignored=_unused(source, built.unused))
         strategy = self.config.strategy
         fp8 = name == "dit" and strategy.weight_storage == "fp8"
-        component = Component(name, built.module, built.units, self.device, built.embedders, fp8=fp8)
+        generated = self.config.weights in ("random", "tiny")
+        component = Component(
+            name, built.module, built.units, self.device, built.embedders, fp8=fp8, generated=generated
+        )
         if name == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
         elif built.units and strategy.load_strategy == "block":

@@ -19,6 +19,7 @@ from wanvram.config import RunConfig
 from wanvram.engine.components import Parts, Weights
 from wanvram.engine.conditions import Frames, Inputs, clip_features, image_condition, vace_context
 from wanvram.engine.devices import Device
+from wanvram.engine.first_use import use_libraries
 from wanvram.engine.residency import Component
 from wanvram.engine.vae_stages import FrameSink, decode, encode
 from wanvram.models.dit import Condition, Prepared, Time
@@ -27,7 +28,7 @@ from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
 from wanvram.sampling import solve, timesteps_and_sigmas
 
-__all__ = ["FrameSink", "Pipeline", "rows_per_chunk"]
+__all__ = ["FrameSink", "OpenSink", "Pipeline", "rows_per_chunk"]
 
 # 8192 rows x 5120 already fill an H200's matrix units: 1.93 ms for 9450 rows against 1.86 expected from 75600.
 TARGET_ROWS = 8192
@@ -104,6 +105,8 @@ class Pipeline:
             self.extend(self.device, self.recorder) if self.extend else self.config.request.all_prompts()
         )
         parts = Parts(self.config, self.device, self.weights)
+        if self.config.memory_limit_bytes is not None:
+            self._start()
         if not self.config.strategy.offload:
             for name in self._components():
                 self._load(name, parts)
@@ -114,6 +117,13 @@ class Pipeline:
         latents = self.denoise_all(parts, plan)
         del plan
         self.decode_all(parts, latents, open_sink)
+
+    def _start(self) -> None:
+        """Under a limit the libraries come first, so that what they leave of it is known before weights are loaded."""
+        with self.recorder.span("start", kind="load"):
+            use_libraries(self.device, self.config.strategy)
+            self.device.empty_cache()
+            self.device.hold_to_limit()
 
     def _components(self) -> list[str]:
         kind = self.config.request.kind
@@ -332,13 +342,16 @@ class Pipeline:
         component = self._use("vae_decoder", parts)
         count = len(latents)
         for index in range(count):
-            with (
-                self.recorder.span(_numbered("decode", index), kind="stage", component="vae"),
-                open_sink(index) as sink,
-            ):
-                latent = latents.pop(0)
-                self._decode(component, latent if count == 1 else self.device.upload(latent), sink)
-        self._done_with("vae")
+            with open_sink(index) as sink:
+                with self.recorder.span(_numbered("decode", index), kind="stage", component="vae"):
+                    latent = latents.pop(0)
+                    self._decode(component, latent if count == 1 else self.device.upload(latent), sink)
+                    del latent
+                if index == count - 1:
+                    self._done_with("vae")
+                if sink is not None:
+                    with self.recorder.span(_numbered("save", index), kind="stage"):
+                        sink.finish()
 
     def _decode(self, component: Component, latent: torch.Tensor, sink: FrameSink | None) -> None:
         """Latent -> frames, handed to the sink as they are finished; those of reference pictures are not part of the video."""

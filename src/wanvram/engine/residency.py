@@ -85,10 +85,12 @@ class Component:
         embedders: Sequence[nn.Module] = (),
         *,
         fp8: bool = False,
+        generated: bool = True,
     ) -> None:
         self.name = name
         self.module = module
         self.device = device
+        self._generated = generated  # where there is no source: what it would do
         self.parameters = sum(p.numel() for p in module.parameters())
         prefixes = {id(m): prefix for prefix, m in module.named_modules()}
         self._units = {id(u): _part(u, prefixes[id(u)], fp8) for u in units}
@@ -98,6 +100,7 @@ class Component:
         self._shell = _Part(module, "", Layout.of(shell), tuple(shell))
         self._ring: SlotRing | None = None
         self._masters: dict[_Part, torch.Tensor] = {}
+        self._read: set[_Part] = set()  # from disk, at least once
         self._source: TensorSource | None = None
         self._on_host = False
         self._unpacked: torch.Tensor | None = None
@@ -175,7 +178,9 @@ class Component:
         if self._source is not None:
             self._fill(part, buffer, self._source)
         else:
-            self.device.read_from_disk(buffer.nbytes)
+            kept = self.weight_bytes if part in self._read else None
+            self.device.read_from_disk(buffer.nbytes, kept)
+            self._read.add(part)
 
     def _fill_masters(
         self, parts: Sequence[_Part], source: TensorSource | None, *, pinned: bool
@@ -193,7 +198,7 @@ class Component:
         masters = {}
         for part in parts:
             master = self.device.host_empty((part.nbytes,), torch.uint8, pinned=pinned)
-            if source is None or isinstance(source, RandomSource):
+            if (source is None and self._generated) or isinstance(source, RandomSource):
                 staging = self.device.empty((part.nbytes,), torch.uint8)
                 self._fill(part, staging, source)
                 self.device.copy(master, staging)
@@ -209,8 +214,10 @@ class Component:
         plain = flat
         if part.packing is not None:
             plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
-        if source is None:
+        if source is None and self._generated:
             self.device.generated_weights()
+        elif source is None:
+            self.device.loaded_weights(flat)
         else:
             for name, view in part.layout.views(plain):
                 source.fill(part.prefix + name, view)

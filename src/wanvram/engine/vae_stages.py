@@ -19,9 +19,13 @@ __all__ = ["FrameSink", "decode", "encode"]
 
 
 class FrameSink(Protocol):
-    """Takes finished frames, uint8 [t, H, W, 3] on the host, in order."""
+    """Takes finished frames, uint8 [t, H, W, 3] on the host, in order, and may work on them beside the device."""
 
     def write(self, frames: torch.Tensor) -> None: ...
+
+    def finish(self) -> None:
+        """Returns when nothing is left to be done for the frames it got."""
+        ...
 
 
 def encode(

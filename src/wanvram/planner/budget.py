@@ -18,15 +18,14 @@ PINNED_SHARE = 0.75  # pinned pages cannot be swapped out: the rest of the machi
 ROUND_BYTES = GIB / 10
 SYSTEM_SHARE = 8  # the system and everything else that runs keep an eighth of the RAM,
 LEAST_SYSTEM_BYTES = 4 * GIB  # and at least a desktop with a browser
-# A card sold as 24 GB has 24 GiB, of which its driver offers 23.5: within 3 % of the name, the name is meant.
-NAMED_SHARE = 1.03 / 0.98
+NAMED_SHARE = 1.03  # a card sold as 24 GB offers 23.5 GiB: what is within 3 % of the name means the card
 DESKTOP_BYTES = GIB  # a desktop with a browser on the card that draws it
 SERVER_BYTES = 3 * GIB // 10  # what drivers and monitoring take of a card that draws nothing
 
 
 def usable_memory(stated_bytes: int, card: GPU) -> int:
     """What is stated counts; only within 3 % of what the card is sold with, it is what the driver offers of that."""
-    return card.total_bytes if card.total_bytes < stated_bytes <= card.total_bytes * NAMED_SHARE else stated_bytes
+    return card.total_bytes if card.total_bytes < stated_bytes <= card.memory_bytes * NAMED_SHARE else stated_bytes
 
 
 def beyond_card(stated_bytes: int, card: GPU) -> str | None:

@@ -76,9 +76,9 @@ class Plan:
     trades: tuple[Trade, ...] = ()
     offers: tuple[Offer, ...] = ()
     notes: tuple[str, ...] = ()
-    whole_run_bytes: int | None = (
-        None  # device peak of the run once it has been simulated whole; stages are then its own
-    )
+    # Device peak and seconds of the whole command once the run has been simulated whole; stages are then its own.
+    whole_run_bytes: int | None = None
+    whole_run_seconds: float | None = None
 
     @property
     def peak_device_bytes(self) -> int:
@@ -96,7 +96,8 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        return total_seconds(self.request, self.stages)
+        """Of the whole command once that is known, else of its stages."""
+        return self.whole_run_seconds or total_seconds(self.request, self.stages)
 
     def to_json(self) -> dict[str, Any]:
         """Bytes are integers, seconds floats or null."""

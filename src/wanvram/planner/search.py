@@ -10,6 +10,7 @@ tiles never slower than smaller ones, pinned RAM never slower than pageable, tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -21,10 +22,10 @@ from wanvram.planner.placement import placements
 from wanvram.planner.refusal import refuse
 from wanvram.planner.result import Offer, Plan, Refusal, Rejected
 from wanvram.planner.tiles import largest_tile
-from wanvram.simulate.gpus import HOST
+from wanvram.simulate.host import HOST
 from wanvram.units import gib
 
-__all__ = ["Options", "planning_base", "search"]
+__all__ = ["Options", "cleared", "planned_base", "search"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Options:
 def search(request: Request, budget: Budget, options: Options, forecast: Forecast) -> Plan | Refusal:
     """A Plan whose peak plus margin is within the budget, every stage of it forecast as it will run; or why there is none."""
     trials = Trials(request, budget, forecast)
-    base = planning_base(options.base)
+    base = cleared(options.base)
     tiled = largest_tile(trials, base)
     placed = None if tiled is None else placements(trials, tiled)
     if placed is None:
@@ -57,7 +58,12 @@ def search(request: Request, budget: Budget, options: Options, forecast: Forecas
     )
 
 
-def planning_base(base: Strategy) -> Strategy:
+def planned_base(strategy: Strategy) -> Strategy:
+    """With the allocator's expandable segments where PyTorch has them, which is on Linux: they cost nothing and leave no holes."""
+    return replace(strategy, expandable_segments=sys.platform == "linux")
+
+
+def cleared(base: Strategy) -> Strategy:
     """Every knob that the planner decides at the value of the plain run; offload costs nothing."""
     plain = Strategy()
     knobs = {knob for names in KNOBS.values() for knob in names} - {"precision", "weight_storage", "vae_precision"}
@@ -160,7 +166,9 @@ def _notes(trials: Trials, chosen: Strategy) -> list[str]:
         notes.append("host RAM was not limited; --ram 16GiB makes the plan respect it")
     if chosen.load_strategy == "block" and chosen.weights_in == "disk":
         rate = HOST.disk_bytes / 1e9
-        notes.append(f"blocks are read from disk in every pass: times assume {rate:.1f} GB/s, as an NVMe drive reads")
+        notes.append(
+            f"blocks are read from disk in every pass: times assume {rate:.1f} GB/s, the rate of a drive that was measured"
+        )
     lossy = [k for k in ("weight_storage", "vae_precision") if getattr(chosen, k) != getattr(Strategy(), k)]
     notes += [f"{knob} {getattr(chosen, knob)} is lossy and was asked for" for knob in lossy]
     return notes

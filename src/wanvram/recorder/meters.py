@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gc
-import os
+import threading
 import time
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wanvram.errors import DeviceError
+from wanvram.machine.driver import DRIVER_BYTES, PageTables
+from wanvram.machine.nvml import Gpu, first_gpu
 from wanvram.record import Memory
 from wanvram.units import MIB
 
@@ -29,6 +33,11 @@ class Meter(Protocol):
         """`cuda:NVIDIA H200`, `cpu` or `simulated:h200`."""
         ...
 
+    @property
+    def caches(self) -> bool:
+        """Reserved memory is a cache, which may be larger inside a span than at its ends."""
+        ...
+
     def read(self) -> Memory:
         """Now. The driver's figure only if it costs nothing, else None."""
         ...
@@ -40,7 +49,7 @@ class Meter(Protocol):
     def reset_peak(self) -> None: ...
 
     def device_memory(self) -> int | None:
-        """What the driver says this process uses, bytes."""
+        """What the card loses to this run, bytes: reserved, CUDA context, library modules and the driver's own."""
         ...
 
     def synchronize(self) -> None: ...
@@ -54,26 +63,70 @@ class Meter(Protocol):
         ...
 
 
-# A CUDA context takes at least this: 100 MiB on small cards, about 500 MiB on an H200.
-SMALLEST_CONTEXT = 50 * MIB
+# More than this above what the driver charges to us is somebody else's.
+OTHERS_BYTES = 32 * MIB
+POLL_SECONDS = 0.005
+
+
+class _Poll:
+    """A thread that keeps the highest figure of the whole GPU: NVML's answer takes 0.1 ms and holds no lock of Python's."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._highest = 0
+        self._stop = threading.Event()
+        thread = threading.Thread(target=self._run, name="wanvram-nvml", daemon=True)
+        thread.start()
+        weakref.finalize(self, self._stop.set)
+
+    def _run(self) -> None:
+        gpu, stop, me = self._gpu, self._stop, weakref.ref(self)
+        while not stop.wait(POLL_SECONDS):
+            poll = me()
+            if poll is None:
+                return
+            try:
+                poll._highest = max(poll._highest, gpu.used_bytes())
+            except Exception:  # the driver is going away: figures then come from the ends of spans alone
+                return
+            del poll
+
+    def take(self) -> int:
+        """Bytes, since the last time."""
+        highest, self._highest = self._highest, 0
+        return highest
 
 
 class CudaMeter:
-    """One CUDA device. The driver's figure is NVML's for this process, else what the card lost since the start."""
+    """One CUDA device. Device memory is what the card loses to this run: NVML's figure of the whole GPU less what it was before.
+
+    Where others use the card, too, it is what the driver charges to this process and what it takes for it besides
+    (machine.driver). To be made before the process has a CUDA context; after that what was used before is not known.
+    """
+
+    caches = True
+    _before: ClassVar[dict[str, int]] = {}  # by UUID: used before this process had a context
 
     def __init__(self, index: int = 0) -> None:
         self._index = index
-        self._handle = _nvml_handle(index)
+        self._gpu = _nvml_gpu()
+        if self._gpu is not None and not torch.cuda.is_initialized():
+            self._before.setdefault(self._gpu.uuid, self._gpu.used_bytes())
         self.device_name = "cuda:" + torch.cuda.get_device_name(index)
         self.pinned_bytes = 0
+        self.tables = PageTables()
         self._process = psutil.Process()
-        self._others = self._used_by_others()
+        self._outside = 0
+        self._poll = _Poll(self._gpu) if self._gpu is not None else None
 
     def read(self) -> Memory:
         return self._figures("current")
 
     def peak(self) -> Memory:
-        return self._figures("peak")
+        """The driver's figure is the highest that was polled, and at least what the allocator held with what was beside it."""
+        memory = self._figures("peak")
+        known = memory.reserved_bytes + self._outside if self._outside else 0
+        return replace(memory, device_bytes=max(self._polled(known), known) or None)
 
     def _figures(self, which: str) -> Memory:
         # The nested form: memory_allocated() and its like sort all of about 150 statistics for one number.
@@ -86,10 +139,40 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(self._index)
 
     def device_memory(self) -> int | None:
-        used = self._process_bytes()
-        if used is not None:
-            return used
-        return max(0, self._used() - self._others)
+        if self._gpu is None:
+            free, total = torch.cuda.mem_get_info(self._index)
+            used = total - free
+        else:
+            used = self._card_loses()
+        self._outside = max(0, used - torch.cuda.memory_reserved(self._index))
+        return used
+
+    def _card_loses(self) -> int:
+        assert self._gpu is not None
+        mine, before = self._gpu.process_bytes(), self._before.get(self._gpu.uuid)
+        whole = self._gpu.used_bytes() - (before or 0)
+        if mine is None:
+            return max(0, whole)
+        own = mine + DRIVER_BYTES + self.tables.held_bytes
+        return own if before is None or whole > own + OTHERS_BYTES else whole
+
+    def _polled(self, known: int) -> int:
+        """The highest polled figure; 0 where others may be in it. known: what the allocator alone explains, bytes."""
+        if self._gpu is None or self._poll is None:
+            return 0
+        used, before = self._poll.take(), self._before.get(self._gpu.uuid)
+        whole = 0 if before is None else used - before
+        return whole if whole <= known + 2 * OTHERS_BYTES else 0
+
+    def used_by_others(self) -> int:
+        """Bytes of the card that are not ours now."""
+        free, total = torch.cuda.mem_get_info(self._index)
+        return max(0, total - free - (self.device_memory() or 0))
+
+    def pinned(self, change: int) -> None:
+        """Host memory was pinned, or unpinned (negative)."""
+        self.pinned_bytes += change
+        self.tables.update(self.pinned_bytes)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._index)
@@ -100,51 +183,12 @@ class CudaMeter:
     def host(self) -> tuple[int, int]:
         return int(self._process.memory_info().rss), self.pinned_bytes
 
-    def _used_by_others(self) -> int:
-        """What to subtract where the driver does not tell processes apart (in most containers).
 
-        Known if our context did not exist yet: it is created here, and what was used before belongs to others. If it
-        existed, nothing is subtracted: a figure too high for a shared card is safer than one too low.
-        """
-        before = self._used() if self._handle is not None else None
-        torch.cuda.synchronize(self._index)  # creates the context
-        if before is None or self._process_bytes() is not None:
-            return 0
-        return before if self._used() - before > SMALLEST_CONTEXT else 0
-
-    def _used(self) -> int:
-        """Bytes used on the whole card, by everybody."""
-        if self._handle is not None:
-            import pynvml
-
-            with suppress(pynvml.NVMLError):  # version 2 leaves out what the driver keeps for itself
-                return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle, version=pynvml.nvmlMemory_v2).used)
-        free, total = torch.cuda.mem_get_info(self._index)
-        return total - free
-
-    def _process_bytes(self) -> int | None:
-        if self._handle is None:
-            return None
-        import pynvml
-
-        try:
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except pynvml.NVMLError:
-            return None
-        mine = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-        return int(mine[0]) if mine and mine[0] else None
-
-
-def _nvml_handle(index: int) -> Any:
-    """NVML handle of a CUDA device, found by UUID because CUDA_VISIBLE_DEVICES renumbers; None without NVML."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(index).uuid)
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".replace("GPU-GPU-", "GPU-"))
-    except Exception:  # without the driver's library this fails in several ways; the figure is then taken from CUDA
-        return None
+def _nvml_gpu() -> Gpu | None:
+    """None without the driver's library: figures are then CUDA's own."""
+    with suppress(DeviceError, ImportError):
+        return first_gpu()
+    return None
 
 
 class CpuMeter(TorchDispatchMode):
@@ -155,6 +199,7 @@ class CpuMeter(TorchDispatchMode):
     """
 
     device_name = "cpu"
+    caches = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

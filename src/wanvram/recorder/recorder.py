@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -13,7 +13,7 @@ from wanvram.recorder.interrupts import check
 from wanvram.recorder.meters import Meter
 from wanvram.units import human
 
-__all__ = ["Recorder", "SpanObserver"]
+__all__ = ["Recorder", "SpanObserver", "repeated_seconds"]
 
 
 class SpanObserver(Protocol):
@@ -79,10 +79,10 @@ class Recorder:
             self.meter.synchronize()
             span.seconds = self._seconds(span)
             span.host_rss_bytes, span.pinned_bytes = self.meter.host()
-        driver_unasked = self._carry_peak().device_bytes is None
+        self._carry_peak()
         span.end = self._read(detailed)
         span.peak = span.peak.highest(span.end)
-        if driver_unasked:
+        if self.meter.caches:
             span.peak = _with_device(span.peak, span.end)
         self._started.pop()
         self._open.pop()
@@ -103,7 +103,7 @@ class Recorder:
         started, now = self._started[-1], self.meter.now(span.kind)
         if started is None or now is None:
             return None
-        return now - started + _repeated(span)
+        return now - started + repeated_seconds(span.children)
 
     def finish_open(self, failure: Failure) -> Failure:
         """Closes what an exception left open, outermost last; the failure is returned with its stage and component."""
@@ -130,10 +130,9 @@ class Recorder:
             self.events.log(name, memory, {"kind": kind, "component": component})
 
 
-def _repeated(span: Span) -> float:
-    """Seconds of the repeats inside a span that did not run."""
-    inside = span.children
-    return sum((c.repeats - 1) * (c.seconds or 0.0) + _repeated(c) for c in inside)
+def repeated_seconds(spans: Sequence[Span]) -> float:
+    """Of the repeats, at any depth, that stand for spans which did not run."""
+    return sum((span.repeats - 1) * (span.seconds or 0.0) + repeated_seconds(span.children) for span in spans)
 
 
 def _with_device(peak: Memory, end: Memory) -> Memory:

@@ -1,13 +1,15 @@
-"""What `wanvram check` found, as plain text. No torch."""
+"""What `wanvram check` found, and the cards that it lists, as plain text. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from wanvram.report.terminal import table
-from wanvram.units import human
+from wanvram.simulate.card import GPU
+from wanvram.units import GIB, human
 
-__all__ = ["check_text"]
+__all__ = ["cards_text", "check_text"]
 
 
 def check_text(checks: dict[str, Any]) -> str:
@@ -64,3 +66,28 @@ def _verdict(warnings: list[str]) -> str:
     if not warnings:
         return "Nothing here would falsify a measurement."
     return "\n".join(["What would falsify a measurement:", *(f"  {warning}" for warning in warnings)])
+
+
+def cards_text(cards: Sequence[GPU]) -> str:
+    """One line a card; what the columns mean below."""
+    width = max(len(card.key) for card in cards)
+    rows = [["card".ljust(width) + "  name", "memory", "16-bit", "float32", "bandwidth", "link", "figures"]]
+    rows += [
+        [
+            f"{card.key.ljust(width)}  {card.name}",
+            f"{card.memory_bytes // GIB} GB",
+            f"{card.product_flops / 1e12:,.1f}",
+            f"{card.fp32_flops / 1e12:,.1f}",
+            f"{card.bandwidth_bytes / 1e9:,.0f}",
+            f"{card.pcie_bytes / 1e9:,.1f}",
+            "measured" if card.measured else "estimated",
+        ]
+        for card in cards
+    ]
+    return (
+        f"{table(rows)}\n\n"
+        "16-bit: TFLOP/s that large products reach under sustained load; float32: published TFLOP/s without matrix units;\n"
+        "bandwidth: published GB/s of the memory; link: GB/s from pinned host memory.\n"
+        "Any name of a card that fits one does for --gpu; `--cards --json` prints every figure with its source, and one such row,\n"
+        "changed and saved as FILE.yaml, describes a card that is not here: --gpu FILE.yaml.\n"
+    )

@@ -21,7 +21,7 @@ from wanvram.report.answer import CARDS_GIB, advice_first, answer, best_first, c
 from wanvram.report.runs import Run, pairs
 from wanvram.report.texts import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.report.timeline import thinned
-from wanvram.simulate.gpus import GPUS
+from wanvram.simulate.gpus import card_of_run
 from wanvram.version import __version__
 
 __all__ = ["MAX_BYTES", "html_report"]
@@ -163,7 +163,7 @@ def _limit(record: RunRecord) -> dict[str, Any] | None:
     if not record.simulated:
         total = record.environment.get("gpu_total_bytes")
         return {"name": record.device.partition(":")[2], "bytes": total} if type(total) is int else None
-    gpu = GPUS.get(record.device.partition(":")[2])
+    gpu = card_of_run(record.device, record.config.get("request", {}).get("gpu"))
     return {"name": gpu.name, "bytes": gpu.total_bytes} if gpu else None
 
 

@@ -14,7 +14,7 @@ from wanvram.command_line import plan_command
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.simulate.gpus import GPUS
+from wanvram.simulate.gpus import card_of_run
 from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["show", "summarize", "table"]
@@ -125,15 +125,14 @@ def _alive(alive: Sequence[tuple[str, int]]) -> Iterator[str]:
 def _remedy(record: RunRecord) -> str:
     """What says how it would fit, as commands to copy: the same request, planned."""
     advice = "wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"
-    card = record.device.partition(":")[2]
-    gpu = GPUS.get(card) if record.simulated else None
-    limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
-    vram = f"{limit // MIB}MiB" if limit else "auto"
     try:
         config = RunConfig.from_dict(record.config)
     except InputError:  # written by another version: what was asked for cannot be said in full
         return f"what would make it fit:\n  {advice}"
-    command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=gpu.key if gpu else None)
+    gpu = card_of_run(record.device, config.gpu)
+    limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
+    vram = f"{limit // MIB}MiB" if limit else "auto"
+    command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=gpu.argument if gpu else None)
     return f"what would make it fit:\n  {command}\n  {advice}"
 
 

@@ -28,7 +28,7 @@ from wanvram.run.forecast import simulate_stage
 from wanvram.run.inputs import prepare_inputs
 from wanvram.run.simulated import simulated_memory
 from wanvram.run.weights import NoWeights
-from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
+from wanvram.simulate.gpus import DEFAULT_GPU, GPU, card_of_run, find_gpu
 from wanvram.tasks import latent_shape
 
 __all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]
@@ -125,8 +125,7 @@ def advise(
     did not fit is compared on a card without limit. Raises InputError if the record's card is unknown to the simulator.
     """
     measurement = Measurement(profile_memory=False)  # spans of single blocks change no peak and cost a second a run
-    card = find_gpu(record.device.partition(":")[2] or config.gpu or DEFAULT_GPU)
-    config = replace(config, device="simulated", gpu=card.key, measurement=measurement)
+    config = replace(config, device="simulated", gpu=_card(config, record).argument, measurement=measurement)
     base = _reused(config, record) or predict(config, False)
     unlimited = base is None
     base = base or predict(config, True)
@@ -135,6 +134,13 @@ def advise(
     estimates = [estimate for knobs in _changes(config) if (estimate := _estimate(runs, knobs)).saved_bytes > 0]
     advices = _best(runs, _ranked(estimates), count, show)
     return [replace(advice, fits=_fits(runs, advice)) for advice in advices] if unlimited else advices
+
+
+def _card(config: RunConfig, record: RunRecord) -> GPU:
+    """The card the run was on: of several sizes of one name the one whose memory the record states."""
+    total = record.environment.get("gpu_total_bytes")
+    name = record.device.partition(":")[2] or config.gpu or DEFAULT_GPU
+    return card_of_run(record.device, config.gpu) or find_gpu(name, total if type(total) is int else None)
 
 
 def write_advice(directory: Path, advices: list[Advice]) -> Path:

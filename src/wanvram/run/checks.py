@@ -19,6 +19,7 @@ import torch
 
 from wanvram.errors import InputError
 from wanvram.recorder.meters import available_ram_bytes
+from wanvram.run.host import operation_us
 from wanvram.units import GIB, MIB, human
 
 __all__ = ["GpuProcess", "own_gpu_process", "run_checks", "warm_up"]
@@ -187,19 +188,8 @@ def _host(directory: Path) -> dict[str, Any]:
         "disk_free_bytes": shutil.disk_usage(place).free,
         "cpu_count": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "operation_us": _operation_us(),
+        "operation_us": operation_us(),
     }
-
-
-def _operation_us() -> float:
-    """Microseconds of one smallest operation of PyTorch on the CPU: how fast this host issues work, also to a GPU."""
-    x, rounds = torch.zeros(1), []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(500):
-            x.add_(1.0)
-        rounds.append(time.perf_counter() - start)
-    return round(min(rounds) / 500 * 1e6, 2)
 
 
 def _host_warnings(host: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from wanvram.errors import DeviceError
+from wanvram.machine.nvml import first_gpu
 from wanvram.version import __version__
 
 __all__ = ["cuda_usable", "describe_environment", "free_device_bytes"]
@@ -46,40 +46,10 @@ def describe_environment() -> dict[str, Any]:
 
 
 def free_device_bytes() -> tuple[int, int, str]:
-    """(free, total, name) of the first CUDA device. Raises DeviceError without one.
-
-    Asked through NVML, because asking CUDA would create the context, which takes 0.5 GiB of what is to be planned.
-    """
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handle = _first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return int(memory.free), int(memory.total), str(pynvml.nvmlDeviceGetName(handle))
-    except pynvml.NVMLError as error:
-        raise DeviceError(f"no NVIDIA GPU answers here ({error}); state the memory, for example --vram 8GiB") from error
-
-
-def _first_visible(nvml: Any, visible: str | None) -> Any:
-    """NVML's handle of CUDA's device 0; NVML itself counts every card, whatever CUDA_VISIBLE_DEVICES says."""
-    if visible is None:
-        return nvml.nvmlDeviceGetHandleByIndex(0)
-    first = visible.split(",")[0].strip()
-    if first.startswith("MIG-"):
-        return nvml.nvmlDeviceGetHandleByUUID(first)
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    if first.startswith("GPU-"):
-        found = [handle for handle in handles if str(nvml.nvmlDeviceGetUUID(handle)).startswith(first)]
-    else:
-        # NVML counts in the order of the bus; CUDA's own default, fastest first, differs only among unlike cards.
-        found = handles[int(first) :][:1] if first.isascii() and first.isdigit() else []
-    if len(found) != 1:
-        raise DeviceError(
-            f"CUDA_VISIBLE_DEVICES is '{visible}', which shows none of the {len(handles)} GPUs here; change or unset it, or state "
-            "the memory, for example --vram 8GiB"
-        )
-    return found[0]
+    """(free, total, name) of the first CUDA device. Raises DeviceError without one."""
+    gpu = first_gpu()
+    free, total = gpu.memory()
+    return free, total, gpu.name
 
 
 def cuda_usable() -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,19 +14,23 @@ import torch
 import yaml
 
 from wanvram.config import RunConfig
-from wanvram.engine.devices import CpuDevice, CudaDevice, Device, SimulatedDevice
-from wanvram.engine.pipeline import FrameSink, Pipeline
+from wanvram.engine.cuda import CudaDevice
+from wanvram.engine.devices import CpuDevice, Device, SimulatedDevice
+from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, WanvramError
+from wanvram.machine.allocator_settings import put_in_force
 from wanvram.planner.budget import beyond_card
-from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
+from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Span, Times, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import deferred
-from wanvram.recorder.recorder import Recorder
+from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.alive import largest_alive
 from wanvram.run.checks import run_checks
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
 from wanvram.run.extension import prompt_extension
+from wanvram.run.host import since_process_start
+from wanvram.run.in_force import check_in_force, in_force
 from wanvram.run.inputs import prepare_inputs
 from wanvram.run.observe import observed
 from wanvram.run.outputs import Outputs
@@ -48,6 +51,7 @@ class Output:
     force: bool = False
     video: bool = False
     save_file: Path | None = None
+    predicted: Predicted | None = None  # what the plan said, to stand beside what is measured
 
 
 def execute(
@@ -76,6 +80,9 @@ def execute(
     outputs = _outputs(config, device, output)
     directory = prepare_directory(output.directory, force=output.force) if output.directory else None
     environment = describe_environment() | checks
+    if isinstance(device, CudaDevice):
+        environment["in_force"] = in_force(config, device)
+        check_in_force(config, environment["in_force"], device)
     if directory:
         _write_circumstances(directory, config, environment)
     with ExitStack() as stack:
@@ -88,8 +95,12 @@ def execute(
         if progress:
             pipeline.on_step = StepProgress(progress, simulated)
         lost = stack.enter_context(observed(config.measurement, pipeline, directory))
-        failure = _run(pipeline, outputs)
+        start = since_process_start()
+        failure = _run(pipeline, _sinks(pipeline, outputs, video=output.video))
     record = _record(config, device, pipeline, failure, environment)
+    record.predicted = output.predicted
+    if not simulated:
+        record.times = Times(start, since_process_start())
     record.notes += notes + (extend.notes if extend else []) + lost
     if directory:
         _write_results(directory, record, timeline)
@@ -153,31 +164,31 @@ class StepProgress:
             self.last = now
 
 
-def simulate_with_timeline(config: RunConfig) -> tuple[RunRecord, Timeline]:
+def simulate_with_timeline(config: RunConfig, *, video: bool = False) -> tuple[RunRecord, Timeline]:
     """As `simulate`, with everything the allocator did and for whom."""
     memory = simulated_memory(config)
     timeline = Timeline.attach(memory)
-    return _simulate(config, memory, timeline), timeline
+    return _simulate(config, memory, timeline, video), timeline
 
 
 def simulate(
-    config: RunConfig, *, keep_events: bool = False, unlimited: bool = False
+    config: RunConfig, *, keep_events: bool = False, unlimited: bool = False, video: bool = False
 ) -> tuple[RunRecord, SimulatedMemory]:
     """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's.
 
-    unlimited: on a card without end, so that the peak is what the whole run takes.
+    unlimited: on a card without end, so that the peak is what the whole run takes. video: it is encoded and saved, too.
     """
     memory = simulated_memory(config, keep_events=keep_events, unlimited=unlimited)
-    return _simulate(config, memory, None), memory
+    return _simulate(config, memory, None, video), memory
 
 
-def _simulate(config: RunConfig, memory: SimulatedMemory, timeline: Timeline | None) -> RunRecord:
+def _simulate(config: RunConfig, memory: SimulatedMemory, timeline: Timeline | None, video: bool) -> RunRecord:
     device = SimulatedDevice(memory)
     weights = NoWeights(tiny=config.weights == "tiny")
     inputs, notes = prepare_inputs(config.request, simulated=True, real_weights=False)
     extend = prompt_extension(config.request, simulated=True)
     pipeline = Pipeline(config, device, Recorder(memory, None, None, timeline), weights, inputs, extend=extend)
-    failure = _run(pipeline, None)
+    failure = _run(pipeline, _sinks(pipeline, None, video=video))
     record = _record(config, device, pipeline, failure, {})
     record.notes += notes + (extend.notes if extend else [])
     return record
@@ -206,7 +217,9 @@ def make_device(config: RunConfig) -> Device:
     """The device a configuration asks for."""
     kind = device_kind(config)
     if kind == "cuda":
-        _set_allocator(config)
+        put_in_force(
+            config.strategy.expandable_segments
+        )  # the commands did it before importing torch; a program may not have
         return CudaDevice(limit_bytes=config.memory_limit_bytes)
     if kind == "cpu":
         if config.weights == "random":
@@ -217,22 +230,19 @@ def make_device(config: RunConfig) -> Device:
     return SimulatedDevice(simulated_memory(config))
 
 
-def _set_allocator(config: RunConfig) -> None:
-    """The allocator reads its settings once, at CUDA's start; what the user set must not contradict the strategy."""
-    wanted = config.strategy.expandable_segments
-    given = os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{wanted}")
-    if ("expandable_segments:True" in given.replace(" ", "")) != wanted:
-        raise InputError(
-            f"PYTORCH_CUDA_ALLOC_CONF is '{given}' but the configuration says expandable_segments: {wanted}; unset one of them"
-        )
-
-
-def _run(pipeline: Pipeline, outputs: Outputs | None) -> Failure | None:
-    """Runs to the end, or says what stopped it and keeps what was recorded."""
+def _sinks(pipeline: Pipeline, outputs: Outputs | None, *, video: bool) -> OpenSink:
+    """What takes the frames: files, what stands for them where nothing is written, or nothing."""
 
     def open_sink(index: int) -> AbstractContextManager[FrameSink | None]:
-        return nullcontext() if outputs is None else outputs.open(index, pipeline.prompts[index])
+        if outputs is not None:
+            return outputs.open(index, pipeline.prompts[index])
+        return nullcontext(pipeline.device.video_sink() if video else None)
 
+    return open_sink
+
+
+def _run(pipeline: Pipeline, open_sink: OpenSink) -> Failure | None:
+    """Runs to the end, or says what stopped it and keeps what was recorded."""
     try:
         with deferred(), pipeline.device.session():
             pipeline.run(open_sink)
@@ -273,6 +283,16 @@ def _record(
         host={"peak_rss_bytes": rss, "pinned_bytes": pinned},
         failure=failure,
         notes=_notes(config, pipeline),
+        times=_predicted_times(device, pipeline.recorder.spans) if isinstance(device, SimulatedDevice) else Times(),
+    )
+
+
+def _predicted_times(device: SimulatedDevice, stages: Sequence[Span]) -> Times:
+    """The clock's, with the steps that were not simulated, and what the process takes before and after."""
+    machine = device.clock.machine
+    return Times(
+        machine.start_seconds,
+        machine.start_seconds + device.clock.now() + repeated_seconds(stages) + machine.end_seconds,
     )
 
 
@@ -317,6 +337,9 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
     beyond = beyond_card(config.memory_limit_bytes or 0, gpu) if gpu is not None else None
     notes += [beyond] if beyond is not None else []
+    cold = pipeline.device.clock.cold_seconds() if isinstance(pipeline.device, SimulatedDevice) else 0.0
+    if cold:
+        notes.append(f"kernels were never compiled on this machine: {cold:.0f} s of the first run are for that")
     if gpu is not None and not gpu.measured:
         notes.append(f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card")
     return notes

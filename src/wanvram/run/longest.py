@@ -10,7 +10,7 @@ from wanvram.errors import BudgetError, InputError
 from wanvram.planner import Budget, Plan, StageForecast
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.longest import most_frames
-from wanvram.planner.search import planning_base
+from wanvram.planner.search import cleared, planned_base
 from wanvram.run.planning import Forecasts, plan_run
 from wanvram.units import human
 
@@ -37,7 +37,7 @@ def plan_longest(config: RunConfig, budget: Budget, show: Callable[[str], None] 
             said(f"{asked.request.frame_num} frames: {component} {human(found.peak_device_bytes)}")
         return found
 
-    frames = most_frames(Trials(request, budget, forecast), planning_base(config.strategy))
+    frames = most_frames(Trials(request, budget, forecast), cleared(planned_base(config.strategy)))
     for fewer in range(FEWER if frames is not None else 0):
         count = (frames or 0) - 4 * fewer
         if count < 1:

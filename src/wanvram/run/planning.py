@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from wanvram.config import Measurement, Request, RunConfig
 from wanvram.errors import BudgetError, WanvramError
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
 from wanvram.planner.forecasts import components_of
+from wanvram.planner.search import planned_base
 from wanvram.record import RunRecord, Span
 from wanvram.run.execute import simulate
 from wanvram.run.forecast import simulate_stage
@@ -60,11 +60,10 @@ def plan_run(
     """A lossless strategy, within 1 % the fastest, whose whole predicted run stays within the budget less its margin, and that run.
 
     Forecasts are shortened; where the whole run needs more than they said, the difference is kept free and the search is
-    made again, at most three times, then BudgetError. WanvramError if a whole run ends early. The allocator's expandable
-    segments are always used where PyTorch has them, which is on Linux: they cost nothing and leave no holes. The plan's
-    figures are the whole run's. forecasts: what was simulated before counts.
+    made again, at most three times, then BudgetError. WanvramError if a whole run ends early. The plan's figures are the whole
+    run's. forecasts: what was simulated before counts.
     """
-    base = replace(config.strategy, expandable_segments=sys.platform == "linux")
+    base = planned_base(config.strategy)
     # The text encoder twice, the transformer and every other component three times, two lossy offers.
     expected = 3 * len(components_of(config.request)) + (1 if offers else -1)
     forecasts = Forecasts(show, expected) if forecasts is None else forecasts
@@ -80,7 +79,7 @@ def plan_run(
         whole = peak.device_bytes if peak is not None else None
         excess = (whole or 0) - budget.device_limit
         if excess <= 0:
-            return replace(result, budget=budget, whole_run_bytes=whole, stages=_stages(result, record)), record
+            return _confirmed(replace(result, budget=budget, whole_run_bytes=whole), record), record
         tried = replace(budget, margin_bytes=tried.margin + excess)
     raise BudgetError(
         f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "
@@ -99,16 +98,18 @@ def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:
 
     On the card itself a run that does not fit ends early, with a peak that looks as if it did.
     """
-    planned = replace(
-        planned_config(config, plan), memory_limit_bytes=None, measurement=Measurement(profile_memory=False)
-    )
-    record, _ = simulate(planned, unlimited=True)
+    planned = replace(planned_config(config, plan), measurement=Measurement(profile_memory=False))
+    record, _ = simulate(planned, unlimited=True, video=True)
     if record.failure is not None:
         raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
     return record
 
 
 # --- the whole run in the plan's terms ---------------------------------------------------------------------------------------
+
+
+def _confirmed(plan: Plan, record: RunRecord) -> Plan:
+    return replace(plan, stages=_stages(plan, record), whole_run_seconds=record.times.in_all_seconds)
 
 
 def _stages(plan: Plan, record: RunRecord) -> tuple[StageForecast, ...]:

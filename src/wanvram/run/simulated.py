@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.machine.driver import LATER_BYTES
 from wanvram.planner.budget import usable_memory
+from wanvram.run.host import clock_of
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
@@ -19,7 +21,7 @@ UNLIMITED_BYTES = 2**50
 def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited: bool = False) -> SimulatedMemory:
     """Raises InputError for an unknown GPU, or one that cannot compute in the precision.
 
-    unlimited: a card of 1 PiB, to learn what a run would take.
+    unlimited: a card of 1 PiB and no cap, to learn what a run would take.
     """
     gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
     if config.strategy.precision == "bf16" and gpu.compute_capability < (8, 0):
@@ -31,6 +33,8 @@ def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited:
     # A card with more memory than its name had: what is stated counts.
     stated = usable_memory(config.memory_limit_bytes or 0, gpu)
     usable = UNLIMITED_BYTES if unlimited else max(gpu.total_bytes, stated) - outside
-    limit = None if config.memory_limit_bytes is None else max(0, config.memory_limit_bytes - outside)
+    capped = config.memory_limit_bytes is not None and not unlimited
+    limit = max(0, (config.memory_limit_bytes or 0) - outside - LATER_BYTES) if capped else None
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
-    return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=keep_events)
+    buffers = LibraryBuffers(gpu, Libraries(gpu))
+    return SimulatedMemory(gpu, allocator, buffers, clock=clock_of(config, gpu), keep_events=keep_events)

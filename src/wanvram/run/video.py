@@ -1,8 +1,10 @@
-"""H.264 video at 16 frames a second through PyAV, encoded frame by frame as the VAE finishes them; a PNG for one picture."""
+"""H.264 video at 16 frames a second through PyAV, encoded as the VAE finishes its frames; a PNG for one picture."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +15,7 @@ from wanvram.errors import OutputError
 __all__ = ["FRAMES_PER_SECOND", "PictureWriter", "VideoWriter", "check_encoder"]
 
 FRAMES_PER_SECOND = 16
+MAX_WAITING = 16  # groups of up to 4 frames: 169 MiB at 1280x720
 
 
 def check_encoder() -> None:
@@ -43,6 +46,9 @@ class PictureWriter:
         finally:
             partial.unlink(missing_ok=True)
 
+    def finish(self) -> None:
+        """It was written at once."""
+
     def __enter__(self) -> PictureWriter:
         return self
 
@@ -53,8 +59,8 @@ class PictureWriter:
 class VideoWriter:
     """Writes uint8 frames [t, H, W, 3]; the file gets its name only when it is complete.
 
-    Raises OutputError when the encoder or the disk refuses. Used as a context manager; leaving it with an error removes the
-    partial file.
+    A thread encodes while the device computes the next frames. Raises OutputError when the encoder or the disk refuses, at the
+    next call. Used as a context manager; leaving it with an error removes the partial file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,28 +68,56 @@ class VideoWriter:
         self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
         self._stream = None
         self.frames = 0
+        self._finished = False
         import av
 
         try:
             self._container = av.open(str(self._partial), "w")
         except (OSError, av.FFmpegError) as error:
             raise OutputError(f"cannot write {path}: {error}") from error
+        self._thread = ThreadPoolExecutor(1, "wanvram-video")
+        self._waiting: deque[Future[None]] = deque()
 
     def write(self, frames: torch.Tensor) -> None:
+        self._waiting.append(self._thread.submit(self._encode, frames))
+        while len(self._waiting) > MAX_WAITING or (self._waiting and self._waiting[0].done()):
+            self._next()
+
+    def finish(self) -> None:
+        """Every frame is encoded and in the file, which has its name once the writer is left."""
+        if self._finished:
+            return
+        self._finished = True
+        self._waiting.append(self._thread.submit(self._flush))
+        while self._waiting:
+            self._next()
+
+    def _next(self) -> None:
         import av
 
         try:
-            for picture in frames.numpy():
-                if self._stream is None:
-                    self._stream = self._container.add_stream("libx264", rate=FRAMES_PER_SECOND)
-                    self._stream.height, self._stream.width = picture.shape[:2]
-                    self._stream.pix_fmt = "yuv420p"
-                    self._stream.options = {"crf": "18"}
-                for packet in self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                    self._container.mux(packet)
-                self.frames += 1
+            self._waiting.popleft().result()
         except (OSError, av.FFmpegError) as error:
             raise OutputError(f"cannot write {self.path}: {error}") from error
+
+    def _encode(self, frames: torch.Tensor) -> None:
+        import av
+
+        for picture in frames.numpy():
+            if self._stream is None:
+                self._stream = self._container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+                self._stream.height, self._stream.width = picture.shape[:2]
+                self._stream.pix_fmt = "yuv420p"
+                self._stream.options = {"crf": "18"}
+            for packet in self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                self._container.mux(packet)
+            self.frames += 1
+
+    def _flush(self) -> None:
+        if self._stream is not None:
+            for packet in self._stream.encode():
+                self._container.mux(packet)
+        self._container.close()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -92,13 +126,14 @@ class VideoWriter:
         import av
 
         try:
-            if kind is None and self._stream is not None:
-                for packet in self._stream.encode():
-                    self._container.mux(packet)
+            if kind is None:
+                self.finish()
+            self._thread.shutdown(cancel_futures=True)
             self._container.close()
             if kind is None:
                 os.replace(self._partial, self.path)
         except (OSError, av.FFmpegError) as error:
             raise OutputError(f"cannot write {self.path}: {error}") from error
         finally:
+            self._thread.shutdown(cancel_futures=True)
             self._partial.unlink(missing_ok=True)

@@ -4,8 +4,7 @@ Four timelines, as on a real machine: the host issues work, the device computes 
 thread on the host reads weights into pinned buffers. Each moves by prices from a card's rates (gpus.py); one waits for another
 only through marks and blocking calls, so a copy is hidden exactly where it would be.
 
-Not modelled: a first use's compilation and tuning (0.7 to 2.8 s once per process on an H200), making, reading and pinning weights
-at loading, encoding the video, and other programs on the same machine.
+Not modelled: what the weights' values and the video's content change, and other programs on the same machine.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from math import prod
 from typing import Any
 
 from wanvram.record import Copies
-from wanvram.simulate.gpus import GPU, HOST, Host
+from wanvram.simulate.gpus import GPU
+from wanvram.simulate.host import HOST, Host
 
 __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
 
@@ -73,9 +73,15 @@ class Price:
 class Costs:
     """Prices of operations on one card, at the rates that are reached."""
 
-    def __init__(self, gpu: GPU) -> None:
+    def __init__(self, gpu: GPU, host: Host = HOST) -> None:
         self.gpu = gpu
         self.bandwidth = gpu.bandwidth_bytes * gpu.efficiency.memory
+        self.slowness = host.operation_us / HOST.operation_us  # times per operation were fitted on that machine
+        # Published rates at the clock under load. Without matrix units a card draws less: none is faster there for holding more.
+        self._half = gpu.bf16_flops * gpu.clock_ratio
+        self._fp8 = (gpu.fp8_flops or gpu.bf16_flops) * gpu.clock_ratio
+        self._tf32 = gpu.tf32_flops * gpu.clock_ratio
+        self._fp32 = gpu.fp32_flops * min(1.0, gpu.clock_ratio)
 
     def price(self, operation: str) -> Price | None:
         """Of an operation by its full name, such as `aten.mm.out`; None for an allocation."""
@@ -94,7 +100,7 @@ class Costs:
 
     def _dispatch(self, name: str) -> float:
         own = name.startswith("wanvram.")
-        return self.gpu.efficiency.own_seconds if own else self.gpu.efficiency.dispatch_seconds
+        return self.slowness * (self.gpu.efficiency.own_seconds if own else self.gpu.efficiency.dispatch_seconds)
 
     def seconds(self, work: Work) -> float:
         """The larger of arithmetic and memory traffic: they overlap."""
@@ -108,19 +114,19 @@ class Costs:
         return 2 * batch * m * k * n, self._product_rate(a.itemsize), a.nbytes + b.nbytes + out
 
     def _product_rate(self, itemsize: int) -> float:
-        gpu, reached = self.gpu, self.gpu.efficiency
+        reached = self.gpu.efficiency
         if itemsize == 1:
-            return (gpu.fp8_flops or gpu.bf16_flops) * reached.product
+            return self._fp8 * reached.product
         if itemsize == 2:
-            return gpu.bf16_flops * reached.product
-        return gpu.fp32_flops * reached.product_fp32
+            return self._half * reached.product
+        return self._fp32 * reached.product_fp32
 
     def _attention(self, args: Arguments, result: Any) -> Work:
         """q [Lq,H,D], k [Lk,H,D]: two products of 2 Lq Lk H D each."""
         q, k = args[0], args[1]
         flops = 4 * prod(q.shape) * (k.shape[0] + RAMP_KEYS)
-        gpu, reached = self.gpu, self.gpu.efficiency
-        rate = gpu.bf16_flops * reached.attention if q.itemsize == 2 else gpu.fp32_flops * reached.attention_fp32
+        reached = self.gpu.efficiency
+        rate = self._half * reached.attention if q.itemsize == 2 else self._fp32 * reached.attention_fp32
         return flops, rate, 2 * q.nbytes + 2 * k.nbytes
 
     def _convolution(self, args: Arguments, result: Any) -> Work:
@@ -133,12 +139,12 @@ class Costs:
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
 
     def _conv_rate(self, itemsize: int, narrow: bool) -> float:
-        gpu, reached = self.gpu, self.gpu.efficiency
+        reached = self.gpu.efficiency
         if itemsize == 2:
-            return gpu.bf16_flops * (reached.conv_half_narrow if narrow else reached.conv_half)
-        if gpu.compute_capability < (8, 0):
-            return gpu.fp32_flops * reached.product_fp32
-        return gpu.tf32_flops * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
+            return self._half * (reached.conv_half_narrow if narrow else reached.conv_half)
+        if self.gpu.compute_capability < (8, 0):
+            return self._fp32 * reached.product_fp32
+        return self._tf32 * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
 
 
 def _traffic(operation: str) -> Callable[[Arguments, Any], Work]:
@@ -176,17 +182,20 @@ class Clock:
 
     gpu: GPU
     machine: Host = HOST
+    cold: frozenset[str] = frozenset()  # libraries whose kernels were never compiled on this machine
     copied: Copies = field(default_factory=Copies)
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
     _host: float = 0.0
     _compute: float = 0.0
     _copies: float = 0.0
     _reader: float = 0.0
+    _encoder: float = 0.0
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
 
     def __post_init__(self) -> None:
-        self.costs = Costs(self.gpu)
-        self._launch, self._view = self.gpu.efficiency.launch_seconds, self.gpu.efficiency.view_seconds
+        self.costs = Costs(self.gpu, self.machine)
+        self._launch = self.gpu.efficiency.launch_seconds
+        self._view = self.gpu.efficiency.view_seconds * self.costs.slowness
         self._pageable = min(self.machine.pageable_bytes, self.gpu.pcie_bytes)
 
     def now(self) -> float:
@@ -261,6 +270,38 @@ class Clock:
         """The host itself copies between its tensors."""
         self._host += nbytes / self.machine.copy_bytes
 
+    # --- once ----------------------------------------------------------------------------------------------------------------
+
+    def first_use(self, library: str) -> None:
+        """The host loads a library's modules and makes its plans, while the device waits."""
+        cost = self.machine.first_use.get(library)
+        if cost is not None:
+            self._host += cost.cold if library in self.cold else cost.warm
+
+    def cold_seconds(self) -> float:
+        """What compiling costs this run and no later one."""
+        costs = [self.machine.first_use[library] for library in self.cold if library in self.machine.first_use]
+        return sum(cost.cold - cost.warm for cost in costs)
+
+    def pin(self, nbytes: int) -> None:
+        """The host takes zeroed RAM and pins it."""
+        self._host += nbytes / self.machine.pin_bytes
+
+    def unpin(self, nbytes: int) -> None:
+        self._host += nbytes / self.machine.unpin_bytes
+
+    def load_from_disk(self, nbytes: int) -> None:
+        """The host reads checkpoint files while nothing else happens."""
+        cached = self.machine.cached_share
+        self._host += nbytes * (cached / self.machine.cached_bytes + (1 - cached) / self.machine.disk_bytes)
+
+    def encode(self, pixels: int) -> None:
+        """Frames for the encoder, a thread beside everything else."""
+        self._encoder = max(self._encoder, self._host) + pixels / self.machine.encode_pixels
+
+    def finish_encoding(self) -> None:
+        self._host = max(self._host, self._encoder)
+
     # --- reading ahead ---------------------------------------------------------------------------------------------------
 
     def reader_waits(self, mark: float) -> None:
@@ -271,9 +312,15 @@ class Clock:
         """The reading thread copies pageable memory into a pinned buffer; the next prefetch is of it."""
         self._read_ahead(nbytes / self.machine.copy_bytes)
 
-    def read_from_disk(self, nbytes: int) -> None:
-        """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it."""
-        self._read_ahead(nbytes / self.machine.disk_bytes)
+    def read_from_disk(self, nbytes: int, kept_bytes: int | None = None) -> None:
+        """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it.
+
+        kept_bytes: read before, with so many bytes of files since, which the page cache holds if it is larger.
+        """
+        machine = self.machine
+        again = kept_bytes is not None and kept_bytes <= machine.page_cache_bytes
+        share = 1.0 if again else machine.cached_share
+        self._read_ahead(nbytes * (share / machine.reread_bytes + (1 - share) / machine.disk_bytes))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

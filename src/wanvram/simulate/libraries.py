@@ -14,7 +14,12 @@ from importlib import resources
 from wanvram.simulate.gpus import GPU
 from wanvram.units import MIB
 
-__all__ = ["Libraries", "conv_key"]
+__all__ = ["KNOWN_TORCH", "Libraries", "conv_key"]
+
+KNOWN_TORCH = (
+    (2, 11),
+    (2, 15),
+)  # from, to before: the releases whose allocator and choice of attention the rules here describe
 
 
 def conv_key(dtype: str, x: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> str:

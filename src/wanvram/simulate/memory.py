@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wanvram.machine.driver import PageTables
 from wanvram.record import Memory
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.buffers import BufferPlan, LibraryBuffers
@@ -56,7 +57,13 @@ class SimulatedMemory(TorchDispatchMode):
     """
 
     def __init__(
-        self, gpu: GPU, allocator: CachingAllocator, libraries: LibraryBuffers, *, keep_events: bool = False
+        self,
+        gpu: GPU,
+        allocator: CachingAllocator,
+        libraries: LibraryBuffers,
+        *,
+        clock: Clock | None = None,
+        keep_events: bool = False,
     ) -> None:
         super().__init__()
         self.gpu = gpu
@@ -65,7 +72,7 @@ class SimulatedMemory(TorchDispatchMode):
         self.host_bytes = 0
         self.host_peak_bytes = 0
         self.pinned_bytes = 0
-        self.clock = Clock(gpu)
+        self.clock = clock or Clock(gpu)
         self.events: list[AllocationEvent] | None = [] if keep_events else None
         self.observer: MemoryObserver | None = None
         self.live: dict[int, tuple[int, str]] = {}
@@ -78,8 +85,10 @@ class SimulatedMemory(TorchDispatchMode):
         self._pinning = False
         self._ignoring = False
         self._operation = ""
+        self.tables = PageTables()
         self._loaded: set[str] = set()
         self._outside = gpu.context_bytes
+        self._limit = allocator.limit_bytes
 
     # --- meter -----------------------------------------------------------------------------------------------------------
 
@@ -93,9 +102,11 @@ class SimulatedMemory(TorchDispatchMode):
     def peak(self) -> Memory:
         return Memory(self.allocator.peak_allocated_bytes, self.allocator.peak_reserved_bytes, None)
 
+    caches = True
+
     def device_memory(self) -> int:
-        """What the driver would say: reserved, the CUDA context, and the modules of every library used so far."""
-        return self.allocator.reserved_bytes + self._outside
+        """What the card loses: reserved, the CUDA context, modules of every library used so far, page tables of pinned memory."""
+        return self.allocator.reserved_bytes + self._outside + self.tables.held_bytes
 
     def reset_peak(self) -> None:
         self.allocator.reset_peaks()
@@ -104,8 +115,8 @@ class SimulatedMemory(TorchDispatchMode):
         self.clock.synchronize()
 
     def now(self, kind: str) -> float | None:
-        """Predicted seconds. Loading is unknown: generating, reading and pinning weights is not modelled, only their copies."""
-        return None if kind == "load" else self.clock.now()
+        """Predicted seconds."""
+        return self.clock.now()
 
     def host(self) -> tuple[int, int]:
         """(bytes in host tensors, of which pinned): what the run itself keeps in RAM, without Python and libraries."""
@@ -144,6 +155,7 @@ class SimulatedMemory(TorchDispatchMode):
             self._loaded.add(name)
             nbytes = self.gpu.module_bytes.get(name, 0)
             self._outside += nbytes
+            self.clock.first_use(name)
             if self.observer is not None:
                 self.observer.outside(nbytes)
 
@@ -226,6 +238,8 @@ class SimulatedMemory(TorchDispatchMode):
             self.pinned_bytes += pinned
             if pinned:
                 self._pinned.add(key)
+                self.clock.pin(pinned)
+                self._pin_changed()
             weakref.finalize(storage, self._forget_host, key, pinned).atexit = False
         else:
             self._device[key] = self._malloc(nbytes, self._operation, tensor)
@@ -235,6 +249,21 @@ class SimulatedMemory(TorchDispatchMode):
         self.host_bytes -= self._host.pop(key)
         self._pinned.discard(key)
         self.pinned_bytes -= pinned
+        if pinned:
+            self.clock.unpin(pinned)
+            self._pin_changed()
+
+    def _pin_changed(self) -> None:
+        """Page tables lie on the card: the allocator's cap gives way to them, as engine.cuda makes it."""
+        before = self.tables.held_bytes
+        self.tables.update(self.pinned_bytes)
+        held = self.tables.held_bytes
+        if held == before:
+            return
+        if self._limit is not None:
+            self.allocator.limit_bytes = max(0, self._limit - held)
+        if self.observer is not None:
+            self.observer.outside(held - before)
 
     def _forget_device(self, key: int) -> None:
         self._free(self._device.pop(key))

@@ -1,0 +1,102 @@
+"""Where a result comes from: commit and hash of the code, machine, and the environment in which a command is typed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+__all__ = ["ROOT", "ResultFile", "circumstances", "environment_of_a_person", "prediction_of", "read_record"]
+
+ROOT = Path(__file__).parent.parent
+
+
+def circumstances(*scripts: str) -> dict[str, Any]:
+    """Of a result file: the code (the package and these scripts), versions and the machine."""
+    return {
+        "commit": _commit(),
+        "source_sha256": _source_sha256(scripts),
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+        "cpu_count": os.cpu_count(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "ram_available_bytes": psutil.virtual_memory().available,
+    }
+
+
+def _commit() -> str | None:
+    """With `-dirty` where files differ from it; None outside a repository: the hash of the source says what ran."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _source_sha256(scripts: tuple[str, ...]) -> str:
+    package = (path for path in (ROOT / "src/wanvram").rglob("*") if path.suffix in (".py", ".json"))
+    digest = hashlib.sha256()
+    for path in sorted([*package, *(ROOT / "benchmarks" / name for name in scripts)]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def environment_of_a_person(gpu: str | None = None, **more: str) -> dict[str, str]:
+    """This process's variables, with a PYTHONPATH that holds in any directory; gpu: the only one that the command sees."""
+    env = dict(os.environ) | more
+    if "PYTHONPATH" in env:
+        env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in env["PYTHONPATH"].split(os.pathsep))
+    return env if gpu is None else env | {"CUDA_VISIBLE_DEVICES": gpu}
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """record.json of a run directory; None where the command did not get that far."""
+    try:
+        return dict(json.loads((directory / "record.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def prediction_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the program had predicted of this run, `device_bytes` and `seconds`; empty where its record does not say."""
+    for name in ("predicted", "prediction"):
+        if isinstance(record.get(name), dict):
+            return dict(record[name])
+    return {}
+
+
+class ResultFile:
+    """A JSON document that is whole on the disk after every row, whatever ends the process."""
+
+    def __init__(
+        self, path: Path, header: dict[str, Any], summarize: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    ) -> None:
+        self.path = path
+        self.header = header
+        self.rows: list[dict[str, Any]] = []
+        self._summarize = summarize
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            self.rows.append(row)
+            self.write()
+
+    def write(self) -> None:
+        waiting = self.path.with_name(self.path.name + ".part")
+        document = self.header | {"summary": self._summarize(self.rows), "rows": self.rows}
+        waiting.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(waiting, self.path)

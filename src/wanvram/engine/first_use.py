@@ -1,0 +1,34 @@
+"""A small first use of every library, before any weights: what they take outside the allocator is then there, and known."""
+
+from __future__ import annotations
+
+import torch
+
+from wanvram.config import Strategy
+from wanvram.engine.devices import Device
+from wanvram.kernels import attention, rms_norm_
+from wanvram.kernels.conv import conv3d
+from wanvram.models.precision import PRECISIONS
+
+__all__ = ["use_libraries"]
+
+ROWS, COLUMNS = 64, 128
+CHANNELS, EDGE = 16, 16
+
+
+def use_libraries(device: Device, strategy: Strategy) -> None:
+    """One smallest operation of each: PyTorch's own kernels, products, attention, convolution, ours. Values do not matter."""
+    matmul, vae = PRECISIONS[strategy.precision].matmul, PRECISIONS[strategy.vae_precision].matmul
+    x = device.empty((ROWS, COLUMNS), matmul)
+    weight = device.empty((COLUMNS, COLUMNS), matmul)
+    x.fill_(1.0)
+    torch.mm(x, weight)
+    torch.addmm(weight[0], x, weight)
+    rms_norm_(x, device.empty((COLUMNS,), torch.float32), 1e-6)
+    heads = x.view(ROWS, 1, COLUMNS)
+    attention(heads, heads, heads)
+    window, kernel = (
+        device.empty((count, 3, size, size, CHANNELS), vae).permute(0, 4, 1, 2, 3)  # channels_last_3d
+        for count, size in ((1, EDGE), (CHANNELS, 3))
+    )
+    conv3d(window, kernel, None, (1, 1, 1), (0, 0, 0))

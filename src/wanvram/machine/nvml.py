@@ -1,0 +1,76 @@
+"""NVML's figures of one GPU: asking them creates no CUDA context, which takes 0.5 GiB and makes PyTorch read its settings. No torch."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+from wanvram.errors import DeviceError
+
+__all__ = ["Gpu", "first_gpu"]
+
+
+class Gpu:
+    """One GPU by its NVML handle."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml = nvml
+        self._handle = handle
+
+    @property
+    def name(self) -> str:
+        return str(self._nvml.nvmlDeviceGetName(self._handle))
+
+    @property
+    def uuid(self) -> str:
+        return str(self._nvml.nvmlDeviceGetUUID(self._handle))
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        return int(memory.free), int(memory.total)
+
+    def used_bytes(self) -> int:
+        """Of the whole GPU, by everybody and by the driver itself."""
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def process_bytes(self) -> int | None:
+        """What the driver charges to this process; None where it does not tell processes apart, as in most containers."""
+        with suppress(self._nvml.NVMLError):
+            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return int(process.usedGpuMemory)
+        return None
+
+
+def first_gpu() -> Gpu:
+    """CUDA's device 0, whatever CUDA_VISIBLE_DEVICES says. Raises DeviceError without a driver or a visible GPU."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return Gpu(pynvml, _first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    except pynvml.NVMLError as error:
+        raise DeviceError(f"no NVIDIA GPU answers here ({error}); state the memory, for example --vram 8GiB") from error
+
+
+def _first_visible(nvml: Any, visible: str | None) -> Any:
+    """NVML itself counts every card."""
+    if visible is None:
+        return nvml.nvmlDeviceGetHandleByIndex(0)
+    first = visible.split(",")[0].strip()
+    if first.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    if first.startswith("GPU-"):
+        found = [handle for handle in handles if str(nvml.nvmlDeviceGetUUID(handle)).startswith(first)]
+    else:
+        # NVML counts in the order of the bus; CUDA's own default, fastest first, differs only among unlike cards.
+        found = handles[int(first) :][:1] if first.isascii() and first.isdigit() else []
+    if len(found) != 1:
+        raise DeviceError(
+            f"CUDA_VISIBLE_DEVICES is '{visible}', which shows none of the {len(handles)} GPUs here; change or unset it, or state "
+            "the memory, for example --vram 8GiB"
+        )
+    return found[0]

@@ -1,0 +1,69 @@
+"""The machine around a simulated card: this one where the card is here, else the one whose figures are known."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from wanvram.config import RunConfig
+from wanvram.errors import DeviceError, InputError
+from wanvram.machine.caches import cached_share, cold_libraries
+from wanvram.machine.nvml import first_gpu
+from wanvram.recorder.meters import available_ram_bytes
+from wanvram.simulate.clock import Clock
+from wanvram.simulate.gpus import GPU, find_gpu
+from wanvram.simulate.host import HOST
+
+__all__ = ["clock_of", "is_here", "operation_us", "since_process_start"]
+
+MEASURED_SECONDS = (
+    0.2  # a shared processor is slow now and then: the fastest of many short rounds is the machine's own speed
+)
+
+
+@cache
+def operation_us() -> float:
+    """Microseconds of one smallest operation of PyTorch on the CPU: how fast this host issues work, also to a GPU."""
+    x, fastest = torch.zeros(1), float("inf")
+    end = time.perf_counter() + MEASURED_SECONDS
+    while (start := time.perf_counter()) < end:
+        for _ in range(200):
+            x.add_(1.0)
+        fastest = min(fastest, time.perf_counter() - start)
+    return round(fastest / 200 * 1e6, 2)
+
+
+def since_process_start() -> float:
+    """Seconds; imports and a plan made before the run are in it."""
+    return time.time() - psutil.Process().create_time()
+
+
+@cache
+def is_here(key: str) -> bool:
+    """Whether the card is the one in this machine."""
+    try:
+        gpu = first_gpu()
+        return find_gpu(gpu.name, gpu.memory()[1]).key == key
+    except (DeviceError, InputError):
+        return False
+
+
+def clock_of(config: RunConfig, gpu: GPU) -> Clock:
+    """With this machine's speed and caches where the card is here. A checkpoint that is here is read from where it lies."""
+    host = replace(HOST, cached_share=_cached(config.weights))
+    if not is_here(gpu.key):
+        return Clock(gpu, host)
+    here = replace(host, operation_us=operation_us(), page_cache_bytes=float(available_ram_bytes()))
+    return Clock(gpu, here, cold_libraries())
+
+
+def _cached(weights: str) -> float:
+    """Of a checkpoint's bytes in the page cache; 0 where there is none."""
+    found = [path for pattern in ("*", "*/*") for path in sorted(Path(weights).glob(pattern))]
+    files = [path for path in found if path.suffix in (".safetensors", ".pth") and path.is_file()]
+    return (cached_share(files) if files else None) or HOST.cached_share

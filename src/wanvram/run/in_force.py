@@ -1,0 +1,102 @@
+"""What is in force once CUDA has started, against what the configuration and its plan assume: checked before weights are loaded."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from wanvram.config import RunConfig
+from wanvram.engine.cuda import CudaDevice
+from wanvram.errors import DeviceError, InputError
+from wanvram.models.precision import PRECISIONS
+from wanvram.simulate.gpus import find_gpu
+from wanvram.simulate.libraries import KNOWN_TORCH, Libraries
+from wanvram.units import human
+
+__all__ = ["check_in_force", "in_force"]
+
+HEAD_DIM = 128  # of every Wan2.1 transformer
+_BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}  # torch.nn.attention.SDPBackend
+# What the allocator model knows, as PyTorch reports it.
+_DEFAULTS = {"max_split_size": -1, "garbage_collection_threshold": 0.0}
+
+
+def in_force(config: RunConfig, device: CudaDevice) -> dict[str, Any]:
+    """Plain JSON values: allocator settings, its cap, the attention backend and library versions, as they are now."""
+    settings = torch.cuda.memory._snapshot(device.torch_device).get("allocator_settings", {})
+    return {
+        "allocator": torch.cuda.get_allocator_backend(),
+        "expandable_segments": bool(settings.get("expandable_segments", False)),
+        "allocator_settings": {name: settings[name] for name in _DEFAULTS if name in settings},
+        "allocator_limit_bytes": device.allocator_limit(),
+        "attention": _attention(config, device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _attention(config: RunConfig, device: CudaDevice) -> str | None:
+    """The backend that PyTorch takes for the transformer's attention; None where it does not say."""
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    if choose is None:
+        return None
+    dtype = PRECISIONS[config.strategy.precision].matmul
+    q = torch.empty((1, 1, 64, HEAD_DIM), dtype=dtype, device=device.torch_device)
+    chosen = int(choose(q, q, q))
+    del q
+    torch.cuda.empty_cache()  # the run begins with an empty allocator
+    return _BACKENDS.get(chosen, "other")
+
+
+def check_in_force(config: RunConfig, found: dict[str, Any], device: CudaDevice) -> None:
+    """Raises DeviceError that names both sides where the strategy, the limit or the plan's card say otherwise."""
+    wanted = config.strategy.expandable_segments
+    _must(
+        found["expandable_segments"] == wanted,
+        f"expandable_segments is {found['expandable_segments']} in PyTorch's allocator but {wanted} in the configuration: "
+        "it was started before it could be told; start a fresh process",
+    )
+    if config.memory_limit_bytes is None:
+        return
+    limit = found["allocator_limit_bytes"]
+    _must(
+        limit is not None and limit <= config.memory_limit_bytes,
+        f"the allocator may take {'any amount' if limit is None else human(limit)}, but the budget is {human(config.memory_limit_bytes)}",
+    )
+    if config.gpu is not None:
+        _check_plan(config, found, device)
+
+
+def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) -> None:
+    """A budget's configuration names the card that it was planned for."""
+    card = find_gpu(config.gpu or "")
+    here = device.name.removeprefix("cuda:")
+    total = torch.cuda.get_device_properties(device.torch_device).total_memory
+    with suppress(InputError):  # a card that no table knows was given the nearest name
+        same = card.path is not None or find_gpu(here, total).key == card.key
+        _must(same, f"the plan is for {card.name}, but the card here is {here}; plan again")
+    backend = Libraries(card).attention_backend(PRECISIONS[config.strategy.precision].matmul.itemsize, HEAD_DIM)
+    _must(
+        found["attention"] in (backend, None),
+        f"PyTorch {found['torch']} attends with {found['attention']} here, but the plan assumed {backend}: its memory and time are "
+        "not those of this run; unset what disables it or plan without --vram_budget",
+    )
+    version = tuple(int(part) for part in found["torch"].split("+")[0].split(".")[:2])
+    first, last = KNOWN_TORCH
+    _must(
+        first <= version < last,
+        f"PyTorch {found['torch']} is installed, but the plan's rules are of {first[0]}.{first[1]} up to before {last[0]}.{last[1]}",
+    )
+    _must(
+        found["allocator"] == "native"
+        and all(found["allocator_settings"].get(k, v) == v for k, v in _DEFAULTS.items()),
+        f"the allocator is {found['allocator']} with {found['allocator_settings']}, but the plan assumed native with its defaults",
+    )
+
+
+def _must(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise DeviceError(sentence)

@@ -1,0 +1,70 @@
+"""The machine around the card: what its processor, memory and disk take of a run's time. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["HOST", "FirstUse", "Host"]
+
+
+@dataclass(frozen=True)
+class FirstUse:
+    """Seconds that the first operation of a library costs a process beyond its own work: modules loaded, plans made.
+
+    cold: kernels have never been compiled on this machine; warm: they lie in the caches on its disk.
+    """
+
+    cold: float
+    warm: float
+
+
+@dataclass(frozen=True)
+class Host:
+    """Bytes, pixels and operations per second, seconds for what happens once per process."""
+
+    pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
+    copy_bytes: float  # from RAM to RAM, in a thread beside the computation
+    disk_bytes: float  # checkpoint files that are not in the page cache
+    cached_bytes: float  # checkpoint files that are
+    reread_bytes: float  # the same by the one thread that streams weights
+    cached_share: float  # of the checkpoint's bytes
+    page_cache_bytes: float  # RAM that file pages may keep between two passes of streamed weights
+    pin_bytes: float  # taking zeroed RAM and pinning it
+    unpin_bytes: float
+    flops: float  # bf16 products on the CPU
+    memory_bytes: float  # read and written by operations on the CPU
+    encode_pixels: float  # H.264 of noise, which random weights make; what people film is two to three times as fast
+    operation_us: float  # one smallest operation of PyTorch: how fast Python and the processor issue work
+    start_seconds: float  # from the command to the first stage: Python, PyTorch, the CUDA context
+    end_seconds: float  # from the last stage to the end of the process
+    first_use: dict[str, FirstUse]
+
+
+# The H200's machine, 16 cores of a virtual machine, 2026-11-24 and 2026-11-28. pageable_bytes is measured, flops and memory_bytes
+# follow from T5 on the CPU (2.0 s for two prompts). copy_bytes (one thread's memcpy) is an assumption.
+# disk_bytes: a virtual disk, read through its mapping. pin_bytes and below: benchmarks/probe_driver.py, and runs of 1.3B and 14B
+# through the command.
+HOST = Host(
+    pageable_bytes=9.1e9,
+    copy_bytes=10e9,
+    disk_bytes=1.8e9,
+    cached_bytes=2e10,
+    reread_bytes=5.3e9,
+    cached_share=0.0,
+    page_cache_bytes=0.0,
+    pin_bytes=14.3e9,
+    unpin_bytes=32.5e9,
+    flops=3e12,
+    memory_bytes=20e9,
+    encode_pixels=11.5e6,
+    operation_us=3.6,
+    start_seconds=5.3,
+    end_seconds=0.75,
+    first_use={
+        "kernels": FirstUse(0.1, 0.1),
+        "cublas": FirstUse(0.2, 0.2),
+        "attention": FirstUse(2.2, 0.25),
+        "cudnn": FirstUse(0.25, 0.25),
+        "triton": FirstUse(6.9, 0.95),
+    },
+)

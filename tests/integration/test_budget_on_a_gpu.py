@@ -1,0 +1,107 @@
+"""The budget as a person types it, in one process, judged by NVML from this one and by PyTorch's own report of its settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanvram.units import GIB, MIB
+
+pytestmark = pytest.mark.gpu
+
+REQUEST = ("--task", "t2v-1.3B", "--size", "832*480", "--frame_num", "17", "--sample_steps", "1", "--precision", "bf16")
+COMMAND = (sys.executable, "-m", "wanvram", "generate", *REQUEST, "--ckpt_dir", "random", "--prompt", "a cat")
+
+
+class Watch:
+    """The highest of NVML's figures for the whole GPU while the command runs, less the one before, bytes."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        before = self.highest = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+        ended = threading.Event()
+
+        def poll() -> None:
+            while not ended.wait(0.002):
+                self.highest = max(self.highest, pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+        thread = threading.Thread(target=poll)
+        thread.start()
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=os.environ | environment)
+        ended.set()
+        thread.join()
+        self.peak_bytes, self.code, self.said = self.highest - before, done.returncode, done.stderr
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "record.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Watch, dict[str, Any], Path]:
+    directory = tmp_path_factory.mktemp("planned") / "run"
+    watched = Watch("--vram_budget", "2GiB", "-o", str(directory))
+    assert watched.code == 0, watched.said
+    return watched, record_of(directory), directory
+
+
+def test_planned_settings_are_in_force_in_the_process_that_planned(planned: tuple[Watch, dict[str, Any], Path]) -> None:
+    _, record, _ = planned
+    assert record["config"]["optimization"]["expandable_segments"] is True
+    found = record["environment"]["in_force"]
+    assert found["expandable_segments"] is True
+    assert found["allocator_limit_bytes"] < 2 * GIB
+
+
+def test_the_card_loses_no_more_than_the_budget_and_what_was_predicted(
+    planned: tuple[Watch, dict[str, Any], Path],
+) -> None:
+    watched, record, _ = planned
+    assert watched.peak_bytes <= 2 * GIB
+    assert record["peak"]["device_bytes"] == pytest.approx(watched.peak_bytes, abs=2 * MIB)
+    assert record["predicted"]["device_bytes"] == pytest.approx(watched.peak_bytes, abs=8 * MIB)
+
+
+def test_a_forecast_200_mib_too_low_is_a_recorded_out_of_memory_and_no_excess(
+    planned: tuple[Watch, dict[str, Any], Path], tmp_path: Path
+) -> None:
+    _, record, directory = planned
+    limit = record["predicted"]["device_bytes"] - 200 * MIB
+    config = directory / "config.yaml"
+    text = config.read_text().replace(f"memory_limit_bytes: {2 * GIB}", f"memory_limit_bytes: {limit}")
+    changed = tmp_path / "config.yaml"
+    changed.write_text(text)
+    watched = Watch("--config", str(changed), "-o", str(tmp_path / "run"))
+    assert watched.code == 3, watched.said
+    assert watched.peak_bytes <= limit
+    record = record_of(tmp_path / "run")
+    assert record["failure"]["kind"] == "oom"
+    assert record["fits"] is False
+
+
+def test_an_environment_that_contradicts_the_plan_is_a_sentence_before_anything_is_loaded() -> None:
+    watched = Watch("--vram_budget", "2GiB", PYTORCH_CUDA_ALLOC_CONF="expandable_segments:False")
+    assert watched.code == 2
+    assert "expandable_segments:False" in watched.said
+    assert "expandable_segments: True" in watched.said
+    assert watched.peak_bytes < 64 * MIB
+
+
+def test_settings_that_pytorch_read_too_early_are_an_error_that_names_both_sides(tmp_path: Path) -> None:
+    program = (
+        "import torch; torch.zeros(1, device='cuda'); import sys; from wanvram.cli.main import main; "
+        f"sys.exit(main([*{list(COMMAND[3:])!r}, '--expandable_segments', 'True', '-o', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "expandable_segments is False in PyTorch's allocator but True in the configuration" in done.stderr
