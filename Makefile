@@ -16,12 +16,13 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check format test demo clean
+.PHONY: help venv check format test chromium demo clean
 
 help:
 	@echo "make demo     profile tests/configs/baseline.yaml on whatever this machine has"
 	@echo "make check    formatting, lint, types, layers"
-	@echo "make test     the tests; those marked gpu only where CUDA is"
+	@echo "make test     the tests; those marked gpu only where CUDA is, those in a browser only where Chromium is"
+	@echo "make chromium for the tests in a browser, where root may install it (Debian); make test does so first"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make venv     create or refresh .venv"
 	@echo "make clean    remove .venv and the caches"
@@ -50,7 +51,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(STAMP)
+# Only what cannot be done is said; the browser tests are then skipped, or fail where CI=true.
+chromium: $(STAMP)
+	@PYTHONPATH=tests $(BIN)/python -m browser.install
+
+test: $(STAMP) chromium
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 demo: $(STAMP)

@@ -1,115 +1,263 @@
-"""cuDNN's workspace for every convolution of the VAE at every supported size, on the GPU at hand.
+"""cuDNN's workspace for the convolutions of the VAE at every size it meets, on the GPU at hand.
 
-    python benchmarks/harvest_conv_workspaces.py collect shapes.json                    on any machine, minutes
-    python benchmarks/harvest_conv_workspaces.py run shapes.json src/wanvram/simulate/conv_workspaces.json    on the GPU
+    python benchmarks/harvest_conv_workspaces.py collect shapes.json.gz [--known measured.json.gz]    on any machine, minutes
+    python benchmarks/harvest_conv_workspaces.py run shapes.json.gz measured.json.gz --seconds 70     on the GPU
 
-The list of convolutions comes from runs of the VAE on meta tensors, whole and in the planner's tiles; each is then run once under
-the allocator's history.
+The list of convolutions comes from runs of the VAE on meta tensors, whole and in the planner's tiles, for the official sizes and
+for the sizes of pictures of other aspect ratios; the most valuable come first, and `run` measures as many as the time allows.
+A workspace is the allocator's peak of requested bytes beside input, weight and output.
 """
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import json
-import sys
+import math
+import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.nn.functional as F
 
-from wanvram.kernels.conv import conv3d
-from wanvram.models.vae import WanVAE
-from wanvram.simulate.libraries import conv_key
-from wanvram.specs import VAE
+# One convolution: dtype, input [C,T,H,W], weight [O,I,kT,kH,kW], stride, padding.
+Shape = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-TILE_EDGES = (80, 52, 40, 30, 20)  # those the planner tries
-SIZES = ((480, 832), (832, 480), (720, 1280), (1280, 720), (1024, 1024))
-
-
-class Collect(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[Any, ...]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func) == "wanvram.conv3d.default":
-            x, weight, bias, stride, padding = args
-            key = conv_key(str(x.dtype).removeprefix("torch."), x.shape, weight.shape, stride)
-            self.calls[key] = (x.shape, weight.shape, bias is not None, list(stride), list(padding), x.dtype)
-        return func(*args, **(kwargs or {}))
+OFFICIAL = ((480, 832), (832, 480), (720, 1280), (1280, 720))
+AREAS = (480 * 832, 720 * 1280)
+COMMON_RATIOS = ((3, 2), (4, 3), (1, 1), (16, 9), (21, 9), (5, 4), (2, 1), (16, 10), (7, 5), (13, 9))
+LARGEST_RATIO = 4.0
+BUFFER_BYTES = 2 << 30
+SAMPLED_KERNELS = {
+    "float32": 60,
+    "bfloat16": 8,
+    "float16": 8,
+}  # of each kind of convolution, large and small workspaces apart
 
 
-def video(frames: int, height: int, width: int) -> Iterator[torch.Tensor]:
-    for _ in range(frames):
-        yield torch.empty(3, 1, height, width, device="meta")
+def key_of(shape: Shape) -> str:
+    dtype, *parts = shape
+    return " ".join([dtype, *("x".join(map(str, part)) for part in parts)])
 
 
-@torch.no_grad()
-def collect(target: Path) -> None:
-    with torch.device("meta"):
-        vae = WanVAE(VAE["wan2.1"])
-    found = Collect()
-    with found:
-        for height, width in SIZES:
-            for latents in (1, 3) if height != width else (1,):
-                frames = 1 + 4 * (latents - 1)
-                z = torch.empty(16, latents, height // 8, width // 8, device="meta")
-                for _ in vae.decode(z):
+def shape_of(key: str) -> Shape:
+    dtype, *parts = key.split()
+    x, weight, stride, padding = (tuple(map(int, part.split("x"))) for part in parts)
+    return dtype, x, weight, stride, padding
+
+
+def is_small(shape: Shape) -> bool:
+    """Kinds in float32 that took less than one block, 512 bytes, at each of their 5,000 measured shapes."""
+    outputs, inputs, *kernel = shape[2]
+    return shape[0] == "float32" and (kernel == [1, 1, 1] or (outputs == 96 and inputs in (96, 192, 384)))
+
+
+class Collector:
+    """Lists the convolutions of a VAE on meta tensors: one frame and five, decoding and encoding."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        from wanvram.models import vae, vae_blocks
+        from wanvram.specs import VAE
+
+        with torch.device("meta"):
+            self.vae = vae.WanVAE(VAE["wan2.1"], dtype)
+        self.shapes: dict[Shape, None] = {}
+        for module in (vae, vae_blocks):
+            module.conv3d = self._convolution  # type: ignore[attr-defined]
+        nothing = lambda *args, **kwargs: None  # noqa: E731
+        vae_blocks.fill_window = vae_blocks.rms_norm_silu = nothing
+        vae_blocks.frame_attention = lambda qkv: qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
+
+    def _convolution(self, x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> torch.Tensor:
+        assert bias is not None
+        name = str(x.dtype).removeprefix("torch.")
+        self.shapes.setdefault((name, tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding)))
+        size = [
+            (length + 2 * pad - kernel) // step + 1
+            for length, pad, kernel, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
+        ]
+        return torch.empty(1, weight.shape[0], *size, dtype=x.dtype, device="meta").contiguous(
+            memory_format=torch.channels_last_3d
+        )
+
+    @torch.no_grad()
+    def add(self, height: int, width: int) -> None:
+        from wanvram.planner.tiles import TILES
+
+        for latents in (1, 2):
+            z = torch.empty(16, latents, height // 8, width // 8, device="meta")
+
+            def video(frames: int = 4 * latents - 3) -> Iterator[torch.Tensor]:
+                for _ in range(frames):
+                    yield torch.empty(3, 1, height, width, device="meta")
+
+            for _ in self.vae.decode(z):
+                pass
+            self.vae.encode(video())
+            for edge in (edge for edge in TILES if edge < max(height, width) // 8):
+                for _ in self.vae.decode_tiles(z, (edge, edge)):
                     pass
-                vae.encode(video(frames, height, width))
-                for edge in TILE_EDGES:
-                    for _ in vae.decode_tiles(z, (edge, edge)):
-                        pass
-                    vae.encode_tiles(lambda n=frames, h=height, w=width: video(n, h, w), (edge, edge))
-            print(f"{width}x{height}: {len(found.calls)} convolutions so far", flush=True)
-    shapes = {
-        key: [list(x), list(w), bias, stride, padding, str(dtype).removeprefix("torch.")]
-        for key, (x, w, bias, stride, padding, dtype) in found.calls.items()
-    }
-    target.write_text(json.dumps(shapes, indent=0))
+                self.vae.encode_tiles(video, (edge, edge))
+
+
+def picture_sizes(largest_ratio: float) -> list[tuple[int, int]]:
+    """Every (height, width) that a picture's aspect ratio up to this, either way up, gives; the least extreme first."""
+    from wanvram.tasks import picture_size
+
+    steps = 50_000
+    ratios = (math.exp((2 * step / steps - 1) * math.log(largest_ratio)) for step in range(steps + 1))
+    found = {picture_size(area, 100_000, round(100_000 * ratio))[::-1] for ratio in ratios for area in AREAS}
+    return sorted(found, key=lambda size: abs(math.log(size[0] / size[1])))
+
+
+def collect(target: Path, known: dict[str, int]) -> None:
+    from wanvram.tasks import picture_size
+
+    common = [
+        picture_size(area, *ratio)[::-1] for area in AREAS for pair in COMMON_RATIOS for ratio in (pair, pair[::-1])
+    ]
+    listed: dict[Shape, None] = {}
+    for dtype, sizes in (
+        (torch.float32, [*OFFICIAL, (1024, 1024)]),
+        (torch.float32, common),
+        (torch.bfloat16, [*OFFICIAL, (1024, 1024)]),
+        (torch.float16, [*OFFICIAL, (1024, 1024)]),
+        (torch.float32, picture_sizes(2.0)),
+        (torch.float32, picture_sizes(LARGEST_RATIO)),
+    ):
+        collector = Collector(dtype)
+        for height, width in dict.fromkeys(sizes):
+            collector.add(height, width)
+        # In random order, so that what the time allows is a fair sample.
+        fresh = [shape for shape in collector.shapes if shape not in listed and key_of(shape) not in known]
+        random.Random(0).shuffle(fresh)
+        listed.update(dict.fromkeys(fresh))
+        print(f"{dtype}, {len(sizes)} sizes: {len(listed)} convolutions so far", flush=True)
+    large = [shape for shape in listed if not is_small(shape)]
+    small = [shape for shape in listed if is_small(shape)]
+    write(target, [key_of(shape) for shape in [*large[:500], *small[:500], *large[500:], *small[500:]]])
+
+
+def read(file: Path) -> Any:
+    return json.loads(gzip.decompress(file.read_bytes()))
+
+
+def write(file: Path, content: object) -> None:
+    file.write_bytes(gzip.compress(json.dumps(content, indent=0).encode(), mtime=0))
+
+
+class Bench:
+    """Runs convolutions on one buffer of zeros: what cuDNN chooses depends on no value."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.zeros(BUFFER_BYTES, dtype=torch.uint8, device="cuda")
+        self.weights: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def arguments(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input and weight in channels_last_3d, and bias."""
+        name, (channels, frames, height, width), weight_shape, _, _ = shape
+        dtype = getattr(torch, name)
+        count = channels * frames * height * width
+        flat = self.buffer[: count * dtype.itemsize].view(dtype)
+        x = flat.view(1, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+        if (name, weight_shape) not in self.weights:
+            weight = torch.zeros(weight_shape, dtype=dtype, device="cuda")
+            bias = torch.zeros(weight_shape[0], dtype=dtype, device="cuda")
+            self.weights[name, weight_shape] = weight.contiguous(memory_format=torch.channels_last_3d), bias
+        return x, *self.weights[name, weight_shape]
+
+    def workspace(self, shape: Shape) -> int:
+        """Bytes, as requested from the allocator."""
+        x, weight, bias = self.arguments(shape)
+        torch._C._cuda_resetPeakMemoryStats(0)
+        y = F.conv3d(x, weight, bias, stride=shape[3], padding=shape[4])
+        requested = torch._C._cuda_memoryStats(0)["requested_bytes"]["all"]
+        if not y.is_contiguous(memory_format=torch.channels_last_3d):
+            raise RuntimeError(f"{key_of(shape)}: cuDNN left channels_last_3d")
+        return int(requested["peak"] - requested["current"])
+
+    def kernels(self, shapes: list[Shape]) -> dict[str, list[list[Any]]]:
+        """Name, grid and block of every kernel of each convolution; fills of a marker stand between convolutions."""
+        marker = torch.zeros(1, dtype=torch.int16, device="cuda")
+        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profiler:
+            for shape in shapes:
+                marker.fill_(7)
+                F.conv3d(*self.arguments(shape), stride=shape[3], padding=shape[4])
+            torch.cuda.synchronize()
+        with TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        launched = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])
+        groups: list[list[list[Any]]] = []
+        for event in launched:
+            if "FillFunctor<short>" in event["name"]:
+                groups.append([])
+            elif groups:
+                groups[-1].append([event["name"], event["args"].get("grid"), event["args"].get("block")])
+        if len(groups) != len(shapes):
+            return {"marker": [[f"{len(groups)} groups for {len(shapes)} convolutions"]]}
+        return {key_of(shape): group for shape, group in zip(shapes, groups, strict=True)}
 
 
 @torch.no_grad()
-def run(shapes: Path, target: Path) -> None:
-    table = json.loads(target.read_text()) if target.exists() else {}
-    for key, (x_shape, w_shape, has_bias, stride, padding, name) in json.loads(shapes.read_text()).items():
-        if key not in table:
-            dtype = getattr(torch, name)
-            table[key] = workspace(x_shape, w_shape, has_bias, stride, padding, dtype, key)
-    target.write_text(json.dumps(table, indent=0, sort_keys=True) + "\n")
-    large = sorted(table.items(), key=lambda item: -item[1])[:8]
-    print(f"{len(table)} convolutions on {torch.cuda.get_device_name()}; largest: {large}")
+def run(shapes: Path, target: Path, seconds: float, kernels: bool) -> None:
+    """kernels: also name the kernels of a sample of what was measured."""
+    start = time.perf_counter()
+    gpu = torch.cuda.get_device_properties(0)
+    bench = Bench()
+    table: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    for key in read(shapes):
+        if time.perf_counter() - start > seconds:
+            break
+        try:
+            table[key] = bench.workspace(shape_of(key))
+        except RuntimeError as error:
+            errors[key] = str(error)[:200]
+    torch.cuda.synchronize()
+    device = {
+        "gpu": gpu.name,
+        "multiprocessors": gpu.multi_processor_count,
+        "capability": [gpu.major, gpu.minor],
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    result = {"device": device, "workspaces": table, "errors": errors}
+    write(target, result)  # before the profiler, which may fail
+    print(f"{len(table)} convolutions, {len(errors)} errors, on {device}", flush=True)
+    if kernels:
+        by_kind: dict[tuple[Any, ...], list[Shape]] = {}
+        for shape in map(shape_of, table):
+            by_kind.setdefault((shape[0], *shape[2:4], table[key_of(shape)] > 512), []).append(shape)
+        sample = [shape for kind in by_kind.values() for shape in kind[: SAMPLED_KERNELS[kind[0][0]]]]
+        write(target, result | {"kernels": bench.kernels(sample)})
+        print(f"kernels named at {time.perf_counter() - start:.1f} s")
 
 
-def workspace(
-    x_shape: list[int],
-    w_shape: list[int],
-    has_bias: bool,
-    stride: list[int],
-    padding: list[int],
-    dtype: torch.dtype,
-    key: str,
-) -> int:
-    x = torch.randn(x_shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
-    w = torch.randn(w_shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
-    b = torch.randn(w_shape[0], device="cuda", dtype=dtype) if has_bias else None
-    torch.cuda.synchronize()
-    torch.cuda.memory._record_memory_history(max_entries=1000, stacks="python", clear_history=True)
-    y = conv3d(x, w, b, stride, padding)
-    torch.cuda.synchronize()
-    trace = torch.cuda.memory._snapshot()["device_traces"][0]
-    torch.cuda.memory._record_memory_history(None)
-    sizes = [e["size"] for e in trace if e["action"] == "alloc"]
-    if sizes and sizes[0] == y.numel() * y.element_size():
-        sizes = sizes[1:]
-    if len(sizes) > 1:
-        print(f"{key}: several buffers {sizes}", file=sys.stderr)
-    return sum(sizes)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    collecting = verbs.add_parser("collect")
+    collecting.add_argument("shapes", type=Path)
+    collecting.add_argument("--known", type=Path, nargs="*", default=[], help="what runs have measured already")
+    running = verbs.add_parser("run")
+    running.add_argument("shapes", type=Path)
+    running.add_argument("target", type=Path)
+    running.add_argument("--seconds", type=float, default=70.0, help="stop after this long (default: 70)")
+    running.add_argument("--kernels", action="store_true", help="name the kernels of a sample, too: about 10 s more")
+    args = parser.parse_args()
+    if args.verb == "collect":
+        collect(args.shapes, {key: size for file in args.known for key, size in read(file)["workspaces"].items()})
+    else:
+        run(args.shapes, args.target, args.seconds, args.kernels)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "collect":
-        collect(Path(sys.argv[2]))
-    else:
-        run(Path(sys.argv[2]), Path(sys.argv[3]))
+    main()

@@ -34,6 +34,7 @@ from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.engine.components import Parts
 from wanvram.engine.devices import Device
 from wanvram.engine.pipeline import Pipeline
+from wanvram.engine.stage_progress import Done
 from wanvram.record import Memory, Span
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.recorder import Recorder
@@ -63,7 +64,7 @@ class StepClock:
         self.cuda = device.kind == "cuda"
         self.marks: list[Any] = []
 
-    def __call__(self, done: int, steps: int) -> None:
+    def __call__(self, _done: Done) -> None:
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -98,7 +99,7 @@ def one_run(way: str, config: RunConfig, device: Device, directory: Path) -> dic
         recorder = (NoRecorder if way == "bare" else Recorder)(device.meter, events, None)
         weights = GeneratedWeights(1, tiny=config.weights == "tiny")
         inputs, _ = prepare_inputs(config.request, simulated=False, real_weights=False)
-        pipeline = Pipeline(config, device, recorder, weights, inputs, on_step=clock, prompts=["a prompt"])
+        pipeline = Pipeline(config, device, recorder, weights, inputs, tell=clock, prompts=["a prompt"])
         denoise(pipeline, Parts(config, device, weights))
         peaks = [span.peak for span in recorder.spans] + [device.meter.peak()]
         return {

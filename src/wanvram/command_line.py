@@ -14,8 +14,9 @@ from wanvram.config import RunConfig, Strategy
 from wanvram.request import Request
 from wanvram.units import exact
 
-__all__ = ["FLAG_OF", "generate_command", "plan_command", "request_flags", "strategy_flags"]
+__all__ = ["FLAG_OF", "MAX_COMMAND", "generate_command", "plan_command", "request_flags", "strategy_flags"]
 
+MAX_COMMAND = 25_000  # characters: a prompt has at most 20,000
 # Fields whose flag has another name.
 FLAG_OF = {"prompts": "prompt_file", "offload": "offload_model", "weights": "ckpt_dir", "memory_limit_bytes": "vram"}
 # What the command line assumes when a flag is absent differs from Strategy(): these are always said.

@@ -158,6 +158,7 @@ class RunConfig:
             f"memory_limit_bytes: {self.memory_limit_bytes} must be at least {MIB}, in bytes: 8 GiB are 8589934592 (or absent: "
             "no limit)",
         )
+        self.request.check_size(tiny=self.weights == "tiny")
         require(self.device in DEVICES, f"device: '{self.device}'; choose one of {', '.join(DEVICES)}")
         require(
             not (self.device == "cpu" and self.strategy.precision == "fp16"),

@@ -2,7 +2,8 @@
 
 WanvramError            exit 1   a run failed
 ├── InputError          exit 2   bad flag, YAML, image, prompt, path
-│   └── CheckpointError exit 2   weights missing, truncated, of the wrong model
+│   ├── CheckpointError exit 2   weights missing, truncated, of the wrong model
+│   └── DamagedError    exit 2   a value in a file is not what belongs there; also a ValueError
 ├── DeviceError         exit 1   no CUDA, driver trouble
 ├── OutOfMemory         exit 1   the device (or its cap) is full; carries what was asked for and what was alive
 ├── BudgetError         exit 3   nothing fits the memory the user has
@@ -14,6 +15,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "DamagedError",
     "DeviceError",
     "InputError",
     "OutOfMemory",
@@ -24,9 +26,10 @@ __all__ = [
 
 
 class WanvramError(Exception):
-    """Root of the tree: the message is one or two sentences for the user."""
+    """Root of the tree: the message is one or two sentences for the user. commands: to copy, what would help."""
 
     exit_code = 1
+    commands: tuple[str, ...] = ()
 
 
 class InputError(WanvramError):
@@ -37,6 +40,10 @@ class InputError(WanvramError):
 
 class CheckpointError(InputError):
     """A weight file is missing, truncated or belongs to another model."""
+
+
+class DamagedError(InputError, ValueError):
+    """A value in a file is not what belongs there. Its message is ours, as no other ValueError's is: a reader may pass it on."""
 
 
 class DeviceError(WanvramError):
@@ -70,6 +77,10 @@ class BudgetError(WanvramError):
     """No strategy fits the budget; the message states the smallest budget that would."""
 
     exit_code = 3
+
+    def __init__(self, message: str, commands: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.commands = commands
 
 
 class OutputError(WanvramError):

@@ -16,9 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from wanvram.errors import InputError, OutputError
+from wanvram.errors import DamagedError, InputError, OutputError
+from wanvram.foreign_text import quoted, shown, why
+from wanvram.input_files import read_text
 
 __all__ = [
+    "MAX_RECORD_BYTES",
     "ComponentRecord",
     "Copies",
     "Failure",
@@ -35,6 +38,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+MAX_RECORD_BYTES = 64 * 1024 * 1024  # one of 50 fully recorded 14B steps has 2 MB
 MAX_DEPTH = 20  # of spans in spans; ours are four deep
 MAX_REPEATS = 1_000_000
 FAILURES = ("oom", "error", "interrupted")
@@ -150,7 +154,7 @@ class Span:
     @classmethod
     def from_json(cls, data: dict[str, Any], depth: int = 0) -> Span:
         if depth > MAX_DEPTH:
-            raise ValueError(f"stages are nested more than {MAX_DEPTH} deep")
+            raise DamagedError(f"stages are nested more than {MAX_DEPTH} deep")
         start, peak, end = (
             Memory(data[f"{p}_allocated_bytes"], data[f"{p}_reserved_bytes"], data[f"{p}_device_bytes"])
             for p in ("start", "peak", "end")
@@ -361,39 +365,36 @@ class RunRecord:
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
             )
             record._check()
-        except KeyError as error:
-            raise InputError(f"the record is damaged: {error} is missing") from error
-        except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"the record is damaged: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the record is damaged: {why(error)}") from error
         return record
 
     def _check(self) -> None:
         check_types(self, RunRecord, "")
         for section in _SECTIONS:
             if not isinstance(self.config.get(section, {}), dict):
-                raise ValueError(f"config.{section} is no section")
+                raise DamagedError(f"config.{section} is no section")
         if self.failure is not None and self.failure.kind not in FAILURES:
-            raise ValueError(f"failure.kind is none of {', '.join(FAILURES)}")
+            raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
         for span in (span for stage in self.stages for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
-                raise ValueError(f"repeats of {span.name!r:.60} is outside 1..{MAX_REPEATS}")
+                raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
+        """Raises InputError naming the path."""
         try:
-            return cls.from_json(strict_json(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise InputError(f"{path} is not a readable record: {error.strerror or error}") from error
+            return cls.from_json(strict_json(read_text(path, MAX_RECORD_BYTES)))
         except (ValueError, RecursionError, InputError) as error:
-            raise InputError(f"{path} is not a readable record: {error}") from error
+            raise InputError(f"{path} is not a readable record: {why(error)}") from error
 
 
 def strict_json(text: str) -> Any:
     """Plain values with which nothing overflows and that can be written: ValueError for a number of 2^63 or more and for lone
-    surrogates. NaN becomes None.
+    surrogates (foreign_text.why says it in words). NaN becomes None.
     """
     value = json.loads(text, parse_int=_whole, parse_float=_real, parse_constant=lambda _: None)
     if _SURROGATE.search(text):
@@ -406,13 +407,13 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def _whole(text: str) -> int:
     if len(text) > 20 or abs(int(text)) >= 1 << 63:
-        raise ValueError(f"the number {text:.20} is too large")
+        raise DamagedError(f"the number {text:.20} is too large")
     return int(text)
 
 
 def _real(text: str) -> float:
     if not abs(value := float(text)) < 1 << 63:
-        raise ValueError(f"the number {text:.20} is too large")
+        raise DamagedError(f"the number {text:.20} is too large")
     return value
 
 
@@ -428,9 +429,11 @@ def check_types(value: Any, kind: Any, where: str) -> None:
         return
     wanted = (int, float) if plain is float else plain
     if not isinstance(value, wanted) or (isinstance(value, bool) and plain is not bool):
-        raise ValueError(f"{where or 'it'} is {repr(value)[:60]}; expected {_KINDS.get(plain, 'something else')}")
+        raise DamagedError(
+            f"{shown(where or 'it', 100)} is {quoted(value)}; expected {_KINDS.get(plain, 'something else')}"
+        )
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} is no finite number")
+        raise DamagedError(f"{shown(where, 100)} is no finite number")
     for name, item, inside in _parts(value, kind):
         check_types(item, inside, f"{where}.{name}".lstrip("."))
 
@@ -461,7 +464,7 @@ def _parts(value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
         yield from ((str(index), item, inside[0]) for index, item in enumerate(value))
     elif isinstance(value, tuple):
         if len(value) != len(inside):
-            raise ValueError(f"a group of {len(value)} values, expected {len(inside)}")
+            raise DamagedError(f"a group of {len(value)} values, expected {len(inside)}")
         yield from ((str(index), item, inside[index]) for index, item in enumerate(value))
 
 
@@ -504,7 +507,7 @@ def write_atomically(path: Path, text: str) -> None:
         name = path.with_name(f".{path.name}.{os.getpid()}")
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -5,6 +5,7 @@ Every error is one InputError sentence that begins with the key or flag and says
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ MAX_PROMPT_CHARACTERS = 20_000
 MAX_PROMPTS = 64  # each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
 LEAST_SHIFT, MOST_SHIFT = 0.01, 100  # official shifts are 3 to 16; at 1e-16 the noise levels divide by zero
 MAX_GUIDE_SCALE = 1000
+# Tiny weights make videos of any size in whole tokens, so that a first try takes seconds: 16 pixels are a token's side.
+_SIDES = re.compile(r"([1-9][0-9]{1,3})\*([1-9][0-9]{1,3})")
+TOKEN_SIDE, MAX_TINY_SIDE = 16, 1280
 MAX_FRAMES = 4093  # 1024 latent frames: as far as the official transformer's positions go
 EXTEND_METHODS = ("local_qwen", "dashscope")
 # Which task reads which file; what a task does not read is refused rather than ignored.
@@ -70,10 +74,7 @@ class Request:
 
     def _check_shape(self) -> None:
         task = TASKS[self.task]
-        require(
-            self.size in task.sizes,
-            f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(task.sizes)}",
-        )
+        self.check_size(tiny=True)  # RunConfig, which knows the weights, asks again
         require(
             are_frames_valid(self.frame_num),
             f"frame_num: {self.frame_num} is not of the form 4n+1 (1, 5, 9, ..., 81)",
@@ -82,6 +83,16 @@ class Request:
         require(task.frames != 1 or self.frame_num == 1, f"frame_num: {self.task} makes one image; frame_num must be 1")
         require(
             task.kind != "flf2v" or self.frame_num > 1, "frame_num: flf2v needs at least 5, the first and last differ"
+        )
+
+    def check_size(self, *, tiny: bool) -> None:
+        """InputError unless the task makes videos of this size; with tiny weights any in multiples of 16 pixels will do."""
+        sizes = TASKS[self.task].sizes
+        sides = _SIDES.fullmatch(self.size) if tiny else None
+        whole = sides is not None and all(n % TOKEN_SIDE == 0 and n <= MAX_TINY_SIDE for n in map(int, sides.groups()))
+        require(
+            whole or self.size in sizes,
+            f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(sizes)}",
         )
 
     def _check_sampling(self) -> None:

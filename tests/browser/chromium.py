@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Browser", "Page", "find_chromium"]
+import pytest
+
+__all__ = ["Browser", "Page", "find_chromium", "required_chromium"]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Chromium reads commands from descriptor 3 and answers on 4; both are set up before it starts.
@@ -25,6 +27,17 @@ WIRE = (
 
 def find_chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def required_chromium() -> str:
+    """Its path. Without one the test is skipped, or fails where CI is set: nobody reads there what was skipped."""
+    found = find_chromium()
+    if found is not None:
+        return found
+    missing = f"none of {', '.join(NAMES)} is here; as root on Debian, `make chromium` installs it"
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        pytest.fail(f"CI must not skip the browser tests: {missing}")
+    pytest.skip(missing)
 
 
 class Browser:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.chromium import Browser, Page, find_chromium
+from browser.chromium import Browser, Page, required_chromium
 from report_runs import Recipe, write_run
 from wanvram.record import Failure
 from wanvram.report.html import html_report
@@ -20,14 +20,10 @@ from wanvram.units import GIB
 HOSTILE = '</script><img src=x onerror="window.broken=1">'
 PRESSED = '.moments button[aria-pressed="true"]'
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here; on Debian: apt-get install chromium")
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    binary = find_chromium()
-    assert binary is not None
-    browser = Browser(binary, tmp_path_factory.mktemp("profile"))
+    browser = Browser(required_chromium(), tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
 

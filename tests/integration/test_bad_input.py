@@ -29,7 +29,7 @@ from wanvram.engine.components import Parts
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, T5_FILE, TOKENIZER_FILE, VAE_FILE
 
 
-class Loaded(Exception):
+class Loaded(BaseException):
     """A model was about to be loaded."""
 
 
@@ -351,8 +351,12 @@ WHERE: list[Case] = [
     ("t2v", ["-without--ckpt_dir"], "--ckpt_dir is required"),
     ("t2v", ["--ckpt_dir", ""], "--ckpt_dir is required"),
     *(
-        ("t2v", ["--ckpt_dir", name], r"--ckpt_dir \S+ is not a directory; give a checkpoint directory, random or tiny")
-        for name in ("{files}/absent", "{files}/good.png", "x" * 300)
+        ("t2v", ["--ckpt_dir", name], rf"--ckpt_dir \S+ {what}; give a checkpoint directory, random or tiny")
+        for name, what in {
+            "{files}/absent": "does not exist",
+            "{files}/good.png": "is not a directory",
+            "x" * 300: "does not exist",
+        }.items()
     ),
     ("t2v", ["--ckpt_dir", "random"], "full-size random weights on the CPU would take hours"),
     (

@@ -167,7 +167,15 @@ def test_the_record_has_every_component_that_ran_and_no_other(task: str, generat
     assert all(component["base_bytes"] > 0 for component in record["components"])
     stages = [stage["name"] for stage in record["stages"] if stage["kind"] == "stage"]
     video_stage = ["encode_video"] if task in IMAGE_TASKS or task.startswith("vace") else []
-    expected = ["encode_text", *(["encode_image"] if encoder else []), *video_stage, "prepare", "denoise", "decode"]
+    expected = [
+        "encode_text",
+        *(["encode_image"] if encoder else []),
+        *video_stage,
+        "prepare",
+        "denoise",
+        "decode",
+        "save",
+    ]
     assert stages == expected
     assert record["failure"] is None
 
@@ -321,7 +329,7 @@ def test_without_offload_every_component_is_loaded_first_and_the_video_is_the_sa
 
     leaving, staying = generated("i2v-14B"), generated("i2v-14B", "--offload_model", "False")
     kinds = [kind for kind, _ in spans(staying)]
-    assert kinds == ["load"] * 4 + ["stage"] * 6
+    assert kinds == ["load"] * 4 + ["stage"] * 7
     assert [name for _, name in spans(leaving)].count("load vae") == 2  # its halves, one at a time
     assert largest_difference(leaving, staying) == 0
 

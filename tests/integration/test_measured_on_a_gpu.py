@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from wanvram.config import load_config
+from wanvram.machine.driver import DRIVER_BYTES, PageTables
 from wanvram.run.execute import simulate
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -33,8 +34,12 @@ def test_every_stage_peak_is_predicted_to_the_byte(gpu: str, kind: str, name: st
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(result["configuration"]))
     record, _ = simulate(replace(load_config(path), device="simulated", gpu=gpu))
+    tables = PageTables()
     for stage, row in zip(record.stages, result["rows"], strict=True):
         peak = stage.peak
+        tables.update(stage.pinned_bytes)
         found = (stage.name, peak.allocated_bytes, peak.reserved_bytes)
         assert found == (row["stage"], row["allocated"]["measured"], row["reserved"]["measured"])
-        assert peak.device_bytes == pytest.approx(row["device"]["measured"], rel=0.005)
+        # What was measured then is what the driver charged to the process; the card lost this besides.
+        besides = DRIVER_BYTES + tables.held_bytes
+        assert peak.device_bytes == pytest.approx(row["device"]["measured"] + besides, rel=0.005)

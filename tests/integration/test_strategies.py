@@ -56,6 +56,9 @@ class _Frames:
     def write(self, frames: torch.Tensor) -> None:
         self.frames.append(frames.clone())
 
+    def finish(self) -> None:
+        """They are there."""
+
 
 def inputs_of(task: str, frames: int) -> Inputs:
     """Small stand-ins for what a user gives."""

@@ -21,7 +21,7 @@ from wanvram.cli.main import main
 from wanvram.errors import InputError
 from wanvram.record import Failure, Memory, RunRecord
 from wanvram.recorder.events import EventLog
-from wanvram.units import GIB, MIB
+from wanvram.units import GIB, MIB, mib
 
 ROOT = Path(__file__).parents[2]
 TRACE = {
@@ -56,6 +56,28 @@ def snapshot() -> dict[str, Any]:
     ]
     trace = [event | {"action": "segment_alloc", "size": 20 * MIB}, event | {"action": "alloc"}]
     return {"segments": [segment | {"blocks": blocks}], "device_traces": [trace], "allocator_settings": {}}
+
+
+def traced(path: Path, events: list[dict[str, Any]]) -> Path:
+    path.write_text(json.dumps({"traceEvents": events}))
+    return path
+
+
+def allocated(total: int, device: tuple[int, int]) -> dict[str, Any]:
+    """A [memory] event after which `total` bytes are allocated and half as much more reserved."""
+    args = {
+        "Device Type": device[0],
+        "Device Id": device[1],
+        "Bytes": 5,
+        "Total Allocated": total,
+        "Total Reserved": total * 3 // 2,
+    }
+    return {"ph": "i", "name": "[memory]", "ts": 12, "pid": 1, "tid": 1, "args": args}
+
+
+def said(capsys: pytest.CaptureFixture[str], path: Path) -> str:
+    assert main(["analyze", str(path)]) == 0
+    return capsys.readouterr().out
 
 
 def logged(path: Path) -> Path:
@@ -321,3 +343,28 @@ def test_the_specifications_command_works(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert "peak 3.0 MiB allocated" in result.stdout
+
+
+@pytest.mark.parametrize(("device", "index"), [("cpu", (0, -1)), ("cuda:0", (1, 0))])
+def test_a_trace_whose_peak_is_not_that_of_its_record_says_why(
+    device: str, index: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", Recipe(simulated=False))
+    record = json.loads((run / "record.json").read_text())
+    (run / "record.json").write_text(json.dumps(record | {"device": device}))
+    peak = record["peak"]["allocated_bytes"]
+    (run / "trace").mkdir()
+    traced(run / "trace" / "host.pt.trace.json", [allocated(2 * peak, index)])
+    text = said(capsys, run / "trace" / "host.pt.trace.json")
+    assert f"note: the peak here is {mib(2 * peak)}, that of the run's record {mib(peak)}: a trace covers " in text
+    assert ("on the CPU a trace counts every allocation" in text) == (device == "cpu")
+    path = traced(run / "trace.json", [allocated(peak, index)])
+    assert "that of the run's record" not in said(capsys, path)
+
+
+def test_of_a_run_on_the_cpu_no_fragmentation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", Recipe())
+    assert "fragmentation" in said(capsys, run)
+    record = json.loads((run / "record.json").read_text())
+    (run / "record.json").write_text(json.dumps(record | {"device": "cpu"}))
+    assert "ragmentation" not in said(capsys, run)

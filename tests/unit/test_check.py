@@ -65,7 +65,7 @@ class FakeNvml:
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
 
 
-OPERATION_US = module._operation_us  # the fixture below replaces it
+OPERATION_US = module.operation_us  # the fixture below replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +74,8 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(module.os, "getloadavg", lambda: (0.1, 0.1, 0.1))
-    monkeypatch.setattr(module, "_operation_us", lambda: 2.0)
+    monkeypatch.setattr(module.psutil, "getloadavg", lambda: (0.1, 0.1, 0.1))
+    monkeypatch.setattr(module, "operation_us", lambda: 2.0)
     monkeypatch.setattr(module, "LEAST_FREE_DISK", 0)
     monkeypatch.setattr(module, "LEAST_FREE_RAM_SHARE", 0.0)
 
@@ -96,7 +96,7 @@ def test_an_idle_gpu_has_nothing_against_it_and_unknown_figures_are_none() -> No
 
 
 def test_a_host_that_issues_work_slowly_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_operation_us", lambda: 5.93)
+    monkeypatch.setattr(module, "operation_us", lambda: 5.93)
     checks = found()
     assert checks["warnings"] == [
         "the host issues work slowly (5.9 us an operation): small tiles and short videos take longer than predicted"
@@ -143,7 +143,7 @@ def test_settings_that_change_what_is_measured_are_warned_of(
 
 
 def test_a_slowed_gpu_a_busy_host_and_a_full_disk_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(module.psutil, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     monkeypatch.setattr(module, "LEAST_FREE_DISK", 2**60)
     monkeypatch.setattr(module, "LEAST_FREE_RAM_SHARE", 2.0)
     texts = "\n".join(found(reasons=0x60)["warnings"])

@@ -363,11 +363,11 @@ def test_the_clock_needs_no_torch() -> None:
 # --- spans -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_span_of_a_simulated_run_has_predicted_seconds_and_loading_has_none(device: SimulatedDevice) -> None:
+def test_a_span_of_a_simulated_run_has_predicted_seconds_and_so_has_loading(device: SimulatedDevice) -> None:
     recorder = Recorder(device.meter, None, None)
     with device.session():
         with recorder.span("load", kind="load"):
-            device.clock.transfer(int(1e10), pinned=True)
+            device.clock.transfer(int(1e10), pinned=True)  # at 10 GB/s
         with recorder.span("stage", kind="stage"):
             for count in (1, 7):
                 with recorder.span("step", kind="step") as span:
@@ -375,7 +375,7 @@ def test_a_span_of_a_simulated_run_has_predicted_seconds_and_loading_has_none(de
                 span.repeats = count
             computing(device.clock, 0.5)
     load, stage = recorder.spans
-    assert load.seconds is None
+    assert load.seconds == pytest.approx(1.0)
     assert [step.seconds for step in stage.children] == [pytest.approx(2.0)] * 2
     assert stage.seconds == pytest.approx(2.0 + 7 * 2.0 + 0.5)
 
@@ -385,7 +385,7 @@ def test_a_span_of_a_simulated_run_has_predicted_seconds_and_loading_has_none(de
 
 @cache
 def predicted(
-    task: str, size: str, gpu: str = "h200", frames: int = 81, steps: int = 1, **knobs: Any
+    task: str, size: str, gpu: str = "h200", frames: int = 81, steps: int = 2, **knobs: Any
 ) -> tuple[RunRecord, Clock]:
     model = {k: v for k, v in knobs.items() if k in ("load_strategy", "t5_cpu")}
     config = RunConfig.from_dict(
@@ -410,6 +410,7 @@ def stage(record: RunRecord, name: str) -> Span:
 
 
 def step_seconds(record: RunRecord) -> float:
+    """Of the last, in which nothing is used for the first time."""
     seconds = stage(record, "denoise").children[-1].seconds
     assert seconds is not None
     return seconds
@@ -423,7 +424,8 @@ def test_resident_runs_take_the_time_an_h200_took(task: str, size: str, step: fl
     """benchmarks/2026-11-24_beside_diffusers_*.json."""
     record = run(task, size)
     assert step_seconds(record) == pytest.approx(step, rel=0.05)
-    assert stage(record, "decode").seconds == pytest.approx(decode, rel=0.05)
+    once = HOST.first_use["cudnn"].warm
+    assert (stage(record, "decode").seconds or 0.0) - once == pytest.approx(decode, rel=0.05)
 
 
 SMALL = {"task": "t2v-1.3B", "size": "832*480", "frames": 5, "t5_cpu": True}
@@ -438,9 +440,10 @@ def test_the_same_run_is_predicted_to_the_same_nanosecond() -> None:
 def test_a_card_that_is_faster_in_everything_is_never_slower() -> None:
     order = ["rtx4060", "rtx4090", "h200"]
     records = [run(**SMALL, gpu=gpu) for gpu in order]
-    for name in ("prepare", "denoise", "decode"):
-        times = [stage(record, name).seconds for record in records]
-        assert times == sorted(times, reverse=True), name
+    seconds = [step_seconds(record) for record in records]
+    assert seconds == sorted(seconds, reverse=True)
+    decodes = [stage(record, "decode").seconds for record in records]
+    assert decodes == sorted(decodes, reverse=True)
     assert step_seconds(records[0]) > 10 * step_seconds(records[-1])
 
 

@@ -285,7 +285,7 @@ def test_the_time_of_a_run_leaves_loading_out(run: Run) -> None:
         ("timeline.json", '{"schema": 2}', "timeline.json is no timeline of schema 1"),
         ("timeline.json", '{"schema": 1, "axis": "events", "points": [[0, "x", 1, null]]}', "'x' is no whole number"),
         ("timeline.json", '{"schema": 1, "axis": "years", "points": []}', "'years' is none of events, seconds"),
-        ("advice.json", '{"advice": [{"change": "x"}]}', "advice.json is damaged: KeyError('saved_bytes')"),
+        ("advice.json", '{"advice": [{"change": "x"}]}', "advice.json is damaged: 'saved_bytes' is missing"),
         ("record.json", "[]", "this is no wanvram record of schema 1"),
     ],
 )

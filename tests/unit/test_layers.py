@@ -18,6 +18,7 @@ TORCH_FREE = (
     "wanvram.simulate.allocator",
     "wanvram.simulate.card",
     "wanvram.simulate.card_table",
+    "wanvram.simulate.convolutions",
     "wanvram.simulate.gpus",
     "wanvram.simulate.libraries",
     "wanvram.specs",

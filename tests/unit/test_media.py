@@ -196,9 +196,11 @@ def test_every_plan_is_within_the_source_and_the_sequence(w: int, h: int, frames
     assert ((len(ids) - 1) // 4 + 1) * plan.height * plan.width // 256 <= SEQUENCE_LENGTHS[area]
 
 
-def test_another_area_is_refused() -> None:
-    with pytest.raises(InputError, match=r"not to 1,048,576"):
-        plan_frames(VideoInfo(640, 480, 81, 16.0), 1024 * 1024)
+def test_a_size_of_tiny_weights_takes_as_many_frames_as_an_official_one() -> None:
+    plan = plan_frames(VideoInfo(640, 480, 200, 16.0), 128 * 80)
+    assert (len(plan.frame_ids), plan.width, plan.height) == (81, 128, 80)
+    slim = plan_frames(VideoInfo(4096, 16, 5, 16.0), 16 * 16)
+    assert (slim.width, slim.height) == (16, 16)
 
 
 # Videos

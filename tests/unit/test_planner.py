@@ -364,7 +364,9 @@ def test_where_nothing_fits_the_smallest_budget_is_named_and_it_is_the_smallest(
 def test_smaller_sizes_and_fewer_frames_that_fit_are_named_and_do_fit() -> None:
     refusal = refused(gibibytes=4.0)
     assert [(a.size, a.frame_num != 81) for a in refusal.alternatives] == [("832*480", False), ("1280*720", True)]
-    assert "--size '832*480'" in refusal.message
+    assert "--size 832*480" in refusal.message
+    assert all(command.startswith("wanvram plan --task t2v-14B --size ") for command in refusal.commands)
+    assert len(refusal.commands) == 2
     for other in refusal.alternatives:
         result = plan(request(size=other.size, frame_num=other.frame_num), budget(4.0), Options(), Card())
         assert result.peak_device_bytes <= result.budget.device_limit
@@ -377,7 +379,7 @@ def test_fewer_frames_of_a_smaller_size_are_tried_last() -> None:
     refusal = refused(gibibytes=2.6)  # one frame of 1280*720 needs more
     assert [a.size for a in refusal.alternatives] == ["832*480"]
     assert refusal.alternatives[0].frame_num < 81
-    assert f"--size '832*480' --frame_num {refusal.alternatives[0].frame_num}" in refusal.message
+    assert f"--size 832*480 --frame_num {refusal.alternatives[0].frame_num}" in refusal.message
 
 
 def test_a_budget_no_request_could_meet_offers_no_change() -> None:

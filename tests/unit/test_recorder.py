@@ -266,15 +266,15 @@ def test_a_killed_process_leaves_every_event_it_had_logged(tmp_path: Path) -> No
 
 def test_a_disk_that_takes_half_an_event_leaves_a_valid_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "e.json"
-    real = os.pwrite
+    real = os.write
     log = EventLog(path)
     log.log("kept", Memory(1, 1, None))
     full = [True]
 
-    def half(file: int, data: bytes, offset: int) -> int:
-        return real(file, data[: len(data) // 2] if len(data) > 2 and full[0] else data, offset)
+    def half(file: int, data: bytes) -> int:
+        return real(file, data[: len(data) // 2] if len(data) > 2 and full[0] else data)
 
-    monkeypatch.setattr(os, "pwrite", half)
+    monkeypatch.setattr(os, "write", half)
     with pytest.raises(OutputError, match=r"e\.json: No space left"):
         log.log("lost", Memory(2, 2, None))
     assert [event["name"] for event in json.loads(path.read_text())] == ["kept"]

@@ -10,6 +10,7 @@ from wanvram.config import Request, RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import OutOfMemory
 from wanvram.kernels.attention import attention
+from wanvram.machine.driver import LATER_BYTES
 from wanvram.run.simulated import simulated_memory
 from wanvram.simulate.gpus import GPUS
 from wanvram.units import GIB, MIB
@@ -179,7 +180,7 @@ def test_a_library_takes_device_memory_outside_the_allocator_once() -> None:
 
 
 def test_out_of_memory_names_what_was_requested_and_leaves_the_books_right() -> None:
-    device = simulated(limit_bytes=outside("h200") + 64 * MIB)
+    device = simulated(limit_bytes=outside("h200") + LATER_BYTES + 64 * MIB)
     with device.session():
         x = device.empty((40, *MEBI_FLOATS), torch.float32)
         with pytest.raises(OutOfMemory, match=r"30\.0 MiB.*40\.0 MiB allocated.*64\.0 MiB") as caught:

@@ -308,6 +308,7 @@ def test_only_opcodes_of_plain_data_are_understood(tmp_path: Path) -> None:
         "\x87",
         "\x88",
         "\x89",
+        *"CB\x8e\x96\x8b\x8d\x8f\x90\x91",  # bytes, sets, long numbers and texts, which are passed over
     }
     path = tmp_path / "s.pickle"
     for opcode in pickletools.opcodes:
@@ -356,9 +357,10 @@ def test_a_damaged_snapshot_is_read_or_named_and_never_crashes(tmp_path: Path) -
         (pickle.dumps({"segments": [], "device_traces": []}), "nothing was allocated"),
         (gzip.compress(pickle.dumps({"segments": []}), mtime=0)[:-9], "truncated or damaged"),
         (b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".", "no CUDA allocator snapshot"),
-        (b"\x80\x04" + b")" + b"\x85" * 100_000 + b".", "a tuple of containers"),
-        (b"\x80\x04X\xff\xff\xff\x7f", "a string of 2,147,483,647 bytes"),
-        (b"\x80\x04\x8a\xff" + b"\x01" * 300, "a number of over 72 bits"),
+        (b"\x80\x04" + b")" + b"\x85" * 100_000 + b".", "no CUDA allocator snapshot"),
+        (b"\x80\x04X\xff\xff\xff\x7f", "truncated or damaged"),
+        (b"\x80\x04\x8b\xff\xff\xff\xff", "a value of less than no bytes"),
+        (b"\x80\x04](K\x01K\x02\x8a\x01\x01eu.", "truncated or damaged"),
         (b"\x80\x04]r\xff\xff\xff\x7f.", "memo place 2147483647"),
         (pickle.dumps({"device_traces": [[entry("alloc", 0, -5)]]}), "damaged"),
         (pickle.dumps({"device_traces": [[entry("alloc", 0, 5) | {"size": "5"}]]}), "damaged"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wanvram.config import Request
+from wanvram.config import Request, RunConfig
 from wanvram.errors import InputError
 from wanvram.tasks import TASKS, latent_shape, normal_size
 
@@ -34,7 +34,7 @@ def test_a_request_without_options_has_the_official_defaults_of_its_size(task: s
     official = DEFAULTS[task][size]
     if official is None:
         with pytest.raises(InputError, match=r"size: .* is not supported"):
-            Request.for_task(task, size=size)
+            RunConfig("x", "", "auto", Request.for_task(task, size=size))
         return
     request = Request.for_task(task, size=size)
     assert {name: getattr(request, name) for name in official} == official

@@ -267,7 +267,7 @@ def test_a_damaged_trace_is_read_or_named_and_never_crashes(small: Path, tmp_pat
             read_trace(path)
         except InputError:
             named += 1
-    assert 20 < named < 380
+    assert named < 100, "one damaged byte costs one event"
 
 
 @pytest.mark.parametrize(
@@ -303,20 +303,39 @@ def test_a_file_that_is_no_trace_gets_a_sentence(content: bytes, sentence: str, 
     [
         (op("a", float("nan"), 1), "has ts nan; expected a number"),
         (op("a", 1, float("inf")), "has dur inf; expected a number"),
-        (op("a", 1, -5), "lasts -5.0 microseconds"),
-        (op("a", 10**400, 1), "expected a number"),
-        (op("a", "5", 1), "has ts 5; expected a number"),  # type: ignore[arg-type]
-        (op("a", True, 1), "has ts True; expected a number"),
-        (memory(1, 5, -5), "Total Allocated -5; expected a whole number that is not negative"),
-        (memory(1, 5, 5, -1), "Total Reserved -1"),
-        (memory(1, 5, 1 << 70), "Total Allocated 1180591620717411303424; expected a whole number"),
-        (memory(1, 5, 1.5), "Total Allocated 1.5; expected a whole number"),  # type: ignore[arg-type]
-        (memory(1, 5, 5) | {"args": None}, "a .memory. event has no args"),
+        (op("a", 10**400, 1), "has ts a number of over 40 digits; expected a number"),
+        (op("a", "five", 1), "has ts 'five'; expected a number"),  # type: ignore[arg-type]
+        (op("a", True, 1), "has ts true; expected a number"),
+        (op("a", None, 1), "has ts null; expected a number"),  # type: ignore[arg-type]
+        (op("a", {"a": 1}, 1), "has ts a section of 1; expected a number"),  # type: ignore[arg-type]
+        (op("a", 1, 1e17), "lasts 100000000000000000 microseconds"),
+        (memory(1, 5, -5), "has Total Allocated -5; expected a whole number that is not negative"),
+        (memory(1, 5, 5, -1), "has Total Reserved -1; expected a whole number that is not negative"),
+        (
+            memory(1, 5, 1 << 70),
+            "has Total Allocated 1180591620717411303424; expected a whole number that is not negative",
+        ),
+        (memory(1, 5, 1.5), "has Total Allocated 1.5; expected a whole number that is not negative"),  # type: ignore[arg-type]
+        (memory(1, 5, 5) | {"args": None}, ", a [memory] event, has no args"),
+        (memory(1, 5, 5) | {"args": {"Device Type": 1}}, ", a [memory] event, has neither Bytes nor Total Allocated"),
+        ("text", "is 'text'"),
+        ([1], "is '[1]'"),
     ],
 )
-def test_a_number_that_cannot_be_is_named(event: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=sentence):
-        read_trace(saved(tmp_path / "t.json", [*EVENTS, event]))
+def test_a_value_that_cannot_be_costs_its_event_which_a_note_names(event: Any, sentence: str, tmp_path: Path) -> None:
+    clean, trace = (
+        read_trace(saved(tmp_path / "c.json", EVENTS)),
+        read_trace(saved(tmp_path / "t.json", [*EVENTS, event])),
+    )
+    assert (trace.memory, trace.operators_by_memory, trace.seconds) == (
+        clean.memory,
+        clean.operators_by_memory,
+        clean.seconds,
+    )
+    gap = "" if sentence.startswith(",") else " "
+    assert trace.notes == (f"1 event is left out: event {len(EVENTS) + 1}{gap}{sentence}",)
+    with pytest.raises(InputError, match="none of its events can be read; event 1"):
+        read_trace(saved(tmp_path / "only.json", [event, event]))
 
 
 def test_what_is_kept_of_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +345,9 @@ def test_what_is_kept_of_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(module, name, value)
     with pytest.raises(InputError, match="over 100 operators and memory events; record fewer steps"):
         read_trace(saved(tmp_path / "t.json", [op("a", i, 1) for i in range(101)]))
-    with pytest.raises(InputError, match="expected a value of under 16 MiB"):
-        read_trace(saved(tmp_path / "t.json", [op("a" * 50_000, 1, 1)]))
+    large = read_trace(saved(tmp_path / "t.json", [op("a" * 50_000, 1, 1), op("b", 1, 1)]))
+    assert "expected a value of under 16 MiB" in large.notes[0]
+    assert [o.name for o in large.operators_by_time] == ["b"]
     many = [op(f"{i}" + "x" * 300, i, 1, kind) for i in range(50) for kind in ("cpu_op", "kernel", "user_annotation")]
     trace = read_trace(saved(tmp_path / "t.json", many))
     assert sum(o.calls for o in trace.operators_by_time) == 50

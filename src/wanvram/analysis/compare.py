@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import InputError
+from wanvram.foreign_text import quoted, shown, why
 from wanvram.record import Failure, RunRecord, Span, dotted
 from wanvram.units import human, parse_bytes
 
@@ -56,7 +57,7 @@ def metrics(record: RunRecord) -> dict[Key, Number | None]:
     result: dict[Key, Number | None] = {}
     for key, value in _figures(record):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise InputError(f"the record is damaged: {'.'.join(key)} is {str(value)[:40]!r}")
+            raise InputError(f"the record is damaged: {shown('.'.join(key), 100)} is {quoted(value)}")
         result[key] = _joined(key, result.get(key), value)
     return result
 
@@ -79,7 +80,7 @@ def _figures(record: RunRecord) -> Iterator[tuple[Key, Any]]:
         timed = [s.seconds for s in record.stages if s.kind == "stage" and s.seconds is not None]
         yield ("seconds",), sum(timed) if timed else None
     except (AttributeError, TypeError) as error:
-        raise InputError(f"the record is damaged: {error!r}") from error
+        raise InputError(f"the record is damaged: {why(error)}") from error
 
 
 def _stage(span: Span) -> Iterator[tuple[str, Any]]:

@@ -7,12 +7,15 @@ figures are exact to 0.01 MB.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from wanvram.errors import InputError
+from wanvram.errors import DamagedError, InputError
+from wanvram.foreign_text import quoted, shown, why
+from wanvram.input_files import read_text
 from wanvram.record import strict_json
 from wanvram.units import MIB
 
@@ -75,34 +78,41 @@ class _Event:
 
 
 def read_events(path: Path) -> EventSummary:
-    """Raises InputError when the file is missing, too large, truncated or no list of memory events."""
+    """Raises InputError when the file is missing, too large, truncated or no list of memory events. An event that is none is
+    left out, and `notes` says so.
+    """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read")
-        data = strict_json(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(data, list):
-            raise ValueError("it holds no list")
-        events = _over_their_starts([_event(number, item) for number, item in enumerate(data, 1)])
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        data = strict_json(read_text(path, MAX_FILE_BYTES))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no memory_events.json: {error}") from error
+        raise InputError(f"{shown(path)} is no memory_events.json: {why(error)}") from error
+    if not isinstance(data, list):
+        raise InputError(f"{shown(path)} is no memory_events.json: it holds no list")
+    events, strange = [], []
+    for number, item in enumerate(data, 1):
+        try:
+            events.append(_event(number, item))
+        except DamagedError as error:
+            strange.append(str(error))
+    if strange and not events:
+        raise InputError(f"{shown(path)} is no memory_events.json: {strange[0]}")
     if not events:
-        raise InputError(f"{path} holds no events: the run ended before its first stage")
-    return _summary(events)
+        raise InputError(f"{shown(path)} holds no events: the run ended before its first stage")
+    return _summary(_over_their_starts(events), strange)
 
 
 def _event(number: int, item: Any) -> _Event:
     if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-        raise ValueError(f"event {number} has no name")
+        raise DamagedError(f"event {number} has no name")
     timestamp = item.get("timestamp")
     if isinstance(timestamp, bool) or not isinstance(timestamp, (int, float)):
-        raise ValueError(f"event {number} has no timestamp")
+        raise DamagedError(f"event {number} has no timestamp")
     allocated, reserved, device = (_whole(number, item, f"{key}_bytes") for key in ("allocated", "reserved", "device"))
-    found = _LOG.search(str(item.get("memory_log", ""))[-200:])
+    log = item.get("memory_log")
+    found = _LOG.search(log[-200:]) if isinstance(log, str) else None
     said = round(float(found[2]) * MIB) if found else None
     incremental = said if found and found[1] == "incremental_memory" else None
-    base = (item.get("metadata") or {}).get("base_memory") if isinstance(item.get("metadata"), dict) else None
+    metadata = item.get("metadata")
+    base = metadata.get("base_memory") if isinstance(metadata, dict) else None
     if allocated is None and found and found[1] == "peak_memory":
         allocated = said
     if allocated is not None and isinstance(base, int) and not isinstance(base, bool):
@@ -127,11 +137,11 @@ def _over_their_starts(events: list[_Event]) -> list[_Event]:
 def _whole(number: int, item: dict[str, Any], key: str) -> int | None:
     value = item.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ValueError(f"event {number} has {key} {str(value)[:40]!r}")
+        raise DamagedError(f"event {number} has {key} {quoted(value)}")
     return value
 
 
-def _summary(events: list[_Event]) -> EventSummary:
+def _summary(events: list[_Event], strange: Sequence[str]) -> EventSummary:
     first = events[0].timestamp
     by_name: dict[str, list[_Event]] = {}
     for event in events:
@@ -143,7 +153,9 @@ def _summary(events: list[_Event]) -> EventSummary:
         for before, after in pairwise(events)
         if before.allocated is not None and after.allocated is not None and after.allocated > before.allocated
     ]
-    notes = []
+    notes = (
+        [f"{len(strange):,} of the file's events are none and are left out; the first: {strange[0]}"] if strange else []
+    )
     if not any(event.reserved is not None for event in events):
         notes.append("the events hold no byte counts; figures are read from memory_log, to 0.01 MB")
     return EventSummary(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.units import human
+from wanvram.foreign_text import why
+from wanvram.units import mib
 
 __all__ = [
     "WEIGHTS",
@@ -97,7 +98,7 @@ def describe_moment(moment: dict[str, Any]) -> Moment:
             unusable=unusable(moment),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the timeline is damaged: {error!r}") from error
+        raise InputError(f"the timeline is damaged: {why(error)}") from error
 
 
 def owners(alive: Iterable[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> tuple[OwnerShare, ...]:
@@ -183,16 +184,16 @@ def unusable(moment: dict[str, Any]) -> Unusable | None:
 
 def _with_reason(found: Unusable, reserved: int) -> Unusable:
     if not found.holes:
-        return replace(found, reason=f"All {human(reserved)} reserved are allocated.")
+        return replace(found, reason=f"All {mib(reserved)} reserved are allocated.")
     parts = []
     if found.pinned_bytes:
-        parts.append(f"{human(found.pinned_bytes)} in holes beside live blocks")
+        parts.append(f"{mib(found.pinned_bytes)} in holes beside live blocks")
     if found.free_segment_bytes:
-        parts.append(f"{human(found.free_segment_bytes)} in free segments, which emptying the cache would give back")
-    text = f"{human(found.inactive_bytes)} of {human(reserved)} reserved are not allocated: {' and '.join(parts)}."
+        parts.append(f"{mib(found.free_segment_bytes)} in free segments, which emptying the cache would give back")
+    text = f"{mib(found.inactive_bytes)} of {mib(reserved)} reserved are not allocated: {' and '.join(parts)}."
     pieces = "1 piece" if found.holes == 1 else f"{found.holes:,} pieces, the largest"
-    text += f" That is {pieces} of {human(found.largest_hole_bytes)}."
+    text += f" That is {pieces} of {mib(found.largest_hole_bytes)}."
     if found.largest_allocation_bytes:
-        least = human(found.largest_allocation_bytes)
-        text += f" {human(found.too_small_bytes)} are in pieces too small for the largest activation alive, {least}."
+        least = mib(found.largest_allocation_bytes)
+        text += f" {mib(found.too_small_bytes)} are in pieces too small for the largest activation alive, {least}."
     return replace(found, reason=text)

@@ -11,9 +11,10 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
-from wanvram.errors import InputError
+from wanvram.errors import DamagedError, InputError
+from wanvram.foreign_text import why
 
-__all__ = ["PlainUnpickler"]
+__all__ = ["ODD", "PlainUnpickler"]
 
 CHUNK = 1 << 20
 MARGIN = 1 << 18  # read on when less than this is left: no single opcode of plain data is longer
@@ -23,6 +24,13 @@ MAX_MEMO = 1 << 26  # 512 MiB of references; a GiB of trace entries has 20 milli
 MAX_TEXT = 1 << 26  # characters of different strings; what comes after them is dropped
 DROPPED = "(dropped)"
 
+
+class Odd:
+    """What stands for a value that no snapshot has: bytes, sets, numbers of over 72 bits, tuples of containers."""
+
+
+ODD = Odd()
+
 _GETS = re.compile(rb"(?:h.|j....)*e", re.DOTALL)  # a list of nothing but values seen before, to its end
 # A value of one opcode, or text, a pair or a list that is put into the memo: what the dicts that come in millions hold.
 _VALUE = (
@@ -30,6 +38,14 @@ _VALUE = (
     rb"|\x8c\x03.{3}\x94|\x8c\x00\x94|K.K.\x86\x94|\]\x94\((?:h.|j.{4})+e)"
 )
 _MEMOIZED = b"\x8c\x5dK"  # how the last four of them begin; K is also a number on its own
+_SIZED = {
+    0x43: ("<B", ODD),
+    0x42: ("<I", ODD),
+    0x8E: ("<Q", ODD),
+    0x96: ("<Q", ODD),
+    0x8B: ("<i", ODD),
+    0x8D: ("<Q", DROPPED),
+}
 _REFUSED = {
     ord(code): name
     for code, name in {
@@ -57,11 +73,12 @@ class PlainUnpickler:
         self._lists: dict[bytes, Any] = {}  # what finish_list made of a run of GETs
         self._shapes: list[tuple[re.Pattern[bytes], tuple[bool, ...]]] = []
         self._text_size = self._kept = 0
-        self._read = 0
+        self._read = self._skip = 0  # _skip: bytes to pass over when reading on
         self._plain: dict[int, Callable[[], None]] = {
             ord("u"): self._set_items, ord("s"): self._set_item, ord("e"): self._append_items,
             ord("a"): self._append_item, ord("t"): self._tuple_from_mark, 0x85: lambda: self._tuple(1),
             0x86: lambda: self._tuple(2), 0x87: lambda: self._tuple(3), ord(")"): lambda: self._stack.append(()),
+            0x8F: lambda: self._stack.append(ODD), 0x90: lambda: self._odd_from_mark(1), 0x91: lambda: self._odd_from_mark(0),
             ord("N"): lambda: self._stack.append(None), 0x88: lambda: self._stack.append(True),
             0x89: lambda: self._stack.append(False),
         }  # fmt: skip
@@ -104,7 +121,7 @@ class PlainUnpickler:
                 f"{self._name} is truncated or damaged near byte {self._read:,}: not a whole pickle"
             ) from error
         except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise InputError(f"{self._name} is damaged near byte {self._read:,}: {error}") from error
+            raise InputError(f"{self._name} is damaged near byte {self._read:,}: {why(error)}") from error
 
     def _run(self) -> Any:
         stack, memo, slots, texts, plain = self._stack, self._memo, self._slots, self._texts, self._plain
@@ -119,9 +136,7 @@ class PlainUnpickler:
                 pos += 2
             elif op == 0x8A:  # LONG1
                 end = pos + 2 + data[pos + 1]
-                if end > pos + 11:
-                    raise ValueError("a number of over 72 bits")
-                push(int.from_bytes(data[pos + 2 : end], "little", signed=True))
+                push(int.from_bytes(data[pos + 2 : end], "little", signed=True) if end <= pos + 11 else ODD)
                 pos = end
             elif op == 0x94:  # MEMOIZE
                 memo.append(stack[-1])
@@ -162,6 +177,10 @@ class PlainUnpickler:
 
     def _refill(self, data: bytes, pos: int) -> tuple[bytes, int, int]:
         """The bytes not yet interpreted and more: (data, 0, last position up to which nothing has to be read)."""
+        while self._skip:
+            passed = len(self._file.read(min(self._skip, CHUNK)))
+            self._read += passed
+            self._skip = self._skip - passed if passed else 0
         more = self._file.read(CHUNK)
         self._read += len(more)
         if self._read == len(more) and not more:
@@ -179,7 +198,7 @@ class PlainUnpickler:
         if op == 0x58:  # BINUNICODE
             size = struct.unpack_from("<I", data, pos + 1)[0]
             if size > MARGIN - 5:
-                raise InputError(f"{self._name} is no snapshot: it holds a string of {size:,} bytes")
+                return self._pass_over(data, pos + 5, size, DROPPED)
             self._stack.append(self._text(data[pos + 5 : pos + 5 + size]))
             return pos + 5 + int(size)
         if op == 0x47:  # BINFLOAT
@@ -192,6 +211,11 @@ class PlainUnpickler:
         if op in (0x71, 0x72):  # BINPUT, LONG_BINPUT
             self._put(data[pos + 1] if op == 0x71 else struct.unpack_from("<I", data, pos + 1)[0])
             return pos + (2 if op == 0x71 else 5)
+        if op in _SIZED:  # what no snapshot has, but a value may be
+            layout, instead = _SIZED[op]
+            return self._pass_over(
+                data, pos + 1 + struct.calcsize(layout), struct.unpack_from(layout, data, pos + 1)[0], instead
+            )
         if op in _REFUSED:
             raise InputError(
                 f"{self._name} was refused: its pickle opcode {_REFUSED[op]} would import or run code; "
@@ -199,9 +223,17 @@ class PlainUnpickler:
             )
         raise InputError(f"{self._name} is not a pickle of plain data: opcode 0x{op:02x} has no place in a snapshot")
 
+    def _pass_over(self, data: bytes, pos: int, size: int, instead: Any) -> int:
+        """Past a value that is not kept, however long."""
+        if size < 0:
+            raise DamagedError("a value of less than no bytes")
+        self._stack.append(instead)
+        self._skip = max(pos + size - len(data), 0)
+        return min(pos + size, len(data))
+
     def _put(self, index: int) -> None:
         if index != len(self._memo):  # a pickler counts up; a place written twice would make `_lists` stale
-            raise ValueError(f"memo place {index} is out of order")
+            raise DamagedError(f"memo place {index} is out of order")
         value = self._stack[-1]
         if value.__class__ in (dict, list):
             self._slots[id(value)] = index
@@ -347,6 +379,11 @@ class PlainUnpickler:
         if items:
             self._replace(self.finish_list(self._stack[-1], items))
 
+    def _odd_from_mark(self, below: int) -> None:
+        """A set: its items go, and with `below` the set that stood under them."""
+        del self._stack[self._marks.pop() - below :]
+        self._stack.append(ODD)
+
     def _tuple_from_mark(self) -> None:
         self._tuple(len(self._stack) - self._marks.pop())
 
@@ -357,7 +394,8 @@ class PlainUnpickler:
             raise IndexError("a tuple of more values than there are")
         items = tuple(stack[start:])
         if any(item.__class__ in (tuple, list, dict) for item in items):
-            raise ValueError("a tuple of containers")  # nested without end, hashing it would overflow the C stack
+            stack[start:] = [ODD]  # nested without end, hashing it would overflow the C stack
+            return
         known = self._tuples.get(items)
         if known is None:
             self._keep(count)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wanvram.analysis.points import Point, Points
+from wanvram.foreign_text import quoted
 from wanvram.simulate.allocator import MIN_BLOCK, SMALL_BUFFER, SMALL_SIZE
 
 __all__ = [
@@ -141,6 +142,20 @@ class Range:
 
 Live = tuple[int, int, Stack, int, int]  # block bytes, requested bytes, stack, event of alloc, event of free_requested
 NEVER = 1 << 62
+LONGEST = 31 * 86_400.0  # seconds between two events of one recording
+
+
+def _impossible(action: Any, addr: Any, size: Any, stream: Any, time_us: Any) -> str:
+    """Which value of an event is none that an allocator gives; empty if all are."""
+    if size.__class__ is not int or not 0 <= size < NEVER:
+        return f"has size {quoted(size)}"
+    if addr.__class__ is not int or not 0 <= addr < 1 << 64:
+        return f"has addr {quoted(addr)}"
+    if time_us.__class__ is not int or not 0 <= time_us < NEVER:
+        return f"has time_us {quoted(time_us)}"
+    if stream.__class__ is not int or not -1 << 63 <= stream < 1 << 64:
+        return f"has stream {quoted(stream)}"
+    return "" if action.__class__ is str else f"has action {quoted(action)}"
 
 
 @dataclass
@@ -168,15 +183,22 @@ class Replay:
     peak_ranges: dict[int, Range] | None = None  # None: the same as ranges
     points: Points = field(default_factory=Points)
     refusals: list[Refusal] = field(default_factory=list)
+    strange: int = 0  # events that cannot be, which are left out
+    first_strange: str = ""
 
     def feed(self, entries: Iterable[Any]) -> None:
         for action, addr, size, stream, time_us, stack in entries:
-            if size.__class__ is not int or addr.__class__ is not int or time_us.__class__ is not int or size < 0:
-                raise ValueError(f"an event {action!r} of {size!r} bytes at {addr!r}")
+            wrong = _impossible(action, addr, size, stream, time_us)
+            if wrong:
+                self.leave_out(wrong)
+                continue
             if not self.events:
                 self.first_us = time_us
             self.events += 1
-            self.last = x = (time_us - self.first_us) / 1e6
+            x = (time_us - self.first_us) / 1e6
+            if abs(x - self.last) > LONGEST:  # a clock that was not set: the order still tells
+                self.first_us, x = (time_us, 0.0) if self.events == 2 else (self.first_us, self.last)
+            self.last = x
             if action == "alloc":
                 self._alloc(addr, size, stack, x)
             elif action == "free_requested":
@@ -188,6 +210,12 @@ class Replay:
             else:
                 self._segment_event(action, addr, size, stream)
             self.points.add(x, self.allocated, self.reserved)
+
+    def leave_out(self, reason: str) -> None:
+        """An event that costs itself: it is counted, and the first one is named by its number in the trace."""
+        self.strange += 1
+        if self.strange == 1:
+            self.first_strange = f"event {self.events + self.strange:,} {reason}"
 
     def _alloc(self, addr: int, size: int, stack: Stack, x: float) -> None:
         if addr in self.alive or addr in self.pending:  # its free was not recorded

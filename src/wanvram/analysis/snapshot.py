@@ -7,15 +7,13 @@ Of every recorded stack only the innermost frame outside of PyTorch is kept.
 from __future__ import annotations
 
 import gzip
-import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from wanvram.analysis.pickles import PlainUnpickler
 from wanvram.analysis.points import Point
 from wanvram.analysis.replay import (
     ACTIVE,
@@ -29,10 +27,12 @@ from wanvram.analysis.replay import (
     Replay,
     Rules,
     Segment,
-    Stack,
     TraceEntry,
 )
+from wanvram.analysis.snapshot_unpickler import Mark, SnapshotUnpickler
 from wanvram.errors import InputError
+from wanvram.foreign_text import shown, why
+from wanvram.input_files import open_regular
 from wanvram.units import human
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "DeviceHistory",
     "Frame",
     "Hole",
+    "HostMemory",
     "Moment",
     "Refusal",
     "Segment",
@@ -53,10 +54,6 @@ __all__ = [
 
 MAX_GROUPS = 200  # alive groups of a moment in a timeline
 MAX_STAGES = 1000
-FRAME_COST = 4  # what a stack frame takes in memory, in values that are kept
-REPLAY_COST = 16
-# PyTorch's own files, compiled code, and the operations that report.memory_viz writes as innermost frames.
-_NOT_OWN = re.compile(r"(^|[/\\])torch[/\\]|^(aten|prims|wanvram)\.|\.(c|cc|cpp|cu|cuh|h|hpp|so|pyx)$|^\?\?$|^$")
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,31 @@ class DeviceHistory:
     stages: tuple[tuple[str, int, float, float], ...]
 
     @property
+    def recorded(self) -> bool:
+        """False: `peak` is the state when the snapshot was taken, whatever was higher before."""
+        return self.events > 0
+
+    @property
     def peak_allocated_bytes(self) -> int:
         return self.peak.allocated_bytes
+
+    def by_place(self) -> tuple[AliveGroup, ...]:
+        """What is alive at the peak, one group a place, whatever the sizes of its blocks; largest first."""
+        sums: dict[str, tuple[int, int]] = {}
+        for group in self.peak.alive:
+            nbytes, count = sums.get(group.where, (0, 0))
+            sums[group.where] = nbytes + group.bytes, count + group.count
+        ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
+        return tuple(AliveGroup(nbytes, count, where) for where, (nbytes, count) in ordered)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Pinned (page-locked) host memory of the process: the most that was held, what is held at the end and used of that."""
+
+    peak_reserved_bytes: int
+    reserved_bytes: int
+    allocated_bytes: int
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,7 @@ class Snapshot:
 
     devices: tuple[DeviceHistory, ...]
     notes: tuple[str, ...]
+    host: HostMemory | None = None
 
     @property
     def main(self) -> DeviceHistory:
@@ -128,137 +149,6 @@ class Snapshot:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------------
-
-
-class _Entry(tuple[Any, ...]):
-    """action, address, size, stream, time in microseconds, stack: as Replay.feed takes it."""
-
-    __slots__ = ()
-
-
-class _Framed(tuple[Any, ...]):
-    """(the stack of this one frame, whether the frame is outside of PyTorch)"""
-
-    __slots__ = ()
-
-
-class _Mark(tuple[Any, ...]):
-    """device, START or END, name, time in microseconds: where a record_function began or ended"""
-
-    __slots__ = ()
-
-
-class _SnapshotUnpickler(PlainUnpickler):
-    """Feeds trace entries to a replay per trace as they complete, and shrinks frames, blocks and segments."""
-
-    def __init__(self, file: BinaryIO, name: str, rules: Rules) -> None:
-        super().__init__(file, name)
-        self._rules = rules
-        self._frames: dict[tuple[Any, ...], _Framed] = {}
-        self._seen: set[tuple[str, ...]] = set()
-        self._replays: dict[int, tuple[Any, Replay]] = {}  # id of the trace's list -> (the list, its replay)
-        self._held: dict[int, int] = {}  # id of the trace's list -> the values that its replay holds
-
-    def replay_of(self, trace: Any) -> Replay:
-        known = self._replays.get(id(trace))
-        if known is None:
-            self._keep(REPLAY_COST)
-            known = self._replays[id(trace)] = (trace, Replay(self._rules))
-        return known[1]
-
-    def _feed(self, trace: Any, entries: list[Any]) -> None:
-        replay = self.replay_of(trace)
-        replay.feed(entries)
-        live = len(replay.alive) + len(replay.pending) + len(replay.gone)
-        held = live + len(replay.ranges) + len(replay.refusals)
-        self._keep(held - self._held.get(id(trace), 0))
-        self._held[id(trace)] = held
-
-    def finish_dict(self, value: dict[Any, Any]) -> Any:
-        if "action" in value:
-            return self._entry(value)
-        if "filename" in value and "line" in value:
-            return self._frame(value)
-        if "state" in value and "size" in value:
-            return self._block(value)
-        if "blocks" in value and "total_size" in value:
-            return self._segment(value)
-        if "stage" in value and "time_us" in value:
-            return _Mark((value.get("device", 0), value["stage"], str(value.get("name", "")), _count(value["time_us"])))
-        return value
-
-    def finish_list(self, target: Any, items: list[Any]) -> Any:
-        kind = items[0].__class__
-        if kind is _Entry:
-            self._feed(target, items)
-            return target
-        if kind is _Framed:
-            if target:
-                return target
-            return next((stack for stack, own in items if own), items[0][0])
-        return super().finish_list(target, items)
-
-    def finish_shape(self, values: list[Any]) -> Any:
-        values[5] = _stack(values[5])
-        return _Entry(values)
-
-    def _entry(self, value: dict[Any, Any]) -> _Entry:
-        keys = tuple(value)
-        if keys not in self._seen and len(self._seen) < 8:
-            self._seen.add(keys)
-            self.learn(keys, ("action", "addr", "size", "stream", "time_us", "frames"))
-        self.forget(value, None)
-        for item in value.values():
-            if item.__class__ is list or item.__class__ is dict:
-                self.forget(item, NO_STACK)
-        get = value.get
-        action = get("action")
-        addr = get("device_free" if action == "oom" else "addr", 0)
-        return _Entry((action, addr, get("size", 0), get("stream", 0), get("time_us", 0), _stack(get("frames"))))
-
-    def _frame(self, value: dict[Any, Any]) -> _Framed:
-        key = (str(value["filename"]), value["line"], str(value.get("name", "")))
-        known = self._frames.get(key)
-        if known is None:
-            self._keep(FRAME_COST)
-            filename, line, name = key
-            own = _NOT_OWN.search(filename) is None
-            known = self._frames[key] = _Framed((Stack((Frame(filename, int(line), name),)), own))
-        return known
-
-    def _block(self, value: dict[Any, Any]) -> Block:
-        size = _count(value["size"])
-        stack = _stack(value.get("frames"))
-        self._keep(1)
-        return Block(
-            int(value.get("address", 0)), size, _count(value.get("requested_size", size)), value["state"], stack
-        )
-
-    def _segment(self, value: dict[Any, Any]) -> Segment:
-        address, blocks = int(value["address"]), []
-        at = address
-        for block in value["blocks"]:
-            blocks.append(Block(at, block.size, block.requested_size, block.state, block.frames))
-            at += block.size
-        return Segment(
-            address,
-            _count(value["total_size"]),
-            int(value.get("stream", 0)),
-            value.get("segment_type") == "small",
-            bool(value.get("is_expandable", False)),
-            tuple(blocks),
-            _count(value.get("device", 0)),
-        )
-
-
-def _stack(frames: Any) -> Stack:
-    return frames if frames.__class__ is Stack else NO_STACK
-
-
-def _count(value: Any) -> int:
-    if value.__class__ is not int or value < 0:
-        raise ValueError(f"{value!r} is no number of bytes")
-    return int(value)
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -270,46 +160,85 @@ def read_snapshot(path: Path) -> Snapshot:
     rules = _rules(_settings(root))
     if rules != Rules():  # known only behind the events, and they decide the sizes of blocks
         root, reader = _load(path, rules)
-    segments = _items(path, root, "segments", Segment)
-    traces = _items(path, root, "device_traces", list)
-    marks = _items(path, root, "external_annotations", _Mark)
+    notes: list[str] = []
+    segments = _items(root, "segments", Segment)
+    traces = _items(root, "device_traces", list)
+    marks = _items(root, "external_annotations", Mark)
     by_device: dict[int, list[Segment]] = {i: [] for i, trace in enumerate(traces) if reader.replay_of(trace).events}
     for segment in segments:
         by_device.setdefault(segment.device, []).append(segment)
+    host = _host(root, reader)
+    _note_strange(traces, reader, notes)
     if not by_device:
-        raise InputError(f"{path} holds no segment and no event: nothing was allocated on any GPU")
-    notes: list[str] = []
+        if notes:
+            raise InputError(f"{shown(path)} is damaged: none of its events and segments can be read; {notes[0]}")
+        said = f"; its {human(host.peak_reserved_bytes)} are pinned host memory" if host else ""
+        raise InputError(f"{shown(path)} holds no segment and no event: nothing was allocated on any GPU{said}")
     devices = []
     for device in sorted(by_device):
         replay = reader.replay_of(traces[device]) if device < len(traces) else Replay(rules)
         stages = _stages([mark for mark in marks if mark[0] == device], replay)
         devices.append(_history(device, replay, by_device[device], stages, notes))
-    return Snapshot(tuple(devices), tuple(notes))
+    return Snapshot(tuple(devices), tuple(notes), host)
 
 
-def _load(path: Path, rules: Rules) -> tuple[Any, _SnapshotUnpickler]:
+def _load(path: Path, rules: Rules) -> tuple[Any, SnapshotUnpickler]:
     try:
-        with path.open("rb") as raw:
+        with open_regular(path) as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-            reader = _SnapshotUnpickler(file, str(path), rules)
+            reader = SnapshotUnpickler(file, shown(path), rules)
             root = reader.load()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is a truncated or damaged gzip file") from error
+        raise InputError(f"{shown(path)} is a truncated or damaged gzip file") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not isinstance(root, (dict, list)) or (isinstance(root, dict) and not {"segments", "device_traces"} & set(root)):
-        raise InputError(f"{path} is no CUDA allocator snapshot: it has neither segments nor device_traces")
+        raise InputError(f"{shown(path)} cannot be read: {why(error)}") from error
+    parts = [root.get(key) for key in ("segments", "device_traces")] if isinstance(root, dict) else [root]
+    if not any(isinstance(part, list) for part in parts):
+        raise InputError(f"{shown(path)} is no CUDA allocator snapshot: it has neither segments nor device_traces")
+    if isinstance(root, list) and root and not any(isinstance(item, Segment) for item in root):
+        raise InputError(f"{shown(path)} is no CUDA allocator snapshot: it is a list, but not one of segments")
     return root, reader
 
 
-def _items(path: Path, root: Any, key: str, kind: type) -> list[Any]:
-    """One of the lists; before torch 2.0 a snapshot was the list of segments alone."""
+def _items(root: Any, key: str, kind: type) -> list[Any]:
+    """One of the lists; before torch 2.0 a snapshot was the list of segments alone. A trace keeps its place: that is its GPU."""
     items = root.get(key, []) if isinstance(root, dict) else root if key == "segments" else []
-    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
-        raise InputError(f"{path} is no CUDA allocator snapshot: its {key} are not a list of what torch writes there")
-    return items
+    if not isinstance(items, list):
+        return []
+    if kind is list:
+        return [item if isinstance(item, list) else [] for item in items]
+    return [item for item in items if isinstance(item, kind)]
+
+
+def _note_strange(traces: Sequence[list[Any]], reader: SnapshotUnpickler, notes: list[str]) -> None:
+    """What was left out, a sentence for each kind, with the place of the first."""
+    for device, trace in enumerate(traces):
+        replay = reader.replay_of(trace)
+        count = replay.strange + len(trace)  # what is no event stays in the list
+        if count:
+            first = replay.first_strange or "it holds values that are no events"
+            notes.append(f"GPU {device}: {count:,} {'event is' if count == 1 else 'events are'} left out: {first}")
+    for what, count in reader.odd.items():
+        said = f"{what} is" if count == 1 else f"{what}s are"
+        notes.append(f"{count:,} {said} left out, for instance one with {reader.first_odd[what]}")
+
+
+def _host(root: Any, reader: SnapshotUnpickler) -> HostMemory | None:
+    """Pinned host memory, which newer versions of torch write beside the devices; None where there is none."""
+    if not isinstance(root, dict):
+        return None
+    segments, traces = root.get("host_segments"), root.get("host_traces")
+    held = [item for item in segments if isinstance(item, Segment)] if isinstance(segments, list) else []
+    lists = [traces, *traces] if isinstance(traces, list) else []
+    replays = [reader.replay_of(trace) for trace in lists if isinstance(trace, list)]
+    recorded = sum(replay.reserved for replay in replays)
+    reserved = sum(segment.size for segment in held) if held else recorded
+    before = max(reserved - recorded, 0)
+    peak = max(sum(replay.peak_reserved for replay in replays) + before, reserved)
+    used = sum(b.size for s in held for b in s.blocks if b.state == ACTIVE)
+    return HostMemory(peak, reserved, used if held else sum(r.allocated for r in replays)) if peak else None
 
 
 def _settings(root: Any) -> dict[str, Any]:
@@ -353,7 +282,7 @@ def _history(
         events=replay.events,
         complete=complete,
         points=points or ((0.0, base, base_reserved),),
-        peak=_peak(replay, older, base, base_reserved, complete),
+        peak=_peak(replay, older, base, base_reserved, segments if not replay.events else None if complete else ()),
         peak_active_bytes=replay.peak_active + base,
         peak_reserved_bytes=replay.peak_reserved + base_reserved,
         allocated_bytes=allocated,
@@ -363,13 +292,16 @@ def _history(
     )
 
 
-def _peak(replay: Replay, older: Sequence[Block], base: int, base_reserved: int, complete: bool) -> Moment:
+def _peak(
+    replay: Replay, older: Sequence[Block], base: int, base_reserved: int, known: Sequence[Segment] | None
+) -> Moment:
+    """known: the segments then; None if the replay knows them."""
     alive, pending = replay.at_peak()
     groups: Counter[tuple[int, str]] = Counter((live[0], live[2].where) for live in alive.values())
     groups.update((b.size, b.frames[0].where if b.frames else NO_STACK.where) for b in older)
     ranked = sorted(((size * n, n, where) for (size, where), n in groups.items()), key=lambda g: (-g[0], g[2]))
     x, allocated, reserved = replay.peak
-    segments = _map(replay, alive, pending) if complete else ()
+    segments = _map(replay, alive, pending) if known is None else tuple(known)
     return Moment(
         seconds=x,
         allocated_bytes=allocated + base,

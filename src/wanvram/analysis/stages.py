@@ -23,9 +23,10 @@ from wanvram.analysis.peak import (
     shape_of,
     weights_at,
 )
-from wanvram.errors import InputError
+from wanvram.errors import DamagedError, InputError
+from wanvram.foreign_text import quoted, shown, why
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
-from wanvram.units import human
+from wanvram.units import mib
 
 __all__ = [
     "Analysis",
@@ -170,7 +171,7 @@ def analyze_run(record: RunRecord, timeline: dict[str, Any] | None) -> Analysis:
     try:
         return _analysis(record, timeline, list(_windows(record, timeline)))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the timeline is damaged: {error!r}") from error
+        raise InputError(f"the timeline is damaged: {why(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,14 @@ class _Window:
 def _windows(record: RunRecord, timeline: dict[str, Any]) -> Iterator[_Window]:
     """One window per load or stage of the record."""
     if timeline["schema"] != SCHEMA:
-        raise ValueError(f"schema {timeline['schema']!r} instead of {SCHEMA}")
+        raise DamagedError(f"its schema is {quoted(timeline['schema'])} instead of {SCHEMA}")
     wholes = [s for s in timeline["stages"] if s["kind"] in ("load", "stage")]
     if [s["name"] for s in wholes] != [s.name for s in record.stages]:
-        raise ValueError("its stages are not those of the record")
+        raise DamagedError("its stages are not those of the record")
     for entry in wholes:
         inside = [p for p in timeline["points"] if entry["start"] <= p[0] <= entry["end"]]
         if not inside:
-            raise ValueError(f"no point in stage {entry['name']}")
+            raise DamagedError(f"it has no point in stage {quoted(entry['name'])}")
         moments = [m for m in timeline["moments"] if m["label"] == f"peak of {entry['name']}"]
         own = [m for m in moments if entry["start"] <= m["x"] <= entry["end"]]
         yield _Window(entry["start"], [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
@@ -349,20 +350,22 @@ def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:
 
 
 def _bottleneck(span: Span, window: _Window | None, timeline: dict[str, Any] | None) -> Bottleneck:
-    where = f"{span.name} ({span.component})" if span.component else span.name
+    where = f"{shown(span.name)} ({shown(span.component)})" if span.component else shown(span.name)
     peak = span.peak
-    device = f", {human(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
-    text = f"The peak is in {where}: {human(peak.allocated_bytes)} allocated, {human(peak.reserved_bytes)} reserved{device}."
+    device = f", {mib(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
+    text = (
+        f"The peak is in {where}: {mib(peak.allocated_bytes)} allocated, {mib(peak.reserved_bytes)} reserved{device}."
+    )
     if window is None or window.moment is None or timeline is None:
-        there = f"{human(span.start.allocated_bytes)} were there when it began"
-        text += f" {there}, and {human(span.activation_bytes)} came on top."
+        there = f"{mib(span.start.allocated_bytes)} were there when it began"
+        text += f" {there}, and {mib(span.activation_bytes)} came on top."
         return Bottleneck(span.name, span.component, peak, None, (), text)
     moment = window.moment
     groups = next(m["alive"] for m in timeline["moments"] if m["label"] == moment.label and m["x"] == moment.x)
     top = owners(groups, _group_name)[:5]
     rest = owners((g for g in groups if g["operation"] != WEIGHTS), _group_name)[:2]
     if moment.weights_bytes:
-        text += f" {human(moment.weights_bytes)} are weights ({_weights_listed(moment)})."
+        text += f" {mib(moment.weights_bytes)} are weights ({_weights_listed(moment)})."
     if rest:
         text += f" Largest of the rest: {'; '.join(map(_times, rest))}."
     return Bottleneck(span.name, span.component, peak, moment.weights_bytes, top, text)
@@ -379,8 +382,8 @@ def _group_name(group: dict[str, Any]) -> str:
 
 def _weights_listed(moment: Moment) -> str:
     found = [owner for owner in moment.by_component if owner.name.startswith(_OF)]
-    return ", ".join(f"{owner.name.removeprefix(_OF)} {human(owner.bytes)}" for owner in found)
+    return ", ".join(f"{shown(owner.name.removeprefix(_OF))} {mib(owner.bytes)}" for owner in found)
 
 
 def _times(owner: OwnerShare) -> str:
-    return f"{f'{owner.count} x ' if owner.count > 1 else ''}{owner.name}, {human(owner.bytes)}"
+    return f"{f'{owner.count} x ' if owner.count > 1 else ''}{shown(owner.name)}, {mib(owner.bytes)}"

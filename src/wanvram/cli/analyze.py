@@ -17,25 +17,30 @@ import codecs
 import gzip
 import json
 import re
+import stat
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from wanvram.analysis.events import read_events
 from wanvram.analysis.snapshot import read_snapshot, snapshot_timeline
 from wanvram.analysis.stages import analyze_run
-from wanvram.analysis.trace import read_trace
+from wanvram.analysis.trace import TraceSummary, read_trace
 from wanvram.cli.common import progress_printer
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.foreign_text import shown, why
+from wanvram.input_files import open_regular, read_text, state_of
 from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
 from wanvram.report.answer import advice_first
-from wanvram.report.runs import read_run
+from wanvram.report.runs import MAX_FILE_BYTES, read_run
 from wanvram.run.directory import TRACE_NAME
+from wanvram.units import mib
 
 __all__ = ["prepare_parser", "run"]
 
@@ -43,6 +48,18 @@ HEAD_BYTES = 1 << 16
 Result = tuple[str, dict[str, Any]]  # text, JSON
 _EVENTS = re.compile(rb'\s*\[\s*(\]|\{\s*"(name|timestamp|memory_log)"\s*:.*"memory_log")', re.DOTALL)
 _RECORD = re.compile(rb'\s*\{\s*"schema"\s*:')
+_TRACE_HEAD = re.compile(rb'\s*(\[\s*\{|\{.*"traceEvents"\s*:)', re.DOTALL)
+_PICKLE = re.compile(r"\.(pickle|pkl)(\.gz)?$", re.IGNORECASE)
+_JSON = re.compile(r"\.json(\.gz)?$", re.IGNORECASE)
+_NAMED = (
+    ("events", re.compile(r"^memory_events\.json$")),
+    ("trace", re.compile(r"trace.*\.json(\.gz)?$", re.IGNORECASE)),
+    ("snapshot", _PICKLE),
+    ("unnamed snapshot", re.compile(r"snapshot[^.]*$", re.IGNORECASE)),
+)
+MAX_FILES = 10_000  # looked at in a folder
+MAX_LOOKED_INTO = 100  # JSON files that are opened to see what they are
+MOST_DIFFERENT = 0.01  # of the record's peak, for a trace's peak to be the same
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
     if kind != "run":
-        raise InputError(f"--advice needs a run directory, whose configuration can be simulated; {path} is {kind}")
+        raise InputError(
+            f"--advice needs a run directory, whose configuration can be simulated; {shown(path)} is {kind}"
+        )
     from wanvram.run.advice import advise, write_advice
 
     record = RunRecord.read(path / "record.json")
@@ -78,53 +97,95 @@ def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
 
 def _kind(path: Path) -> tuple[str, Path]:
     """What is at the path, and the path of just that. Raises InputError."""
-    if path.name == TRACE_NAME and not path.exists() and not _nearby(path) and (path.parent / "record.json").is_file():
-        print(f"{path.parent} was not traced (logging.trace); this is what its record says", file=sys.stderr)
+    state = state_of(path)
+    if state is None and path.name == TRACE_NAME and not _nearby(path) and state_of(path.parent / "record.json"):
+        _say(f"{path.parent} was not traced (logging.trace); this is what its record says")
         return "run", path.parent
-    if path.is_dir():
+    if state is None:
+        raise InputError(f"{shown(path)} does not exist{_nearby(path)}")
+    if stat.S_ISDIR(state.st_mode):
         return _in_directory(path)
+    kind = _kind_of_file(path)
+    if kind != "run":
+        return kind, path
+    if path.name not in ("record.json", "timeline.json"):
+        raise InputError(f"{shown(path)} looks like a file of a run directory; give the directory")
+    return kind, path.parent
+
+
+def _kind_of_file(path: Path) -> str:
     head = _head(path).removeprefix(codecs.BOM_UTF8)
-    if head[:1] == b"\x80" or path.suffix in (".pickle", ".pkl"):  # what a pickle of protocol 2 or later begins with
-        return "snapshot", path
+    if head[:1] == b"\x80" or _PICKLE.search(path.name):  # what a pickle of protocol 2 or later begins with
+        return "snapshot"
     if _EVENTS.match(head):
-        return "events", path
-    if _RECORD.match(head):
-        if path.name not in ("record.json", "timeline.json"):
-            raise InputError(f"{path} looks like a file of a run directory; give the directory")
-        return "run", path.parent
-    return "trace", path  # its reader says what is wrong with anything else
+        return "events"
+    return "run" if _RECORD.match(head) else "trace"  # the reader of traces says what is wrong with anything else
 
 
 def _in_directory(path: Path) -> tuple[str, Path]:
-    """A run without its record, because it was killed, still has its events."""
-    if (path / "record.json").is_file():
+    """A run, or what others write into a folder: traces and snapshots of any name, of one or several ranks, up to two folders
+    deep. A run without its record, because it was killed, still has its events.
+    """
+    if state_of(path / "record.json"):
         return "run", path
-    for kind, pattern in (("events", "memory_events.json"), ("trace", "*.pt.trace.json*"), ("snapshot", "*.pickle")):
-        found = sorted(path.glob(pattern))
-        if found:
-            return kind, found[-1]
+    for inside in ("*", "*/*", "*/*/*"):
+        files = [p for p in islice(path.glob(inside), MAX_FILES) if _is_regular(p)]
+        found = _found(files)
+        if found is not None:
+            kind, same = found
+            if len(same) > 1:
+                _say(
+                    f"{path} holds {len(same)} of the kind {kind}; this is the last by name, {same[-1].relative_to(path)}"
+                )
+            return kind, same[-1]
     runs = sorted(inside.parent for inside in path.glob("*/record.json"))
     hint = f"; it holds {len(runs)} runs, such as {runs[0]}: analyze one, or compare or report them all" if runs else ""
-    raise InputError(f"{path} holds no record.json, no memory_events.json, no trace and no snapshot{hint}")
+    raise InputError(
+        f"{shown(path)} holds no record.json, no memory_events.json, no trace and no snapshot{shown(hint)}"
+    )
+
+
+def _found(files: Sequence[Path]) -> tuple[str, list[Path]] | None:
+    """Events before traces before snapshots; of traces those that are named so, else any JSON that is one."""
+    named = {kind: sorted(p for p in files if pattern.search(p.name)) for kind, pattern in _NAMED}
+    for kind in ("events", "trace", "snapshot"):
+        if named[kind]:
+            return kind, named[kind]
+    others = sorted(p for p in files if _JSON.search(p.name) and p.name != "timeline.json")[:MAX_LOOKED_INTO]
+    traces = [
+        p for p in others if _kind_of_file(p) == "trace" and _TRACE_HEAD.match(_head(p).removeprefix(codecs.BOM_UTF8))
+    ]
+    if traces:
+        return "trace", traces
+    return ("snapshot", named["unnamed snapshot"]) if named["unnamed snapshot"] else None
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as raw:
+    with open_regular(path) as raw:
+        try:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             return gzip.GzipFile(fileobj=raw).read(HEAD_BYTES) if packed else raw.read(HEAD_BYTES)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        return b""  # the reader of traces says that it breaks off
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist{_nearby(path)}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return b""  # the reader of traces says that it breaks off
+        except OSError as error:
+            raise InputError(f"{shown(path)} cannot be read: {why(error)}") from error
 
 
 def _nearby(path: Path) -> str:
     traces = sorted(path.parent.glob("**/*.pt.trace.json*"))[:1] if "trace" in path.name else []
-    return f"; there is {traces[0]}" if traces else ""
+    return f"; there is {shown(traces[0])}" if traces else ""
+
+
+def _say(sentence: str) -> None:
+    print(shown(sentence), file=sys.stderr)
 
 
 def _analyze_run(path: Path) -> Result:
@@ -139,7 +200,7 @@ def _analyze_run(path: Path) -> Result:
 
 def _timeline(path: Path) -> dict[str, Any]:
     """As it was written: read_run has checked its size and values, and keeps only what a report draws."""
-    return dict(json.loads((path / "timeline.json").read_text(encoding="utf-8"), parse_constant=lambda _: None))
+    return dict(json.loads(read_text(path / "timeline.json", MAX_FILE_BYTES), parse_constant=lambda _: None))
 
 
 def _analyze_events(path: Path) -> Result:
@@ -149,9 +210,31 @@ def _analyze_events(path: Path) -> Result:
 
 def _analyze_trace(path: Path) -> Result:
     summary = read_trace(path)
+    summary = replace(summary, notes=(*summary.notes, *_beside_record(path, summary)))
     document = {"schema": 1, **asdict(summary)}
     document.pop("path")
     return trace_text(summary), document
+
+
+def _beside_record(path: Path, trace: TraceSummary) -> Iterator[str]:
+    """Why the peak of a run's trace is not that of its record, where they differ."""
+    directory = next((d for d in list(path.resolve().parents)[:2] if _is_regular(d / "record.json")), None)
+    try:
+        record = RunRecord.read(directory / "record.json") if directory else None
+    except InputError:
+        return
+    peak = record.peak() if record else None
+    if record is None or peak is None or trace.main is None:
+        return
+    kind = trace.main.device.partition(":")[0]
+    counted, recorded = trace.main.peak_allocated_bytes, peak.allocated_bytes
+    if not record.device.startswith(kind) or abs(counted - recorded) <= MOST_DIFFERENT * recorded:
+        return
+    why_not = "a trace covers the steps that were traced, the record the whole run"
+    if kind == "cpu":
+        why_not += "; and on the CPU a trace counts every allocation of the process, also buffers inside an operator, "
+        why_not += "the record tensors alone"
+    yield f"the peak here is {mib(counted)}, that of the run's record {mib(recorded)}: {why_not}"
 
 
 def _analyze_snapshot(path: Path) -> Result:
@@ -168,14 +251,21 @@ def _analyze_snapshot(path: Path) -> Result:
         "schema": 1,
         "device": main.device,
         "events": main.events,
+        "recorded": main.recorded,
         "complete": main.complete,
         **figures,
         "peak": {
             "seconds": main.peak.seconds,
             "alive": [asdict(group) for group in main.peak.alive],
+            "by_place": [asdict(group) for group in main.by_place()],
             "holes": [asdict(hole) for hole in main.peak.holes],
         },
         "out_of_memory": [asdict(refusal) for refusal in main.out_of_memory],
+        "host": asdict(snapshot.host) if snapshot.host else None,
+        "devices": [
+            {"device": d.device, "recorded": d.recorded, "peak_allocated_bytes": d.peak_allocated_bytes}
+            for d in snapshot.devices
+        ],
         "timeline": snapshot_timeline(snapshot),
         "notes": list(snapshot.notes),
     }

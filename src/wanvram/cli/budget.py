@@ -6,15 +6,13 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 
-from wanvram.cli.common import settle_allocator, stated
+from wanvram.cli.common import stated
 from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, DeviceError, InputError
-from wanvram.machine.allocator_settings import check_plain
 from wanvram.machine.nvml import first_gpu
 from wanvram.planner.budget import Budget, desktop_bytes, system_ram
 from wanvram.planner.result import Refusal
-from wanvram.planner.search import planned_base
 from wanvram.record import Predicted
 from wanvram.report.plan import summarize_plan
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, cards_with_memory, find_gpu
@@ -110,9 +108,6 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
     if args.vram:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
     real = config.device in ("auto", "cuda")
-    if real:
-        check_plain()
-        settle_allocator(replace(config, strategy=planned_base(config.strategy)))
     default = None if real else DEFAULT_GPU
     budget = budget_of(args.vram_budget, args.ram, config.gpu or default, flag="vram_budget", now=real)
     if config.gpu is None and default is not None:
@@ -123,7 +118,7 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
 
     result, record = plan_run(config, budget, offers=False)
     if isinstance(result, Refusal):
-        raise BudgetError(result.message)
+        raise BudgetError(result.message, result.commands)
     ready = planned_config(config, result)
     print(summarize_plan(result, generate_command(ready)), file=sys.stderr)
     return ready, None if record is None else record.prediction(since_process_start())

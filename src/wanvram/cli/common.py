@@ -12,9 +12,11 @@ from pathlib import Path
 
 from wanvram.config import RunConfig
 from wanvram.errors import DeviceError, InputError
-from wanvram.machine.allocator_settings import put_in_force
+from wanvram.foreign_text import shown
+from wanvram.machine.allocator_settings import check_plain, put_in_force
 from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
+from wanvram.planner.search import planned_base
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
 from wanvram.units import parse_memory
@@ -59,15 +61,18 @@ def stated(flag: str, text: str) -> int:
         raise InputError(f"--{flag}: {error}") from error
 
 
-def settle_allocator(config: RunConfig) -> None:
+def settle_allocator(config: RunConfig, *, to_be_planned: bool) -> None:
     """Puts the allocator's settings in force, before torch is imported. Raises InputError where the user's contradict the strategy.
 
-    Only where a GPU may be used: whoever simulates may have any settings.
+    to_be_planned: those of a plan, which knows no other settings. Only where a GPU may be used: whoever simulates may have any.
     """
-    if config.device in ("auto", "cuda"):
-        with suppress(DeviceError):
-            first_gpu()
-            put_in_force(config.strategy.expandable_segments)
+    if config.device not in ("auto", "cuda"):
+        return
+    with suppress(DeviceError):
+        first_gpu()
+        if to_be_planned:
+            check_plain()
+        put_in_force((planned_base(config.strategy) if to_be_planned else config.strategy).expandable_segments)
 
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:
@@ -90,5 +95,5 @@ def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) 
         print(summarize(record), end="")
         if directory is not None:
             for path in sorted(p for p in directory.iterdir() if p.is_file()):
-                print(f"Wrote {path}")
+                print(f"Wrote {shown(path)}")
     return exit_code(record)

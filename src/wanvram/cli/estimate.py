@@ -36,7 +36,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     limit = memory_limit(args)
-    config = config_from_flags(args, device="simulated", weights="random", gpu=args.gpu, memory_limit_bytes=limit)
+    weights = None if args.config else "random"  # those of the file: tiny ones are of another size
+    config = config_from_flags(args, device="simulated", weights=weights, gpu=args.gpu, memory_limit_bytes=limit)
     if args.memory_viz is not None:
         return _export(args, config)
     from wanvram.run.execute import Output, execute

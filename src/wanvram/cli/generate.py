@@ -6,15 +6,21 @@ examples:
   wanvram generate --task flf2v-14B --ckpt_dir ./Wan2.1-FLF2V-14B-720P --first_frame a.png --last_frame b.png --prompt "..."
   wanvram generate --task vace-1.3B --size 832*480 --ckpt_dir ./Wan2.1-VACE-1.3B --src_ref_images cat.png,hat.png --prompt "..."
   wanvram generate --config run.yaml --prompt_file prompts.txt                     several prompts, models loaded once
-  wanvram generate --weights tiny --device cpu --task t2v-1.3B --size 832*480 --frame_num 5 --sample_steps 2
+  wanvram generate --weights tiny --prompt "a cat"       a first try on the CPU, in seconds: a small video of noise
   wanvram generate --weights random --task t2v-1.3B --size 832*480        full size without a download: noise, real memory
+
+Needs an NVIDIA GPU, except with tiny weights, which make videos of any size in multiples of 16 (default: 9 frames of 128*80,
+4 steps of t2v-1.3B). Without a GPU nothing is generated and the exit code is 1; `wanvram estimate`
+predicts memory and time anywhere, and --device simulated shows what would be done here.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from wanvram.cli.budget import add_budget_flags, planned
 from wanvram.cli.common import (
@@ -26,9 +32,15 @@ from wanvram.cli.common import (
     settle_allocator,
 )
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
+from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.tasks import TASKS
+from wanvram.weights.folder import GENERATED, existing_folder
 
 __all__ = ["prepare_parser", "run"]
+
+# Tiny weights are for a first try on a CPU, in seconds: 2 cores take 30 s for 5 frames of 832*480, 3 s for 9 of this size.
+TINY_DEFAULTS: dict[str, Any] = {"task": "t2v-1.3B", "size": "128*80", "frame_num": 9, "sample_steps": 4}
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -44,21 +56,59 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.weights and args.config is None:
-        raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
-    device = args.device or ("cpu" if args.weights == "tiny" else None)
-    limit = memory_limit(args)
-    config = config_from_flags(args, device=device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit)
+    config = _config(args)
+    if config.weights not in GENERATED and config.device != "simulated":
+        existing_folder(config.weights)  # what costs the user most to mend comes first, and without torch
+    settle_allocator(config, to_be_planned=args.vram_budget is not None)
+    _refuse_what_cannot_run(config)
+    if config.weights == "tiny" and args.vram_budget is not None:
+        raise InputError("--vram_budget: a plan is of full-size models; tiny weights take some MiB, so leave it out")
     if config.request.base_seed < 0:
         import secrets
 
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
     config, predicted = planned(config, args)
-    settle_allocator(config)
     from wanvram.run.directory import unused_directory
     from wanvram.run.execute import Output, execute
 
     directory = args.output or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
     output = Output(directory, args.force, video=True, save_file=args.save_file, predicted=predicted)
     record = execute(config, output, progress_printer(args))
-    return finish(record, args, directory)
+    code = finish(record, args, directory)
+    if record.simulated:
+        stream = sys.stderr if args.json else sys.stdout
+        print("Nothing was generated: the device is simulated, which computes sizes and no pixels.", file=stream)
+    return code
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    """Tiny weights run on the CPU unless something else is asked for."""
+    if not args.weights and args.config is None:
+        raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
+    if args.weights == "tiny" and args.config is None:
+        _make_small(args)
+    device = args.device or ("cpu" if args.weights == "tiny" else None)
+    limit = memory_limit(args)
+    config = config_from_flags(args, device=device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit)
+    return replace(config, device="cpu") if (config.device, config.weights) == ("auto", "tiny") else config
+
+
+def _make_small(args: argparse.Namespace) -> None:
+    """What was not given is that of a first try."""
+    one_picture = TASKS[args.task or TINY_DEFAULTS["task"]].frames == 1
+    for name, value in (TINY_DEFAULTS | ({"frame_num": 1} if one_picture else {})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def _refuse_what_cannot_run(config: RunConfig) -> None:
+    """Before anything is planned or written: the checkpoint, then the GPU."""
+    if config.device == "simulated":
+        return
+    from wanvram.run.weights import check_weights
+
+    check_weights(config.weights, config.request.task)
+    if config.device in ("auto", "cuda"):
+        from wanvram.run.usable_gpu import require_gpu
+
+        require_gpu("nothing was generated")

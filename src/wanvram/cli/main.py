@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from wanvram.cli import analyze, check, compare, convert, estimate, generate, plan, profile, report
+from wanvram.cli import analyze, check, compare, convert, estimate, generate, plan, profile, report, streams
 from wanvram.errors import WanvramError
+from wanvram.foreign_text import quoted, shown
 from wanvram.version import __version__
 
 __all__ = ["main"]
@@ -20,15 +22,20 @@ class _Parser(argparse.ArgumentParser):
     """Bad flags exit with 2 and one sentence instead of a usage dump."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {shown(message)} (see {self.prog} --help)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse would say nothing of a stdout that is full."""
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="wanvram", description=__doc__.split(":")[0] + ": GPU memory of Wan2.1, predicted and measured."
-    )
+    parser = _Parser(prog="wanvram", description="GPU memory of Wan2.1 video generation: predicted, planned, measured.")
     parser.add_argument("--version", action="version", version=f"wanvram {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     for module in VERBS:
         name = module.__name__.rpartition(".")[2]
         summary, _, details = (module.__doc__ or "").partition("\n")
@@ -46,20 +53,67 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    streams.prepare()
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+        if args.verb is None:
+            parser.print_help()
+    except SystemExit:
+        if _printed():
+            raise
+        return 1
+    except OSError as error:  # the help could not be printed
+        streams.abandon(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            streams.say(error.strerror or "stdout cannot be written")
+        return 1
+    code = 0 if args.verb is None else _run(args)
+    return code if _printed() else max(code, 1)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The verb's exit code. What no verb foresees ends here, in one sentence."""
     try:
         return int(args.run(args))
+    except KeyboardInterrupt:
+        streams.say("interrupted; what was recorded is kept")
+        return 1
+    except BrokenPipeError:
+        streams.abandon(sys.stdout)  # the reader has gone: nothing more to say to it
+        return 1
     except WanvramError as error:
         if args.debug:
             raise
-        print(f"wanvram: {error}", file=sys.stderr)
+        streams.say(error, error.commands)
         return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say to it
+    except Exception as error:
+        if args.debug:
+            raise
+        streams.say(_unforeseen(error, args.verb))
         return 1
-    except KeyboardInterrupt:
-        print("wanvram: interrupted; what was recorded is kept", file=sys.stderr)
-        return 1
+
+
+def _unforeseen(error: Exception, verb: str) -> str:
+    if isinstance(error, OSError):
+        where = f"{quoted(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return (
+            f"{where}{error.strerror or 'the system refused to read or write'} (`wanvram {verb} --debug` shows where)"
+        )
+    if isinstance(error, MemoryError):
+        return "this machine has not enough free memory for that"
+    return f"{verb} stopped at something that it does not foresee, a defect of wanvram; `wanvram {verb} --debug` shows where"
+
+
+def _printed() -> bool:
+    """Whether everything on stdout got out; says why not."""
+    lost = streams.flushed()
+    if lost is None:
+        return True
+    streams.abandon(sys.stdout)
+    if lost:
+        streams.say(lost)
+    return False
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(result, Refusal):
         if args.json:
             print(json.dumps(result.to_json(), ensure_ascii=False))
-        raise BudgetError(result.message)
+        raise BudgetError(result.message, result.commands)
     ready = planned_config(config, result)
     command = _command(ready)
     if args.json:

@@ -102,8 +102,9 @@ def _overridden(config: RunConfig, args: argparse.Namespace) -> RunConfig:
 def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
     if args.child_of is not None:
         die_with_parent(args.child_of)
+    _look_at_checkpoint(config)
+    settle_allocator(config, to_be_planned=args.vram_budget is not None)
     config, predicted = planned(config, args)
-    settle_allocator(config)
     directory = args.output or LOGS / config.name
     from wanvram.run.execute import Output, execute
 
@@ -118,6 +119,15 @@ def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
     if args.advice:
         _advise(directory, config, record, args)
     return exit_code(record) if args.child_of is not None else finish(record, args, directory)
+
+
+def _look_at_checkpoint(config: RunConfig) -> None:
+    """Before a plan, which takes up to a minute. The simulated device reads no checkpoint, so there it may be missing."""
+    from wanvram.run.execute import device_kind
+    from wanvram.run.weights import check_weights
+
+    if device_kind(config) != "simulated":
+        check_weights(config.weights, config.request.task)
 
 
 def _advise(directory: Path, config: RunConfig, record: RunRecord, args: argparse.Namespace) -> None:

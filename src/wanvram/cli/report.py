@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.errors import InputError
+from wanvram.foreign_text import shown
+from wanvram.input_files import state_of
 from wanvram.record import write_atomically
 from wanvram.report.answer import answer, card_of, together
 from wanvram.report.compare import runs_table
@@ -48,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     output = args.output
     if output is None and kind == "html" and not args.json:
         output = _common(args.runs) / "report.html"
-    if output is not None and output.exists() and not args.force:
-        raise InputError(f"{output} exists; --force replaces it")
+    if output is not None and state_of(output) is not None and not args.force:
+        raise InputError(f"{shown(output)} exists; --force replaces it")
     runs = find_runs(args.runs)
     text = "" if output is None and args.json else _report(runs, kind, args.lang)
     if output is not None:
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     elif output is None:
         print(text, end="")
     else:
-        print(f"Wrote {output}")
+        print(f"Wrote {shown(output)}")
     return 0
 
 
@@ -98,7 +100,8 @@ def _text(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         parts = [together(runs, texts) + "\n", runs_table([(run.label, run.record) for run in runs]) + "\n"]
     for run in runs:
-        heading = [run.label, "=" * len(run.label)] if len(runs) > 1 else []
+        label = shown(run.label)
+        heading = [label, "=" * len(label)] if len(runs) > 1 else []
         said = [sentence for sentence in asdict(answer(run, texts)).values() if sentence]
         parts.append("\n".join([*heading, *said, "", summarize(run.record)]))
     return "\n".join(parts)

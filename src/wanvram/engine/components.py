@@ -15,7 +15,7 @@ from wanvram.engine.residency import Component
 from wanvram.models.clip import CLIPVision
 from wanvram.models.dit import WanDiT
 from wanvram.models.precision import PRECISIONS
-from wanvram.models.t5 import T5Encoder
+from wanvram.models.t5 import T5Encoder, Walk
 from wanvram.models.vae import WanVAE
 from wanvram.specs import CLIP, DIT, T5, VAE, CLIPSpec, DiTSpec, T5Spec, VAESpec
 from wanvram.tasks import TASKS
@@ -115,7 +115,7 @@ class Parts:
             component.load_resident(source)
         return component
 
-    def encode(self, component: Component, texts: Sequence[str]) -> list[torch.Tensor]:
+    def encode(self, component: Component, texts: Sequence[str], walk: Walk) -> list[torch.Tensor]:
         """Texts -> contexts [tokens, dim] on the device, all in one pass of the weights.
 
         The 2 GiB embedding table stays on the host: only the texts' rows are read.
@@ -124,9 +124,9 @@ class Parts:
         assert isinstance(module, T5Encoder)
         rows = [self._embedding_rows(self.tokenizer.encode(text), spec) for text in texts]
         if not self.config.strategy.t5_cpu:
-            return module.encode([self.device.upload(r) for r in rows], walk=component.walk)
+            return module.encode([self.device.upload(r) for r in rows], walk=walk)
         with self.device.computing_on_host():
-            contexts = module.encode(rows, walk=component.walk)
+            contexts = module.encode(rows, walk=walk)
         return [self.device.upload(context) for context in contexts]
 
     def _embedding_rows(self, ids: list[int], spec: T5Spec) -> torch.Tensor:

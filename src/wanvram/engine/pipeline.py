@@ -21,9 +21,11 @@ from wanvram.engine.conditions import Frames, Inputs, clip_features, image_condi
 from wanvram.engine.devices import Device
 from wanvram.engine.first_use import use_libraries
 from wanvram.engine.residency import Component
+from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
 from wanvram.models.dit import Condition, Prepared, Time
 from wanvram.models.precision import PRECISIONS
+from wanvram.models.vae_tiles import grid
 from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
 from wanvram.sampling import solve, timesteps_and_sigmas
@@ -89,7 +91,7 @@ class Pipeline:
     recorder: Recorder
     weights: Weights
     inputs: Inputs
-    on_step: Callable[[int, int, int], None] | None = None  # steps done, of how many, how many are still to be run
+    tell: Tell | None = None  # hears how far each stage is
     trace_step: Callable[[], None] | None = None
     extend: PromptExtension | None = None
     alone: bool = False  # one component's stages are simulated alone: what they leave in the allocator is not looked at
@@ -190,7 +192,8 @@ class Pipeline:
         """Every prompt, and the negative prompt last -> contexts [L, text_dim] on the device."""
         component = self._use("text_encoder", parts)
         with self.recorder.span("encode_text", kind="stage", component="text_encoder"):
-            contexts = parts.encode(component, [*self.prompts, self.config.request.negative_prompt])
+            walk = counted_walk(component.walk, self.tell, "encode_text")
+            contexts = parts.encode(component, [*self.prompts, self.config.request.negative_prompt], walk)
         self._done_with("text_encoder")
         return contexts
 
@@ -220,7 +223,8 @@ class Pipeline:
     def encode_image(self, parts: Parts) -> torch.Tensor:
         component = self._use("image_encoder", parts)
         with self.recorder.span("encode_image", kind="stage", component="image_encoder"):
-            features = clip_features(component.module, self.device, self.inputs, component.walk)  # type: ignore[arg-type]
+            walk = counted_walk(component.walk, self.tell, "encode_image")
+            features = clip_features(component.module, self.device, self.inputs, walk)  # type: ignore[arg-type]
         self._done_with("image_encoder")
         return features
 
@@ -229,12 +233,20 @@ class Pipeline:
         component = self._use("vae_encoder", parts)
         dtype = PRECISIONS[self.config.strategy.precision].matmul
         with self.recorder.span("encode_video", kind="stage", component="vae"):
-            encoded = condition(partial(self._encode_frames, component), self.device, self.inputs, dtype)
+            count = Count(self.tell, "encode_video", self._frames_to_encode(), "frames")
+            encoded = condition(partial(self._encode_frames, component, count), self.device, self.inputs, dtype)
         self._done_with("vae")
         return encoded
 
-    def _encode_frames(self, component: Component, make_chunks: Frames) -> torch.Tensor:
-        return encode(component, self.device, make_chunks, self.config.strategy.vae_tile)
+    def _frames_to_encode(self) -> int:
+        """Every tile reads all frames; VACE reads a source twice."""
+        inputs, tile = self.inputs, self.config.strategy.vae_tile
+        frames = len(inputs.references) + inputs.frames * (1 if inputs.source is None else 2)
+        return frames * (1 if tile is None else len(list(grid(*inputs.noise_shape[2:], (tile, tile)))))
+
+    def _encode_frames(self, component: Component, count: Count, make_chunks: Frames) -> torch.Tensor:
+        pieces = lambda: counted(make_chunks(), count, lambda piece: piece.shape[1])  # noqa: E731
+        return encode(component, self.device, pieces, self.config.strategy.vae_tile)
 
     def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra) -> _Plan:
         """Embeds time, text and pictures for every step and prompt, and drops the weights that did it."""
@@ -273,7 +285,7 @@ class Pipeline:
             velocity = self._velocity(component, conditions, times, noise.shape)
             trajectory = solve(request.sample_solver, velocity, noise, schedule)
             del noise, velocity
-            latent = self._steps(trajectory, component, steps, skipped)
+            latent = self._steps(trajectory, component, steps, skipped, name)
             del trajectory  # before the weights go: close() alone keeps its tensors until later on Python 3.12
         return latent
 
@@ -314,7 +326,7 @@ class Pipeline:
         return velocity
 
     def _steps(
-        self, trajectory: Iterator[torch.Tensor], component: Component, steps: int, skipped: int
+        self, trajectory: Iterator[torch.Tensor], component: Component, steps: int, skipped: int, stage: str
     ) -> torch.Tensor:
         """Advances the solver `steps` times under one span each; block spans on every `log_interval`-th step."""
         interval = self.config.measurement.log_interval
@@ -326,8 +338,8 @@ class Pipeline:
                 latent = next(trajectory)
             if skipped and index == steps - 2:
                 span.repeats = skipped + 1
-            if self.on_step:
-                self.on_step(number + 1, steps + skipped, steps - 1 - index)
+            if self.tell:
+                self.tell(Done(stage, number + 1, steps + skipped, "steps", steps - 1 - index))
             if self.trace_step:
                 self.trace_step()
         component.observe(None)
@@ -343,9 +355,11 @@ class Pipeline:
         count = len(latents)
         for index in range(count):
             with open_sink(index) as sink:
-                with self.recorder.span(_numbered("decode", index), kind="stage", component="vae"):
+                name = _numbered("decode", index)
+                with self.recorder.span(name, kind="stage", component="vae"):
                     latent = latents.pop(0)
-                    self._decode(component, latent if count == 1 else self.device.upload(latent), sink)
+                    latent = latent if count == 1 else self.device.upload(latent)
+                    self._decode(component, latent, sink, name)
                     del latent
                 if index == count - 1:
                     self._done_with("vae")
@@ -353,10 +367,11 @@ class Pipeline:
                     with self.recorder.span(_numbered("save", index), kind="stage"):
                         sink.finish()
 
-    def _decode(self, component: Component, latent: torch.Tensor, sink: FrameSink | None) -> None:
+    def _decode(self, component: Component, latent: torch.Tensor, sink: FrameSink | None, stage: str) -> None:
         """Latent -> frames, handed to the sink as they are finished; those of reference pictures are not part of the video."""
         latent = latent[:, len(self.inputs.references) :]
-        for frames in decode(component, self.device, self.recorder, latent, self.config.strategy.vae_tile):
+        count, tile = partial(Count, self.tell, stage), self.config.strategy.vae_tile
+        for frames in decode(component, self.device, self.recorder, latent, tile, count):
             if sink is not None:
                 sink.write(frames)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,11 +12,15 @@ import torch
 from wanvram.engine.devices import Device
 from wanvram.engine.ferry import Ferry
 from wanvram.engine.residency import Component
+from wanvram.engine.stage_progress import Count
 from wanvram.models.vae import WanVAE
 from wanvram.models.vae_tiles import TilePiece, grid
 from wanvram.recorder.recorder import Recorder
 
 __all__ = ["FrameSink", "decode", "encode"]
+
+Counter = Callable[[int, str], Count]
+_UNTOLD: Counter = partial(Count, None, "decode")
 
 
 class FrameSink(Protocol):
@@ -40,12 +45,20 @@ def encode(
 
 
 def decode(
-    component: Component, device: Device, recorder: Recorder, latent: torch.Tensor, tile: int | None
+    component: Component,
+    device: Device,
+    recorder: Recorder,
+    latent: torch.Tensor,
+    tile: int | None,
+    counter: Counter = _UNTOLD,
 ) -> Iterator[torch.Tensor]:
-    """Latent [16,T,h,w] -> frames for a FrameSink, each group as soon as it is complete. A step is a group or a tile."""
+    """Latent [16,T,h,w] -> frames for a FrameSink, each group as soon as it is complete. A step is a group or a tile.
+
+    counter(total, unit) counts the frames that have come down, or the tiles.
+    """
     if tile is None:
-        return _whole(_vae(component), device, recorder, latent)
-    return _tiled(_vae(component), device, recorder, latent, tile)
+        return _whole(_vae(component), device, recorder, latent, counter)
+    return _tiled(_vae(component), device, recorder, latent, tile, counter)
 
 
 def _vae(component: Component) -> WanVAE:
@@ -53,9 +66,12 @@ def _vae(component: Component) -> WanVAE:
     return component.module
 
 
-def _whole(vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor) -> Iterator[torch.Tensor]:
+def _whole(
+    vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor, counter: Counter
+) -> Iterator[torch.Tensor]:
     """A group is handed over while the next one computes."""
     ferry, decoder = Ferry(device), vae.decode(latent)
+    count = counter(_frames(vae, latent), "frames")
     finished: deque[torch.Tensor] = deque()
     for number in range(latent.shape[1]):
         with recorder.span(f"frames {number}", kind="step", component="vae"):
@@ -64,30 +80,40 @@ def _whole(vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor
             del pixels
         if number > 0:
             ferry.land(leave=1)
+            count.add(len(finished[0]))
             yield finished.popleft()
     ferry.land()
+    count.add(sum(map(len, finished)))
     yield from finished
 
 
-def _tiled(vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor, tile: int) -> Iterator[torch.Tensor]:
+def _frames(vae: WanVAE, latent: torch.Tensor) -> int:
+    return 1 + vae.group * (latent.shape[1] - 1)
+
+
+def _tiled(
+    vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor, tile: int, counter: Counter
+) -> Iterator[torch.Tensor]:
     """A tile runs through all frames before the next begins, so the video is put together on the host in uint8.
 
     That is 3 bytes a pixel: 214 MiB for 81 frames of 1280x720. The last tile completes group after group.
     """
     groups = latent.shape[1]
     height, width = latent.shape[2] * vae.scale, latent.shape[3] * vae.scale
-    video = device.host_empty((1 + vae.group * (groups - 1), height, width, 3), torch.uint8)
+    video = device.host_empty((_frames(vae, latent), height, width, 3), torch.uint8)
     features, ferry = Ferry(device), Ferry(device)  # two: fetching features must not wait for the pieces on their way
     pieces = vae.decode_tiles(latent, (tile, tile), park=features.park, fetch=features.fetch)
-    count = len(list(grid(*latent.shape[2:], (tile, tile))))
-    for number in range(count):
+    tiles = len(list(grid(*latent.shape[2:], (tile, tile))))
+    count = counter(tiles, "tiles")
+    for number in range(tiles):
         with recorder.span(f"tile {number}", kind="step", component="vae"):
             finished: deque[torch.Tensor] = deque()
             for _ in range(groups):
                 finished.append(_place(ferry, video, next(pieces)))
-                if number == count - 1 and len(finished) > 1:
+                if number == tiles - 1 and len(finished) > 1:
                     ferry.land(leave=1)
                     yield finished.popleft()
+        count.add()
     ferry.land()
     yield finished.popleft()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from wanvram.errors import DeviceError
 
-__all__ = ["Gpu", "first_gpu"]
+__all__ = ["Gpu", "first_gpu", "first_visible"]
 
 
 class Gpu:
@@ -50,12 +50,12 @@ def first_gpu() -> Gpu:
 
     try:
         pynvml.nvmlInit()
-        return Gpu(pynvml, _first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        return Gpu(pynvml, first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES")))
     except pynvml.NVMLError as error:
         raise DeviceError(f"no NVIDIA GPU answers here ({error}); state the memory, for example --vram 8GiB") from error
 
 
-def _first_visible(nvml: Any, visible: str | None) -> Any:
+def first_visible(nvml: Any, visible: str | None) -> Any:
     """NVML itself counts every card."""
     if visible is None:
         return nvml.nvmlDeviceGetHandleByIndex(0)

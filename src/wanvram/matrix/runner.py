@@ -8,7 +8,6 @@ record: out of memory, a crash, a time-out. If this process is killed the runnin
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import re
 import signal
@@ -20,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
 from wanvram.matrix.jobs import Job, exit_code, expected, finished
+from wanvram.matrix.lock import lock_folder
 from wanvram.record import Failure, RunRecord, write_atomically
 
 __all__ = ["LOG", "Display", "Outcome", "die_with_parent", "run_all"]
@@ -111,8 +111,7 @@ def _only_one_in(folders: set[Path]) -> Iterator[None]:
         for folder in sorted(folders):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                handles.append(os.open(folder, os.O_RDONLY))
-                fcntl.flock(handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                handles.append(lock_folder(folder))
             except BlockingIOError as error:
                 raise InputError(
                     f"another wanvram profile is writing to {folder}; wait for it or give -o DIR"
@@ -144,9 +143,8 @@ def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcom
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-                preexec_fn=_interruptible,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},  # the log is read as UTF-8
+                **_apart(),
             )
         timed_out = _watch(process, log, timeout, tell)
     seconds = time.monotonic() - start
@@ -184,7 +182,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """An interrupt, on which a run records what it has; then a kill."""
     if process.poll() is not None:
         return
-    process.send_signal(signal.SIGINT)
+    # Windows sends another group Ctrl-Break only; the child takes it for Ctrl-C.
+    process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGINT)
     try:
         process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -195,6 +194,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _interruptible() -> None:
     """In the child: a series started in the background of a script ignores SIGINT, and its children would inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _apart() -> dict[str, Any]:
+    """Ctrl-C comes to this process alone, which passes it on once: the child is in no group of ours."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True, "preexec_fn": _interruptible}
 
 
 def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
@@ -221,11 +227,12 @@ def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
 
 
 def _reason(code: int, log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    printed = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [line.strip() for line in printed if line.strip() and not line.startswith("  ")]  # not commands to copy
     last = lines[-1].removeprefix("wanvram: ")[:500] if lines else "it printed nothing"
     if code < 0:
         name = signal.Signals(-code).name
-        hint = "; the host may have run out of memory" if -code == signal.SIGKILL else ""
+        hint = "; the host may have run out of memory" if name == "SIGKILL" else ""
         return f"the process was ended by {name}{hint}; last it said: {last}"
     return last
 
@@ -251,7 +258,9 @@ def _yaml(config: RunConfig) -> str:
 
 
 def die_with_parent(parent: int) -> None:
-    """For the process of one run: ends when process `parent` does, even by kill -9. Linux only; elsewhere nothing."""
+    """For the process of one run: ends when process `parent` does, even by kill -9, on Linux. On Windows Ctrl-Break interrupts."""
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, signal.default_int_handler)
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

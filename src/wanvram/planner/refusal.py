@@ -31,7 +31,8 @@ def refuse(trials: Trials, base: Strategy) -> Refusal:
         component,
         smallest,
         alternatives,
-        _message(trials, base, component, smallest, alternatives),
+        _message(trials, component, smallest, alternatives),
+        tuple(_command(trials, base, alternative) for alternative in alternatives),
     )
 
 
@@ -131,9 +132,7 @@ def _most_frames(trials: Trials, base: Strategy, size: str, first: str) -> Alter
     return best
 
 
-def _message(
-    trials: Trials, base: Strategy, component: str, smallest: int, alternatives: tuple[Alternative, ...]
-) -> str:
+def _message(trials: Trials, component: str, smallest: int, alternatives: tuple[Alternative, ...]) -> str:
     r, budget = trials.request, trials.budget
     text = (
         f"{r.task} {r.size} with {r.frame_num} frames does not fit {gib(budget.usable_bytes)}: the {component} needs a budget "
@@ -141,8 +140,14 @@ def _message(
     )
     if smallest > budget.card.total_bytes:
         text += f", more than the {budget.card.name} has"
-    commands = [_command(trials, base, alternative) for alternative in alternatives]
-    return text + ("; it would fit with\n  " + "\nor with\n  ".join(commands) if commands else "")
+    changes = [_flags(r, a) for a in alternatives]
+    return text + ("; it would fit with " + ", or with ".join(changes) if changes else "")
+
+
+def _flags(request: Request, alternative: Alternative) -> str:
+    size = f"--size {alternative.size}" if alternative.size != request.size else ""
+    frames = f"--frame_num {alternative.frame_num}" if alternative.frame_num != request.frame_num else ""
+    return " ".join(part for part in (size, frames) if part)
 
 
 def _command(trials: Trials, base: Strategy, alternative: Alternative) -> str:

@@ -141,6 +141,7 @@ class Refusal:
     smallest_bytes: int
     alternatives: tuple[Alternative, ...]
     message: str
+    commands: tuple[str, ...] = ()  # the same request with each of the alternatives
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -153,6 +154,7 @@ class Refusal:
             "smallest_bytes": self.smallest_bytes,
             "alternatives": [asdict(a) for a in self.alternatives],
             "message": self.message,
+            "commands": list(self.commands),
         }
 
 

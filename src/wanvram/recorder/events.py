@@ -24,6 +24,9 @@ PAGE = 4096
 LARGEST_COPY = 16 * MIB
 
 
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would write \r\n for \n
+
+
 class EventLog:
     """Appends `{name, timestamp, memory_log, metadata}` and the exact byte counts.
 
@@ -66,7 +69,7 @@ class EventLog:
         data = ((",\n" if self._count else "\n") + text).encode("utf-8", "backslashreplace")
         try:
             if self._file < 0:
-                self._file = os.open(self.path, os.O_RDWR)
+                self._file = os.open(self.path, os.O_RDWR | BINARY)
             self._write(data + b"]\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -79,33 +82,33 @@ class EventLog:
         if first // PAGE == last // PAGE or self._end > LARGEST_COPY:
             self._write_in_place(data)
         else:
-            self._replace(os.pread(self._file, self._end, 0) + data)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            self._replace(os.read(self._file, self._end) + data)
 
     def _write_in_place(self, data: bytes) -> None:
         """Puts the bracket back if the disk takes less than everything."""
         try:
-            if os.pwrite(self._file, data, self._end) == len(data):
-                return
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            _write_all(self._file, data, self._end)
         except OSError:
-            os.pwrite(self._file, b"]\n", self._end)
+            os.lseek(self._file, self._end, os.SEEK_SET)
+            os.write(self._file, b"]\n")
             os.ftruncate(self._file, self._end + 2)
             raise
 
     def _replace(self, content: bytes) -> None:
-        """A new file under the same name; the old one stays until the new one is complete."""
+        """A new file under the same name; the old one stays until the new one is complete. Windows replaces no open file."""
         new = self.path.with_name(f".{self.path.name}.new")
-        file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            if os.pwrite(file, content, 0) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+            try:
+                _write_all(file, content, 0)
+            finally:
+                os.close(file)
+            self.close()
             os.replace(new, self.path)
         except OSError:
-            os.close(file)
             new.unlink(missing_ok=True)
             raise
-        self.close()
-        self._file = file
 
     def close(self) -> None:
         """Gives the file back; a later event opens it again."""
@@ -120,6 +123,13 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _write_all(file: int, data: bytes, place: int) -> None:
+    """One write at `place`; OSError if the disk takes less than everything."""
+    os.lseek(file, place, os.SEEK_SET)
+    if os.write(file, data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _bytes(value: Any) -> int:

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from wanvram.analysis.events import EventGroup, EventSummary
 from wanvram.analysis.peak import Moment, OwnerShare
-from wanvram.analysis.snapshot import DeviceHistory, Snapshot
+from wanvram.analysis.snapshot import DeviceHistory, HostMemory, Snapshot
 from wanvram.analysis.stages import Analysis, SpecMoments, Switch
 from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummary
+from wanvram.foreign_text import shown
 from wanvram.record import Memory, RunRecord
 from wanvram.report.answer import advice_first, unlimited_base
 from wanvram.report.runs import Advice
 from wanvram.report.terminal import table
 from wanvram.report.texts import Texts
-from wanvram.units import human, mib_cell, seconds
+from wanvram.units import human, mib, mib_cell, seconds
 
 __all__ = ["events_text", "run_text", "snapshot_text", "trace_text"]
 
@@ -32,7 +33,7 @@ def _time(value: float | None) -> str:
 
 def _short(name: str) -> str:
     """A name in one line, its end kept: that is where paths and modules say most."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    line = " ".join(shown(name).split())
     return line if len(line) <= MAX_NAME else "..." + line[3 - MAX_NAME :]
 
 
@@ -41,7 +42,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "\n".join(f"note: {note}" for note in notes)
+    return "\n".join(f"note: {shown(note)}" for note in notes)
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------------
@@ -49,13 +50,14 @@ def _notes(notes: Sequence[str]) -> str:
 
 def run_text(record: RunRecord, analysis: Analysis, advice: Sequence[Advice]) -> str:
     """The bottleneck first, then who owns it, components, stages, loading and switching, growth, advice."""
-    name = record.config.get("name", "run") if isinstance(record.config, dict) else "run"
+    name = shown(record.config.get("name") or "run")
     kind = "predicted" if record.simulated else "measured"
-    head = [f"{name} ({kind}, {record.device})"]
+    head = [f"{name} ({kind}, {shown(record.device)})"]
     if record.failure is not None:
-        head.append(f"FAILED ({record.failure.kind}): {record.failure.message}")
+        head.append(f"FAILED ({record.failure.kind}): {shown(record.failure.message)}")
     head.append(analysis.bottleneck.statement if analysis.bottleneck else "Nothing was recorded.")
-    parts = ["\n".join(head), _owners(analysis), _components(analysis), _stages(analysis), _moments(analysis.moments)]
+    stages = _stages(analysis, cached=record.device != "cpu")
+    parts = ["\n".join(head), _owners(analysis), _components(analysis), stages, _moments(analysis.moments)]
     parts += [
         _loading(analysis),
         _switches(analysis.switches),
@@ -90,25 +92,18 @@ def _components(analysis: Analysis) -> str:
     return table(rows) if len(rows) > 1 else ""
 
 
-def _stages(analysis: Analysis) -> str:
-    head = [
-        "stage",
-        "start MiB",
-        "peak MiB",
-        "activation MiB",
-        "fluctuation MiB",
-        "fragmentation",
-        "highest",
-        "time",
-        "share",
-    ]
+def _stages(analysis: Analysis, *, cached: bool) -> str:
+    """cached: the allocator keeps what is freed. The CPU's does not, so that there is no fragmentation to speak of."""
     if not analysis.stages:
         return ""
-    rows = [head]
+    sizes = ["start MiB", "peak MiB", "activation MiB", "fluctuation MiB"]
+    rows = [["stage", *sizes, *(["fragmentation", "highest"] if cached else []), "time", "share"]]
     for s in analysis.stages:
-        sizes = (s.start.allocated_bytes, s.peak.allocated_bytes, s.activation_bytes, s.fluctuation_bytes)
-        shares = (s.fragmentation.at_peak, s.fragmentation.highest)
-        rows.append([s.name, *map(mib_cell, sizes), *map(_share, shares), _time(s.seconds), _share(s.time_share)])
+        figures = (s.start.allocated_bytes, s.peak.allocated_bytes, s.activation_bytes, s.fluctuation_bytes)
+        shares = (s.fragmentation.at_peak, s.fragmentation.highest) if cached else ()
+        rows.append([s.name, *map(mib_cell, figures), *map(_share, shares), _time(s.seconds), _share(s.time_share)])
+    if not cached:
+        return table(rows)
     total = f"Fragmentation: {_share(analysis.fragmentation_at_peak)} at the peak, at most {_share(analysis.fragmentation_highest)}."
     return f"{table(rows)}\n{total}"
 
@@ -150,18 +145,16 @@ def _switches(switches: Sequence[Switch]) -> str:
 def _growth(analysis: Analysis) -> str:
     lines = []
     for growth in analysis.growth:
-        steps = len(growth.allocated_bytes)
+        steps, stage = len(growth.allocated_bytes), shown(growth.stage)
         if growth.leak:
-            lines.append(
-                f"LEAK in {growth.stage}: {human(growth.bytes_per_step)} more after every one of {steps} steps."
-            )
+            lines.append(f"LEAK in {stage}: {mib(growth.bytes_per_step)} more after every one of {steps} steps.")
         elif growth.leak is None and growth.steps > steps:
             few = f"{steps} of {growth.steps:,} steps were simulated, and the others repeat one of them"
-            lines.append(f"Growth in {growth.stage}: cannot be told, since only {few}.")
+            lines.append(f"Growth in {stage}: cannot be told, since only {few}.")
         elif growth.leak is None:
-            lines.append(f"Growth in {growth.stage}: {steps} steps are too few to tell.")
+            lines.append(f"Growth in {stage}: {steps} steps are too few to tell.")
         else:
-            lines.append(f"Growth in {growth.stage}: none over {steps} steps.")
+            lines.append(f"Growth in {stage}: none over {steps} steps.")
     return "\n".join(lines)
 
 
@@ -191,7 +184,7 @@ def events_text(summary: EventSummary) -> str:
     peak = summary.peak
     head = f"{summary.events:,} events, recorded within {seconds(summary.seconds)}."
     if peak is not None:
-        head += f" Highest allocated: {human(peak.allocated_bytes or 0)} at '{_short(peak.name)}'."
+        head += f" Highest allocated: {mib(peak.allocated_bytes or 0)} at '{_short(peak.name)}'."
     rows = [["event", "count", "allocated MiB", "reserved MiB", "device MiB", "increment MiB"]]
     rows += [_event(group) for group in summary.groups]
     growth = [["largest growth", "MiB"]]
@@ -210,25 +203,31 @@ def _event(group: EventGroup) -> list[str]:
 
 def trace_text(trace: TraceSummary) -> str:
     """Memory first, then operators by memory and time, kernels, steps."""
-    head = f"{trace.path.name}: {trace.events:,} events in {seconds(trace.seconds)}."
+    rank = "" if trace.rank is None else f" of rank {trace.rank}"
+    rank += f" of {trace.world_size}" if rank and trace.world_size is not None else ""
+    head = f"{shown(trace.path.name)}: {trace.events:,} events{rank} in {seconds(trace.seconds)}."
+    main = f" ({trace.memory[0].device})" if len(trace.memory) > 1 else ""
     parts = [head, "\n".join(map(_curve, trace.memory))]
-    parts.append(_operators("operators by memory allocated", trace.operators_by_memory))
+    parts.append(_operators(f"operators by memory allocated{main}", trace.operators_by_memory))
     parts.append(_operators("operators by own time", trace.operators_by_time))
     kernels = [["kernels and copies", "calls", "time"]]
     kernels += [[_short(k.name), f"{k.calls:,}", _time(k.seconds)] for k in trace.kernels[:ROWS]]
     parts.append(table(kernels) if len(kernels) > 1 else "")
-    parts.append(_spans("steps", trace.steps))
-    parts.append(_spans("marked with record_function", trace.annotations))
+    parts.append(_spans(f"steps{main}", trace.steps))
+    parts.append(_spans(f"marked with record_function{main}", trace.annotations))
     return _joined([*parts, _notes(trace.notes)])
 
 
 def _curve(curve: MemoryCurve) -> str:
-    return (
-        f"{curve.device}: peak {human(curve.peak_allocated_bytes)} allocated at {curve.peak_seconds:.3f} s, with "
-        f"{human(curve.reserved_at_peak_bytes)} reserved; peak reserved {human(curve.peak_reserved_bytes)}; fragmentation "
-        f"{_share(curve.fragmentation_at_peak)} at the peak, {_share(curve.fragmentation_mean)} on average, "
-        f"{_share(curve.fragmentation_max)} at most; fluctuation {human(curve.fluctuation_bytes)}."
-    )
+    """What was reserved and its fragmentation only where the trace knows them."""
+    text = f"{curve.device}: peak {mib(curve.peak_allocated_bytes)} allocated at {curve.peak_seconds:.3f} s"
+    if curve.peak_reserved_bytes is not None:
+        text += (
+            f", with {mib(curve.reserved_at_peak_bytes or 0)} reserved; peak reserved {mib(curve.peak_reserved_bytes)}; "
+            f"fragmentation {_share(curve.fragmentation_at_peak)} at the peak, {_share(curve.fragmentation_mean)} on "
+            f"average, {_share(curve.fragmentation_max)} at most"
+        )
+    return f"{text}; fluctuation {mib(curve.fluctuation_bytes)}."
 
 
 def _operators(title: str, operators: Sequence[Operator]) -> str:
@@ -241,12 +240,12 @@ def _operators(title: str, operators: Sequence[Operator]) -> str:
 
 
 def _spans(title: str, spans: Sequence[TraceSpan]) -> str:
-    rows = [[title, "start", "time", "peak allocated MiB", "peak reserved MiB"]]
+    reserved = any(span.peak_reserved_bytes is not None for span in spans)
+    rows = [[title, "start", "time", "peak allocated MiB", *(["peak reserved MiB"] if reserved else [])]]
     for span in spans[:ROWS]:
         times = [f"{span.start:.3f} s", _time(span.end - span.start)]
-        rows.append(
-            [_short(span.name), *times, mib_cell(span.peak_allocated_bytes), mib_cell(span.peak_reserved_bytes)]
-        )
+        held = [mib_cell(span.peak_reserved_bytes)] if reserved else []
+        rows.append([_short(span.name), *times, mib_cell(span.peak_allocated_bytes), *held])
     more = f"\n... and {len(spans) - ROWS:,} more" if len(spans) > ROWS else ""
     return table(rows) + more if len(rows) > 1 else ""
 
@@ -255,36 +254,58 @@ def _spans(title: str, spans: Sequence[TraceSpan]) -> str:
 
 
 def snapshot_text(snapshot: Snapshot) -> str:
-    """The device with the highest peak in full, the others in a line each."""
+    """The device with the highest peak in full, the others in a line each; places of allocation whatever the blocks' sizes."""
     main = snapshot.main
     lines = [_history(history) for history in sorted(snapshot.devices, key=lambda h: h is not main)]
-    alive = [["alive at the peak, by where it was allocated", "count", "MiB", "share"]]
+    if snapshot.host is not None:
+        lines.append(_host(snapshot.host))
+    when = "at the peak" if main.recorded else "when it was taken"
+    gpu = f" of GPU {main.device}" if len(snapshot.devices) > 1 else ""
+    alive = [[f"alive {when}{gpu}, by where it was allocated", "count", "MiB", "share"]]
     total = max(1, main.peak.allocated_bytes)
+    places = main.by_place()
     alive += [
         [_short(group.where), f"{group.count:,}", mib_cell(group.bytes), _share(group.bytes / total)]
-        for group in main.peak.alive[:ROWS]
+        for group in places[:ROWS]
     ]
-    holes = [["reserved but not in use at the peak", "MiB"]]
+    more = f"\n... and {len(places) - ROWS:,} more places" if len(places) > ROWS else ""
+    holes = [[f"reserved but not in use {when}{gpu}", "MiB"]]
     by_reason: dict[str, int] = {}
     for hole in main.peak.holes:
         why = "beside live blocks" if hole.why.startswith("beside live") else hole.why
         by_reason[why] = by_reason.get(why, 0) + hole.bytes
     holes += [[why, mib_cell(size)] for why, size in sorted(by_reason.items(), key=lambda item: -item[1])[:ROWS]]
     refused = [
-        f"out of memory at {r.seconds:.3f} s: {human(r.requested_bytes)} asked for, the driver had {human(r.free_bytes)} free"
+        f"out of memory at {r.seconds:.3f} s: {mib(r.requested_bytes)} asked for, the driver had {mib(r.free_bytes)} free"
         for r in main.out_of_memory[:ROWS]
     ]
-    tables = [table(rows) if len(rows) > 1 else "" for rows in (alive, holes)]
+    tables = [table(alive) + more if len(alive) > 1 else "", table(holes) if len(holes) > 1 else ""]
     return _joined(["\n".join(lines), "\n".join(refused), *tables, _notes(snapshot.notes)])
 
 
 def _history(history: DeviceHistory) -> str:
     peak = history.peak
     unused = peak.reserved_bytes - peak.allocated_bytes
+    if not history.recorded:
+        return (
+            f"GPU {history.device}: no history was recorded, so this is the state when the snapshot was taken, not a peak: "
+            f"{mib(peak.allocated_bytes)} allocated ({peak.allocated_bytes:,} bytes), {mib(peak.reserved_bytes)} reserved "
+            f"({mib(unused)} not in use). For a peak, call torch.cuda.memory._record_memory_history() before the first "
+            "allocation."
+        )
+    at = f"at {peak.seconds:.3f} s"
+    if unused >= 0:  # less is reserved than allocated where the events that reserved it are not in the file
+        at += f", {mib(peak.reserved_bytes)} reserved there ({mib(unused)} not in use); peak reserved "
+        at += mib(history.peak_reserved_bytes)
     text = (
-        f"GPU {history.device}: peak {human(peak.allocated_bytes)} allocated ({peak.allocated_bytes:,} bytes) at "
-        f"{peak.seconds:.3f} s, {human(peak.reserved_bytes)} reserved there ({human(unused)} not in use); peak reserved "
-        f"{human(history.peak_reserved_bytes)}; at the end {human(history.allocated_bytes)} allocated, "
-        f"{human(history.reserved_bytes)} reserved; {history.events:,} events."
+        f"GPU {history.device}: peak {mib(peak.allocated_bytes)} allocated ({peak.allocated_bytes:,} bytes) {at}; at the end "
+        f"{mib(history.allocated_bytes)} allocated, {mib(history.reserved_bytes)} reserved; {history.events:,} events."
     )
     return text if history.complete else text + " Its history is incomplete."
+
+
+def _host(host: HostMemory) -> str:
+    return (
+        f"pinned host memory: {mib(host.peak_reserved_bytes)} held at most; at the end {mib(host.reserved_bytes)}, "
+        f"{mib(host.allocated_bytes)} of it in use."
+    )

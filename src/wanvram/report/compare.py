@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from wanvram.analysis.compare import Comparison, Key, PredictionError, Violation
-from wanvram.errors import InputError
+from wanvram.foreign_text import shown
+from wanvram.input_files import state_of
 from wanvram.record import RunRecord
-from wanvram.report.runs import MAX_FILE_BYTES, Run, find_runs
+from wanvram.report.runs import Run, find_runs
 from wanvram.report.terminal import table
 from wanvram.units import MIB, seconds
 
@@ -35,7 +38,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     runs: list[Run] = []
     taken: set[str] = set()
     for path in paths:
-        found = [_read_file(path)] if path.is_file() else find_runs([path])
+        state = state_of(path)
+        found = [_read_file(path)] if state and not stat.S_ISDIR(state.st_mode) else find_runs([path])
         for run in found:
             label, number = run.label, 2
             while label in taken:
@@ -46,14 +50,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_file(path: Path) -> Run:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} has {path.stat().st_size} bytes; a record has at most {MAX_FILE_BYTES}")
-        record = RunRecord.read(path)
-    except OSError as error:
-        raise InputError(f"{path} is not a readable record: {error.strerror or error}") from error
-    if not isinstance(record.config, dict):
-        raise InputError(f"{path} is not a readable record: its config is no mapping")
+    record = RunRecord.read(path)
     return Run(str(record.config.get("name") or path.stem), record, {}, False)
 
 
@@ -73,7 +70,7 @@ def runs_table(runs: Sequence[tuple[str, RunRecord]]) -> str:
         step = record.step_seconds()
         times = ("-" if step is None else seconds(step), seconds(sum(timed)) if timed else "-")
         rows.append([name, _result(record), *cells, where.name if where else "-", *times])
-    failures = [f"{name}: {r.failure.message}" for name, r in runs if r.failure is not None]
+    failures = [f"{shown(name)}: {shown(r.failure.message)}" for name, r in runs if r.failure is not None]
     return "\n".join([table(rows), *(["", *failures] if failures else [])])
 
 
@@ -112,8 +109,8 @@ def _legend(comparison: Comparison) -> str:
     lines = []
     for index, (label, record) in enumerate(zip(comparison.labels, comparison.records, strict=True)):
         kind = "predicted" if record.simulated else "measured"
-        failed = f", FAILED ({record.failure.kind}): {record.failure.message}" if record.failure else ""
-        lines.append(f"{_letter(index)}: {label} ({kind}, {record.device}){failed}")
+        failed = f", FAILED ({record.failure.kind}): {shown(record.failure.message)}" if record.failure else ""
+        lines.append(f"{_letter(index)}: {shown(label)} ({kind}, {shown(record.device)}){failed}")
     return "\n".join(lines)
 
 
@@ -134,9 +131,8 @@ def _configuration(comparison: Comparison, others: Sequence[int]) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = {True: "true", False: "false", None: "-"}[value] if value is None or isinstance(value, bool) else str(value)
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
+    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return shown(" ".join(text[: 2 * MAX_CELL].split()), MAX_CELL)
 
 
 def _peaks(comparison: Comparison, others: Sequence[int]) -> str:
@@ -199,4 +195,4 @@ def _prediction(predicted: int, measured: int, errors: Sequence[PredictionError]
 
 def violations_text(violations: Sequence[Violation]) -> str:
     """One line per condition that a run meets."""
-    return "".join(f"FAIL {v.label}: {v.condition}: {v.text}\n" for v in violations)
+    return "".join(f"FAIL {shown(v.label)}: {shown(v.condition)}: {shown(v.text)}\n" for v in violations)

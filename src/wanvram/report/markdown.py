@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from wanvram.analysis.peak import without_lines
+from wanvram.foreign_text import MAX_SHOWN, shown
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.answer import advice_first, answer, card_of, together, unlimited_base
 from wanvram.report.runs import Run, pairs
@@ -18,6 +19,7 @@ __all__ = ["markdown_report"]
 
 ALIVE_ROWS = 10
 MAX_TEXT = 300
+MAX_SENTENCE = 4 * MAX_SHOWN  # of ours; each name in it has at most MAX_SHOWN
 
 
 def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
@@ -25,7 +27,7 @@ def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
     texts = Texts(language)
     lines = [f"# {texts('title')}", ""]
     if len(runs) > 1:
-        lines += [_text(together(runs, texts)), "", f"## {texts('runs')}", "", *_runs(runs, texts), ""]
+        lines += [_text(together(runs, texts), MAX_SENTENCE), "", f"## {texts('runs')}", "", *_runs(runs, texts), ""]
     for predicted, measured in pairs(runs):
         lines += _accuracy(runs[predicted], runs[measured], texts)
     for run in runs:
@@ -88,7 +90,7 @@ def _run(run: Run, texts: Texts) -> list[str]:
     kind = texts("simulated" if run.record.simulated else "measured_on")
     lines = [f"## {_text(run.label)}", "", f"{kind} ({_text(run.record.device)})", ""]
     for sentence in (said.headline, said.owner, said.change):
-        lines += [_text(sentence), ""] if sentence else []
+        lines += [_text(sentence, MAX_SENTENCE), ""] if sentence else []
     lines += [f"### {texts('components')}", "", *_components(run, texts), ""]
     lines += [f"### {texts('stages')}", "", *_stages(run, texts), ""]
     moment = peak_moment(run.timeline)
@@ -230,15 +232,12 @@ def _line(cells: Sequence[str | None], *, plain: bool = False) -> str:
     return "| " + " | ".join("" if cell is None else cell if plain else _text(cell) for cell in cells) + " |"
 
 
-_SIGNS = str.maketrans(
-    {sign: f"\\{sign}" for sign in "\\`*_[]|~#"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
-)
+_SIGNS = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]|~#"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
-def _text(text: str) -> str:
+def _text(text: str, limit: int = MAX_SHOWN) -> str:
     """Nothing in it is read as Markdown or HTML. Underscores inside words stay: they mean nothing there."""
-    escaped = text.translate(_SIGNS)
-    return _inside_words(escaped)
+    return _inside_words(shown(text, limit).translate(_SIGNS))
 
 
 def _inside_words(text: str) -> str:
@@ -251,4 +250,5 @@ def _inside_words(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return text.replace("`", "'").replace("\n", " ")
+    """Within a code span: nothing ends it, neither its sign nor the end of a paragraph."""
+    return shown(text).replace("`", "'").strip() or "-"

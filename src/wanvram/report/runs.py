@@ -6,18 +6,21 @@ Everything in them is untrusted: sizes are bounded, numbers are checked to be nu
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.record import RunRecord, check_types, dotted, strict_json
+from wanvram.foreign_text import shown, why
+from wanvram.input_files import read_text, state_of
+from wanvram.record import MAX_RECORD_BYTES, RunRecord, check_types, dotted, strict_json
 from wanvram.report.timeline import checked_timeline, coarse_timeline
 
 __all__ = ["Advice", "Run", "find_runs", "pairs", "read_run"]
 
-MAX_FILE_BYTES = 64 * 1024 * 1024  # a record of 50 fully recorded 14B steps has 2 MB, a timeline under 4 MB
+MAX_FILE_BYTES = MAX_RECORD_BYTES  # a timeline has under 4 MB
 MAX_RUNS = 500
 MOST_DIFFERENT = 0.01  # of the allocated peak, for a timeline to be shown with another run's figures
 
@@ -100,13 +103,16 @@ def _borrowed(measured: Run, predicted: Run) -> Run:
 
 
 def _directories(path: Path) -> list[Path]:
-    if (path / "record.json").is_file():
+    state = state_of(path)
+    if state is None or not stat.S_ISDIR(state.st_mode):
+        raise InputError(f"{shown(path)} is no run directory; `wanvram profile` writes one")
+    if state_of(path / "record.json") is not None:
         return [path]
-    if not path.is_dir():
-        raise InputError(f"{path} is no run directory; `wanvram profile` writes one")
     inside = sorted(child.parent for child in path.glob("*/record.json"))
     if not inside:
-        raise InputError(f"{path} holds no record.json, nor does any directory in it; `wanvram profile` writes one")
+        raise InputError(
+            f"{shown(path)} holds no record.json, nor does any directory in it; `wanvram profile` writes one"
+        )
     return inside
 
 
@@ -119,11 +125,11 @@ def read_run(directory: Path, taken: Mapping[str, bool] | None = None) -> Run:
     """
     try:
         record = RunRecord.from_json(_load(directory / "record.json"))
-        exact = (directory / "timeline.json").is_file()
+        exact = state_of(directory / "timeline.json") is not None
         timeline = checked_timeline(_load(directory / "timeline.json")) if exact else coarse_timeline(record)
-        advice = _advice(_load(directory / "advice.json")) if (directory / "advice.json").is_file() else ()
+        advice = _advice(_load(directory / "advice.json")) if state_of(directory / "advice.json") else ()
     except InputError as error:
-        raise InputError(f"{directory} holds no readable run: {error}") from error
+        raise InputError(f"{shown(directory)} holds no readable run: {error}") from error
     return Run(_label(record, directory, taken or {}), record, timeline, exact, advice)
 
 
@@ -137,15 +143,11 @@ def _label(record: RunRecord, directory: Path, taken: Mapping[str, bool]) -> str
 
 
 def _load(path: Path) -> Any:
+    text = read_text(path, MAX_FILE_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise InputError(f"{path.name} has {size} bytes; at most {MAX_FILE_BYTES} are read")
-        return strict_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path.name} cannot be read ({error.strerror or error})") from error
+        return strict_json(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is no valid JSON ({error})") from error
+        raise InputError(f"{path.name} is no valid JSON: {why(error)}") from error
 
 
 def _advice(data: Any) -> tuple[Advice, ...]:
@@ -156,7 +158,7 @@ def _advice(data: Any) -> tuple[Advice, ...]:
         )
         check_types(found, tuple[Advice, ...], "advice")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"advice.json is damaged: {error!r}") from error
+        raise InputError(f"advice.json is damaged: {why(error)}") from error
     return found
 
 

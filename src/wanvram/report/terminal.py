@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TextIO
 
-from wanvram.command_line import plan_command
+from wanvram.command_line import MAX_COMMAND, plan_command
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.foreign_text import shown
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.simulate.gpus import card_of_run
 from wanvram.units import MIB, human, mib_cell, seconds
@@ -31,21 +32,22 @@ def summarize(record: RunRecord) -> str:
     if record.failure is not None and record.failure.kind == "oom":
         parts += ["", _remedy(record)]
     if record.notes:
-        parts += ["", *(f"note: {note}" for note in record.notes)]
+        parts += ["", *(f"note: {shown(note)}" for note in record.notes)]
     return "\n".join(parts) + "\n"
 
 
 def _headline(record: RunRecord) -> str:
     kind = "SIMULATED, nothing was run on a GPU" if record.simulated else "MEASURED"
     request = record.config.get("request", {})
-    what = f"{request.get('task')} {request.get('size')} {request.get('frame_num')} frames"
-    lines = [f"{record.config.get('name')}: {what}", f"{kind} ({record.device})"]
+    asked = [shown(request.get(key) or "-", 60) for key in ("task", "size", "frame_num")]
+    name = shown(record.config.get("name") or "run")
+    lines = [f"{name}: {' '.join(asked)} frames", f"{kind} ({shown(record.device)})"]
     peak = record.peak_span()
     if peak is not None:
         m = peak.peak
         device = f", device {human(m.device_bytes)}" if m.device_bytes is not None else ""
         lines.append(
-            f"Peak: allocated {human(m.allocated_bytes)}, reserved {human(m.reserved_bytes)}{device} in {peak.name}"
+            f"Peak: allocated {human(m.allocated_bytes)}, reserved {human(m.reserved_bytes)}{device} in {shown(peak.name)}"
         )
         lines.append(_why(peak))
     lines.append(_verdict(record))
@@ -63,8 +65,8 @@ def _why(peak: Span) -> str:
 
 def _verdict(record: RunRecord) -> str:
     if record.failure is not None:
-        where = f" in {record.failure.stage}" if record.failure.stage else ""
-        return f"FAILED ({record.failure.kind}){where}: {record.failure.message}"
+        where = f" in {shown(record.failure.stage)}" if record.failure.stage else ""
+        return f"FAILED ({record.failure.kind}){where}: {shown(record.failure.message)}"
     if record.budget_bytes is not None:
         word = "fits" if record.fits else "DOES NOT FIT"
         return f"Verdict: {word} in {human(record.budget_bytes)}"
@@ -100,7 +102,7 @@ def _largest_moments(record: RunRecord) -> str:
     leaves = sorted(_leaves(record.stages, ""), key=lambda item: -item[1].peak.allocated_bytes)
     lines = ["largest moments:"]
     for path, span in leaves[:3]:
-        lines.append(f"  {human(span.peak.allocated_bytes):>14}  {path}")
+        lines.append(f"  {human(span.peak.allocated_bytes):>14}  {shown(path)}")
     return "\n".join(lines)
 
 
@@ -119,7 +121,7 @@ def _alive(alive: Sequence[tuple[str, int]]) -> Iterator[str]:
     for what, size in alive:
         found.setdefault(what, []).append(size)
     for what, sizes in sorted(found.items(), key=lambda item: -sum(item[1])):
-        yield f"  {human(sum(sizes)):>14}  {f'{len(sizes)} x ' if len(sizes) > 1 else ''}{what}"
+        yield f"  {human(sum(sizes)):>14}  {f'{len(sizes)} x ' if len(sizes) > 1 else ''}{shown(what)}"
 
 
 def _remedy(record: RunRecord) -> str:
@@ -133,13 +135,13 @@ def _remedy(record: RunRecord) -> str:
     limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
     vram = f"{limit // MIB}MiB" if limit else "auto"
     command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=gpu.argument if gpu else None)
-    return f"what would make it fit:\n  {command}\n  {advice}"
+    return f"what would make it fit:\n  {shown(command, MAX_COMMAND)}\n  {advice}"
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
     """Prints text; on a terminal first lines and the heads of tables are bold, what fits is green, what does not is red."""
     stream = sys.stdout if stream is None else stream
-    if not stream.isatty():
+    if stream is None or not stream.isatty():
         print(text, end="", file=stream)
         return
     from rich.console import Console
@@ -155,7 +157,9 @@ def show(text: str, stream: TextIO | None = None) -> None:
     Console(file=stream).print(drawn, end="", soft_wrap=True)
 
 
-def table(rows: list[list[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Every cell in one line: names in it may come from outside."""
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wanvram.errors import InputError
+from wanvram.foreign_text import shown
 
 __all__ = ["GLOSSARY", "LANGUAGES", "TEXTS", "Texts", "shortened"]
 
@@ -384,7 +385,9 @@ class Texts:
             raise InputError(f"--lang: '{self.language}' is unknown; choose one of {', '.join(LANGUAGES)}")
 
     def __call__(self, key: str, **values: object) -> str:
-        return TEXTS[self.language][key].format(**values)
+        """The sentence with its values; names and messages among them come from outside and stay within it."""
+        safe = {name: shown(value) if isinstance(value, str) else value for name, value in values.items()}
+        return TEXTS[self.language][key].format(**safe)
 
     def sentence(self, parts: Sequence[str]) -> str:
         """Clauses joined to one sentence."""
@@ -399,5 +402,5 @@ class Texts:
 
 def shortened(value: object, limit: int) -> str:
     """A setting or a sentence of a record, at most `limit` characters."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from wanvram.errors import InputError
+from wanvram.errors import DamagedError, InputError
+from wanvram.foreign_text import quoted, why
 from wanvram.record import Memory, RunRecord, Span
 
 __all__ = ["checked_timeline", "coarse_timeline", "peak_moment", "thinned"]
@@ -25,7 +26,7 @@ def checked_timeline(data: Any) -> dict[str, Any]:
         raise InputError(f"timeline.json is no timeline of schema {SCHEMA}")
     try:
         if len(data["points"]) > MAX_POINTS:
-            raise ValueError(f"{len(data['points'])} points; at most {MAX_POINTS}")
+            raise DamagedError(f"{len(data['points'])} points; at most {MAX_POINTS}")
         return {
             "axis": _one_of(data["axis"], ("events", "seconds")),
             "points": [_point(point) for point in data["points"]],
@@ -36,24 +37,24 @@ def checked_timeline(data: Any) -> dict[str, Any]:
             "moments": [_moment(moment) for moment in data["moments"]],
         }
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"timeline.json is damaged: {error!r}") from error
+        raise InputError(f"timeline.json is damaged: {why(error)}") from error
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+        raise DamagedError(f"{quoted(value)} is no whole number")
     return value
 
 
 def _number(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is no number")
+        raise DamagedError(f"{quoted(value)} is no number")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise DamagedError(f"{quoted(value)} is no text")
     return value
 
 
@@ -63,7 +64,7 @@ def _maybe_text(value: Any) -> str | None:
 
 def _one_of(value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
-        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+        raise DamagedError(f"{quoted(value)} is none of {', '.join(allowed)}")
     return str(value)
 
 

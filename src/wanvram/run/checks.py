@@ -133,9 +133,9 @@ def _described(pid: int) -> tuple[str, str | None, bool]:
     name, user, own = "(not visible from here)", None, False
     with suppress(psutil.Error, KeyError):
         process = psutil.Process(pid)
-        own = process.uids().real == os.getuid()
         name = "".join(c if c.isprintable() else "?" for c in process.name())
         user = process.username()
+        own = user == psutil.Process().username()
     return name, user, own
 
 
@@ -187,7 +187,7 @@ def _host(directory: Path) -> dict[str, Any]:
         "disk": str(place),
         "disk_free_bytes": shutil.disk_usage(place).free,
         "cpu_count": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        "load_average": psutil.getloadavg()[0],
         "operation_us": operation_us(),
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from wanvram.run.in_force import check_in_force, in_force
 from wanvram.run.inputs import prepare_inputs
 from wanvram.run.observe import observed
 from wanvram.run.outputs import Outputs
+from wanvram.run.progress import StageProgress
 from wanvram.run.simulated import simulated_memory
 from wanvram.run.weights import NoWeights, choose_weights
 from wanvram.simulate.memory import SimulatedMemory
@@ -93,7 +93,7 @@ def execute(
             stack.enter_context(watch(recorder))
         pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
         if progress:
-            pipeline.on_step = StepProgress(progress, simulated)
+            pipeline.tell = StageProgress(progress, simulated=simulated)
         lost = stack.enter_context(observed(config.measurement, pipeline, directory))
         start = since_process_start()
         failure = _run(pipeline, _sinks(pipeline, outputs, video=output.video))
@@ -134,34 +134,6 @@ def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | Non
     if output.save_file is not None:
         raise InputError(f"--save_file {output.save_file}: nothing is generated on the simulated device")
     return None
-
-
-class StepProgress:
-    """Says how far denoising is and how long it will take, from the second step on at most every two seconds.
-
-    simulated: a simulation runs a few of the steps, and in other seconds than those it predicts, so that neither the steps of
-    the run nor seconds of a step are named.
-    """
-
-    def __init__(self, show: Callable[[str], None], simulated: bool) -> None:
-        self.show = show
-        self.simulated = simulated
-        self.first = self.last = 0.0
-        self.run = 0
-
-    def __call__(self, done: int, steps: int, left: int) -> None:
-        now = time.monotonic()
-        self.run += 1
-        if done == 1:
-            self.first, self.run = now, 0
-        if self.run and (now - self.last >= 2.0 or not left):
-            mean = (now - self.first) / self.run
-            if self.simulated:
-                ran = self.run + 1
-                self.show(f"{ran} of {ran + left} steps simulated, {mean * left:.0f} s of the simulation left")
-            else:
-                self.show(f"step {done} of {steps} done, {mean:.2f} s each, {mean * left:.0f} s left")
-            self.last = now
 
 
 def simulate_with_timeline(config: RunConfig, *, video: bool = False) -> tuple[RunRecord, Timeline]:
@@ -342,7 +314,8 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
         notes.append(f"kernels were never compiled on this machine: {cold:.0f} s of the first run are for that")
     if gpu is not None and not gpu.measured:
         notes.append(f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card")
-    return notes
+    gaps = pipeline.device.memory.libraries.gaps if isinstance(pipeline.device, SimulatedDevice) else None
+    return [*notes, gaps] if gaps else notes
 
 
 def _json(value: object) -> str:

@@ -31,6 +31,7 @@ MAX_PICTURE_PIXELS = 64_000_000  # 192 MB as RGB
 CELL = 16  # pixels along a side of one transformer token: VAE 8, patch 2
 MAX_VIDEO_SIDE = 8192
 SEQUENCE_LENGTHS = {720 * 1280: 75600, 480 * 832: 32760}  # pixels of a frame -> tokens of the whole video, as official
+LATENT_FRAMES = 21  # of these lengths: 81 frames; a frame of another size, which only tiny weights make, gets as many
 
 # A text file, a playlist or a picture is a "video" to FFmpeg too, and a playlist may name any file or address.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,gif,ogg,asf,mxf,ivf,nut,yuv4mpegpipe,h264,hevc,obu,dv"
@@ -224,19 +225,17 @@ def _opened_video(path: Path, flag: str) -> Iterator[tuple[Any, Any]]:
 def plan_frames(info: VideoInfo, area: int) -> FramePlan:
     """The frames and the size that official VACE (keep_last, starting at 0) takes from a source video.
 
-    area: pixels of a frame, 720*1280 or 480*832, else InputError. The result keeps the source's aspect, is a multiple of 16 on
+    area: pixels of a frame, 720*1280 or 480*832; of tiny weights any. The result keeps the source's aspect, is a multiple of 16 on
     both sides and never larger than the source; with a mask video, give the info with the smaller `frames` of the two.
     The source's frames are taken as evenly spaced. Official asks the container for each frame's time, which in a video of
     variable rate chooses other frames.
     """
-    if area not in SEQUENCE_LENGTHS:
-        raise InputError(f"a source video is brought to 720*1280 or 480*832 pixels, not to {area:,}")
-    tokens = SEQUENCE_LENGTHS[area]
+    tokens = SEQUENCE_LENGTHS.get(area, area // CELL**2 * LATENT_FRAMES)
     cells: float = min(tokens, area / CELL**2, (info.height // CELL) * (info.width // CELL))
     latents = min((info.frames - 1) // 4 + 1, int(tokens / cells))
     cells = min(cells, int(tokens / latents))
-    rows = round(math.sqrt(cells * (info.height / info.width)))
-    columns = int(cells / rows)
+    rows = max(1, round(math.sqrt(cells * (info.height / info.width))))
+    columns = max(1, int(cells / rows))
     return FramePlan(_frame_ids(info, (latents - 1) * 4 + 1), rows * CELL, columns * CELL)
 
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from wanvram.errors import CheckpointError
 from wanvram.specs import T5Spec
 from wanvram.tasks import TASKS
+from wanvram.weights.folder import GENERATED, existing_folder
 from wanvram.weights.official import Component, check_checkpoint, open_checkpoint, tokenizer_file
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
 from wanvram.weights.tokenizer import ByteTokenizer, Tokenizer, UMT5Tokenizer
 
-__all__ = ["GeneratedWeights", "NoWeights", "OfficialWeights", "choose_weights"]
+__all__ = ["GeneratedWeights", "NoWeights", "OfficialWeights", "check_weights", "choose_weights"]
 
 
 class OfficialWeights:
-    """A checkpoint directory in one of its layouts; files are opened once."""
+    """A checkpoint directory in one of its layouts, checked; files are opened once."""
 
     tiny = False
 
-    def __init__(self, directory: Path, components: Sequence[str], dit: str) -> None:
-        if not os.path.isdir(directory):
-            raise CheckpointError(
-                f"--ckpt_dir {directory} is not a directory; give a checkpoint directory, random or tiny"
-            )
-        check_checkpoint(directory, components, dit)
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._tokenizer = UMT5Tokenizer(tokenizer_file(directory))
         self._open: dict[str, TensorSource] = {}
@@ -86,7 +79,20 @@ def choose_weights(
     """`random`, `tiny` or a checkpoint directory, whose files are checked for everything the task needs."""
     if simulated:
         return NoWeights(tiny=weights == "tiny")
-    if weights in ("random", "tiny"):
+    if weights in GENERATED:
         return GeneratedWeights(seed, tiny=weights == "tiny")
-    pictures = ("image_encoder",) if TASKS[task].kind in ("i2v", "flf2v") else ()
-    return OfficialWeights(Path(weights), ("text_encoder", *pictures, "dit", "vae"), TASKS[task].dit)
+    check_weights(weights, task)
+    return OfficialWeights(Path(weights))
+
+
+def check_weights(weights: str, task: str) -> None:
+    """CheckpointError unless the checkpoint directory holds every file that the task needs; reads their headers only.
+
+    Nothing to check where weights are generated.
+    """
+    if weights in GENERATED:
+        return
+    components: list[Component] = ["text_encoder", "dit", "vae"]
+    if TASKS[task].kind in ("i2v", "flf2v"):
+        components.insert(1, "image_encoder")
+    check_checkpoint(existing_folder(weights), components, TASKS[task].dit)

@@ -1,6 +1,6 @@
 """Which library buffers one dispatched operation takes beside its outputs: operation and arguments -> BufferPlan.
 
-The sizes are rules and measured tables (libraries.py, conv_workspaces.json); this file only reads shapes from the arguments.
+The sizes are rules and measured tables (libraries.py, convolutions.py); this file only reads shapes from the arguments.
 Order as seen in H200 histories (benchmarks/2026-11-24_h200_probe_libraries.json): cuDNN attention takes two 8-byte seeds, then its
 output, then 256 bytes of workspace; convolutions take output, then workspace; the first product takes output, then cuBLAS's buffers.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from wanvram.simulate.convolutions import Convolution
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.libraries import Libraries
 
@@ -38,6 +39,7 @@ class LibraryBuffers:
     def __init__(self, gpu: GPU, libraries: Libraries) -> None:
         self.gpu = gpu
         self.libraries = libraries
+        self._workspaces: dict[Any, int] = {}
         self._planners: dict[str, Callable[[tuple[Any, ...]], BufferPlan]] = {
             "aten.mm.default": lambda args: _PRODUCT,
             "aten.mm.out": lambda args: _PRODUCT,
@@ -57,6 +59,11 @@ class LibraryBuffers:
             return planner(args)
         return _TRITON if operation.startswith("wanvram.") else None
 
+    @property
+    def gaps(self) -> str | None:
+        """See Libraries.gaps."""
+        return self.libraries.gaps
+
     def persistent_buffers(self, library: str) -> tuple[int, ...]:
         """What a library allocates at its first use and keeps, bytes."""
         if library == "cublas":
@@ -72,8 +79,11 @@ class LibraryBuffers:
         return BufferPlan(before, during, loads=("attention",) if backend == "cudnn" else ())
 
     def _convolution(self, args: tuple[Any, ...]) -> BufferPlan:
-        x, weight = args[0], args[1]
-        workspace = self.libraries.conv_workspace(
-            str(x.dtype).removeprefix("torch."), tuple(x.shape), tuple(weight.shape), tuple(args[3])
-        )
+        x, weight, _, stride, padding = args
+        key = x.dtype, x.shape, weight.shape, tuple(stride), tuple(padding)
+        workspace = self._workspaces.get(key)
+        if workspace is None:
+            name = str(x.dtype).removeprefix("torch.")
+            sizes = (tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding))
+            workspace = self._workspaces[key] = self.libraries.conv_workspace(Convolution(name, *sizes))
         return BufferPlan(during=(workspace,) if workspace else (), loads=("cudnn",))

@@ -1,0 +1,51 @@
+"""stdout and stderr as they are found: of any encoding, full, closed, or with nobody reading. No torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
+
+from wanvram.command_line import MAX_COMMAND
+from wanvram.foreign_text import ESCAPING, shown
+
+__all__ = ["abandon", "flushed", "prepare", "say"]
+
+
+def prepare() -> None:
+    """What the encoding of a stream does not have is written as JSON escapes it: no text and no document fails on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            with suppress(OSError, ValueError):  # a detached or closed stream shows nothing in any encoding
+                stream.reconfigure(errors=ESCAPING)
+
+
+def say(sentence: object, commands: Sequence[str] = ()) -> None:
+    """One sentence on stderr, if it can be written there at all, and commands below it. Foreign text cannot leave its line."""
+    try:
+        lines = [f"wanvram: {shown(sentence)}", *(f"  {shown(command, MAX_COMMAND)}" for command in commands)]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except (AttributeError, OSError, ValueError):
+        abandon(sys.stderr)
+
+
+def flushed() -> str | None:
+    """Why what was printed did not get out, in words; None if it did."""
+    if sys.stdout is None:
+        return None
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return ""
+    except (OSError, ValueError) as error:
+        return f"what was to be printed could not be written: {getattr(error, 'strerror', None) or 'stdout is closed'}"
+    return None
+
+
+def abandon(stream: TextIO | None) -> None:
+    """Lets what is still in the stream's buffer go to nowhere: flushed at the exit, it would fail again, with a traceback."""
+    with suppress(AttributeError, OSError, ValueError):
+        assert stream is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

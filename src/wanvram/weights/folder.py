@@ -1,0 +1,20 @@
+"""The checkpoint folder of `--ckpt_dir`: is there one? Without torch, so that a mistyped name is told at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from wanvram.errors import CheckpointError
+
+__all__ = ["GENERATED", "existing_folder"]
+
+GENERATED = ("random", "tiny")  # in place of a folder: weights that are made, not read
+
+
+def existing_folder(weights: str) -> Path:
+    """Raises CheckpointError."""
+    if not os.path.isdir(weights):  # Path.is_dir raises for a name that is too long
+        what = "is not a directory" if os.path.exists(weights) else "does not exist"
+        raise CheckpointError(f"--ckpt_dir {weights} {what}; give a checkpoint directory, random or tiny")
+    return Path(weights)
