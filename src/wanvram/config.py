@@ -17,6 +17,7 @@ from wanvram.request import Request, is_unicode
 from wanvram.specs import DIT
 from wanvram.strict_yaml import read_strict_yaml
 from wanvram.tasks import TASKS
+from wanvram.units import MIB
 
 __all__ = ["MAX_NAME_BYTES", "WEIGHT_HOMES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
 
@@ -153,8 +154,9 @@ class RunConfig:
         require(len(self.name.encode()) <= MAX_NAME_BYTES, f"name: is too long; at most {MAX_NAME_BYTES} bytes")
         require(bool(self.weights), "weights: is empty; choose random, tiny or a checkpoint directory")
         require(
-            self.memory_limit_bytes is None or self.memory_limit_bytes >= 1,
-            f"memory_limit_bytes: {self.memory_limit_bytes} must be at least 1 (or absent: no limit)",
+            self.memory_limit_bytes is None or self.memory_limit_bytes >= MIB,
+            f"memory_limit_bytes: {self.memory_limit_bytes} must be at least {MIB}, in bytes: 8 GiB are 8589934592 (or absent: "
+            "no limit)",
         )
         self.request.check_size(tiny=self.weights == "tiny")
         require(self.device in DEVICES, f"device: '{self.device}'; choose one of {', '.join(DEVICES)}")

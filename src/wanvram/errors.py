@@ -26,9 +26,10 @@ __all__ = [
 
 
 class WanvramError(Exception):
-    """Root of the tree: the message is one or two sentences for the user."""
+    """Root of the tree: the message is one or two sentences for the user. commands: to copy, what would help."""
 
     exit_code = 1
+    commands: tuple[str, ...] = ()
 
 
 class InputError(WanvramError):
@@ -76,6 +77,10 @@ class BudgetError(WanvramError):
     """No strategy fits the budget; the message states the smallest budget that would."""
 
     exit_code = 3
+
+    def __init__(self, message: str, commands: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.commands = commands
 
 
 class OutputError(WanvramError):

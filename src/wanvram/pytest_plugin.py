@@ -67,17 +67,18 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _limit(marker: pytest.Mark) -> _Limit:
     """Fails the test if its marker means nothing."""
     from wanvram.errors import InputError
-    from wanvram.units import parse_bytes
+    from wanvram.units import parse_memory
 
     device = marker.kwargs.get("device")
+    nbytes, why = 0, ""
     try:
-        nbytes = parse_bytes(str(marker.args[0])) if len(marker.args) == 1 else 0
-    except InputError:
-        nbytes = 0
+        nbytes = parse_memory(str(marker.args[0])) if len(marker.args) == 1 else 0
+    except InputError as error:
+        why = f" ({error})"
     if nbytes < 1 or set(marker.kwargs) - {"device"} or device not in (None, "cpu", "cuda"):
         given = ", ".join([*map(repr, marker.args), *(f"{k}={v!r}" for k, v in marker.kwargs.items())])
         example = '@pytest.mark.limit_vram("2 GiB") or @pytest.mark.limit_vram("2 GiB", device="cpu")'
-        pytest.fail(f"limit_vram({given}) means nothing; write {example}", pytrace=False)
+        pytest.fail(f"limit_vram({given}) means nothing{why}; write {example}", pytrace=False)
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

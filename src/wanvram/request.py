@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import require
-from wanvram.tasks import TASKS, are_frames_valid, picture_size
+from wanvram.tasks import TASKS, are_frames_valid, normal_size, picture_size
 
 __all__ = ["MAX_PROMPTS", "Request", "is_unicode"]
 
@@ -146,11 +146,11 @@ class Request:
 
     @classmethod
     def for_task(cls, task: str, **given: Any) -> Request:
-        """The task's official defaults, overridden by every given value that is not None."""
+        """The task's official defaults, overridden by every given value that is not None; size also as 832x480 or 480p."""
         require(task in TASKS, f"task: '{task}' is unknown; choose one of {', '.join(TASKS)}")
         values = {name: value for name, value in given.items() if value is not None}
         defaults = TASKS[task]
-        size = values.get("size") or defaults.default_size
+        size = normal_size(task, values.pop("size", defaults.default_size))
         base: dict[str, Any] = {
             "size": size,
             "frame_num": defaults.frames,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-__all__ = ["TASKS", "Task", "are_frames_valid", "latent_shape", "picture_size"]
+__all__ = ["TASKS", "Task", "are_frames_valid", "latent_shape", "normal_size", "picture_size"]
 
 _COMMON_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -83,6 +83,19 @@ TASKS: dict[str, Task] = {
         _task("vace-14B", _P720 + _P480, shift=16.0),
     )
 }
+
+
+def normal_size(task: str, text: str) -> str:
+    """`832x480` and `480p` as the official script writes them, `832*480`; 480p is the task's landscape size of 480 rows.
+
+    What is no size of the task comes back as it is, for the check that names those it has.
+    """
+    spelled = text.strip().lower().replace("x", "*")
+    for size in TASKS[task].sizes if task in TASKS else ():
+        width, height = size.split("*")
+        if spelled == size or (spelled == f"{height}p" and int(width) > int(height)):
+            return size
+    return text
 
 
 def are_frames_valid(frames: int) -> bool:

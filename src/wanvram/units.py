@@ -25,6 +25,25 @@ def parse_bytes(text: str) -> int:
     return int(amount)
 
 
+def parse_memory(text: str) -> int:
+    """Memory of a card or a host that somebody states, at least 1 MiB. Raises InputError, also on a bare `8`."""
+    count = parse_bytes(text)
+    bare = text.strip()
+    if count < MIB and bare[-1:].isdigit() and float(bare) > 0:
+        raise InputError(f"{bare} what? write {bare}GiB")
+    if count < MIB:
+        raise InputError(f"'{bare}' is not an amount of memory; write for example 8GiB, 8GB or 512MiB")
+    return count
+
+
+def exact(count: int) -> str:
+    """Bytes -> the shortest text that parse_bytes reads as exactly that: `8GiB`, `8028MiB` or `8418135736`."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB)):
+        if count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
 def mib(count: int) -> str:
     """Bytes -> `1,234.5 MiB`."""
     return f"{count / MIB:,.1f} MiB"
@@ -41,14 +60,17 @@ def gib(count: int) -> str:
 
 
 def human(count: int) -> str:
-    """Bytes -> MiB under 10 GiB, GiB above; a sign is kept."""
-    return mib(count) if abs(count) < 10 * GIB else gib(count)
+    """Bytes -> MiB under 10 GiB, GiB above and for whole ones, as they are typed; a sign is kept."""
+    return mib(count) if abs(count) < 10 * GIB and (count == 0 or count % GIB) else gib(count)
 
 
 def seconds(value: float) -> str:
-    """Seconds -> `0.42 s`, `12.3 s` or `3 min 05 s`."""
+    """Seconds -> `0.42 s`, `12.3 s`, `3 min 05 s` or, from 120 minutes on, `2 h 05 min`."""
     if value < 10:
         return f"{value:.2f} s"
     if value < 120:
         return f"{value:.1f} s"
-    return f"{int(value // 60)} min {int(value % 60):02d} s"
+    minutes = int(value // 60)
+    if minutes < 120:
+        return f"{minutes} min {int(value % 60):02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"

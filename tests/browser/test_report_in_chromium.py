@@ -54,7 +54,7 @@ def column(page: Page, caption: str, number: int) -> list[str]:
 
 def test_the_page_opens_offline_without_a_complaint_and_states_the_peak(single: Page) -> None:
     assert single.text("h1") == (
-        "This run will need 6,162.0 MiB of device memory; it does not fit the budget of 6,144.0 MiB: 18.0 MiB too much; "
+        "This run will need 6,162.0 MiB of device memory; it does not fit the budget of 6.00 GiB: 18.0 MiB too much; "
         "the smallest standard card that holds it has 8 GB."
     )
     single.wait("document.querySelectorAll('.tile').length > 5")

@@ -332,8 +332,12 @@ HOW: list[Case] = [
     ("t2v", ["--device", "simulated", "--gpu", "rtx9"], "rtx9"),
     *(
         ("t2v", [f"--vram={text}"], rf"--vram: '{text}' is not an amount of memory; write for example 8GiB")
-        for text in ("0", "abc", "", "-8GiB", "nan", "9" * 400 + "G")
+        for text in ("0", "abc", "", "-8GiB", "nan")
     ),
+    ("t2v", ["--vram", "9" * 400 + "G"], "--vram: '9+' is more memory than there is"),
+    ("t2v", ["--vram", "8"], r"--vram: 8 what\? write 8GiB"),
+    ("t2v", ["--vram_budget", "7.5"], r"--vram_budget: 7\.5 what\? write 7\.5GiB"),
+    ("t2v", ["--vram_budget", "8GiB", "--ram", "32"], r"--ram: 32 what\? write 32GiB"),
 ]
 
 BUDGET: list[Case] = [

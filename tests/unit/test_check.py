@@ -188,7 +188,7 @@ def test_a_process_is_ended_only_after_a_yes(sleeper: Any, capsys: pytest.Captur
     assert not check.terminate(sleeper.pid, checks, lambda question: bool(asked.append(question)), ended.append)
     assert (ended, sleeper.poll()) == ([], None)
     assert f"End process {sleeper.pid} (" in asked[0]
-    assert "2,048.0 MiB on GPU 0" in asked[0]
+    assert "2.00 GiB on GPU 0" in asked[0]
     assert check.terminate(sleeper.pid, checks, lambda _: True, ended.append)
     assert ended == [sleeper.pid]
     assert "goes on" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_the_sentence_says_how_much_was_asked_for_and_who_holds_the_rest(
     others = device.meter.others = 134 * GIB  # type: ignore[attr-defined]
     error = caught(device, torch.OutOfMemoryError(PYTORCH_SAYS))
     assert str(error) == (
-        "CUDA out of memory: 1,443.8 MiB more asked for with 3,072.0 MiB allocated and 4,096.0 MiB reserved of 140.00 GiB; "
+        "CUDA out of memory: 1,443.8 MiB more asked for with 3.00 GiB allocated and 4.00 GiB reserved of 140.00 GiB; "
         f"600.0 MiB of the GPU are free, other processes hold {others / GIB:.2f} GiB."
     )
     assert (error.requested_bytes, error.reserved_bytes) == (int(1.41 * GIB), 4 * GIB)
@@ -75,7 +75,7 @@ def test_the_sentence_says_how_much_was_asked_for_and_who_holds_the_rest(
 def test_alone_on_the_card_nobody_else_is_named(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 136 * GIB - 650 * MIB)
     device.limit_bytes = 5 * GIB
-    assert str(caught(device, torch.OutOfMemoryError(PYTORCH_SAYS))).endswith("4,096.0 MiB reserved of 5,120.0 MiB.")
+    assert str(caught(device, torch.OutOfMemoryError(PYTORCH_SAYS))).endswith("4.00 GiB reserved of 5.00 GiB.")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_hostile_text_cannot_leave_its_place_and_arrives_unchanged(tmp_path: Pat
 def test_the_answer_says_how_much_whether_it_fits_who_owns_it_and_what_to_change(tmp_path: Path) -> None:
     said = answer(read_run(write_run(tmp_path, Recipe(budget_bytes=6 * GIB))), Texts())
     assert said.headline == (
-        "This run will need 6,162.0 MiB of device memory; it does not fit the budget of 6,144.0 MiB: 18.0 MiB too much; "
+        "This run will need 6,162.0 MiB of device memory; it does not fit the budget of 6.00 GiB: 18.0 MiB too much; "
         "the smallest standard card that holds it has 8 GB."
     )
     assert said.owner == (
@@ -319,7 +319,7 @@ def test_unknown_keys_of_a_timeline_are_dropped(run: Run) -> None:
 def test_device_memory_that_is_unknown_is_not_made_up(run: Run) -> None:
     stages = [replace(span, peak=Memory(5 * GIB, 6 * GIB, None)) for span in run.record.stages]
     said = answer(replace(run, record=replace(run.record, stages=stages, device="cpu")), Texts()).headline
-    assert said == "This run will need 6,144.0 MiB of reserved memory."
+    assert said == "This run will need 6.00 GiB of reserved memory."
 
 
 def test_both_languages_have_every_string_with_the_same_blanks() -> None:

@@ -150,7 +150,8 @@ def test_an_error_of_the_test_stays_what_it_is(on_the_cpu: dict[str, Any]) -> No
 
 def test_a_marker_that_means_nothing_fails_its_test(on_the_cpu: dict[str, Any]) -> None:
     assert (
-        "limit_vram('much') means nothing; write @pytest.mark.limit_vram(\"2 GiB\")" in on_the_cpu["test_bad_marker"][0]
+        "limit_vram('much') means nothing ('much' is not an amount of memory; write for example 8GiB, 8GB or 512MiB); write "
+        '@pytest.mark.limit_vram("2 GiB")' in on_the_cpu["test_bad_marker"][0]
     )
 
 
@@ -162,6 +163,8 @@ def test_a_marker_that_means_nothing_fails_its_test(on_the_cpu: dict[str, Any]) 
         (("1 GiB", 2), {}),
         (("1 GiB",), {"device": "tpu"}),
         ((0,), {}),
+        ((5.5,), {}),
+        (("8",), {}),
         (("1 GiB",), {"x": 1}),
     ],
 )

@@ -102,8 +102,8 @@ def test_the_picture_shows_stages_with_their_peaks_and_memory_against_the_budget
     assert rows[3].split()[:5] == ["denoise", "(2", "parts", "done)", "1,700.0"]
     assert rows[4].split()[:2] == ["step", "2"]
     allocated = next(row for row in rows if row.startswith("allocated"))
-    assert "1,000.0 MiB of 4,096.0 MiB, peak 1,700.0 MiB" in allocated
-    assert any(row.startswith("device") and "1,600.0 MiB of 4,096.0 MiB" in row for row in rows)
+    assert "1,000.0 MiB of 4.00 GiB, peak 1,700.0 MiB" in allocated
+    assert any(row.startswith("device") and "1,600.0 MiB of 4.00 GiB" in row for row in rows)
     assert "58 s left" in rows[-1]
     close(recorder)
 
@@ -153,9 +153,9 @@ def test_without_a_terminal_every_stage_is_a_line_when_it_ends() -> None:
     lines = [line.partition("] ")[2] for line in stream.getvalue().splitlines()]
     assert lines == [
         "load dit",
-        "load dit: peak 1,000.0 MiB allocated, 1,050.0 MiB reserved, 1,600.0 MiB device (39 % of 4,096.0 MiB), 0.00 s",
+        "load dit: peak 1,000.0 MiB allocated, 1,050.0 MiB reserved, 1,600.0 MiB device (39 % of 4.00 GiB), 0.00 s",
         "denoise",
-        "denoise: peak 1,700.0 MiB allocated, 1,750.0 MiB reserved, 2,300.0 MiB device (56 % of 4,096.0 MiB), 0.00 s",
+        "denoise: peak 1,700.0 MiB allocated, 1,750.0 MiB reserved, 2,300.0 MiB device (56 % of 4.00 GiB), 0.00 s",
     ]
 
 
@@ -173,7 +173,7 @@ def test_profile_live_shows_a_run_and_refuses_several(tmp_path: Path, capsys: py
     captured = capsys.readouterr()
     assert captured.out.startswith("{")
     assert "] decode: peak " in captured.err
-    assert "% of 4,096.0 MiB)" in captured.err
+    assert "% of 4.00 GiB)" in captured.err
     assert main(["profile", str(BASELINE), str(BASELINE.with_name("offload.yaml")), "--live"]) == 2
     assert "--live shows one run" in capsys.readouterr().err
     assert main(["profile", str(BASELINE), *flags, "--retry"]) == 2

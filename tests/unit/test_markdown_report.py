@@ -30,7 +30,7 @@ def test_the_report_of_one_run_is_exactly_this(run: Run) -> None:
 
 Predicted: simulated, nothing was run on a GPU (simulated:h200)
 
-This run will need 6,162.0 MiB of device memory; it fits the budget of 8,192.0 MiB with 2,030.0 MiB to spare; the smallest standard card that holds it has 8 GB.
+This run will need 6,162.0 MiB of device memory; it fits the budget of 8.00 GiB with 2,030.0 MiB to spare; the smallest standard card that holds it has 8 GB.
 
 decode (vae) owns the peak: 3,858.0 MiB of activations on top of 1,276.0 MiB already there. The largest group alive then: 1,929.0 MiB, 1 x \\[1, 96, 4, 480, 832\\] float16 of decoder.up.0.
 
@@ -212,10 +212,10 @@ def failed(run: Run) -> Run:
 
 def test_what_advice_saves_of_a_run_without_memory_is_a_share_of_what_it_would_need(failed: Run) -> None:
     assert answer(failed, Texts()).change == (
-        "On a card without limit this run would need 40.00 GiB; with --load_strategy block 8,192.0 MiB (80 % less), "
+        "On a card without limit this run would need 40.00 GiB; with --load_strategy block 8.00 GiB (80 % less), "
         "which does not fit the card, for 0.50 s more per run (simulated). "
         "Lossy, the video changes: on a card without limit this run would need 40.00 GiB; with --weight_storage fp8 "
-        "4,096.0 MiB (90 % less), which fits the card, and takes 1.00 s less per run (simulated)."
+        "4.00 GiB (90 % less), which fits the card, and takes 1.00 s less per run (simulated)."
     )
     assert "若显存无上限，该运行需要 40.00 GiB；" in answer(failed, Texts("zh")).change
 

@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from wanvram.record import Failure, Memory
 from wanvram.recorder.events import EventLog
-from wanvram.recorder.meters import CpuMeter, CudaMeter, available_ram_bytes
+from wanvram.recorder.meters import CpuMeter, CudaMeter, available_ram_bytes, total_ram_bytes
 from wanvram.recorder.recorder import Recorder
 
 MIB = 2**20
@@ -326,3 +327,15 @@ def test_what_a_container_already_uses_is_not_available_but_its_file_pages_are(
 def test_a_container_without_a_limit_has_the_host_s_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert available_ram_bytes(tmp_path) > MIB
+
+
+@pytest.mark.parametrize("names", [CGROUP_2, CGROUP_1])
+def test_the_ram_of_a_container_is_its_limit_and_of_one_without_the_host_s(
+    names: tuple[str, str, str, str], tmp_path: Path
+) -> None:
+    limit = tmp_path / names[0]
+    limit.parent.mkdir(exist_ok=True)
+    limit.write_text("100\n")
+    assert total_ram_bytes(tmp_path) == 100
+    limit.write_text("max\n")
+    assert total_ram_bytes(tmp_path) == psutil.virtual_memory().total

@@ -13,7 +13,7 @@ from wanvram.kernels.attention import attention
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.run.simulated import simulated_memory
 from wanvram.simulate.gpus import GPUS
-from wanvram.units import MIB
+from wanvram.units import GIB, MIB
 
 MEBI_FLOATS = (512, 512)  # fp32: exactly 1 MiB
 
@@ -205,3 +205,14 @@ def test_a_card_without_a_limit_is_full_at_its_own_size() -> None:
     with device.session(), pytest.raises(OutOfMemory) as caught:
         device.empty((usable + 1,), torch.uint8)
     assert caught.value.limit_bytes == usable
+
+
+@pytest.mark.parametrize(("stated", "usable"), [(48, 48.0), (24, 24 * 0.98), (None, 24 * 0.98)])
+def test_a_card_with_more_memory_than_its_name_had_has_what_is_stated(stated: int | None, usable: float) -> None:
+    device = simulated("rtx4090", None if stated is None else stated * GIB)
+    free = int(usable * GIB) - outside("rtx4090")
+    with device.session():
+        kept = device.empty((free // MIB - 64, MIB), torch.uint8)
+        with pytest.raises(OutOfMemory):
+            device.empty((128, MIB), torch.uint8)
+        assert allocated(device) >= kept.nbytes

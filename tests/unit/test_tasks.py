@@ -11,7 +11,7 @@ import pytest
 
 from wanvram.config import Request, RunConfig
 from wanvram.errors import InputError
-from wanvram.tasks import TASKS, latent_shape
+from wanvram.tasks import TASKS, latent_shape, normal_size
 
 GOLDEN = Path(os.environ.get("WANVRAM_GOLDEN", Path(__file__).parent.parent / "golden"))
 FACTS: dict[str, Any] = json.loads((GOLDEN / "facts.json").read_text(encoding="utf-8"))
@@ -58,3 +58,24 @@ def test_a_given_value_overrides_the_default_and_none_does_not() -> None:
 def test_the_latent_has_the_shape_of_the_official_noise(example: dict[str, Any]) -> None:
     width, height = example["wh"]
     assert latent_shape(example["frame_num"], height, width) == tuple(example["noise_shape"])
+
+
+@pytest.mark.parametrize(
+    ("task", "written", "size"),
+    [
+        ("t2v-1.3B", "832x480", "832*480"),
+        ("t2v-14B", " 720X1280 ", "720*1280"),
+        ("t2v-14B", "480p", "832*480"),
+        ("i2v-14B", "720P", "1280*720"),
+        ("t2i-14B", "1024x1024", "1024*1024"),
+        ("t2v-1.3B", "720p", "720p"),
+        ("t2v-14B", "640x480", "640x480"),
+    ],
+)
+def test_sizes_are_read_as_our_own_pages_write_them(task: str, written: str, size: str) -> None:
+    assert normal_size(task, written) == size
+    if size in TASKS[task].sizes:
+        assert Request.for_task(task, size=written) == Request.for_task(task, size=size)
+    else:
+        with pytest.raises(InputError, match="is not supported by"):
+            Request.for_task(task, size=written)

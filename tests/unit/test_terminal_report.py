@@ -59,7 +59,7 @@ lean: t2v-1.3B 832*480 81 frames
 SIMULATED, nothing was run on a GPU (simulated:h200)
 Peak: allocated 7,242.0 MiB, reserved 7,300.0 MiB, device 7,900.0 MiB in decode
       242.0 MiB there when the stage began + 7,000.0 MiB activation: mostly activations of the stage
-Verdict: fits in 8,192.0 MiB
+Verdict: fits in 8.00 GiB
 
 component     parameters  base MiB  host MiB  activation MiB
 ------------------------------------------------------------
@@ -156,7 +156,7 @@ largest moments:
      7,242.0 MiB  decode / up 1
 
 what would make it fit:
-  wanvram plan --task t2v-1.3B --size '832*480' --frame_num 81 --vram 8192MiB
+  wanvram plan --task t2v-1.3B --size '832*480' --frame_num 81 --precision bf16 --vram 8192MiB
   wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)
 """
     )
@@ -183,9 +183,7 @@ largest moments:
 
 
 def test_a_budget_that_is_too_small_is_said_in_capitals() -> None:
-    assert "\nVerdict: DOES NOT FIT in 6,144.0 MiB\n" in summarize(
-        replace(simulated(), fits=False, budget_bytes=6 * GIB)
-    )
+    assert "\nVerdict: DOES NOT FIT in 6.00 GiB\n" in summarize(replace(simulated(), fits=False, budget_bytes=6 * GIB))
 
 
 def test_only_the_three_largest_moments_are_listed_each_with_its_path_down_to_the_block() -> None:
@@ -296,7 +294,7 @@ def test_a_report_of_several_runs_begins_with_the_lowest_and_highest_and_one_tab
 def test_a_report_of_one_run_begins_with_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(write(tmp_path / "a", simulated())), "--format", "text"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("This run will need 7,900.0 MiB of device memory; it fits the budget of 8,192.0 MiB")
+    assert lines[0].startswith("This run will need 7,900.0 MiB of device memory; it fits the budget of 8.00 GiB")
     assert lines[1].startswith("decode (vae) owns the peak: 7,000.0 MiB of activations")
     assert lines[4] == "lean: t2v-1.3B 832*480 81 frames"
     assert "configuration " not in "\n".join(lines)

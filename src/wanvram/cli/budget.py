@@ -1,18 +1,22 @@
-"""`--vram_budget`: the planner chooses the strategy before the run, which then keeps to the budget as a hard cap."""
+"""Budgets of flags, and `--vram_budget`: the planner chooses the strategy before the run, which keeps to the budget as a hard cap."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
 
+from wanvram.cli.common import stated
+from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
-from wanvram.errors import BudgetError, InputError
-from wanvram.planner.budget import Budget
+from wanvram.errors import BudgetError, DeviceError, InputError
+from wanvram.machine.nvml import first_gpu
+from wanvram.planner.budget import Budget, desktop_bytes, system_ram
 from wanvram.planner.result import Refusal
 from wanvram.record import Predicted
 from wanvram.report.plan import summarize_plan
-from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
-from wanvram.units import parse_bytes
+from wanvram.simulate.gpus import DEFAULT_GPU, GPU, cards_with_memory, find_gpu
+from wanvram.units import gib
 
 __all__ = ["add_budget_flags", "budget_of", "planned"]
 
@@ -22,18 +26,74 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vram_budget", help="plan the fastest lossless strategy for this much, e.g. 8GiB; auto: what is free"
     )
-    group.add_argument("--ram", help="memory of the host the plan may use (default: what is available)")
+    group.add_argument(
+        "--ram",
+        help="memory of the host, of which an eighth and at least 4 GiB are kept free (default: this machine's)",
+    )
 
 
-def budget_of(vram: str, ram: str | None, config: RunConfig) -> Budget:
-    """Budget of `--vram`/`--vram_budget` and `--ram`. Raises InputError, or DeviceError for auto without a GPU."""
-    ram_bytes = parse_bytes(ram) if ram else None
-    if vram.strip().lower() != "auto":
-        return Budget(parse_bytes(vram), ram_bytes=ram_bytes, gpu=config.gpu or DEFAULT_GPU)
-    from wanvram.run.environment import free_device_bytes
+@dataclass(frozen=True)
+class _Here:
+    """The first visible card of this machine, by NVML: asking CUDA would create its context."""
 
-    free, total, name = free_device_bytes()
-    return Budget(free, ram_bytes=ram_bytes, gpu=config.gpu or find_gpu(name, total).key)
+    card: GPU
+    free_bytes: int
+    total_bytes: int
+
+
+def budget_of(vram: str | None, ram: str | None, gpu: str | None, *, flag: str = "vram", now: bool = False) -> Budget:
+    """Budget of `--vram` (or `--vram_budget`), `--ram` and `--gpu`, each of which may be absent.
+
+    now: the run follows, so that RAM in use counts as taken. Raises InputError, also where neither --gpu nor this machine has
+    a card, and DeviceError for auto without a GPU.
+    """
+    auto = vram is not None and vram.strip().lower() == "auto"
+    vram_bytes = None if vram is None or auto else stated(flag, vram)
+    ram_bytes = None if ram is None else stated("ram", ram)
+    named = None if gpu is None else find_gpu(gpu)
+    here = _here(required=auto)
+    notes: list[str] = []
+    card = named or (here.card if here else None)
+    if card is None:
+        raise InputError(_which_card(vram_bytes))
+    if vram_bytes is None and here is not None and (auto or named is None):
+        vram_bytes, now = here.free_bytes, True
+        notes.append(f"{gib(here.free_bytes)} of the {gib(here.total_bytes)} of the {here.card.name} are free now")
+    elif vram_bytes is None:
+        left = desktop_bytes(card)
+        vram_bytes = card.total_bytes - left
+        notes.append(
+            f"of the {gib(card.total_bytes)} that the {card.name} offers, {gib(left)} are left to others, as to a desktop"
+        )
+    budget = Budget(vram_bytes, ram_bytes=ram_bytes, gpu=card.argument, notes=tuple(notes))
+    return _with_ram(budget, now) if ram_bytes is None and here is not None and here.card == card else budget
+
+
+def _here(*, required: bool) -> _Here | None:
+    """None without a card; DeviceError if one is required."""
+    try:
+        gpu = first_gpu()
+    except DeviceError:
+        if required:
+            raise
+        return None
+    free, total = gpu.memory()
+    return _Here(find_gpu(gpu.name, total), free, total)
+
+
+def _with_ram(budget: Budget, now: bool) -> Budget:
+    """With the RAM of this machine or container; what is in use is not ours if the run is to begin now."""
+    from wanvram.recorder.meters import available_ram_bytes, total_ram_bytes
+
+    total = total_ram_bytes()
+    used = total - available_ram_bytes() if now else 0
+    return replace(budget, ram_bytes=total, system_bytes=max(system_ram(total), used))
+
+
+def _which_card(vram_bytes: int | None) -> str:
+    cards = [] if vram_bytes is None else cards_with_memory(vram_bytes)
+    known = f"cards with {gib(vram_bytes or 0)}: {', '.join(cards)}" if cards else "`wanvram check --cards` lists them"
+    return f"no NVIDIA GPU answers here, and how long a run takes depends on the card: name it with --gpu ({known})"
 
 
 def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Predicted | None]:
@@ -47,20 +107,18 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
         return config, None
     if args.vram:
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
-    from wanvram.recorder.meters import available_ram_bytes
-    from wanvram.run.environment import free_device_bytes, gpu_here
+    real = config.device in ("auto", "cuda")
+    default = None if real else DEFAULT_GPU
+    budget = budget_of(args.vram_budget, args.ram, config.gpu or default, flag="vram_budget", now=real)
+    if config.gpu is None and default is not None:
+        note = f"planned for the {budget.card.name}, the card that is simulated where --gpu names none"
+        budget = replace(budget, notes=(*budget.notes, note))
     from wanvram.run.host import since_process_start
     from wanvram.run.planning import plan_run, planned_config
 
-    if config.gpu is None and config.device in ("auto", "cuda"):
-        here = gpu_here()
-        gpu = find_gpu(here, free_device_bytes()[1]).key if here else DEFAULT_GPU
-    else:
-        gpu = config.gpu or DEFAULT_GPU
-    ram = args.ram or str(available_ram_bytes())
-    budget = budget_of(args.vram_budget, ram, RunConfig(**{**vars(config), "gpu": gpu}))
     result, record = plan_run(config, budget, offers=False)
     if isinstance(result, Refusal):
-        raise BudgetError(result.message)
-    print(summarize_plan(result), file=sys.stderr)
-    return planned_config(config, result), None if record is None else record.prediction(since_process_start())
+        raise BudgetError(result.message, result.commands)
+    ready = planned_config(config, result)
+    print(summarize_plan(result, generate_command(ready)), file=sys.stderr)
+    return ready, None if record is None else record.prediction(since_process_start())

@@ -19,9 +19,17 @@ from wanvram.matrix.jobs import exit_code
 from wanvram.planner.search import planned_base
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
-from wanvram.units import parse_bytes
+from wanvram.units import parse_memory
 
-__all__ = ["add_device_flags", "add_output_flags", "finish", "memory_limit", "progress_printer", "settle_allocator"]
+__all__ = [
+    "add_device_flags",
+    "add_output_flags",
+    "finish",
+    "memory_limit",
+    "progress_printer",
+    "settle_allocator",
+    "stated",
+]
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +50,15 @@ def memory_limit(args: argparse.Namespace) -> int | None:
     """Bytes of --vram, None when it is absent. Raises InputError that names the flag."""
     if args.vram is None:
         return None
+    return stated("vram", args.vram)
+
+
+def stated(flag: str, text: str) -> int:
+    """Bytes that a flag states. Raises InputError that names the flag."""
     try:
-        limit = parse_bytes(args.vram)
-    except (InputError, OverflowError):
-        limit = 0
-    if limit < 1:
-        raise InputError(f"--vram: '{args.vram}' is not an amount of memory; write for example 8GiB, 8GB or 512MiB")
-    return limit
+        return parse_memory(text)
+    except InputError as error:
+        raise InputError(f"--{flag}: {error}") from error
 
 
 def settle_allocator(config: RunConfig, *, to_be_planned: bool) -> None:

@@ -7,9 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from wanvram.command_line import FLAG_OF
 from wanvram.config import WEIGHT_HOMES, Request, RunConfig, Strategy, load_config
 from wanvram.errors import InputError
-from wanvram.tasks import TASKS
+from wanvram.tasks import TASKS, normal_size
 
 __all__ = ["add_request_flags", "add_strategy_flags", "boolean", "config_from_flags"]
 
@@ -19,8 +20,6 @@ STRATEGY_DEFAULTS: dict[str, Any] = {"precision": "fp16", "load_strategy": "bloc
 # fp16 is refused there; 2 steps of a tiny model take 1.11 s in fp32, 1.27 s in bf16 (2 cores)
 CPU_PRECISION = "fp32"
 MAX_PROMPT_FILE_BYTES = 8 * 1024 * 1024
-# Keys of the YAML whose flag has another name.
-FLAG_OF = {"prompts": "prompt_file", "offload": "offload_model", "weights": "ckpt_dir", "memory_limit_bytes": "vram"}
 
 
 def boolean(text: str) -> bool:
@@ -43,7 +42,8 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, metavar="FILE.yaml", help="the same as YAML; flags override the file")
     group.add_argument("--task", choices=sorted(TASKS), help="default: t2v-14B")
     group.add_argument(
-        "--size", help="width*height (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio"
+        "--size",
+        help="width*height, also 832x480, 480p, 720p (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio",
     )
     group.add_argument("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i)")
     group.add_argument("--sample_steps", type=int, help="default: 50, 40 for i2v")
@@ -125,6 +125,8 @@ def config_from_flags(
         r = config.request
         return dataclasses.replace(config, name=f"{r.task}-{r.size.replace('*', 'x')}-{r.frame_num}")
     data = load_config(args.config).to_dict()
+    if "size" in request:
+        request["size"] = normal_size(request.get("task", data["request"]["task"]), request["size"])
     if any(request.get(key, data["request"][key]) != data["request"][key] for key in ("task", "size")):
         _forget_defaults(data["request"])
     for section, values in _sections(strategy, device).items():

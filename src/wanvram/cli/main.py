@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
     except WanvramError as error:
         if args.debug:
             raise
-        streams.say(error)
+        streams.say(error, error.commands)
         return error.exit_code
     except Exception as error:
         if args.debug:

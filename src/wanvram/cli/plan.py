@@ -1,9 +1,11 @@
 """Find the fastest way to run a request without loss in the memory there is, and say what it costs; no GPU needed.
 
 examples:
-  wanvram plan --task t2v-14B --size 1280*720 --vram 8GiB --ram 32GiB
-  wanvram plan --task t2v-1.3B --size 832*480 --vram 8GiB --gpu rtx4060 --json
+  wanvram plan --task i2v-14B --size 480p                                          for the card in this machine
+  wanvram plan --task t2v-14B --size 1280*720 --gpu rtx4060 --ram 32GiB            less a desktop's share of its memory
+  wanvram plan --task t2v-1.3B --size 832*480 --vram 6GiB --gpu rtx4060 --json     of a card that is shared
   wanvram plan --task t2v-14B --vram auto -o plan.yaml && wanvram generate --config plan.yaml --ckpt_dir ./Wan2.1-T2V-14B
+  wanvram plan --longest --task t2v-14B --size 480p,720p --gpu rtx4080             the most frames that fit, for each size
 
 Exit code 3 if nothing fits: then it names the smallest budget that would do, and sizes or frames that fit this one.
 """
@@ -20,12 +22,15 @@ import yaml
 from wanvram.cli.budget import budget_of
 from wanvram.cli.common import progress_printer
 from wanvram.cli.flags import add_request_flags, config_from_flags
+from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
+from wanvram.planner.budget import Budget
 from wanvram.planner.result import Plan, Refusal
 from wanvram.record import write_atomically
-from wanvram.report.plan import summarize_plan
-from wanvram.units import gib
+from wanvram.report.plan import longest_table, summarize_plan
+from wanvram.request import MAX_FRAMES
+from wanvram.units import MIB, gib
 
 __all__ = ["prepare_parser", "run"]
 
@@ -33,42 +38,71 @@ __all__ = ["prepare_parser", "run"]
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_request_flags(parser)
     group = parser.add_argument_group("budget")
-    group.add_argument("--vram", required=True, help="memory of the card, for example 8GiB; auto: what it has free now")
-    group.add_argument("--ram", help="memory of the host, for example 16GiB (default: not limited)")
     group.add_argument(
-        "--gpu",
-        metavar="CARD",
-        help="card to plan for, also FILE.yaml (default: the one here with --vram auto, else h200)",
+        "--vram",
+        help="memory to plan for, for example 8GiB; auto: what the card here has free now (default: that, or with --gpu that "
+        "card's memory less a desktop's share)",
+    )
+    group.add_argument(
+        "--ram",
+        help="memory of the host, for example 32GiB; an eighth of it, at least 4 GiB, is kept for the system (default: this "
+        "machine's; not limited for another machine's card)",
+    )
+    group.add_argument(
+        "--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)"
     )
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
     fixed.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16")
     fixed.add_argument("--weight_storage", choices=("same", "fp8"), help="fp8: half the transformer's weights, lossy")
     fixed.add_argument("--vae_precision", choices=("fp32", "bf16", "fp16"), help="default: fp32; others are lossy")
-    parser.add_argument("--ckpt_dir", "--weights", dest="weights", help="written into -o (default: random)")
+    parser.add_argument("--longest", action="store_true", help="find the most frames that fit; --size may name several")
+    parser.add_argument(
+        "--ckpt_dir", "--weights", dest="weights", help="written into the command and -o (default: random)"
+    )
     parser.add_argument("-o", "--output", type=Path, help="YAML configuration for generate and profile")
     parser.add_argument("--force", action="store_true", help="replace the file that is already there")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_from_flags(args, device=None, weights=args.weights, gpu=args.gpu, memory_limit_bytes=None)
+    if args.longest:
+        return _longest(args)
+    config = _config(args)
     if args.output is not None and args.output.exists() and not args.force:
         raise InputError(f"{args.output} exists; --force replaces it")
-    budget = budget_of(args.vram, args.ram, config)
+    budget = _budget(args, config)
     from wanvram.run.planning import plan_run, planned_config
 
     result, _ = plan_run(config, budget, show=progress_printer(args))
-    if args.json:
-        print(json.dumps(result.to_json(), ensure_ascii=False))
     if isinstance(result, Refusal):
-        raise BudgetError(result.message)
-    if not args.json:
-        print(summarize_plan(result), end="")
+        if args.json:
+            print(json.dumps(result.to_json(), ensure_ascii=False))
+        raise BudgetError(result.message, result.commands)
+    ready = planned_config(config, result)
+    command = _command(ready)
+    if args.json:
+        print(json.dumps(result.to_json() | {"command": command}, ensure_ascii=False))
+    else:
+        print(summarize_plan(result, command), end="")
     if args.output is not None:
-        write_atomically(args.output, _yaml(planned_config(config, result), result))
+        write_atomically(args.output, _yaml(ready, result))
         if not args.json:
             print(f"Wrote {args.output}")
     return 0
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    return config_from_flags(args, device=None, weights=args.weights, gpu=args.gpu, memory_limit_bytes=None)
+
+
+def _budget(args: argparse.Namespace, config: RunConfig) -> Budget:
+    return budget_of(args.vram, args.ram, config.gpu)
+
+
+def _command(planned: RunConfig) -> str:
+    """For the card that is there, with whole MiB of the budget as a cap."""
+    limit = planned.memory_limit_bytes
+    return generate_command(replace(planned, gpu=None, memory_limit_bytes=limit and limit // MIB * MIB))
 
 
 def _yaml(planned: RunConfig, plan: Plan) -> str:
@@ -76,3 +110,45 @@ def _yaml(planned: RunConfig, plan: Plan) -> str:
     budget = plan.budget
     described = replace(planned, description=f"planned for {gib(budget.usable_bytes)} on {budget.card.name}")
     return yaml.safe_dump(described.to_dict(), allow_unicode=True, sort_keys=False)
+
+
+def _longest(args: argparse.Namespace) -> int:
+    """One row per size: the most frames that fit; exit code 3 if no size fits with the fewest."""
+    if args.output is not None or args.frame_num is not None:
+        raise InputError("--longest: finds --frame_num and writes no file; leave --frame_num and -o out")
+    sizes = args.size.split(",") if args.size else [None]
+    configs = [_config(argparse.Namespace(**{**vars(args), "size": size})) for size in sizes]
+    budget = _budget(args, configs[0])
+    from wanvram.run.longest import plan_longest
+    from wanvram.run.planning import planned_config
+
+    show = progress_printer(args)
+    found = [(config, plan_longest(config, budget, show)) for config in configs]
+    commands = {c.request.size: _command(planned_config(_of(c, p), p)) for c, p in found if p is not None}
+    if args.json:
+        rows = [
+            {
+                "size": c.request.size,
+                "frame_num": p.request.frame_num if p else None,
+                "plan": p.to_json() if p else None,
+            }
+            | {"command": commands.get(c.request.size)}
+            for c, p in found
+        ]
+        print(json.dumps({"schema": 1, "fits": bool(commands), "longest": rows}, ensure_ascii=False))
+    if not commands:
+        raise BudgetError(
+            f"{configs[0].request.task} fits {gib(budget.usable_bytes)} at none of these sizes, however short"
+        )
+    if not args.json:
+        r = configs[0].request
+        print(
+            f"{r.task}, {r.sample_steps} steps, the most frames that fit {gib(budget.usable_bytes)} of {budget.card.name}\n"
+        )
+        print(longest_table([(c.request.size, p) for c, p in found], MAX_FRAMES))
+        print("\n".join(["", "run it with:", *(f"  {command}" for command in commands.values())]))
+    return 0
+
+
+def _of(config: RunConfig, plan: Plan) -> RunConfig:
+    return replace(config, request=plan.request)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TextIO
 
+from wanvram.command_line import MAX_COMMAND
 from wanvram.foreign_text import ESCAPING, shown
 
 __all__ = ["abandon", "flushed", "prepare", "say"]
@@ -20,10 +22,11 @@ def prepare() -> None:
                 stream.reconfigure(errors=ESCAPING)
 
 
-def say(sentence: object) -> None:
-    """One sentence on stderr, if it can be written there at all. Foreign text in it cannot leave its line."""
+def say(sentence: object, commands: Sequence[str] = ()) -> None:
+    """One sentence on stderr, if it can be written there at all, and commands below it. Foreign text cannot leave its line."""
     try:
-        print(f"wanvram: {shown(sentence)}", file=sys.stderr, flush=True)
+        lines = [f"wanvram: {shown(sentence)}", *(f"  {shown(command, MAX_COMMAND)}" for command in commands)]
+        print("\n".join(lines), file=sys.stderr, flush=True)
     except (AttributeError, OSError, ValueError):
         abandon(sys.stderr)
 

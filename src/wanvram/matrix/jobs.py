@@ -8,9 +8,10 @@ from pathlib import Path
 
 from wanvram.config import RunConfig, load_config
 from wanvram.errors import InputError
+from wanvram.planner.budget import usable_memory
 from wanvram.record import RunRecord, dotted
 from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
-from wanvram.units import parse_bytes
+from wanvram.units import parse_memory
 
 __all__ = ["Job", "changed_keys", "difference", "differing", "exit_code", "expected", "finished"]
 
@@ -82,9 +83,9 @@ def _same_device(config: RunConfig, record: RunRecord | None, asked: str) -> boo
         return config.device == asked
     if config.device == "auto" and record is not None and record.device != "auto":
         return asked == ("simulated" if record.simulated else "cuda")
-    from wanvram.run.environment import gpu_here  # reaches torch: only where `auto` has to be resolved
+    from wanvram.run.environment import cuda_usable  # reaches torch: only where `auto` has to be resolved
 
-    here = "cuda" if gpu_here() else "simulated"
+    here = "cuda" if cuda_usable() else "simulated"
     return here in (config.device, asked)
 
 
@@ -110,7 +111,7 @@ def expected(job: Job, found: RunConfig) -> RunConfig:
         return config
     limit = found.memory_limit_bytes
     if job.vram_budget.strip().lower() != "auto":
-        limit = min(parse_bytes(job.vram_budget), find_gpu(found.gpu or DEFAULT_GPU).total_bytes)
+        limit = usable_memory(parse_memory(job.vram_budget), find_gpu(found.gpu or DEFAULT_GPU))
     return replace(config, strategy=found.strategy, gpu=config.gpu or found.gpu, memory_limit_bytes=limit)
 
 

@@ -227,7 +227,8 @@ def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
 
 
 def _reason(code: int, log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    printed = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [line.strip() for line in printed if line.strip() and not line.startswith("  ")]  # not commands to copy
     last = lines[-1].removeprefix("wanvram: ")[:500] if lines else "it printed nothing"
     if code < 0:
         name = signal.Signals(-code).name

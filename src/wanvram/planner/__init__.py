@@ -2,7 +2,7 @@
 
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import Forecast, StageForecast
-from wanvram.planner.result import Alternative, Offer, Plan, Refusal, Rejected
+from wanvram.planner.result import Alternative, Offer, Plan, Refusal, Rejected, Trade
 from wanvram.planner.search import Options, search
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "Refusal",
     "Rejected",
     "StageForecast",
+    "Trade",
     "search",
 ]

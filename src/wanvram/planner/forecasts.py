@@ -135,6 +135,14 @@ class Trials:
     def fits(self, component: str, strategy: Strategy) -> bool:
         return self.fits_device(component, strategy) and self.fits_host(component, strategy)
 
+    def peak(self, strategy: Strategy) -> int:
+        """Device memory of the whole run."""
+        return max(stage.peak_device_bytes for stage in self.stages(strategy))
+
+    def host(self, strategy: Strategy) -> int:
+        """Weights in host RAM, of the component that has most there."""
+        return max(stage.host_bytes for stage in self.stages(strategy))
+
     def stages(self, strategy: Strategy) -> tuple[StageForecast, ...]:
         return tuple(self.of(component, strategy) for component in components_of(self.request))
 

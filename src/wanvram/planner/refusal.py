@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from wanvram.command_line import plan_command
 from wanvram.config import Request, Strategy
-from wanvram.planner.budget import PROCESS_BYTES
 from wanvram.planner.forecasts import Trials, components_of
 from wanvram.planner.result import Alternative, Refusal
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import variants
 from wanvram.tasks import TASKS
-from wanvram.units import gib
+from wanvram.units import exact, gib
 
-__all__ = ["refuse"]
+__all__ = ["least_peak", "refuse"]
 
 
 def refuse(trials: Trials, base: Strategy) -> Refusal:
@@ -32,6 +32,7 @@ def refuse(trials: Trials, base: Strategy) -> Refusal:
         smallest,
         alternatives,
         _message(trials, component, smallest, alternatives),
+        tuple(_command(trials, base, alternative) for alternative in alternatives),
     )
 
 
@@ -39,11 +40,11 @@ def _refuse_for_host(trials: Trials, base: Strategy) -> Refusal:
     """The device would do, but no way to keep the weights fits host RAM beside it."""
     needed = {name: min(_host_bytes(trials, base, name)) for name in components_of(trials.request)}
     component = max(needed, key=lambda name: needed[name])
-    smallest = needed[component] + PROCESS_BYTES
+    smallest = trials.budget.smallest_ram(needed[component])
     given = gib(trials.budget.ram_bytes or 0)
     message = (
-        f"within {gib(trials.budget.usable_bytes)} of device memory the {component} needs {gib(smallest)} of host RAM, "
-        f"but --ram is {given}; give more of either"
+        f"within {gib(trials.budget.usable_bytes)} of device memory the {component} needs {gib(smallest)} of host RAM with "
+        f"what is kept for the system, but --ram is {given}; give more of either"
     )
     return Refusal(trials.request, trials.budget, "host", component, smallest, (), message)
 
@@ -52,17 +53,14 @@ def _host_bytes(trials: Trials, base: Strategy, component: str) -> list[int]:
     """Of the lean strategies that fit the device."""
     return [
         trials.of(component, strategy).host_bytes
-        for strategy in _lean(trials.request, base, component, "disk")
+        for strategy in _lean(trials.request, base, component)
         if trials.of(component, strategy).peak_device_bytes <= trials.budget.device_limit
     ]
 
 
-def _lean(request: Request, base: Strategy, component: str, home: str = "pinned") -> list[Strategy]:
-    """The lossless strategies among which a component's smallest peak is.
-
-    home: where the weights wait changes nothing on the device, and the search has asked for pinned ones already.
-    """
-    block = replace(base, load_strategy="block", weights_in=home)
+def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
+    """The lossless strategies among which a component's smallest peak is, on the device and in RAM."""
+    block = replace(base, load_strategy="block", weights_in="disk")
     if component.startswith("vae"):
         return [replace(base, vae_tile=tiles_for(request)[-1])]
     if component == "text_encoder":
@@ -72,12 +70,13 @@ def _lean(request: Request, base: Strategy, component: str, home: str = "pinned"
     return [replace(block, **variants(request)[-1])]
 
 
-def _least_peak(trials: Trials, base: Strategy, component: str) -> int:
+def least_peak(trials: Trials, base: Strategy, component: str) -> int:
+    """Device memory of a component with every lossless saving."""
     return min(trials.of(component, s).peak_device_bytes for s in _lean(trials.request, base, component))
 
 
 def _least_peaks(trials: Trials, base: Strategy) -> dict[str, int]:
-    return {component: _least_peak(trials, base, component) for component in components_of(trials.request)}
+    return {component: least_peak(trials, base, component) for component in components_of(trials.request)}
 
 
 def _alternative(trials: Trials, base: Strategy, size: str, frames: int, first: str) -> Alternative | None:
@@ -85,7 +84,7 @@ def _alternative(trials: Trials, base: Strategy, size: str, frames: int, first: 
     other = trials.for_request(size=size, frame_num=frames)
     peaks = []
     for component in sorted(components_of(other.request), key=lambda name: name != first):
-        peaks.append(_least_peak(other, base, component))
+        peaks.append(least_peak(other, base, component))
         if peaks[-1] > other.budget.device_limit:
             return None
     return Alternative(size, frames, max(peaks))
@@ -149,3 +148,11 @@ def _flags(request: Request, alternative: Alternative) -> str:
     size = f"--size {alternative.size}" if alternative.size != request.size else ""
     frames = f"--frame_num {alternative.frame_num}" if alternative.frame_num != request.frame_num else ""
     return " ".join(part for part in (size, frames) if part)
+
+
+def _command(trials: Trials, base: Strategy, alternative: Alternative) -> str:
+    """The same request with that size and number of frames, for the same budget."""
+    budget = trials.budget
+    request = replace(trials.request, size=alternative.size, frame_num=alternative.frame_num)
+    ram = None if budget.ram_bytes is None else exact(budget.ram_bytes)
+    return plan_command(request, base, vram=exact(budget.vram_bytes), ram=ram, gpu=budget.card.argument)

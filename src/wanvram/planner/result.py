@@ -9,7 +9,7 @@ from wanvram.config import Request, Strategy
 from wanvram.planner.budget import PROCESS_BYTES, Budget
 from wanvram.planner.forecasts import StageForecast, stage_seconds, total_seconds
 
-__all__ = ["Alternative", "Offer", "Plan", "Refusal", "Rejected", "changed_knobs"]
+__all__ = ["Alternative", "Offer", "Plan", "Refusal", "Rejected", "Trade", "changed_knobs"]
 
 SCHEMA = 1
 
@@ -37,6 +37,19 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Trade:
+    """A faster choice that fits and was not taken, because it gains less than 1 % of the time: what it gains and takes more.
+
+    change: the knobs that differ from the plan.
+    """
+
+    change: dict[str, Any]
+    seconds_gained: float
+    host_more_bytes: int
+    device_more_bytes: int
+
+
+@dataclass(frozen=True)
 class Offer:
     """One lossy knob on top of the plan, never chosen by the planner. Savings of the component it acts on; negative: costs.
 
@@ -53,16 +66,19 @@ class Offer:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fastest lossless strategy found whose predicted device memory and margin fit the budget."""
+    """A lossless strategy within 1 % of the fastest found whose predicted device memory and margin fit the budget."""
 
     request: Request
     budget: Budget
     strategy: Strategy
     stages: tuple[StageForecast, ...]
     rejected: tuple[Rejected, ...] = ()
+    trades: tuple[Trade, ...] = ()
     offers: tuple[Offer, ...] = ()
     notes: tuple[str, ...] = ()
-    whole_run_bytes: int | None = None  # device peak of the strategy's run, once it has been simulated whole
+    # Device peak and seconds of the whole command once the run has been simulated whole; stages are then its own.
+    whole_run_bytes: int | None = None
+    whole_run_seconds: float | None = None
 
     @property
     def peak_device_bytes(self) -> int:
@@ -80,7 +96,8 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        return total_seconds(self.request, self.stages)
+        """Of the whole command once that is known, else of its stages."""
+        return self.whole_run_seconds or total_seconds(self.request, self.stages)
 
     def to_json(self) -> dict[str, Any]:
         """Bytes are integers, seconds floats or null."""
@@ -98,6 +115,7 @@ class Plan:
             "seconds": self.seconds,
             "stages": stages,
             "rejected": [asdict(r) for r in self.rejected],
+            "trades": [asdict(t) for t in self.trades],
             "lossy": [asdict(o) for o in self.offers],
             "notes": list(self.notes),
         }
@@ -123,6 +141,7 @@ class Refusal:
     smallest_bytes: int
     alternatives: tuple[Alternative, ...]
     message: str
+    commands: tuple[str, ...] = ()  # the same request with each of the alternatives
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -135,6 +154,7 @@ class Refusal:
             "smallest_bytes": self.smallest_bytes,
             "alternatives": [asdict(a) for a in self.alternatives],
             "message": self.message,
+            "commands": list(self.commands),
         }
 
 
@@ -144,6 +164,7 @@ def _budget_json(budget: Budget) -> dict[str, Any]:
         "usable_bytes": budget.usable_bytes,
         "margin_bytes": budget.margin,
         "ram_bytes": budget.ram_bytes,
+        "ram_kept_bytes": budget.system if budget.ram_bytes is not None else None,
         "gpu": budget.card.key,
         "gpu_measured": budget.card.measured,
     }

@@ -1,4 +1,6 @@
-"""The fastest lossless Strategy that fits a budget. No torch: the simulation is injected as `forecast`.
+"""The fastest lossless Strategy that fits a budget; within 1 % of its time, the one that needs less. No torch.
+
+The simulation is injected as `forecast`.
 
 Components come one after the other (offload), so each is searched alone and the run's peak is the highest of theirs. Keeping
 all of them on the device would save no time: each is loaded once per run either way. What couples them is load_strategy and
@@ -12,16 +14,18 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from wanvram.config import WEIGHT_HOMES, Request, Strategy
-from wanvram.planner.budget import Budget
-from wanvram.planner.forecasts import KNOBS, Forecast, StageForecast, Trial, Trials, components_of, total_seconds
+from wanvram.config import Request, Strategy
+from wanvram.planner.budget import Budget, beyond_card
+from wanvram.planner.economy import thriftiest, trades
+from wanvram.planner.forecasts import KNOBS, Forecast, StageForecast, Trial, Trials, total_seconds
+from wanvram.planner.placement import placements
 from wanvram.planner.refusal import refuse
 from wanvram.planner.result import Offer, Plan, Refusal, Rejected
 from wanvram.planner.tiles import largest_tile
-from wanvram.planner.transformer import cannot_fit, fastest_streamed
+from wanvram.simulate.host import HOST
 from wanvram.units import gib
 
-__all__ = ["Options", "planned_base", "search"]
+__all__ = ["Options", "cleared", "planned_base", "search"]
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,22 @@ class Options:
 def search(request: Request, budget: Budget, options: Options, forecast: Forecast) -> Plan | Refusal:
     """A Plan whose peak plus margin is within the budget, every stage of it forecast as it will run; or why there is none."""
     trials = Trials(request, budget, forecast)
-    base = _clean(options.base)
+    base = cleared(options.base)
     tiled = largest_tile(trials, base)
-    chosen = None if tiled is None else _placement(trials, tiled)
-    if chosen is None:
+    placed = None if tiled is None else placements(trials, tiled)
+    if placed is None:
         return refuse(trials, base)
+    chosen = thriftiest(trials, placed)
+    traded = trades(trials, placed.found, chosen, offers=options.offers)
     return Plan(
         request,
         budget,
         chosen,
         trials.stages(chosen),
         rejected=tuple(_rejected(trials, chosen)),
+        trades=tuple(traded),
         offers=tuple(_offers(trials, chosen)) if options.offers else (),
-        notes=tuple(_notes(trials, chosen)),
+        notes=(*budget.notes, *_notes(trials, chosen)),
     )
 
 
@@ -56,46 +63,11 @@ def planned_base(strategy: Strategy) -> Strategy:
     return replace(strategy, expandable_segments=sys.platform == "linux")
 
 
-def _clean(base: Strategy) -> Strategy:
+def cleared(base: Strategy) -> Strategy:
     """Every knob that the planner decides at the value of the plain run; offload costs nothing."""
     plain = Strategy()
     knobs = {knob for names in KNOBS.values() for knob in names} - {"precision", "weight_storage", "vae_precision"}
     return replace(base, offload=True, **{knob: getattr(plain, knob) for knob in knobs})
-
-
-def _placement(trials: Trials, base: Strategy) -> Strategy | None:
-    """Where the weights of every component are: everything resident in turn, else the faster of what streaming or the host allow."""
-    dit_fits = trials.fits("dit", base)
-    if dit_fits and _encoders_fit(trials, base):
-        return base
-    candidates = [_streamed(trials, base)]
-    on_host = replace(base, t5_cpu=True)
-    if dit_fits and _encoders_fit(trials, on_host):
-        candidates.append(on_host)
-    found = [candidate for candidate in candidates if candidate is not None]
-    times = [trials.seconds(candidate) for candidate in found]
-    known = [time for time in times if time is not None]
-    if not found or len(known) < len(times):
-        return found[0] if found else None
-    return found[known.index(min(known))]
-
-
-def _encoders_fit(trials: Trials, strategy: Strategy) -> bool:
-    names = [name for name in components_of(trials.request) if name in ("text_encoder", "image_encoder")]
-    return all(trials.fits(name, strategy) for name in names)
-
-
-def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
-    """Blocks streamed from the fastest place that holds them."""
-    for home in WEIGHT_HOMES:
-        block = replace(base, load_strategy="block", weights_in=home)
-        fitting = next((s for s in (block, replace(block, t5_cpu=True)) if _encoders_fit(trials, s)), None)
-        found = fastest_streamed(trials, fitting) if fitting is not None else None
-        if found is not None:
-            return found
-        if fitting is not None and cannot_fit(trials, fitting):
-            return None
-    return None
 
 
 # --- explanations ------------------------------------------------------------------------------------------------------------
@@ -185,10 +157,18 @@ def _notes(trials: Trials, chosen: Strategy) -> list[str]:
         notes.append(f"{card.name}: {card.note}; memory and time were not measured on this card")
     if budget.usable_bytes < budget.vram_bytes:
         notes.append(f"the {card.name} offers a process {gib(budget.usable_bytes)}, so that is the budget")
+    beyond = beyond_card(budget.vram_bytes, card)
+    if beyond is not None:
+        notes.append(beyond)
     if trials.seconds(chosen) is None:
         notes.append("times are unknown: choices were ordered by how much they usually cost, not by prediction")
     if budget.ram_bytes is None:
         notes.append("host RAM was not limited; --ram 16GiB makes the plan respect it")
+    if chosen.load_strategy == "block" and chosen.weights_in == "disk":
+        rate = HOST.disk_bytes / 1e9
+        notes.append(
+            f"blocks are read from disk in every pass: times assume {rate:.1f} GB/s, the rate of a drive that was measured"
+        )
     lossy = [k for k in ("weight_storage", "vae_precision") if getattr(chosen, k) != getattr(Strategy(), k)]
     notes += [f"{knob} {getattr(chosen, knob)} is lossy and was asked for" for knob in lossy]
     return notes

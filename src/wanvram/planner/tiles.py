@@ -25,20 +25,18 @@ def tiles_for(request: Request) -> list[int | None]:
 
 
 def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
-    """`base` with the largest tiles with which both halves of the VAE fit, by bisection; None: even the smallest do not."""
+    """`base` with the largest tiles with which both halves of the VAE fit; None: even the smallest do not.
+
+    By bisection after whole frames and the largest tiles, which most cards hold: small tiles are many, and slow to simulate.
+    """
     tiles = tiles_for(trials.request)
     parts = [name for name in components_of(trials.request) if name.startswith("vae")]
-
-    def fits(index: int) -> bool:
-        strategy = replace(base, vae_tile=tiles[index])
-        return all(trials.fits(part, strategy) for part in parts)
-
-    if fits(0):
-        return replace(base, vae_tile=None)
-    too_large, smallest = 0, len(tiles) - 1
-    if not fits(smallest):
-        return None
-    while smallest - too_large > 1:
-        middle = (too_large + smallest) // 2
-        too_large, smallest = (too_large, middle) if fits(middle) else (middle, smallest)
-    return replace(base, vae_tile=tiles[smallest])
+    too_large, fitting = -1, len(tiles)
+    while fitting - too_large > 1:
+        middle = too_large + 1 if too_large < 1 else (too_large + fitting) // 2
+        strategy = replace(base, vae_tile=tiles[middle])
+        if all(trials.fits(part, strategy) for part in parts):
+            fitting = middle
+        else:
+            too_large = middle
+    return None if fitting == len(tiles) else replace(base, vae_tile=tiles[fitting])

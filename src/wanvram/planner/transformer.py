@@ -13,7 +13,16 @@ from wanvram.planner.forecasts import StageForecast, Trial, Trials, stage_second
 from wanvram.specs import DIT
 from wanvram.tasks import TASKS, latent_shape
 
-__all__ = ["NEGLIGIBLE", "block_count", "cannot_fit", "fastest_streamed", "variants"]
+__all__ = [
+    "NEGLIGIBLE",
+    "block_count",
+    "cannot_fit",
+    "fastest_streamed",
+    "most_resident",
+    "plain",
+    "variants",
+    "whole_transformer",
+]
 
 NEGLIGIBLE = 0.01  # of a step: within it of the resident transformer, the search stops looking for faster ways
 ROWS = (
@@ -38,23 +47,24 @@ def variants(request: Request) -> list[dict[str, Any]]:
 def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
     """The fastest block-streamed strategy that fits, `base` (load_strategy block) with more knobs set; None: none fits.
 
-    Nothing streamed is faster than the resident transformer, so the search ends once a step is within 1 % of that. Unknown
-    times: the first variant that fits, with as many resident blocks as fit.
+    Nothing streamed is faster than the resident transformer, so the search ends once a step is within 1 % of that. Blocks stay
+    resident where that saves time, or RAM that holds them otherwise. Unknown times: the first variant that fits, with as many
+    resident blocks as fit.
     """
     if not _host_can_hold(trials, base):
         return None
     best: Strategy | None = None
     on_device = False
     for number, knobs in enumerate(variants(trials.request)):
-        if on_device and (number > 1 or (best is not None and not _copy_bound(trials, best))):
+        if on_device and (number > 1 or (best is not None and not _waits(trials, best))):
             break  # chunks of few rows cost more than the little that they leave for resident blocks
-        found = _most_resident(trials, replace(base, **knobs))
+        found = _filled(trials, replace(base, **knobs))
         on_device = on_device or found is not None
         best = _faster(trials, best, found)
-    if best is not None and _copy_bound(trials, best):
+    if best is not None and _waits(trials, best):
         # Half the copies, for a second residual stream: slicing makes the room for that.
         joint = replace(best, cfg="joint", attention_slicing=True, resident_blocks=0)
-        best = _faster(trials, best, _most_resident(trials, joint))
+        best = _faster(trials, best, _filled(trials, joint))
     return best
 
 
@@ -64,19 +74,19 @@ def cannot_fit(trials: Trials, base: Strategy) -> bool:
     return leanest is not None and leanest.peak_device_bytes > trials.budget.device_limit
 
 
-def _plain(strategy: Strategy) -> Strategy:
+def plain(strategy: Strategy) -> Strategy:
     """Without any lossless saving of activations, and without resident blocks."""
     return replace(strategy, attention_slicing=False, rows_per_chunk=None, cfg="sequential", resident_blocks=0)
 
 
-def _whole(trials: Trials, strategy: Strategy) -> StageForecast:
+def whole_transformer(trials: Trials, strategy: Strategy) -> StageForecast:
     """The resident transformer: what `strategy` is compared with."""
-    return trials.of("dit", replace(_plain(strategy), load_strategy="full", weights_in="pinned"))
+    return trials.of("dit", replace(plain(strategy), load_strategy="full", weights_in="pinned"))
 
 
 def _host_can_hold(trials: Trials, base: Strategy) -> bool:
     """False, without another simulation, if the weights that cannot be on the device do not go into host RAM either."""
-    least = _whole(trials, base).base_bytes - trials.budget.device_limit
+    least = whole_transformer(trials, base).base_bytes - trials.budget.device_limit
     limit = trials.budget.host_limit(base.weights_in)
     if base.weights_in == "disk" or least <= limit:
         return True
@@ -84,14 +94,24 @@ def _host_can_hold(trials: Trials, base: Strategy) -> bool:
     return False
 
 
-def _most_resident(trials: Trials, start: Strategy) -> Strategy | None:
-    """`start` with as many resident blocks as fit the device. Memory is linear in them: interpolated, then verified."""
+def _filled(trials: Trials, start: Strategy) -> Strategy | None:
+    """`start` with as many resident blocks as fit the device; none where a step does not wait and the disk holds the others."""
     if not trials.fits_device("dit", start):
         return None
-    blocks, limit = block_count(trials.request), trials.budget.device_limit
+    if start.weights_in == "disk" and _waits(trials, start) is False:
+        return start
+    return most_resident(trials, start, trials.budget.device_limit)
+
+
+def most_resident(trials: Trials, start: Strategy, limit: int) -> Strategy:
+    """`start`, which fits, with as many resident blocks as device memory of `limit` bytes holds.
+
+    Memory is linear in them: interpolated, then verified.
+    """
+    blocks = block_count(trials.request)
     least = trials.of("dit", start).peak_device_bytes
     # Streaming keeps buffers of about two blocks, so the resident transformer holds two fewer than `blocks` more.
-    more = _whole(trials, start).peak_device_bytes - trials.of("dit", _plain(start)).peak_device_bytes
+    more = whole_transformer(trials, start).peak_device_bytes - trials.of("dit", plain(start)).peak_device_bytes
     per_block = max(1.0, more / max(1, blocks - 2))
     fitting, too_many = 0, blocks + 1
     for _ in range(VERIFICATIONS):
@@ -104,11 +124,11 @@ def _most_resident(trials: Trials, start: Strategy) -> Strategy | None:
     return replace(start, resident_blocks=fitting)
 
 
-def _copy_bound(trials: Trials, strategy: Strategy) -> bool:
-    """A step waits for copies: it takes more than 1 % longer than with every block resident. Unknown times: no."""
+def _waits(trials: Trials, strategy: Strategy) -> bool | None:
+    """A step waits for copies: it takes more than 1 % longer than with every block resident. None: times are unknown."""
     now = trials.of("dit", strategy).seconds_per_step
-    resident = _whole(trials, strategy).seconds_per_step
-    return now is not None and resident is not None and now > resident * (1 + NEGLIGIBLE)
+    resident = whole_transformer(trials, strategy).seconds_per_step
+    return None if now is None or resident is None else now > resident * (1 + NEGLIGIBLE)
 
 
 def _faster(trials: Trials, best: Strategy | None, found: Strategy | None) -> Strategy | None:

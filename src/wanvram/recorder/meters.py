@@ -23,7 +23,7 @@ from wanvram.machine.nvml import Gpu, first_gpu
 from wanvram.record import Memory
 from wanvram.units import MIB
 
-__all__ = ["CpuMeter", "CudaMeter", "Meter", "available_ram_bytes"]
+__all__ = ["CpuMeter", "CudaMeter", "Meter", "available_ram_bytes", "total_ram_bytes"]
 
 
 class Meter(Protocol):
@@ -325,6 +325,12 @@ def available_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         used = (int(use) if use.isdigit() else 0) - int(statistics.get(reclaimable, 0))
         available = min(available, max(0, int(limit) - max(0, used)))
     return available
+
+
+def total_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Host memory of the machine, or a container's limit if that is less."""
+    limits = [_text(cgroup / limit_file).strip() for limit_file, *_ in _CGROUPS]
+    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def _text(path: Path) -> str:

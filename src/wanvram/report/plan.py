@@ -1,27 +1,30 @@
-"""A plan as text: does it fit, how long does it take, which knobs, why not the faster ones, what would cost quality. No torch."""
+"""A plan as text: does it fit, how long does it take, the command, why nothing faster, what would cost quality. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from wanvram.planner.forecasts import StageForecast, stage_seconds
-from wanvram.planner.result import Offer, Plan, Rejected, changed_knobs
+from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.report.terminal import table
-from wanvram.units import gib, human, seconds
+from wanvram.units import gib, human, mib_cell, seconds
 
-__all__ = ["flags_of", "summarize_plan"]
+__all__ = ["longest_table", "summarize_plan"]
 
-# What the command line assumes when a flag is absent differs from Strategy(): these are always said.
-ALWAYS = ("precision", "load_strategy", "offload")
 LEAST_SECONDS = 0.1  # of a whole run; below that a time is not worth a word
 ABSENT = {"vae_tile": "none (whole frames)", "rows_per_chunk": "chosen by size"}
+FRAMES_PER_SECOND = 16  # of every Wan2.1 video
 
 
-def summarize_plan(plan: Plan) -> str:
-    """Multi-line text; exact for a given plan."""
-    parts = [_headline(plan), "", f"strategy: {flags_of(plan)}", "", _stages(plan)]
+def summarize_plan(plan: Plan, command: str) -> str:
+    """Multi-line text; exact for a given plan. command: what runs it."""
+    parts = [_headline(plan), "", "run it with:", f"  {command}", "", _stages(plan)]
     if plan.rejected:
         parts += ["", "faster, but too large:", *(f"  {_rejected(r)}" for r in plan.rejected)]
+    trades = [_trade(t) for t in plan.trades if t.seconds_gained >= LEAST_SECONDS]
+    if trades:
+        parts += ["", "faster by less than 1 %, not used:", *(f"  {trade}" for trade in trades)]
     if plan.offers:
         parts += ["", "lossy, not used:", *(f"  {_offer(o)}" for o in plan.offers)]
     if plan.notes:
@@ -29,31 +32,25 @@ def summarize_plan(plan: Plan) -> str:
     return "\n".join(parts) + "\n"
 
 
-def flags_of(plan: Plan) -> str:
-    """The strategy as flags of generate."""
-    knobs = {name: getattr(plan.strategy, name) for name in ALWAYS} | changed_knobs(plan.strategy)
-    return " ".join(f"--{'offload_model' if name == 'offload' else name} {value}" for name, value in knobs.items())
-
-
 def _headline(plan: Plan) -> str:
     r, budget = plan.request, plan.budget
     spare = budget.usable_bytes - plan.peak_device_bytes
     step = "unknown" if plan.seconds_per_step is None else seconds(plan.seconds_per_step)
     whole = "unknown" if plan.seconds is None else seconds(plan.seconds)
-    ram = "" if budget.ram_bytes is None else f" of {gib(budget.ram_bytes)}"
+    ram = "" if budget.ram_bytes is None else f" of {gib(budget.ram_bytes)}, {gib(budget.system)} kept for the system"
     return "\n".join(
         [
             f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps, predicted for {budget.card.name}",
-            f"Fits in {gib(budget.usable_bytes)}: device memory {gib(plan.peak_device_bytes)}, {human(spare)} to spare "
+            f"Fits in {gib(budget.usable_bytes)}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
             f"(margin kept: {human(budget.margin)})",
             f"Time: {step} per step, {whole} in all",
-            f"Host RAM: {gib(plan.host_bytes)}{ram}",
+            f"Host RAM: {human(plan.host_bytes)}{ram}",
         ]
     )
 
 
 def _stages(plan: Plan) -> str:
-    rows = [["component", "weights", "device peak", "host weights", "time"]]
+    rows = [["component", "weights MiB", "device MiB", "host weights MiB", "time"]]
     rows += [_row(plan, stage) for stage in plan.stages]
     return table(rows)
 
@@ -61,13 +58,20 @@ def _stages(plan: Plan) -> str:
 def _row(plan: Plan, stage: StageForecast) -> list[str]:
     time = stage_seconds(plan.request, stage)
     sizes = (stage.base_bytes, stage.peak_device_bytes, stage.host_bytes)
-    return [stage.component, *(gib(size) for size in sizes), "-" if time is None else seconds(time)]
+    return [stage.component, *(mib_cell(size) for size in sizes), "-" if time is None else seconds(time)]
 
 
 def _rejected(r: Rejected) -> str:
     where = "device memory" if r.memory == "device" else "host RAM for weights"
     gain = "time gained unknown" if r.seconds_gained is None else f"would save {seconds(r.seconds_gained)}"
-    return f"{r.component}: {_change(r.change)} needs {gib(r.needed_bytes)} of {where}, {gib(r.limit_bytes)} allowed; {gain}"
+    needed, allowed = human(r.needed_bytes), human(r.limit_bytes)
+    return f"{r.component}: {_change(r.change)} needs {needed} of {where}, {allowed} allowed; {gain}"
+
+
+def _trade(t: Trade) -> str:
+    effects = [_effect(-t.host_more_bytes, "host RAM"), _effect(-t.device_more_bytes, "device memory")]
+    more = " and ".join(effect for effect in effects if effect) or "no more memory"
+    return f"would be {seconds(t.seconds_gained)} faster with {more}: {_change(t.change)}"
 
 
 def _offer(o: Offer) -> str:
@@ -88,3 +92,25 @@ def _effect(saved: int, what: str) -> str:
 
 def _change(change: dict[str, Any]) -> str:
     return ", ".join(f"{name} {ABSENT[name] if value is None else value}" for name, value in change.items())
+
+
+def longest_table(plans: Sequence[tuple[str, Plan | None]], most: int) -> str:
+    """(size, the plan with the most frames that fit, None: not even the fewest). most: frames that no video exceeds."""
+    rows = [["size", "frames", "video", "device MiB", "host MiB", "step", "in all"]]
+    for size, plan in plans:
+        if plan is None:
+            rows.append([size, "none fits", *["-"] * 5])
+            continue
+        times = [plan.seconds_per_step, plan.seconds]
+        frames = plan.request.frame_num
+        rows.append(
+            [
+                size,
+                f"{frames}{' (the most there are)' if frames == most else ''}",
+                seconds(frames / FRAMES_PER_SECOND),
+                mib_cell(plan.peak_device_bytes),
+                mib_cell(plan.host_bytes),
+                *("-" if time is None else seconds(time) for time in times),
+            ]
+        )
+    return table(rows)

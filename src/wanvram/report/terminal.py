@@ -5,12 +5,14 @@ Text is made plain, then shown: on a terminal with the same words in bold and co
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TextIO
 
+from wanvram.command_line import MAX_COMMAND, plan_command
+from wanvram.config import RunConfig
+from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.simulate.gpus import card_of_run
@@ -123,18 +125,17 @@ def _alive(alive: Sequence[tuple[str, int]]) -> Iterator[str]:
 
 
 def _remedy(record: RunRecord) -> str:
-    """What says how it would fit, as commands to copy."""
-    request = record.config.get("request", {})
-    gpu = card_of_run(record.device, request.get("gpu"))
+    """What says how it would fit, as commands to copy: the same request, planned."""
+    advice = "wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"
+    try:
+        config = RunConfig.from_dict(record.config)
+    except InputError:  # written by another version: what was asked for cannot be said in full
+        return f"what would make it fit:\n  {advice}"
+    gpu = card_of_run(record.device, config.gpu)
     limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
-    command = ["wanvram", "plan"]
-    for key in ("task", "size", "frame_num"):
-        command += [f"--{key}", shown(request[key], 60)] if request.get(key) else []
-    command += ["--vram", f"{limit // MIB}MiB" if limit else "auto", *(["--gpu", gpu.argument] if gpu else [])]
-    return (
-        f"what would make it fit:\n  {shlex.join(command)}\n"
-        "  wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"
-    )
+    vram = f"{limit // MIB}MiB" if limit else "auto"
+    command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=gpu.argument if gpu else None)
+    return f"what would make it fit:\n  {shown(command, MAX_COMMAND)}\n  {advice}"
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from wanvram.command_line import FLAG_OF
 from wanvram.config import Measurement, RunConfig, Strategy
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline, rows_per_chunk
@@ -34,7 +35,6 @@ __all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]
 
 LOSSY = ("precision", "weight_storage", "vae_precision")
 NEARLY = 0.95
-FLAGS = {"offload": "offload_model"}  # the knob whose flag has another name
 BASIS = "differences between two simulated runs, of this configuration with and without the change; loading is not in the times"
 
 
@@ -374,7 +374,7 @@ def _advice(runs: _Runs, knobs: dict[str, Any]) -> Advice | None:
         return None
     times = runs.base.seconds, after.seconds
     return Advice(
-        change=" ".join(f"--{FLAGS.get(knob, knob)} {value}" for knob, value in knobs.items()),
+        change=" ".join(f"--{FLAG_OF.get(knob, knob)} {value}" for knob, value in knobs.items()),
         knobs=knobs,
         saved_device_bytes=runs.base.device_bytes - after.device_bytes,
         saved_allocated_bytes=runs.base.allocated_bytes - after.allocated_bytes,

@@ -12,7 +12,7 @@ import torch
 from wanvram.machine.nvml import first_gpu
 from wanvram.version import __version__
 
-__all__ = ["describe_environment", "free_device_bytes", "gpu_here"]
+__all__ = ["cuda_usable", "describe_environment", "free_device_bytes"]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -52,9 +52,9 @@ def free_device_bytes() -> tuple[int, int, str]:
     return free, total, gpu.name
 
 
-def gpu_here() -> str | None:
-    """Name of the first CUDA device, None where PyTorch can use none. Creates no CUDA context."""
-    return first_gpu().name if torch.cuda.is_available() else None
+def cuda_usable() -> bool:
+    """Whether `auto` is CUDA here."""
+    return bool(torch.cuda.is_available())
 
 
 def _driver_version() -> str | None:

@@ -18,6 +18,7 @@ from wanvram.engine.devices import CpuDevice, Device, SimulatedDevice
 from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, WanvramError
 from wanvram.machine.allocator_settings import put_in_force
+from wanvram.planner.budget import beyond_card
 from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Span, Times, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import deferred
@@ -306,6 +307,8 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     if config.gpu and pipeline.device.kind != "simulated":
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
+    beyond = beyond_card(config.memory_limit_bytes or 0, gpu) if gpu is not None else None
+    notes += [beyond] if beyond is not None else []
     cold = pipeline.device.clock.cold_seconds() if isinstance(pipeline.device, SimulatedDevice) else 0.0
     if cold:
         notes.append(f"kernels were never compiled on this machine: {cold:.0f} s of the first run are for that")

@@ -102,6 +102,7 @@ def _mean(spans: list[Span]) -> float | None:
 
 
 def _sum(spans: list[Span], factor: float) -> float | None:
-    """Stages times `factor`; None if the time of one is unknown. Loading is not timed on the simulated device."""
+    """Stages times `factor`, and loading as far as it is timed; None if the time of a stage is unknown."""
     seconds = [span.seconds for span in spans if span.kind != "load"]
-    return None if None in seconds else factor * sum(s for s in seconds if s is not None)
+    loading = sum(span.seconds or 0.0 for span in spans if span.kind == "load")
+    return None if None in seconds else loading + factor * sum(s for s in seconds if s is not None)

@@ -2,56 +2,84 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from wanvram.config import RunConfig
+from wanvram.config import Measurement, Request, RunConfig
 from wanvram.errors import BudgetError, WanvramError
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
+from wanvram.planner.forecasts import components_of
 from wanvram.planner.search import planned_base
-from wanvram.record import RunRecord
+from wanvram.record import RunRecord, Span
 from wanvram.run.execute import simulate
 from wanvram.run.forecast import simulate_stage
 from wanvram.units import human
 
-__all__ = ["plan_run", "planned_config"]
+__all__ = ["Forecasts", "plan_run", "planned_config"]
 
 Progress = Callable[[str], None]
 ATTEMPTS = 3
+WHOLE_RUN = 5  # forecasts that the simulation of a whole run takes as long as, roughly
+
+
+@dataclass
+class Forecasts:
+    """Simulated stages, each made once, with progress: how many are done, and how long the rest may take."""
+
+    show: Progress | None = None
+    expected: int = 0
+    _known: dict[tuple[RunConfig, str], StageForecast] = field(default_factory=dict)
+    _start: float = field(default_factory=time.monotonic)
+
+    def __call__(self, asked: RunConfig, component: str) -> StageForecast:
+        if (asked, component) not in self._known:
+            self._known[asked, component] = found = simulate_stage(asked, component)
+            self._say(component, found.peak_device_bytes)
+        return self._known[asked, component]
+
+    def _say(self, component: str, peak_bytes: int) -> None:
+        if self.show is None:
+            return
+        done = len(self._known)
+        text, more = f"forecast {done}: {component} {human(peak_bytes)}", self.expected - done
+        if more > 0:
+            left = (time.monotonic() - self._start) / done * (more + WHOLE_RUN)
+            text += f"; about {more} more, {left:.0f} s left"
+        self.show(text)
 
 
 def plan_run(
-    config: RunConfig, budget: Budget, *, offers: bool = True, show: Progress | None = None
+    config: RunConfig,
+    budget: Budget,
+    *,
+    offers: bool = True,
+    show: Progress | None = None,
+    forecasts: Forecasts | None = None,
 ) -> tuple[Plan | Refusal, RunRecord | None]:
-    """The fastest lossless strategy whose whole predicted run stays within the budget less its margin, and that run.
+    """A lossless strategy, within 1 % the fastest, whose whole predicted run stays within the budget less its margin, and that run.
 
     Forecasts are shortened; where the whole run needs more than they said, the difference is kept free and the search is
-    made again, at most three times, then BudgetError. WanvramError if a whole run ends early.
+    made again, at most three times, then BudgetError. WanvramError if a whole run ends early. The plan's figures are the whole
+    run's. forecasts: what was simulated before counts.
     """
     base = planned_base(config.strategy)
-    known: dict[tuple[RunConfig, str], StageForecast] = {}
-
-    def forecast(asked: RunConfig, component: str) -> StageForecast:
-        if (asked, component) not in known:
-            known[asked, component] = simulate_stage(asked, component)
-            if show is not None:
-                show(f"{component}: {known[asked, component].peak_device_bytes / 2**30:.2f} GiB")
-        return known[asked, component]
-
+    # The text encoder twice, the transformer and every other component three times, two lossy offers.
+    expected = 3 * len(components_of(config.request)) + (1 if offers else -1)
+    forecasts = Forecasts(show, expected) if forecasts is None else forecasts
     tried = budget
     for _ in range(ATTEMPTS):
-        result = search(config.request, tried, Options(base, offers), forecast)
+        result = search(config.request, tried, Options(base, offers), forecasts)
         if isinstance(result, Refusal):
             return result, None
-        # On the card itself a run that does not fit ends early, with a peak that looks as if it did.
-        record, _ = simulate(planned_config(config, result), unlimited=True, video=True)
-        if record.failure is not None:
-            raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
+        if show is not None:
+            show("simulating the whole run")
+        record = _whole_run(config, result)
         peak = record.peak()
         whole = peak.device_bytes if peak is not None else None
         excess = (whole or 0) - budget.device_limit
         if excess <= 0:
-            return replace(result, budget=budget, whole_run_bytes=whole), record
+            return _confirmed(replace(result, budget=budget, whole_run_bytes=whole), record), record
         tried = replace(budget, margin_bytes=tried.margin + excess)
     raise BudgetError(
         f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "
@@ -63,3 +91,66 @@ def planned_config(config: RunConfig, plan: Plan) -> RunConfig:
     """The configuration that runs the plan, with the budget as a hard cap."""
     budget = plan.budget
     return replace(config, strategy=plan.strategy, gpu=budget.gpu, memory_limit_bytes=budget.usable_bytes)
+
+
+def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:
+    """Without spans of single blocks, which change no peak and take a second, and without the cap.
+
+    On the card itself a run that does not fit ends early, with a peak that looks as if it did.
+    """
+    planned = replace(planned_config(config, plan), measurement=Measurement(profile_memory=False))
+    record, _ = simulate(planned, unlimited=True, video=True)
+    if record.failure is not None:
+        raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
+    return record
+
+
+# --- the whole run in the plan's terms ---------------------------------------------------------------------------------------
+
+
+def _confirmed(plan: Plan, record: RunRecord) -> Plan:
+    return replace(plan, stages=_stages(plan, record), whole_run_seconds=record.times.in_all_seconds)
+
+
+def _stages(plan: Plan, record: RunRecord) -> tuple[StageForecast, ...]:
+    """The plan's stages with the figures of the whole run, so that every verb says the same; what it has not stays as forecast."""
+    spans: dict[str, list[Span]] = {}
+    for name, span in zip(_component_names(record.stages), record.stages, strict=True):
+        spans.setdefault(name, []).append(span)
+    forecast = {stage.component: stage for stage in plan.stages}
+    step = record.step_seconds()
+    return (
+        tuple(_stage(plan.request, name, found, step, forecast.get(name)) for name, found in spans.items())
+        or plan.stages
+    )
+
+
+def _component_names(stages: list[Span]) -> list[str]:
+    """As the planner names them: the halves of the VAE apart, each with its loading before it."""
+    names: list[str] = []
+    half = "vae_decoder"
+    for span in reversed(stages):
+        if span.component == "vae" and span.kind == "stage":
+            half = "vae_encoder" if span.name.startswith("encode") else "vae_decoder"
+        names.append(half if span.component == "vae" else span.component or span.name)
+    return names[::-1]
+
+
+def _stage(
+    request: Request, name: str, spans: list[Span], step: float | None, forecast: StageForecast | None
+) -> StageForecast:
+    """seconds: what all denoising steps at the usual pace do not account for."""
+    steps = request.sample_steps * len(request.all_prompts()) if name == "dit" else 0
+    times = [span.seconds for span in spans if span.kind != "load" or span.seconds is not None]
+    seconds = None if None in times else sum(time for time in times if time is not None)
+    loads = [span.end.allocated_bytes - span.start.allocated_bytes for span in spans if span.kind == "load"]
+    return StageForecast(
+        component=name,
+        peak_device_bytes=max(span.peak.device_bytes or 0 for span in spans),
+        peak_reserved_bytes=max(span.peak.reserved_bytes for span in spans),
+        peak_allocated_bytes=max(span.peak.allocated_bytes for span in spans),
+        base_bytes=max(loads, default=forecast.base_bytes if forecast else 0),
+        host_bytes=forecast.host_bytes if forecast else 0,
+        seconds_per_step=step if name == "dit" else None,
+        seconds=None if seconds is None else seconds - steps * (step or 0.0),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.machine.driver import LATER_BYTES
+from wanvram.planner.budget import usable_memory
 from wanvram.run.host import clock_of
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.buffers import LibraryBuffers
@@ -29,7 +30,9 @@ def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited:
         )
     settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
     outside = gpu.context_bytes + sum(gpu.module_bytes.values())
-    usable = UNLIMITED_BYTES if unlimited else gpu.total_bytes - outside
+    # A card with more memory than its name had: what is stated counts.
+    stated = usable_memory(config.memory_limit_bytes or 0, gpu)
+    usable = UNLIMITED_BYTES if unlimited else max(gpu.total_bytes, stated) - outside
     capped = config.memory_limit_bytes is not None and not unlimited
     limit = max(0, (config.memory_limit_bytes or 0) - outside - LATER_BYTES) if capped else None
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)

@@ -1,0 +1,81 @@
+"""A configuration as the command that asks for it, quoted for a shell; the flags are those of cli.flags. No torch.
+
+What a command line cannot say (several prompts, what to record) is left to a placeholder in capitals, or out.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from wanvram.config import RunConfig, Strategy
+from wanvram.request import Request
+from wanvram.units import exact
+
+__all__ = ["FLAG_OF", "MAX_COMMAND", "generate_command", "plan_command", "request_flags", "strategy_flags"]
+
+MAX_COMMAND = 25_000  # characters: a prompt has at most 20,000
+# Fields whose flag has another name.
+FLAG_OF = {"prompts": "prompt_file", "offload": "offload_model", "weights": "ckpt_dir", "memory_limit_bytes": "vram"}
+# What the command line assumes when a flag is absent differs from Strategy(): these are always said.
+ALWAYS = ("precision", "load_strategy", "offload")
+# Choices that the planner leaves to the user.
+FIXED = ("precision", "weight_storage", "vae_precision")
+NEEDED = {"i2v": ("image",), "flf2v": ("first_frame", "last_frame")}
+
+
+def generate_command(config: RunConfig) -> str:
+    """`wanvram generate` of this configuration; checkpoint, prompt and pictures that are not given are placeholders."""
+    request = config.request
+    missing = [] if request.prompt or request.prompts else ["--prompt", "PROMPT"]
+    for name in NEEDED.get(request.kind, ()):
+        missing += [] if getattr(request, name) is not None else [f"--{name}", name.upper()]
+    where = {"device": None if config.device == "auto" else config.device, "gpu": config.gpu}
+    parts = ["wanvram", "generate", *request_flags(request), *missing, *strategy_flags(config.strategy)]
+    parts += _flags({"weights": "DIR" if config.weights == "random" else config.weights} | where)
+    parts += _flags({"memory_limit_bytes": _exactly(config.memory_limit_bytes)})
+    return shlex.join(parts)
+
+
+def plan_command(request: Request, strategy: Strategy, *, vram: str | None, ram: str | None, gpu: str | None) -> str:
+    """`wanvram plan` of this request; of the strategy only what the planner leaves to the user."""
+    fixed = [name for name in FIXED if name == "precision" or getattr(strategy, name) != getattr(Strategy(), name)]
+    parts = ["wanvram", "plan", *request_flags(request), *_flags({name: getattr(strategy, name) for name in fixed})]
+    return shlex.join([*parts, *_flags({"vram": vram, "ram": ram, "gpu": gpu})])
+
+
+def request_flags(request: Request) -> list[str]:
+    """task, size and frame_num, and everything in which the request differs from the defaults of its task."""
+    plain = Request.for_task(request.task, size=request.size)
+    names = [field.name for field in fields(Request)]
+    said = [n for n in names if n in ("task", "size", "frame_num") or getattr(request, n) != getattr(plain, n)]
+    return _flags({name: _text(name, getattr(request, name)) for name in said})
+
+
+def strategy_flags(strategy: Strategy) -> list[str]:
+    """precision, load_strategy and offload, and every knob in which the strategy differs from the plain resident run."""
+    names = [field.name for field in fields(Strategy)]
+    said = [*ALWAYS, *(n for n in names if n not in ALWAYS and getattr(strategy, n) != getattr(Strategy(), n))]
+    return _flags({name: getattr(strategy, name) for name in said})
+
+
+def _text(name: str, value: object) -> object:
+    if name == "prompts":
+        return "PROMPTS.txt"
+    return ",".join(value) if isinstance(value, tuple) else value
+
+
+def _exactly(count: int | None) -> str | None:
+    return None if count is None else exact(count)
+
+
+def _flags(values: Mapping[str, Any]) -> Sequence[str]:
+    """`--name value` of what is not None; joined by `=` where the value would look like a flag itself."""
+    result: list[str] = []
+    for name, value in values.items():
+        flag, text = f"--{FLAG_OF.get(name, name)}", str(value)
+        if value is not None:
+            result += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return result

@@ -1,0 +1,113 @@
+"""Where the weights of every component are: on the device, or streamed from RAM or disk, or T5 on the host. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from wanvram.config import WEIGHT_HOMES, Strategy
+from wanvram.planner.forecasts import Trials, components_of, stage_seconds
+from wanvram.planner.transformer import block_count, cannot_fit, fastest_streamed, variants, whole_transformer
+
+__all__ = ["TIE", "Placements", "placements"]
+
+TIE = 0.01  # of the time of a run: what differs by less counts as equally fast, and what needs less memory is taken
+
+
+@dataclass(frozen=True)
+class Placements:
+    """found: ways that fit; the first is the fastest where times are unknown. fastest: seconds that none can beat; None: unknown."""
+
+    found: tuple[Strategy, ...]
+    fastest: float | None
+
+
+def placements(trials: Trials, base: Strategy) -> Placements | None:
+    """Everything resident in turn, else streamed or T5 on the host; None: nothing fits.
+
+    Streaming from disk needs the least RAM. Where it takes within 1 % of the time that a resident transformer would take, it is
+    the only way looked at.
+    """
+    dit_fits = trials.fits("dit", base)
+    if dit_fits and _encoders_fit(trials, base):
+        return Placements((base,), trials.seconds(base))
+    bound = _bound(trials, base)
+    probe = _probe_disk(trials, base)
+    if probe is None and cannot_fit(trials, replace(base, load_strategy="block", weights_in="disk")):
+        return None
+    if bound is not None and probe is not None and _within(trials.seconds(probe), bound):
+        return Placements((probe,), bound)
+    found = [_streamed(trials, base)]
+    on_host = replace(base, t5_cpu=True)
+    if dit_fits and _encoders_fit(trials, on_host):
+        found.append(on_host)
+    ways = [way for way in found if way is not None]
+    times = [time for way in ways if (time := trials.seconds(way)) is not None]
+    if not ways:
+        return None
+    if len(times) < len(ways):
+        return Placements(tuple(ways), None)
+    thrifty = _from_disk(trials, ways[times.index(min(times))], probe, min(times))
+    return Placements((*ways, thrifty) if thrifty else tuple(ways), min(times))
+
+
+def _within(seconds: float | None, fastest: float) -> bool:
+    return seconds is not None and seconds <= fastest * (1 + TIE)
+
+
+def _bound(trials: Trials, base: Strategy) -> float | None:
+    """Seconds that no strategy can beat: the resident transformer's and the VAE's; None: unknown."""
+    stages = [whole_transformer(trials, base)]
+    stages += [trials.of(name, base) for name in components_of(trials.request) if name.startswith("vae")]
+    times = [stage_seconds(trials.request, stage) for stage in stages]
+    return None if None in times else sum(time for time in times if time is not None)
+
+
+def _encoders_fit(trials: Trials, strategy: Strategy) -> bool:
+    names = [name for name in components_of(trials.request) if name in ("text_encoder", "image_encoder")]
+    return all(trials.fits(name, strategy) for name in names)
+
+
+def _start(trials: Trials, base: Strategy, home: str) -> Strategy | None:
+    """Blocks streamed from `home`, with T5 where it fits."""
+    block = replace(base, load_strategy="block", weights_in=home)
+    return next((s for s in (block, replace(block, t5_cpu=True)) if _encoders_fit(trials, s)), None)
+
+
+def _probe_disk(trials: Trials, base: Strategy) -> Strategy | None:
+    """Every block streamed from disk, activations saved only as far as must be."""
+    start = _start(trials, base, "disk")
+    if start is None:
+        return None
+    ways = (replace(start, **knobs) for knobs in variants(trials.request))
+    return next((way for way in ways if trials.fits("dit", way)), None)
+
+
+def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
+    """Blocks streamed from the fastest place that holds them."""
+    for home in WEIGHT_HOMES:
+        fitting = _start(trials, base, home)
+        found = fastest_streamed(trials, fitting) if fitting is not None else None
+        if found is not None:
+            return found
+        if fitting is not None and cannot_fit(trials, fitting):
+            return None
+    return None
+
+
+def _from_disk(trials: Trials, fastest: Strategy, probe: Strategy | None, seconds: float) -> Strategy | None:
+    """The fastest way with its blocks on disk instead of in RAM, if it fits and what is known of the disk lets hope for a tie.
+
+    What a step waits for the disk falls with every resident block, and to half if both guidance passes share a block.
+    """
+    if probe is None or fastest.weights_in == "disk":
+        return None
+    step, resident = (trials.of("dit", probe).seconds_per_step, whole_transformer(trials, probe).seconds_per_step)
+    if step is None or resident is None:
+        return None
+    streamed = 0.0 if fastest.load_strategy == "full" else 1 - fastest.resident_blocks / block_count(trials.request)
+    passes = 0.5 if fastest.cfg == "joint" else 1.0
+    waiting = (step - resident) * streamed * passes * trials.request.sample_steps * len(trials.request.all_prompts())
+    if fastest.load_strategy == "full" or waiting > 2 * TIE * seconds:
+        return None
+    way = replace(fastest, weights_in="disk", t5_cpu=probe.t5_cpu)
+    return way if trials.fits("dit", way) and _encoders_fit(trials, way) else None
