@@ -35,6 +35,9 @@ __all__ = [
 
 MULTIPROCESSORS = 132  # H200 and H100 SXM, where everything here was measured
 UNKNOWN_BYTES = 131  # the commonest workspace
+LAST_CHANGE = (
+    16_384  # rows x columns: for larger inputs no weight was seen to change to a kernel with another workspace
+)
 SAME_BYTES = 512  # the allocator's smallest block: 0 or 131 bytes make no difference that counts
 
 Regimes = list[list[Any]]  # [first area, last area, kernel, other kernels...]
@@ -198,7 +201,7 @@ class Workspace(NamedTuple):
     """size: bytes, never less than measured so far. lowest: what it may be instead.
 
     basis: "measured", "rule" (the shape lies among measured ones that all follow one kernel's rule), "bound" (among or between
-    shapes of several kernels: the largest of theirs), "outside" (smaller or larger than all measured, counted like the nearest) or
+    shapes of several kernels: the largest of theirs), "outside" (smaller than all measured, counted like the nearest) or
     "unknown" (no such weight was ever measured).
     """
 
@@ -227,7 +230,7 @@ class Table:
         if conv.positions % 4:
             kernels = [name for name in kernels if name != "in-out"] or kernels
         sizes = [kernel_workspace(kernel, conv, multiprocessors) for kernel in kernels]
-        if not regimes[0][0] <= conv.area <= regimes[-1][1]:
+        if conv.area < regimes[0][0] or regimes[-1][1] < conv.area < LAST_CHANGE:
             return Workspace(max(sizes), min(sizes), "outside")
         if max(sizes) - min(sizes) < SAME_BYTES:
             return Workspace(sizes[0], sizes[0], "rule")
