@@ -1,6 +1,6 @@
 """cuDNN's workspace for one convolution in channels_last_3d: rules of its kernels on sm_90, and where each is taken. No torch.
 
-Found from measured workspaces (benchmarks/harvest_conv_workspaces.py, H200 and H100, cuDNN 9.19), which the rules give to the byte.
+Found from measured workspaces (benchmarks/harvest_conv_workspaces.py, H200, cuDNN 9.19), which the rules give to the byte.
 cuDNN's choice of kernel hangs on the weight's shape and the area H x W of the input, for most weights on nothing else:
 conv_workspaces.json has, for each weight, the kernels of each range of the area ("regimes"), and the shapes that were measured
 otherwise ("exceptions"); benchmarks/fit_conv_workspaces.py writes it.
@@ -33,7 +33,7 @@ __all__ = [
     "workspace",
 ]
 
-MULTIPROCESSORS = 132  # H200 and H100 SXM, where everything here was measured
+MULTIPROCESSORS = 132  # of the H200, where everything here was measured, and of the H100 SXM
 UNKNOWN_BYTES = 131  # the commonest workspace
 LAST_CHANGE = (
     16_384  # rows x columns: for larger inputs no weight was seen to change to a kernel with another workspace
@@ -58,7 +58,7 @@ class Convolution(NamedTuple):
 
     @property
     def key(self) -> str:
-        """In float32 the same for a picture and its transpose: they took the same at each of 8,500 measured pairs."""
+        """In float32 the same for a picture and its transpose: they took the same at each of 16,915 measured pairs."""
         x, padding = self.x, self.padding
         if self.dtype == "float32" and (x[3], padding[2]) < (x[2], padding[1]):
             x, padding = (x[0], x[1], x[3], x[2]), (padding[0], padding[2], padding[1])
