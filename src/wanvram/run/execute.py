@@ -18,6 +18,7 @@ from wanvram.engine.devices import CpuDevice, Device, SimulatedDevice
 from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, WanvramError
 from wanvram.machine.allocator_settings import put_in_force
+from wanvram.machine.garbage import settled
 from wanvram.planner.budget import beyond_card
 from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Span, Times, write_atomically
 from wanvram.recorder.events import EventLog
@@ -216,7 +217,7 @@ def _sinks(pipeline: Pipeline, outputs: Outputs | None, *, video: bool) -> OpenS
 def _run(pipeline: Pipeline, open_sink: OpenSink) -> Failure | None:
     """Runs to the end, or says what stopped it and keeps what was recorded."""
     try:
-        with deferred(), pipeline.device.session():
+        with deferred(), settled(), pipeline.device.session():
             pipeline.run(open_sink)
         return None
     except OutOfMemory as error:

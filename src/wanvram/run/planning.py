@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from wanvram.config import Measurement, Request, RunConfig
+from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.errors import BudgetError, WanvramError
+from wanvram.machine.garbage import settled
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
-from wanvram.planner.forecasts import components_of
+from wanvram.planner.forecasts import KNOBS, components_of
 from wanvram.planner.search import planned_base
 from wanvram.record import RunRecord, Span
+from wanvram.run.ahead import forecasts_ahead, processes_here
 from wanvram.run.execute import simulate
 from wanvram.run.forecast import simulate_stage
 from wanvram.units import human
@@ -29,14 +31,23 @@ class Forecasts:
 
     show: Progress | None = None
     expected: int = 0
-    _known: dict[tuple[RunConfig, str], StageForecast] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], StageForecast] = field(default_factory=dict)
     _start: float = field(default_factory=time.monotonic)
 
     def __call__(self, asked: RunConfig, component: str) -> StageForecast:
-        if (asked, component) not in self._known:
-            self._known[asked, component] = found = simulate_stage(asked, component)
+        key = _key(asked, component)
+        if key not in self._known:
+            self._known[key] = found = simulate_stage(asked, component)
             self._say(component, found.peak_device_bytes)
-        return self._known[asked, component]
+        return self._known[key]
+
+    def look_ahead(self, request: Request, budget: Budget, base: Strategy) -> None:
+        """Simulates what will most likely be asked for, on all cores, unless something was simulated already."""
+        if self._known:
+            return
+        for (asked, component), found in forecasts_ahead(request, budget, base, processes_here()):
+            self._known[_key(asked, component)] = found
+            self._say(component, found.peak_device_bytes)
 
     def _say(self, component: str, peak_bytes: int) -> None:
         if self.show is None:
@@ -49,6 +60,13 @@ class Forecasts:
         self.show(text)
 
 
+def _key(asked: RunConfig, component: str) -> tuple[object, ...]:
+    """What decides a forecast: choices that are another component's may differ."""
+    knobs = (getattr(asked.strategy, knob) for knob in (*KNOBS[component], "expandable_segments"))
+    return component, asked.request, asked.gpu, asked.weights, *knobs
+
+
+@settled()
 def plan_run(
     config: RunConfig,
     budget: Budget,
@@ -67,6 +85,7 @@ def plan_run(
     # The text encoder twice, the transformer and every other component three times, two lossy offers.
     expected = 3 * len(components_of(config.request)) + (1 if offers else -1)
     forecasts = Forecasts(show, expected) if forecasts is None else forecasts
+    forecasts.look_ahead(config.request, budget, base)
     tried = budget
     for _ in range(ATTEMPTS):
         result = search(config.request, tried, Options(base, offers), forecasts)

@@ -1,0 +1,74 @@
+"""Forecasts that a search will most likely ask for, simulated beside each other in forked processes while it has not begun."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+
+import torch
+
+from wanvram.config import Request, RunConfig, Strategy
+from wanvram.planner import Budget, StageForecast
+from wanvram.planner.forecasts import Trials, components_of
+from wanvram.planner.search import cleared
+from wanvram.planner.tiles import tiles_for
+from wanvram.planner.transformer import variants
+from wanvram.run.forecast import simulate_stage
+
+__all__ = ["forecasts_ahead", "processes_here"]
+
+MOST_PROCESSES = 12
+LEAST_CORES = 4  # with fewer, guesses that the search does not need would cost more than those that it does
+
+Question = tuple[RunConfig, str]  # what a forecast is of: configuration, component
+
+
+def processes_here() -> int:
+    """How many are worth while; 0 where processes cannot be forked, or CUDA has started and would not survive it."""
+    cores = os.cpu_count() or 1
+    if not hasattr(os, "fork") or cores < LEAST_CORES or torch.cuda.is_initialized():
+        return 0
+    return min(MOST_PROCESSES, cores)
+
+
+def forecasts_ahead(
+    request: Request, budget: Budget, base: Strategy, processes: int
+) -> Iterator[tuple[Question, StageForecast]]:
+    """As they are finished. base: what the user fixed. What fails is left to the search, which then says why."""
+    if processes < 1:
+        return
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        asked = {pool.submit(simulate_stage, *question): question for question in _likely(request, budget, base)}
+        for done in as_completed(asked):
+            if done.exception() is None:
+                yield asked[done], done.result()
+
+
+def _likely(request: Request, budget: Budget, base: Strategy) -> list[Question]:
+    """The transformer first, which takes longest: resident, streamed in every variant, from disk; then tiles and encoders."""
+    asked: dict[Question, None] = {}
+
+    def note(config: RunConfig, component: str) -> StageForecast:
+        asked[config, component] = None
+        return StageForecast(component, 0, 0, 0, 0, 0, None, None)
+
+    trials = Trials(request, budget, note)
+    plain = cleared(base)
+    block = replace(plain, load_strategy="block", weights_in="pinned")
+    disk = replace(block, weights_in="disk")
+    ways = [plain, *(replace(block, **knobs) for knobs in variants(request)), disk]
+    ways.append(replace(block, cfg="joint", attention_slicing=True))
+    for strategy in ways:
+        trials.of("dit", strategy)
+    for component in components_of(request):
+        if component.startswith("vae"):
+            for tile in tiles_for(request):
+                trials.of(component, replace(plain, vae_tile=tile))
+        elif component != "dit":
+            for strategy in (plain, block, disk):
+                trials.of(component, strategy)
+    return list(asked)
