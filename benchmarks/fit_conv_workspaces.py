@@ -38,9 +38,8 @@ class Sample:
 
     def __init__(self, conv: Convolution, size: int) -> None:
         self.conv, self.size, self.area = conv, size, conv.area
-        self.kernels = {
-            name for name in (*kernel_names(conv.dtype), *CONSTANTS) if kernel_workspace(name, conv) == size
-        }
+        names = (*kernel_names(conv.dtype), *CONSTANTS)
+        self.kernels = [name for name in names if kernel_workspace(name, conv) == size]
         if not self.kernels:
             raise SystemExit(f"{conv.key}: {size} bytes follow no rule")
 

@@ -115,12 +115,13 @@ def picture_sizes(largest_ratio: float) -> list[tuple[int, int]]:
 
 
 def collect(target: Path, known: dict[str, int]) -> None:
+    from wanvram.simulate.convolutions import Convolution
     from wanvram.tasks import picture_size
 
     common = [
         picture_size(area, *ratio)[::-1] for area in AREAS for pair in COMMON_RATIOS for ratio in (pair, pair[::-1])
     ]
-    listed: dict[Shape, None] = {}
+    listed: dict[str, None] = {}
     for dtype, sizes in (
         (torch.float32, [*OFFICIAL, (1024, 1024)]),
         (torch.float32, common),
@@ -133,13 +134,14 @@ def collect(target: Path, known: dict[str, int]) -> None:
         for height, width in dict.fromkeys(sizes):
             collector.add(height, width)
         # In random order, so that what the time allows is a fair sample.
-        fresh = [shape for shape in collector.shapes if shape not in listed and key_of(shape) not in known]
+        keys = [Convolution(*shape).key for shape in collector.shapes]
+        fresh = [key for key in dict.fromkeys(keys) if key not in listed and key not in known]
         random.Random(0).shuffle(fresh)
         listed.update(dict.fromkeys(fresh))
         print(f"{dtype}, {len(sizes)} sizes: {len(listed)} convolutions so far", flush=True)
-    large = [shape for shape in listed if not is_small(shape)]
-    small = [shape for shape in listed if is_small(shape)]
-    write(target, [key_of(shape) for shape in [*large[:500], *small[:500], *large[500:], *small[500:]]])
+    large = [key for key in listed if not is_small(shape_of(key))]
+    small = [key for key in listed if is_small(shape_of(key))]
+    write(target, [*large[:500], *small[:500], *large[500:], *small[500:]])
 
 
 def read(file: Path) -> Any:

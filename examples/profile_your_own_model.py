@@ -3,7 +3,7 @@
     python examples/profile_your_own_model.py [OUTPUT_DIR]
 
 Writes memory_events.json (valid JSON even if the process is killed) and memory_log.json into OUTPUT_DIR, by default a
-new temporary folder.
+new temporary folder; files that are there stay, and the new ones are numbered.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(output_dir: str) -> None:
             print(event["memory_log"])
         forward = profiler.stages[0]
         print(f"forward: {forward.activation_bytes / 2**20:.1f} MiB of activations")
-    print(f"written: {profiler.output_dir / 'memory_events.json'}, {profiler.output_dir / 'memory_log.json'}")
+    print(f"written: {profiler.save_events()}, {profiler.memory_tracker.save_logs()}")
 
 
 if __name__ == "__main__":

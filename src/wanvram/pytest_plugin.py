@@ -2,9 +2,10 @@
 
 On CUDA the allocator of the current device is capped at the limit for the time of the test, so it runs out of memory where
 it would exceed it. On the CPU, which has no allocator to cap, the bytes in live tensors are counted, but not those of
-operations in other threads than the test's: PyTorch's dispatch modes are per thread. `device="cpu"` or
-`device="cuda"` chooses; without it CUDA is taken where there is one. Tensors that live before the test count too.
-The peak is in the test's report as the property `vram_peak_bytes`.
+operations in other threads than the test's: PyTorch's dispatch modes are per thread. Under such a mode torch.jit.trace does
+not work. Tensors on meta and fake tensors take nothing. `device="cpu"` or `device="cuda"` chooses; without it CUDA is taken
+where there is one. Tensors that live before the test count too. The peak is in the test's report as the property
+`vram_peak_bytes`. An exception of the test stays what it is, but for the one that the cap raises.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     try:
         result = yield
     except BaseException as error:
-        peak = _finish(measured)
-        if type(error).__name__ != "OutOfMemoryError":
+        peak = _finish_after_error(measured)
+        if limit.device != "cuda" or not _is_out_of_memory(error):
             raise
         pytest.fail(f"{_said(limit, peak)}: {'. '.join(str(error).split('. ')[:2])}")
     peak = _finish(measured)
@@ -54,6 +55,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if peak > limit.nbytes:
         pytest.fail(_said(limit, peak), pytrace=False)
     return result
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch's own, and no exception of the tested program with the same name."""
+    import torch
+
+    return isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _limit(marker: pytest.Mark) -> _Limit:
@@ -78,16 +86,25 @@ def _limit(marker: pytest.Mark) -> _Limit:
     return _Limit(nbytes, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _said(limit: _Limit, peak: int) -> str:
+def _said(limit: _Limit, peak: int | None) -> str:
     from wanvram.units import human
 
-    return f"limit_vram: the test took {human(peak)} on {limit.device}; its limit is {human(limit.nbytes)}"
+    took = "more than its limit" if peak is None else human(peak)
+    return f"limit_vram: the test took {took} on {limit.device}; its limit is {human(limit.nbytes)}"
 
 
 def _finish(measured: Generator[int, None, None]) -> int:
     peak = next(measured)
     measured.close()
     return peak
+
+
+def _finish_after_error(measured: Generator[int, None, None]) -> int | None:
+    """None where the device does not answer any more, as after an assertion in a kernel: the test's exception says why."""
+    try:
+        return _finish(measured)
+    except Exception:
+        return None
 
 
 def _on_cuda(nbytes: int) -> Generator[int, None, None]:
@@ -98,13 +115,24 @@ def _on_cuda(nbytes: int) -> Generator[int, None, None]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))
+    before = _fraction()  # a cap of the tested program stays, and holds within the test, too
+    torch.cuda.set_per_process_memory_fraction(min(before, nbytes / total))
     try:
         yield 0
         torch.cuda.synchronize()
         yield int(torch.cuda.max_memory_allocated())
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.set_per_process_memory_fraction(before)
+
+
+def _fraction() -> float:
+    """Of the card that this process may use; 1 where PyTorch cannot say."""
+    import torch
+
+    try:
+        return float(torch.cuda.get_per_process_memory_fraction())
+    except (AttributeError, AssertionError, RuntimeError):
+        return 1.0
 
 
 def _on_cpu() -> Generator[int, None, None]:

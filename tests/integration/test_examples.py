@@ -52,7 +52,11 @@ SMALLER: list[tuple[str, str]] = [
     (r"wanvram profile", "--device simulated"),
 ]
 # And in the configurations of tests/configs.
-SMALLER_YAML = {r"size: .*": "size: 128*80\n  weights: tiny", r"frame_num: .*": "frame_num: 9"}
+SMALLER_YAML = {
+    r"size: .*": "size: 128*80\n  weights: tiny",
+    r"frame_num: .*": "frame_num: 5",
+    r"sample_steps: .*": "sample_steps: 2",
+}
 # There is no card whose free memory `auto` could ask for; CONFIG and FLAGS stand for what a reader puts there.
 INSTEAD = {
     "--vram auto": "--vram 8GiB",

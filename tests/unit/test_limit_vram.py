@@ -45,6 +45,36 @@ ON_THE_CPU = """
     @pytest.mark.limit_vram("much")
     def test_bad_marker(): pass
 
+    @pytest.mark.limit_vram("60 MiB", device="cpu")
+    def test_without_memory():
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        with FakeTensorMode():
+            mib(8192) + 1
+        torch.empty(2**33, device="meta") + 1
+
+    class OutOfMemoryError(Exception): pass
+
+    @pytest.mark.xfail(raises=OutOfMemoryError, strict=True)
+    @pytest.mark.limit_vram("60 MiB", device="cpu")
+    def test_an_exception_of_the_same_name():
+        raise OutOfMemoryError
+
+    @pytest.mark.limit_vram("60 MiB", device="cpu")
+    def test_that_leaves_a_mode_on():
+        from torch.utils._python_dispatch import TorchDispatchMode
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {}))
+        global left
+        left = Mode()
+        left.__enter__()
+        mib(20)
+
+    def test_and_one_that_takes_it_off():
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+        assert _get_current_dispatch_mode_stack() == [left]
+        left.__exit__(None, None, None)
+
     def test_unmarked():
         mib(90)
 """
@@ -98,6 +128,21 @@ def test_tensors_of_a_fixture_count(on_the_cpu: dict[str, Any]) -> None:
     assert "the test took 70.0 MiB" in on_the_cpu["test_with_a_model"][0]
 
 
+def test_fake_tensors_and_those_on_meta_take_nothing(on_the_cpu: dict[str, Any]) -> None:
+    said, properties = on_the_cpu["test_without_memory"]
+    assert said == ""
+    assert int(properties["vram_peak_bytes"]) < MIB
+
+
+def test_an_exception_of_the_program_named_as_pytorch_s_stays_the_program_s(on_the_cpu: dict[str, Any]) -> None:
+    assert "limit_vram" not in on_the_cpu["test_an_exception_of_the_same_name"][0]
+
+
+def test_a_mode_that_a_test_leaves_on_stays_on_and_the_plugin_s_own_goes(on_the_cpu: dict[str, Any]) -> None:
+    assert on_the_cpu["test_that_leaves_a_mode_on"][0] == ""
+    assert on_the_cpu["test_and_one_that_takes_it_off"][0] == ""
+
+
 def test_an_error_of_the_test_stays_what_it_is(on_the_cpu: dict[str, Any]) -> None:
     assert "assert 1 == 2" in on_the_cpu["test_wrong"][0]
     assert "limit_vram: the test took" not in on_the_cpu["test_wrong"][0]
@@ -134,7 +179,8 @@ def test_a_limit_may_be_text_or_bytes() -> None:
         assert pytest_plugin._limit(mark).nbytes == 2 * GIB
 
 
-def test_on_cuda_the_allocator_is_capped_for_the_test_and_freed_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, fraction: float | None = None) -> list[float]:
+    """A card of 1000 MiB; the fractions that were set on it."""
     fractions: list[float] = []
     fake = {
         "empty_cache": lambda: None,
@@ -145,13 +191,42 @@ def test_on_cuda_the_allocator_is_capped_for_the_test_and_freed_afterwards(monke
         "set_per_process_memory_fraction": fractions.append,
         "max_memory_allocated": lambda: 123,
     }
+    if fraction is not None:
+        fake["get_per_process_memory_fraction"] = lambda: fraction
     for name, function in fake.items():
         monkeypatch.setattr(torch.cuda, name, function)
+    return fractions
+
+
+def test_on_cuda_the_allocator_is_capped_for_the_test_and_freed_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions = fake_cuda(monkeypatch)
     measured = pytest_plugin._on_cuda(250 * MIB)
     next(measured)
     assert fractions == [0.25]
     assert pytest_plugin._finish(measured) == 123
     assert fractions == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(("own", "during"), [(0.5, 0.25), (0.125, 0.125)])
+def test_a_cap_of_the_program_s_own_holds_within_the_test_and_is_there_after_it(
+    own: float, during: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fractions = fake_cuda(monkeypatch, own)
+    measured = pytest_plugin._on_cuda(250 * MIB)
+    next(measured)
+    pytest_plugin._finish(measured)
+    assert fractions == [during, own]
+
+
+def test_the_test_s_exception_passes_where_cuda_no_longer_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead() -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    fake_cuda(monkeypatch)
+    measured = pytest_plugin._on_cuda(250 * MIB)
+    next(measured)
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    assert pytest_plugin._finish_after_error(measured) is None
 
 
 @pytest.mark.gpu

@@ -1,23 +1,16 @@
-"""Spans, events and meters: peaks reach their parents, a kill leaves valid JSON, counted CPU memory is exact."""
+"""Spans, events and meters: peaks reach their parents, counted CPU memory is exact."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from wanvram.errors import InputError, OutputError
 from wanvram.record import Failure, Memory
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.meters import CpuMeter, CudaMeter, available_ram_bytes, total_ram_bytes
@@ -214,145 +207,6 @@ def test_stages_report_progress_and_log_events(meter: FakeMeter, tmp_path: Path)
     assert logged[1]["memory_log"] == "decode: peak_memory=3.00 MB"
     assert logged[1]["metadata"] == {"kind": "stage", "component": "vae"}
     assert logged[1]["device_bytes"] == 3 * MIB + 100
-
-
-# --- events ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_event_has_the_text_of_the_specification_and_the_exact_bytes(tmp_path: Path) -> None:
-    with EventLog(tmp_path / "e.json") as log:
-        first = log.log("dit", Memory(5 * MIB + 7, 6 * MIB, 9 * MIB), {"base_memory": MIB})
-        second = log.log("forward", Memory(5 * MIB, 6 * MIB, None))
-    assert first["memory_log"] == "dit: incremental_memory=4.00 MB"
-    assert second["memory_log"] == "forward: peak_memory=5.00 MB"
-    assert json.loads((tmp_path / "e.json").read_text()) == [first, second]
-    assert list(first)[:4] == ["name", "timestamp", "memory_log", "metadata"]
-    assert (first["allocated_bytes"], first["reserved_bytes"], first["device_bytes"]) == (5 * MIB + 7, 6 * MIB, 9 * MIB)
-    assert abs(first["timestamp"] - time.time()) < 60
-
-
-def test_the_file_is_a_list_before_the_first_event_and_after_each(tmp_path: Path) -> None:
-    path = tmp_path / "e.json"
-    with EventLog(path) as log:
-        assert json.loads(path.read_text()) == []
-        for count in range(1, 200):
-            log.log("步骤", Memory(count, 0, None), {"pad": "x" * count})
-            assert len(json.loads(path.read_text(encoding="utf-8"))) == count
-
-
-def test_a_killed_process_leaves_every_event_it_had_logged(tmp_path: Path) -> None:
-    path = tmp_path / "e.json"
-    code = (
-        "import sys; from pathlib import Path; from wanvram.record import Memory; "
-        "from wanvram.recorder.events import EventLog\n"
-        "log = EventLog(Path(sys.argv[1]))\n"
-        "for i in range(10**9):\n    log.log(f'event {i}', Memory(i, i, None), {'pad': 'x' * int(sys.argv[2])});"
-        " print(i, flush=True)"
-    )
-    for wait, length in ((1, 1), (40, 1), (300, 1), (3, 20_000), (9, 20_000), (30, 20_000)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(path), str(length)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        for _ in range(wait):
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        rest, _ = process.communicate()
-        logged = wait + len(rest.split("\n")) - 1
-        events = json.loads(path.read_text())
-        assert len(events) >= logged, "an event that was logged is lost"
-        assert [event["allocated_bytes"] for event in events] == list(range(len(events)))
-
-
-def test_a_disk_that_takes_half_an_event_leaves_a_valid_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "e.json"
-    real = os.write
-    log = EventLog(path)
-    log.log("kept", Memory(1, 1, None))
-    full = [True]
-
-    def half(file: int, data: bytes) -> int:
-        return real(file, data[: len(data) // 2] if len(data) > 2 and full[0] else data)
-
-    monkeypatch.setattr(os, "write", half)
-    with pytest.raises(OutputError, match=r"e\.json: No space left"):
-        log.log("lost", Memory(2, 2, None))
-    assert [event["name"] for event in json.loads(path.read_text())] == ["kept"]
-    full[0] = False
-    log.log("later", Memory(3, 3, None))
-    log.close()
-    assert [event["name"] for event in json.loads(path.read_text())] == ["kept", "later"]
-
-
-def test_a_full_disk_while_the_file_is_replaced_leaves_the_old_list(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "e.json"
-    log = EventLog(path)
-    log.log("kept", Memory(1, 1, None))
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(OutputError, match="No space left"):
-            log.log("lost", Memory(2, 2, None), {"pad": "x" * 5000})
-    assert os.listdir(tmp_path) == ["e.json"]
-    log.log("later", Memory(3, 3, None), {"pad": "x" * 5000})
-    log.close()
-    assert [event["name"] for event in json.loads(path.read_text())] == ["kept", "later"]
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"shape": torch.Size([1, 2]), "dtype": torch.float16},
-        {("a", "tuple"): 1},
-        {"loss": float("nan"), "deep": [{"x": float("inf")}, object()]},
-        {"file": "\udcff"},
-        {"tensor": torch.zeros(2)},
-    ],
-)
-def test_any_metadata_can_be_logged_and_the_file_stays_strict_json(metadata: dict[Any, Any], tmp_path: Path) -> None:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    with EventLog(tmp_path / "e.json") as log:
-        log.log("x", Memory(1, 1, None), metadata)
-        log.log("y", Memory(1, 1, None))
-    events = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"), parse_constant=refuse)
-    assert [event["name"] for event in events] == ["x", "y"]
-    assert len(events[0]["metadata"]) == len(metadata)
-
-
-def test_a_cycle_in_the_metadata_is_cut_off(tmp_path: Path) -> None:
-    metadata: dict[str, Any] = {}
-    metadata["self"] = metadata
-    with EventLog(tmp_path / "e.json") as log:
-        log.log("x", Memory(1, 1, None), metadata)
-    assert len(json.loads((tmp_path / "e.json").read_text())) == 1
-
-
-def test_a_base_memory_that_is_no_number_is_one_sentence(tmp_path: Path) -> None:
-    with EventLog(tmp_path / "e.json") as log, pytest.raises(InputError, match="base_memory: None"):
-        log.log("x", Memory(1, 1, None), {"base_memory": None})
-    assert json.loads((tmp_path / "e.json").read_text()) == []
-
-
-def test_an_event_after_the_close_is_still_written(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "e.json")
-    log.log("a", Memory(1, 1, None))
-    log.close()
-    log.close()
-    log.log("b", Memory(1, 1, None))
-    log.close()
-    assert [event["name"] for event in json.loads((tmp_path / "e.json").read_text())] == ["a", "b"]
-
-
-def test_events_in_a_missing_folder_are_an_output_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot write"):
-        EventLog(tmp_path / "missing" / "e.json")
 
 
 # --- meters ---------------------------------------------------------------------------------------------------------

@@ -222,9 +222,12 @@ GOOD_ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"shape": [2.0]}, "not a natural number"),
         ({"data_offsets": [4, 12]}, "gap or overlap"),
         ({"data_offsets": [-8, 0]}, "not a natural number"),
-        ({"data_offsets": [0]}, "not enough values"),
+        ({"data_offsets": [0]}, "no dtype, shape and two data_offsets for a"),
         ({"shape": [1], "data_offsets": [0, 4]}, "its header tells of"),
-        ({"shape": None}, "NoneType"),
+        ({"shape": None}, "no dtype, shape and two data_offsets for a"),
+        ({"shape": [1] * 65}, "65 dimensions"),
+        ({"dtype": []}, "no dtype, shape"),
+        ({"dtype": "x" * 9999}, r"unknown dtype x+\.\.\. \(9,999 characters\)"),
     ],
 )
 def test_a_safetensors_header_that_does_not_fit_its_file_is_refused(

@@ -52,7 +52,7 @@ _TRACE_HEAD = re.compile(rb'\s*(\[\s*\{|\{.*"traceEvents"\s*:)', re.DOTALL)
 _PICKLE = re.compile(r"\.(pickle|pkl)(\.gz)?$", re.IGNORECASE)
 _JSON = re.compile(r"\.json(\.gz)?$", re.IGNORECASE)
 _NAMED = (
-    ("events", re.compile(r"^memory_events\.json$")),
+    ("events", re.compile(r"^memory_events(-\d+)?\.json$")),
     ("trace", re.compile(r"trace.*\.json(\.gz)?$", re.IGNORECASE)),
     ("snapshot", _PICKLE),
     ("unnamed snapshot", re.compile(r"snapshot[^.]*$", re.IGNORECASE)),

@@ -5,8 +5,8 @@ examples:
   wanvram convert Wan2.1-I2V-14B-480P-Diffusers --precision fp8 -o i2v-fp8 --task i2v-14B
   wanvram convert Wan2.1-T2V-14B --precision fp16 --components dit,vae -o t2v-fp16 --verify
 
-CKPT is an official download or a Diffusers folder. fp8 is lossy: the matrices of the transformer's blocks in float8_e4m3fn
-with one scale per row; the manifest, wanvram.json, states the largest error.
+CKPT is an official download, a Diffusers folder or one of ComfyUI's single files. fp8 is lossy: the matrices of the transformer's
+blocks in float8_e4m3fn with one scale per row; the manifest, wanvram.json, states the largest error.
 """
 
 from __future__ import annotations

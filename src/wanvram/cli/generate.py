@@ -35,7 +35,7 @@ from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.tasks import TASKS
-from wanvram.weights.folder import GENERATED, existing_folder
+from wanvram.weights.folder import GENERATED, existing_path
 
 __all__ = ["prepare_parser", "run"]
 
@@ -58,7 +58,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = _config(args)
     if config.weights not in GENERATED and config.device != "simulated":
-        existing_folder(config.weights)  # what costs the user most to mend comes first, and without torch
+        existing_path(config.weights)  # what costs the user most to mend comes first, and without torch
     settle_allocator(config, to_be_planned=args.vram_budget is not None)
     _refuse_what_cannot_run(config)
     if config.weights == "tiny" and args.vram_budget is not None:

@@ -1,57 +1,79 @@
-"""memory_events.json: a valid JSON list after every event, so that a kill at any moment leaves what was logged."""
+"""memory_events.json: what an event says, and a file for each process that logs any."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
+import threading
 import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from wanvram.errors import InputError, OutputError
+from wanvram.errors import OutputError
 from wanvram.record import Memory
+from wanvram.recorder.event_file import ListFile, claim
 from wanvram.units import MIB
 
-__all__ = ["EventLog"]
+__all__ = ["EventLog", "ProcessLock", "base_memory", "warn"]
+
+MAX_DEPTH = 10  # of lists and dicts in metadata; what is deeper is written as its text
+# A text with fewer brackets is not nested more deeply than any reader of JSON goes (Python's: 1,000, less the caller's frames).
+MANY_BRACKETS = 100
+LARGEST_INT = 2**63
 
 
-# The kernel looks for a deadly signal between the pages of one write, never within one.
-PAGE = 4096
-# Above this a copy takes about 5 ms; a larger file is extended in place, and a kill can then tear its last event.
-LARGEST_COPY = 16 * MIB
+class ProcessLock:
+    """A lock for each process: a child may be forked while another thread of the parent holds the parent's."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, threading.RLock] = {}
+
+    def here(self) -> threading.RLock:
+        pid = os.getpid()
+        return self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
 
 
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would write \r\n for \n
 
 
 class EventLog:
-    """Appends `{name, timestamp, memory_log, metadata}` and the exact byte counts.
+    """Appends `{name, timestamp, memory_log, metadata}` and the exact byte counts. Any thread may.
 
-    An event within one page is one write over the closing bracket, `,{...}]`, which no kill tears. One that crosses
-    into the next page goes into a copy that replaces the file. In place, 84 of 906 killed processes left half an event,
-    all of them with long metadata.
+    A process that was forked from the one that made the log gets a file of its own when it logs its first event:
+    `memory_events-2.json`, or the next number that is free.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = -1
-        self._end = 1
-        self._count = 0
+    def __init__(self, path: Path, *, keep_existing: bool = False) -> None:
+        """keep_existing: a file that is there stays, and this log takes the next free number; else it is replaced."""
+        self._lock = ProcessLock()
+        self._pid = os.getpid()
         try:
-            self._replace(b"[]\n")
+            self._files = {self._pid: ListFile(claim(path) if keep_existing else path)}
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
-    def log(self, name: str, memory: Memory, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """With `base_memory` (bytes) in the metadata the text gives the increment over it, else the peak."""
-        if metadata and "base_memory" in metadata:
-            increment = memory.allocated_bytes - _bytes(metadata["base_memory"])
-            text = f"{name}: incremental_memory={increment / MIB:.2f} MB"
-        else:
+    @property
+    def path(self) -> Path:
+        """Of this process's file; of the first one's while this one has logged nothing."""
+        return self._files.get(os.getpid(), self._files[self._pid]).path
+
+    def log(self, name: str, memory: Memory, metadata: Any = None) -> dict[str, Any]:
+        """With `base_memory` (bytes) in the metadata the text gives the increment over it, else the peak.
+
+        Metadata may be anything: what JSON cannot hold is written as its text. Raises OutputError when the disk is full.
+        """
+        name = name if isinstance(name, str) else _said(name)
+        base = base_memory(metadata)
+        if base is None:
+            _warn_of_base(metadata)
             text = f"{name}: peak_memory={memory.allocated_bytes / MIB:.2f} MB"
+        else:
+            text = f"{name}: incremental_memory={(memory.allocated_bytes - base) / MIB:.2f} MB"
         event = {
             "name": name,
             "timestamp": time.time(),
@@ -61,60 +83,32 @@ class EventLog:
             "reserved_bytes": memory.reserved_bytes,
             "device_bytes": memory.device_bytes,
         }
-        self._append(_dumps(event))
-        return event
-
-    def _append(self, text: str) -> None:
-        # A lone surrogate (a file name that is not UTF-8) becomes its JSON escape.
-        data = ((",\n" if self._count else "\n") + text).encode("utf-8", "backslashreplace")
+        written = _dumps(event)
         try:
-            if self._file < 0:
-                self._file = os.open(self.path, os.O_RDWR | BINARY)
-            self._write(data + b"]\n")
+            self._own_file().append(written)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._end += len(data)
-        self._count += 1
+        return event
 
-    def _write(self, data: bytes) -> None:
-        """`data` at the closing bracket, in a way that leaves a valid list whenever the process is killed."""
-        first, last = self._end, self._end + len(data) - 1
-        if first // PAGE == last // PAGE or self._end > LARGEST_COPY:
-            self._write_in_place(data)
-        else:
-            os.lseek(self._file, 0, os.SEEK_SET)
-            self._replace(os.read(self._file, self._end) + data)
-
-    def _write_in_place(self, data: bytes) -> None:
-        """Puts the bracket back if the disk takes less than everything."""
-        try:
-            _write_all(self._file, data, self._end)
-        except OSError:
-            os.lseek(self._file, self._end, os.SEEK_SET)
-            os.write(self._file, b"]\n")
-            os.ftruncate(self._file, self._end + 2)
-            raise
-
-    def _replace(self, content: bytes) -> None:
-        """A new file under the same name; the old one stays until the new one is complete. Windows replaces no open file."""
-        new = self.path.with_name(f".{self.path.name}.new")
-        try:
-            file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
-            try:
-                _write_all(file, content, 0)
-            finally:
-                os.close(file)
-            self.close()
-            os.replace(new, self.path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
+    def _own_file(self) -> ListFile:
+        pid = os.getpid()
+        file = self._files.get(pid)
+        if file is not None:
+            return file
+        with self._lock.here():
+            if pid not in self._files:
+                self._files[pid] = ListFile(claim(self._files[self._pid].path, 2))
+            return self._files[pid]
 
     def close(self) -> None:
         """Gives the file back; a later event opens it again."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file = self._files.get(os.getpid())
+        if file is None:
+            return
+        try:
+            file.close()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def __enter__(self) -> EventLog:
         return self
@@ -125,32 +119,69 @@ class EventLog:
         self.close()
 
 
-def _write_all(file: int, data: bytes, place: int) -> None:
-    """One write at `place`; OSError if the disk takes less than everything."""
-    os.lseek(file, place, os.SEEK_SET)
-    if os.write(file, data) != len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _bytes(value: Any) -> int:
+def base_memory(metadata: Any) -> int | None:
+    """Bytes of the metadata's `base_memory`; None without one, and where it is no number of bytes."""
     try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"base_memory: {value!r} is not a number of bytes") from error
+        if not isinstance(metadata, Mapping) or "base_memory" not in metadata:
+            return None
+        nbytes = int(metadata["base_memory"])
+    except Exception:  # of any class that metadata may hold
+        return None
+    return nbytes if abs(nbytes) < LARGEST_INT else None
+
+
+def _warn_of_base(metadata: Any) -> None:
+    with suppress(Exception):
+        if isinstance(metadata, Mapping) and "base_memory" in metadata:
+            given = _said(metadata["base_memory"])[:80]
+            warn(f"base_memory: {given} is not a number of bytes; the event says the peak instead")
+
+
+def warn(message: str) -> None:
+    """Never raises, also where warnings are errors: the program's own exception may be on its way."""
+    with suppress(Warning):
+        warnings.warn(message, stacklevel=3)
 
 
 def _dumps(event: dict[str, Any]) -> str:
-    """One JSON object; what JSON cannot hold (an object, a key that is no text, NaN) is written as its text."""
+    """One JSON object. What JSON cannot hold (an object, a key that is no text, NaN) is replaced by its text in the event, too."""
     try:
-        return json.dumps(event, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return json.dumps(event | {"metadata": _plain(event["metadata"])}, ensure_ascii=False)
+        text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+        text.encode()  # a lone surrogate, of a file name that is not UTF-8, is no text for most readers
+        if text.count("[") + text.count("{") < MANY_BRACKETS or _depth(event["metadata"]) <= MAX_DEPTH:
+            return text
+    except Exception:  # json's own, and those of any class that metadata may hold
+        pass
+    event.update({key: _plain(event[key]) for key in ("name", "memory_log", "metadata")})
+    return json.dumps(event, ensure_ascii=False)
+
+
+def _depth(value: Any, depth: int = 0) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth if depth > MAX_DEPTH else max((_depth(item, depth + 1) for item in inside), default=depth)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, dict) and depth < 10:
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and depth < 10:
-        return [_plain(item, depth + 1) for item in value]
-    exact = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
-    return value if exact else str(value)
+    try:
+        if isinstance(value, Mapping) and depth < MAX_DEPTH:
+            return {_said(key): _plain(item, depth + 1) for key, item in list(value.items())}
+        if isinstance(value, (list, tuple)) and depth < MAX_DEPTH:
+            return [_plain(item, depth + 1) for item in list(value)]
+        if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < LARGEST_INT):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return float(value)
+    except Exception:  # a class whose items or comparisons raise
+        pass
+    return _said(value)
+
+
+def _said(value: Any) -> str:
+    """The text of anything; a number too long for Python's decimal text in base 16."""
+    try:
+        text = hex(value) if isinstance(value, int) and abs(value) >= LARGEST_INT else str(value)
+        return str.encode(text, "utf-8", "backslashreplace").decode()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a class's own __str__ may raise anything
+        return f"<{type(value).__name__}>".encode("utf-8", "backslashreplace").decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 import weakref
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from wanvram.errors import DeviceError
@@ -107,7 +108,8 @@ class CudaMeter:
     caches = True
     _before: ClassVar[dict[str, int]] = {}  # by UUID: used before this process had a context
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, *, poll: bool = True) -> None:
+        """poll: keep a thread that watches the card, for a run of our own."""
         self._index = index
         self._gpu = _nvml_gpu()
         if self._gpu is not None and not torch.cuda.is_initialized():
@@ -117,7 +119,7 @@ class CudaMeter:
         self.tables = PageTables()
         self._process = psutil.Process()
         self._outside = 0
-        self._poll = _Poll(self._gpu) if self._gpu is not None else None
+        self._poll = _Poll(self._gpu) if poll and self._gpu is not None else None
 
     def read(self) -> Memory:
         return self._figures("current")
@@ -200,15 +202,22 @@ class CpuMeter(TorchDispatchMode):
 
     device_name = "cpu"
     caches = False
+    supports_higher_order_operators = True  # else PyTorch refuses them (cond, flex_attention) while tensors are counted
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """As in simulate.memory: PyTorch's compiler is not used, so nothing need be hidden from it."""
+        """False: PyTorch would import its compiler, 1.6 s, to hide this mode from it; the next method does that."""
         return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """The program's torch.compile compiles as it does without this mode; its operations are counted when they run."""
+        return True
 
     def __init__(self, *, count_existing: bool = False) -> None:
         super().__init__()
         self._count_existing = count_existing
+        self._counting = False
         self._process = psutil.Process()
         self._live: dict[int, int] = {}
         self._allocated = 0
@@ -218,18 +227,43 @@ class CpuMeter(TorchDispatchMode):
         if self._count_existing:
             # Tensors in Python's reach; type(), because some lazy modules answer isinstance() with an import.
             for item in [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]:
-                with suppress(NotImplementedError, RuntimeError):  # tensor subclasses without a storage
-                    if item.device.type == "cpu":
-                        self._register(item.untyped_storage())
-        super().__enter__()
+                self._see(item)
+        self._counting = True
+        if self not in _get_current_dispatch_mode_stack():  # it is there after an exit in another thread
+            super().__enter__()
         return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """The end of the counting, in any thread and order; only in the thread of `__enter__` the mode is taken off, too.
+
+        PyTorch's own exit takes off whichever mode is uppermost, which may be the program's; those are put on again.
+        """
+        self._counting = False
+        if self not in _get_current_dispatch_mode_stack():
+            return
+        above = []
+        while (top := _get_current_dispatch_mode_stack()[-1]) is not self:
+            TorchDispatchMode.__exit__(top, None, None, None)
+            above.append(top)
+        super().__exit__(kind, error, trace)
+        for mode in reversed(above):
+            TorchDispatchMode.__enter__(mode)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided:
-                self._register(leaf.untyped_storage())
+        if self._counting:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    self._see(leaf)
         return result
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        """Fake tensors say that they are on the CPU; their storage, on meta, tells. Subclasses may refuse any question."""
+        with suppress(Exception):
+            if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.device.type == "cpu":
+                    self._register(storage)
 
     def _register(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
@@ -238,13 +272,15 @@ class CpuMeter(TorchDispatchMode):
             return
         self._live[key] = nbytes
         self._allocated += nbytes - (known or 0)  # an `out=` tensor may be resized
-        self._peak = max(self._peak, self._allocated)
+        if self._allocated > self._peak:  # no call in it, so that no other thread's `_forget` comes between
+            self._peak = self._allocated
         if known is not None:
             return
         weakref.finalize(storage, self._forget, key).atexit = False
 
     def _forget(self, key: int) -> None:
-        self._allocated -= self._live.pop(key)
+        nbytes = self._live.pop(key)
+        self._allocated -= nbytes
 
     def read(self) -> Memory:
         return Memory(self._allocated, self._allocated, self.device_memory())
@@ -256,6 +292,8 @@ class CpuMeter(TorchDispatchMode):
         self._peak = self._allocated
 
     def device_memory(self) -> int | None:
+        if self._process.pid != os.getpid():  # forked
+            self._process = psutil.Process()
         return int(self._process.memory_info().rss)
 
     def synchronize(self) -> None:
@@ -265,7 +303,7 @@ class CpuMeter(TorchDispatchMode):
         return time.perf_counter()
 
     def host(self) -> tuple[int, int]:
-        return int(self._process.memory_info().rss), 0
+        return self.device_memory() or 0, 0
 
 
 # Limit, use and the statistics' name of file pages that the kernel takes back before it kills: cgroup v2, then v1.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,56 +16,105 @@ import torch
 
 from wanvram.errors import OutputError
 from wanvram.record import Memory, Span, write_atomically
-from wanvram.recorder.events import EventLog
-from wanvram.recorder.meters import CpuMeter, CudaMeter
-from wanvram.recorder.recorder import Recorder
+from wanvram.recorder.event_file import claim
+from wanvram.recorder.events import EventLog, ProcessLock, base_memory, warn
+from wanvram.recorder.meters import CpuMeter, CudaMeter, Meter
+from wanvram.recorder.stages import OpenStage, Stages
 from wanvram.recorder.tracing import setup_profiler
 
 __all__ = ["MemoryProfiler", "MemoryTracker"]
 
 
 class MemoryTracker:
-    """Reads memory and keeps the readings; `save_logs` writes them to `memory_log.json`.
+    """Reads memory and keeps the readings; `save_logs` writes them to `memory_log.json`, or the next number that is free.
 
-    The current CUDA device if there is a GPU, else counted CPU tensors.
+    The current CUDA device if there is a GPU, else counted CPU tensors. A process forked from this one keeps readings and
+    a file of its own; it cannot use CUDA, so there its memory is 0.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).absolute()  # the program may change its directory
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {self.output_dir}: {error.strerror or error}") from error
         self.meter: CudaMeter | CpuMeter
         if torch.cuda.is_available():
-            self.meter = CudaMeter(torch.cuda.current_device())
+            self.meter = CudaMeter(torch.cuda.current_device(), poll=False)
         else:
             self.meter = CpuMeter(count_existing=True)
         self.readings: list[dict[str, int | None]] = []
+        self._pid = self._readings_pid = os.getpid()
+        self._paths: dict[int, Path] = {}
+        self._lock = ProcessLock()
+
+    def meter_here(self) -> Meter:
+        """The meter, or in a forked process one that reads 0 where the meter would touch the parent's CUDA context."""
+        if self._pid == os.getpid() or isinstance(self.meter, CpuMeter):
+            return self.meter
+        return _ForkedMeter()
 
     def read(self) -> Memory:
         """Now: allocated, reserved and what the driver says."""
-        return self._note(self.meter.read())
+        return self._note(self.meter_here().read())
 
     def peak(self) -> Memory:
         """Highest allocated and reserved since the meter's peak was last reset; the driver's figure is of now."""
-        return self._note(self.meter.peak())
+        return self._note(self.meter_here().peak())
 
     def _note(self, memory: Memory) -> Memory:
-        memory = replace(memory, device_bytes=self.meter.device_memory())
-        self.readings.append(
-            {
-                "allocated_bytes": memory.allocated_bytes,
-                "reserved_bytes": memory.reserved_bytes,
-                "device_bytes": memory.device_bytes,
-            }
-        )
+        if memory.device_bytes is None:
+            memory = replace(memory, device_bytes=self.meter_here().device_memory())
+        reading = {
+            "allocated_bytes": memory.allocated_bytes,
+            "reserved_bytes": memory.reserved_bytes,
+            "device_bytes": memory.device_bytes,
+        }
+        with self._lock.here():
+            if self._readings_pid != os.getpid():
+                self.readings, self._readings_pid = [], os.getpid()
+            self.readings.append(reading)
         return memory
 
     def save_logs(self) -> Path:
-        path = self.output_dir / "memory_log.json"
-        write_atomically(path, json.dumps(self.readings, indent=1) + "\n")
-        return path
+        """Raises OutputError. A forked process that read nothing writes nothing."""
+        first = self.output_dir / "memory_log.json"
+        with self._lock.here():
+            pid = os.getpid()
+            if self._readings_pid != pid:
+                return self._paths.get(self._pid, first)
+            try:
+                path = self._paths[pid] = self._paths.get(pid) or claim(first, 1 if pid == self._pid else 2)
+            except OSError as error:
+                raise OutputError(f"cannot write {first}: {error.strerror or error}") from error
+            write_atomically(path, json.dumps(self.readings, indent=1) + "\n")
+            return path
+
+
+class _ForkedMeter:
+    """Of a process forked from one that uses CUDA: PyTorch refuses it the GPU, so it has no memory there."""
+
+    device_name = "cuda"
+
+    def read(self) -> Memory:
+        return Memory(0, 0, None)
+
+    peak = read
+
+    def reset_peak(self) -> None:
+        """There is no peak."""
+
+    def device_memory(self) -> int | None:
+        return None
+
+    def synchronize(self) -> None:
+        """Nothing runs."""
+
+    def now(self, kind: str) -> float | None:
+        return None
+
+    def host(self) -> tuple[int, int]:
+        return 0, 0
 
 
 class MemoryProfiler:
@@ -77,73 +128,85 @@ class MemoryProfiler:
     ...         model(x)
     ...     profiler.log_event("done")                               # peak since the profiling began
 
-    `memory_events.json` in `output_dir` is complete after every event, whatever ends the process. `trace=True` runs
-    torch.profiler too (see `setup_profiler`; call `step()` once per iteration), which disturbs the memory it observes.
+    `memory_events.json` in `output_dir` is complete after every event, whatever ends the process. Files that are there stay:
+    a second profiler writes `memory_events-2.json`, and so does a process forked from this one that logs events.
+    `trace=True` runs torch.profiler too (see `setup_profiler`; call `step()` once per iteration), which disturbs the memory
+    it observes.
+
+    Any thread, asyncio task or generator may log events and be in stages. On the CPU, memory is counted in the thread that
+    called `start_profiling`, because PyTorch's dispatch modes are per thread. An exception of the program always passes:
+    what cannot be written while one is under way is a warning.
     """
 
     def __init__(self, config_name: str, output_dir: str | Path, *, trace: bool = False) -> None:
         self.config_name = config_name
-        self.output_dir = Path(output_dir)
-        self.memory_tracker = MemoryTracker(self.output_dir)
+        self.memory_tracker = MemoryTracker(output_dir)
+        self.output_dir = self.memory_tracker.output_dir
         self.events: list[dict[str, Any]] = []
         self.profiler: torch.profiler.profile | None = None
         self._trace = trace
-        self._log = EventLog(self.output_dir / "memory_events.json")
-        self._recorder = Recorder(self.memory_tracker.meter, None, None)
-        self._highest = Memory(0, 0, None)
+        self._log = EventLog(self.output_dir / "memory_events.json", keep_existing=True)
+        self._stages = Stages(self.memory_tracker.meter_here)
+        self._lock = ProcessLock()
         self._running = False
+        self._started_in = 0
 
     @property
     def stages(self) -> list[Span]:
         """The finished stages, nested ones as children."""
-        return self._recorder.spans
+        return self._stages.spans
 
     def start_profiling(self) -> None:
         if self._running:
             return
-        meter = self.memory_tracker.meter
-        if isinstance(meter, CpuMeter):
-            meter.__enter__()
-        meter.reset_peak()
-        self._highest = Memory(0, 0, None)
         if self._trace:
-            self.profiler = setup_profiler(str(self.output_dir))
-            self.profiler.start()
+            profiler = setup_profiler(str(self.output_dir))
+            profiler.start()  # raises where the program's own torch.profiler runs
+            self.profiler = profiler
+        if isinstance(self.memory_tracker.meter, CpuMeter):
+            self.memory_tracker.meter.__enter__()
+        self._stages.restart()
+        self._started_in = os.getpid()
         self._running = True
 
     def allocated_bytes(self) -> int:
         """Bytes in live tensors now: give it as `base_memory` to a later event."""
         return self.memory_tracker.read().allocated_bytes
 
-    def log_event(self, event_name: str, metadata: dict[str, Any] | None = None) -> None:
-        """With `base_memory` in the metadata: allocated memory over it. Without: the peak since `start_profiling`."""
-        tracker = self.memory_tracker
-        tracker.meter.synchronize()
-        if metadata and "base_memory" in metadata:
-            memory = tracker.read()
-        else:
-            memory = self._highest = self._highest.highest(tracker.peak())
-        self.events.append(self._log.log(event_name, memory, metadata))
+    def log_event(self, event_name: str, metadata: Any = None) -> None:
+        """With `base_memory` in the metadata: allocated memory over it. Without: the peak since `start_profiling`.
+
+        Raises OutputError if it cannot be written; while an exception is handled that is a warning.
+        """
+        with _passing(sys.exc_info()[1]):
+            tracker = self.memory_tracker
+            tracker.meter_here().synchronize()
+            with self._lock.here():
+                over_base = base_memory(metadata) is not None
+                memory = tracker.read() if over_base else self._stages.seen(tracker.peak())
+                self.events.append(self._log.log(event_name, memory, metadata))
 
     @contextmanager
-    def stage(self, name: str, metadata: dict[str, Any] | None = None) -> Iterator[Span]:
+    def stage(self, name: str, metadata: Any = None) -> Iterator[Span]:
         """Logs the stage's own peak with start and activation memory in the metadata. Stages may be nested.
 
         On CUDA this resets PyTorch's peak counter at both ends; `log_event` alone never does.
         """
-        self._highest = self._highest.highest(self.memory_tracker.meter.peak())
-        recording = self._recorder.span(name, kind="stage")
-        span = recording.__enter__()
+        stage = self._stages.begin(name)
         try:
-            yield span
-        finally:  # the exception of a failed stage passes the recorder by, which would keep the span open
-            recording.__exit__(None, None, None)
-            self._note_stage(span, metadata)
+            yield stage.span
+        except BaseException as error:
+            with _passing(error):
+                self._finish(stage, metadata)
+            raise
+        with _passing(sys.exc_info()[1]):
+            self._finish(stage, metadata)
 
-    def _note_stage(self, span: Span, metadata: dict[str, Any] | None) -> None:
-        self._highest = self._highest.highest(span.peak)
+    def _finish(self, stage: OpenStage, metadata: Any) -> None:
+        span = self._stages.end(stage)
         figures = {"start_bytes": span.start.allocated_bytes, "activation_bytes": span.activation_bytes}
-        self.events.append(self._log.log(span.name, span.peak, {**(metadata or {}), **figures}))
+        with self._lock.here():
+            self.events.append(self._log.log(span.name, span.peak, {**_as_mapping(metadata), **figures}))
 
     def step(self) -> None:
         """One iteration is over: advances the trace's schedule, if there is a trace."""
@@ -151,19 +214,22 @@ class MemoryProfiler:
             self.profiler.step()
 
     def stop_profiling(self) -> None:
+        """Writes `memory_log.json`. Raises OutputError; while an exception is handled that is a warning."""
         if not self._running:
             return
         self._running = False
-        try:
-            if self.profiler is not None:
-                self.profiler.stop()
-        finally:
-            self.profiler = None
-            meter = self.memory_tracker.meter
-            if isinstance(meter, CpuMeter):
-                meter.__exit__(None, None, None)
-        self.memory_tracker.save_logs()
-        self.save_events()
+        with _passing(sys.exc_info()[1]):
+            try:
+                if self.profiler is not None and self._started_in == os.getpid():  # a forked process has no tracer
+                    self.profiler.stop()
+            finally:
+                self.profiler = None
+                if isinstance(self.memory_tracker.meter, CpuMeter):
+                    self.memory_tracker.meter.__exit__(None, None, None)
+                try:
+                    self.save_events()
+                finally:
+                    self.memory_tracker.save_logs()
 
     def save_events(self) -> Path:
         """The events are on disk already; this gives the file back."""
@@ -177,4 +243,25 @@ class MemoryProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop_profiling()
+        with _passing(error):
+            self.stop_profiling()
+
+
+@contextmanager
+def _passing(under_way: BaseException | None) -> Iterator[None]:
+    """What fails inside is a warning while the program's own exception is under way, which must not be replaced."""
+    try:
+        yield
+    except Exception as error:
+        if under_way is None:
+            raise
+        warn(f"wanvram's MemoryProfiler: {error}")
+
+
+def _as_mapping(metadata: Any) -> Mapping[Any, Any]:
+    if metadata is None:
+        return {}
+    try:
+        return dict(metadata) if isinstance(metadata, Mapping) else {"metadata": metadata}
+    except Exception:  # a class whose items raise
+        return {"metadata": metadata}

@@ -13,7 +13,7 @@ from wanvram.recorder.interrupts import check
 from wanvram.recorder.meters import Meter
 from wanvram.units import human
 
-__all__ = ["Recorder", "SpanObserver", "repeated_seconds"]
+__all__ = ["Recorder", "SpanObserver", "repeated_seconds", "with_device"]
 
 
 class SpanObserver(Protocol):
@@ -83,7 +83,7 @@ class Recorder:
         span.end = self._read(detailed)
         span.peak = span.peak.highest(span.end)
         if self.meter.caches:
-            span.peak = _with_device(span.peak, span.end)
+            span.peak = with_device(span.peak, span.end)
         self._started.pop()
         self._open.pop()
         if self.observer is not None:
@@ -135,7 +135,7 @@ def repeated_seconds(spans: Sequence[Span]) -> float:
     return sum((span.repeats - 1) * (span.seconds or 0.0) + repeated_seconds(span.children) for span in spans)
 
 
-def _with_device(peak: Memory, end: Memory) -> Memory:
+def with_device(peak: Memory, end: Memory) -> Memory:
     """The driver is asked at the ends only. If the allocator gave memory back in between, the driver's peak was higher.
 
     What the process uses outside the allocator (context, libraries) only grows, so it is taken from the end.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from wanvram.errors import CheckpointError
 from wanvram.specs import T5Spec
 from wanvram.tasks import TASKS
 from wanvram.weights.folder import GENERATED, existing_folder
 from wanvram.weights.official import Component, check_checkpoint, open_checkpoint, tokenizer_file
 from wanvram.weights.random import RandomSource
+from wanvram.weights.recognise import explain
 from wanvram.weights.sources import TensorSource
 from wanvram.weights.tokenizer import ByteTokenizer, Tokenizer, UMT5Tokenizer
 
@@ -78,6 +81,8 @@ def choose_weights(
 ) -> OfficialWeights | GeneratedWeights | NoWeights:
     """`random`, `tiny` or a checkpoint directory, whose files are checked for everything the task needs."""
     if simulated:
+        if weights not in GENERATED and os.path.isdir(weights):
+            _refuse_what_is_no_checkpoint(weights, task)
         return NoWeights(tiny=weights == "tiny")
     if weights in GENERATED:
         return GeneratedWeights(seed, tiny=weights == "tiny")
@@ -92,7 +97,23 @@ def check_weights(weights: str, task: str) -> None:
     """
     if weights in GENERATED:
         return
-    components: list[Component] = ["text_encoder", "dit", "vae"]
-    if TASKS[task].kind in ("i2v", "flf2v"):
-        components.insert(1, "image_encoder")
-    check_checkpoint(existing_folder(weights), components, TASKS[task].dit)
+    try:
+        directory = existing_folder(weights)
+    except CheckpointError as error:
+        raise explain(Path(weights), error) from error
+    check_checkpoint(directory, _components(task), TASKS[task].dit)
+
+
+def _components(task: str) -> tuple[Component, ...]:
+    pictures: tuple[Component, ...] = ("image_encoder",) if TASKS[task].kind in ("i2v", "flf2v") else ()
+    return ("text_encoder", *pictures, "dit", "vae")
+
+
+def _refuse_what_is_no_checkpoint(weights: str, task: str) -> None:
+    """The simulated device needs no weights; a folder that is known to be something else is refused as on a GPU."""
+    try:
+        check_weights(weights, task)
+    except CheckpointError as error:
+        nothing = CheckpointError("")
+        if explain(Path(weights), nothing) is not nothing:
+            raise error

@@ -1,6 +1,6 @@
 """cuDNN's workspace for one convolution in channels_last_3d: rules of its kernels on sm_90, and where each is taken. No torch.
 
-Found from measured workspaces (benchmarks/harvest_conv_workspaces.py, H200 and H100, cuDNN 9.19), which the rules give to the byte.
+Found from measured workspaces (benchmarks/harvest_conv_workspaces.py, H200, cuDNN 9.19), which the rules give to the byte.
 cuDNN's choice of kernel hangs on the weight's shape and the area H x W of the input, for most weights on nothing else:
 conv_workspaces.json has, for each weight, the kernels of each range of the area ("regimes"), and the shapes that were measured
 otherwise ("exceptions"); benchmarks/fit_conv_workspaces.py writes it.
@@ -33,8 +33,11 @@ __all__ = [
     "workspace",
 ]
 
-MULTIPROCESSORS = 132  # H200 and H100 SXM, where everything here was measured
+MULTIPROCESSORS = 132  # of the H200, where everything here was measured, and of the H100 SXM
 UNKNOWN_BYTES = 131  # the commonest workspace
+LAST_CHANGE = (
+    16_384  # rows x columns: for larger inputs no weight was seen to change to a kernel with another workspace
+)
 SAME_BYTES = 512  # the allocator's smallest block: 0 or 131 bytes make no difference that counts
 
 Regimes = list[list[Any]]  # [first area, last area, kernel, other kernels...]
@@ -55,7 +58,7 @@ class Convolution(NamedTuple):
 
     @property
     def key(self) -> str:
-        """In float32 the same for a picture and its transpose: they took the same at each of 8,500 measured pairs."""
+        """In float32 the same for a picture and its transpose: they took the same at each of 16,915 measured pairs."""
         x, padding = self.x, self.padding
         if self.dtype == "float32" and (x[3], padding[2]) < (x[2], padding[1]):
             x, padding = (x[0], x[1], x[3], x[2]), (padding[0], padding[2], padding[1])
@@ -198,7 +201,7 @@ class Workspace(NamedTuple):
     """size: bytes, never less than measured so far. lowest: what it may be instead.
 
     basis: "measured", "rule" (the shape lies among measured ones that all follow one kernel's rule), "bound" (among or between
-    shapes of several kernels: the largest of theirs), "outside" (smaller or larger than all measured, counted like the nearest) or
+    shapes of several kernels: the largest of theirs), "outside" (smaller than all measured, counted like the nearest) or
     "unknown" (no such weight was ever measured).
     """
 
@@ -223,9 +226,11 @@ class Table:
         after = bisect_right(regimes, conv.area, key=lambda regime: regime[0])
         inside = after > 0 and conv.area <= regimes[after - 1][1]
         near = regimes[after - 1 : after] if inside else regimes[max(after - 1, 0) : after + 1]
-        kernels = [name for _, _, *names in near for name in names if name != "in-out" or conv.positions % 4 == 0]
+        kernels = [name for _, _, *names in near for name in names]
+        if conv.positions % 4:
+            kernels = [name for name in kernels if name != "in-out"] or kernels
         sizes = [kernel_workspace(kernel, conv, multiprocessors) for kernel in kernels]
-        if not regimes[0][0] <= conv.area <= regimes[-1][1]:
+        if conv.area < regimes[0][0] or regimes[-1][1] < conv.area < LAST_CHANGE:
             return Workspace(max(sizes), min(sizes), "outside")
         if max(sizes) - min(sizes) < SAME_BYTES:
             return Workspace(sizes[0], sizes[0], "rule")

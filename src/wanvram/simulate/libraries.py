@@ -74,7 +74,7 @@ class Libraries:
             text = f"{len(bounded)} were not measured, and their neighbours differ: the largest workspace is counted"
             parts.append(f"{text}, up to {max(bounded) / MIB:.1f} MiB too much")
         if outside:
-            parts.append(f"{outside} are smaller or larger than all measured: the rule of the nearest is counted")
+            parts.append(f"{outside} are smaller than all measured: the rule of the nearest is counted")
         if unknown:
             parts.append(f"{unknown} have weights never measured: {UNKNOWN_BYTES} bytes of workspace are counted")
         return f"of {len(found)} shapes of convolutions {'; '.join(parts)}" if parts else None

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
@@ -36,7 +37,9 @@ from wanvram.weights.official import (
     spec_beside,
     tokenizer_file,
 )
+from wanvram.weights.recognise import explain
 from wanvram.weights.sources import DTYPES, MANIFEST, MANIFEST_SCHEMA, TensorSource
+from wanvram.weights.tokenizer import try_tokenizer
 
 __all__ = ["Job", "convert", "free_bytes", "verify"]
 
@@ -148,7 +151,10 @@ def convert(
     written, or the disk has not the space; then nothing is written.
     """
     sources = _Sources(job.source)
-    plan = _plan(job, sources)
+    try:
+        plan = _plan(job, sources, output)
+    except CheckpointError as error:
+        raise explain(job.source, error) from error
     manifest = _begun(output, plan)
     pending = [part for part in plan.parts if not _is_finished(output, manifest, part.name)]
     _check_space(output, sum(part.nbytes for part in pending), free)
@@ -181,7 +187,9 @@ class _Sources:
         return self._open[component]
 
 
-def _plan(job: Job, sources: _Sources) -> _Plan:
+def _plan(job: Job, sources: _Sources, output: Path) -> _Plan:
+    if job.source.resolve() in output.resolve().parents:
+        raise InputError(f"-o {output} lies in the checkpoint itself; name a folder outside {job.source}")
     if layout(job.source) == "converted":
         raise CheckpointError(f"{job.source} was already converted; give the official or Diffusers folder it came from")
     components, dit = job.components, job.dit
@@ -199,7 +207,9 @@ def _plan(job: Job, sources: _Sources) -> _Plan:
         parts += _parts(job, component, models[component])
     plan = _Plan(job, models, parts)
     if "text_encoder" in components:
-        folder = tokenizer_file(job.source).parent
+        file = tokenizer_file(job.source)
+        try_tokenizer(file)
+        folder = file.parent
         plan.tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return plan
 
@@ -232,7 +242,15 @@ def _snapshot(ckpt_dir: Path) -> dict[str, list[int]]:
     found = sorted(
         p for pattern in ("*", "*/*") for p in ckpt_dir.glob(pattern) if p.suffix in (".pth", ".safetensors")
     )
-    return {p.relative_to(ckpt_dir).as_posix(): [p.stat().st_size, p.stat().st_mtime_ns] for p in found}
+    files = {}
+    for path in found:
+        with suppress(OSError):  # a link to nowhere that no component is read from
+            status = path.stat()
+            files[os.fsencode(path.relative_to(ckpt_dir).as_posix()).decode("utf-8", "backslashreplace")] = [
+                status.st_size,
+                status.st_mtime_ns,
+            ]
+    return files
 
 
 # --- the output folder ---------------------------------------------------------------------------------------------------------
@@ -266,9 +284,12 @@ def _short(value: Any) -> str:
 
 
 def _is_finished(output: Path, manifest: dict[str, Any], name: str) -> bool:
+    """Read and hashed again: a part whose bytes are others by now is not taken over."""
     path, entry = output / name, manifest["files"].get(name)
     if entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]:
-        return True
+        with suppress(OSError):
+            if _sha256(path) == entry["sha256"]:
+                return True
     manifest["files"].pop(name, None)
     return False
 

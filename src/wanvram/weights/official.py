@@ -5,6 +5,7 @@ Three layouts: the official download (names below), the Diffusers folders, and w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from wanvram.models.t5 import T5Encoder
 from wanvram.models.vae import WanVAE
 from wanvram.specs import CLIP, DIT, T5, VAE, DiTSpec
 from wanvram.weights.diffusers import TABLES, RenamedSource, is_diffusers, official_names, open_diffusers
+from wanvram.weights.recognise import check_kind, comfy_files, explain, prefix_of
 from wanvram.weights.sources import (
     MANIFEST,
     ConvertedSource,
@@ -61,20 +63,31 @@ DIT_FILE = "diffusion_pytorch_model.safetensors"
 DIT_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 
+EXTRAS = ("spiece_model",)  # ComfyUI keeps the text encoder's vocabulary among its tensors
 _FILES = {"text_encoder": T5_FILE, "image_encoder": CLIP_FILE, "vae": VAE_FILE}
 _SPECS: dict[str, dict[str, Any]] = {"dit": DIT, "text_encoder": T5, "image_encoder": CLIP, "vae": VAE}
 
 
-def layout(ckpt_dir: Path) -> Literal["official", "diffusers", "converted"]:
+def layout(ckpt_dir: Path) -> Literal["official", "diffusers", "converted", "comfy"]:
     """What kind of folder this is; CheckpointError if it is none. An unknown one counts as official."""
     if not ckpt_dir.is_dir():
-        raise CheckpointError(
+        missing = CheckpointError(
             f"the checkpoint folder {ckpt_dir} does not exist; expected an official Wan2.1 download, "
             "a Diffusers folder or one written by wanvram convert"
         )
+        raise explain(ckpt_dir, missing)
     if (ckpt_dir / MANIFEST).exists():
         return "converted"
-    return "diffusers" if is_diffusers(ckpt_dir) else "official"
+    names = (*_FILES.values(), DIT_FILE, DIT_INDEX)
+    official = any(
+        (ckpt_dir / name).exists() or (ckpt_dir / name).with_suffix(".safetensors").exists() for name in names
+    )
+    if (ckpt_dir / "model_index.json").exists():
+        return "diffusers"
+    folders = any((ckpt_dir / name).is_dir() for name in ("transformer", "text_encoder"))  # vae/ is in either layout
+    if not official and not folders and comfy_files(ckpt_dir):
+        return "comfy"
+    return "official" if official or not is_diffusers(ckpt_dir) else "diffusers"
 
 
 def open_checkpoint(ckpt_dir: Path, component: Component) -> TensorSource:
@@ -82,20 +95,48 @@ def open_checkpoint(ckpt_dir: Path, component: Component) -> TensorSource:
     kind = layout(ckpt_dir)
     if kind == "converted":
         return ConvertedSource(ckpt_dir, component)
-    return open_diffusers(ckpt_dir, component) if kind == "diffusers" else open_official(ckpt_dir, component)
+    if kind == "comfy":
+        return _open_comfy(ckpt_dir, component)
+    source = open_diffusers(ckpt_dir, component) if kind == "diffusers" else open_official(ckpt_dir, component)
+    check_kind(source.keys(), ckpt_dir)
+    return source
+
+
+def _open_comfy(ckpt_dir: Path, component: Component) -> TensorSource:
+    """Of ComfyUI's single files the one that holds the component, whatever its name."""
+    found = comfy_files(ckpt_dir).get(component, [])
+    if not found:
+        raise CheckpointError(f"{ckpt_dir} has no file of the {component}")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:3])
+        raise CheckpointError(f"{ckpt_dir} has {len(found)} files of the {component}: {names}; leave the one to use")
+    return _single_file(SafetensorsSource(found), component)
+
+
+def _single_file(source: TensorSource, component: Component) -> TensorSource:
+    """A file of others under the official names: without ComfyUI's prefix, and with the names of Diffusers translated."""
+    prefix = prefix_of(source.keys(), component)
+    keys = {key[len(prefix) :]: key for key in source.keys() if key.startswith(prefix) and key not in EXTRAS}  # noqa: SIM118
+    names = official_names(keys, TABLES[component])
+    return RenamedSource(source, {official: [keys[part] for part in parts] for official, parts in names.items()})
 
 
 def open_official(ckpt_dir: Path, component: Component) -> TensorSource:
     """One component of an official folder. Where the .pth is missing, safetensors of the same name are taken."""
     layout(ckpt_dir)
+    names = (DIT_FILE, DIT_INDEX) if component == "dit" else (_FILES[component],)
+    present = any(
+        os.path.lexists(p) for name in names for p in (ckpt_dir / name, (ckpt_dir / name).with_suffix(".safetensors"))
+    )
+    if not present and component in comfy_files(ckpt_dir):
+        return _open_comfy(ckpt_dir, component)
     if component == "dit":
         return _open_dit(ckpt_dir)
     path = ckpt_dir / _FILES[component]
     source: TensorSource
     if not path.exists() and path.with_suffix(".safetensors").exists():
-        source = SafetensorsSource([path.with_suffix(".safetensors")])
         # Such files are made by others, from the official weights or from those of transformers.
-        source = RenamedSource(source, official_names(source.keys(), TABLES[component]))
+        source = _single_file(SafetensorsSource([path.with_suffix(".safetensors")]), component)
     else:
         source = TorchFileSource(path)
     # The CLIP file also holds a text tower that Wan does not run.
@@ -107,12 +148,13 @@ def _open_dit(ckpt_dir: Path) -> TensorSource:
         return SafetensorsSource.from_index(ckpt_dir / DIT_INDEX)
     if not (ckpt_dir / DIT_FILE).exists():
         raise CheckpointError(f"{ckpt_dir} has no transformer weights; expected {DIT_FILE} or {DIT_INDEX}")
-    return SafetensorsSource([ckpt_dir / DIT_FILE])
+    source = SafetensorsSource([ckpt_dir / DIT_FILE])
+    return _single_file(source, "dit") if prefix_of(source.keys(), "dit") else source
 
 
 def tokenizer_file(ckpt_dir: Path) -> Path:
     """The umT5 tokenizer.json of a folder of any layout. Raises CheckpointError."""
-    name = TOKENIZER_FILE if layout(ckpt_dir) == "official" else "tokenizer/tokenizer.json"
+    name = TOKENIZER_FILE if layout(ckpt_dir) in ("official", "comfy") else "tokenizer/tokenizer.json"
     check_file(ckpt_dir / name, f"the umt5-xxl tokenizer ({name})")
     return ckpt_dir / name
 
@@ -177,7 +219,7 @@ def _shape_of_spec(spec: DiTSpec) -> _DiTShape:
 
 def _shape_of_dit(source: TensorSource) -> _DiTShape:
     keys = source.keys()
-    patches = source.shape("patch_embedding.weight") if "patch_embedding.weight" in keys else (0, 0)
+    patches = (*(source.shape("patch_embedding.weight") if "patch_embedding.weight" in keys else ()), 0, 0)
     blocks, vace = (len({k.split(".")[1] for k in keys if k.startswith(p)}) for p in ("blocks.", "vace_blocks."))
     images = 2 if "img_emb.emb_pos" in keys else int(any(key.startswith("img_emb.") for key in keys))
     return patches[0], patches[1], blocks, vace, images
@@ -213,7 +255,7 @@ def check_checkpoint(ckpt_dir: Path, components: Sequence[Component], dit: str |
     if problems:
         first, *others = problems
         also = f" ({', '.join(others)}: not usable either)" if others else ""
-        raise CheckpointError(problems[first] + also)
+        raise explain(ckpt_dir, CheckpointError(problems[first] + also))
 
 
 def spec_beside(component: Component, dit: str) -> str:

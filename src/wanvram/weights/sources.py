@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -36,12 +38,15 @@ __all__ = [
     "memory_order",
     "opened",
     "read_manifest",
+    "shown",
 ]
 
 Shape = tuple[int, ...]
 
 CHUNK_BYTES = 4 * 2**20  # stays in the cache between read and conversion: 1.6 times as fast as 64 MiB
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library itself
+MAX_DIMENSIONS = 64  # as many as torch can view
+MAX_DIGITS = 20  # of a number in a header; 2^63 has 19
 MANIFEST = "wanvram.json"  # of a folder written by `wanvram convert`
 MANIFEST_SCHEMA = 1
 DTYPES = {
@@ -84,12 +89,12 @@ def check_keys(
     unexpected = sorted(set(present) - set(expected) - set(ignored))
     missing = sorted(set(expected) - set(present))
     wrong = [
-        f"{key} {list(source.shape(key))} instead of {list(expected[key])}"
+        f"{shown(key)} {shown(list(source.shape(key)))} instead of {list(expected[key])}"
         for key in sorted(set(expected) & set(present))
         if source.shape(key) != tuple(expected[key])
     ]
     problems = [
-        f"{len(names)} {label}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        f"{len(names)} {label}: {', '.join(map(shown, names[:3]))}{', ...' if len(names) > 3 else ''}"
         for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         if names
     ]
@@ -99,19 +104,37 @@ def check_keys(
         )
 
 
+def shown(value: object) -> str:
+    """A name or value out of a file as a sentence may hold it: one line of at most 120 printable characters."""
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"
+
+
 def check_file(path: Path, expected: str) -> bytes:
-    """The first 20 bytes. CheckpointError unless `path` is a file with content that is not a Git LFS pointer."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected {expected}")
+    """The first 20 bytes. CheckpointError unless `path` is a file with content, and that no stand-in for the file."""
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no file'}; expected {expected}")
         with path.open("rb") as file:
             start = file.read(20)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); expected {expected}") from error
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist; expected {expected}: download it again"
+            ) from error
+        raise CheckpointError(f"{path} does not exist; expected {expected}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{shown(str(path))} cannot be read ({reason}); expected {expected}") from error
     if not start:
         raise CheckpointError(f"{path} is empty; expected {expected}")
     if start.startswith(b"version https://git-"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
+        raise CheckpointError(f"{path} is a web page, not the file itself: download it again; expected {expected}")
+    if start.startswith(b"GGUF"):
+        raise CheckpointError(f"{path} is a GGUF file, which is not read; expected {expected}")
     return start
 
 
@@ -123,7 +146,7 @@ def _copy(key: str, tensor: Tensor, dest: Tensor, origin: str) -> None:
 
 def _check_shape(key: str, shape: Sequence[int], dest: Tensor, origin: str) -> None:
     if tuple(shape) != tuple(dest.shape):
-        raise CheckpointError(f"{origin}: {key} has shape {list(shape)} instead of {list(dest.shape)}")
+        raise CheckpointError(f"{origin}: {shown(key)} has shape {list(shape)} instead of {list(dest.shape)}")
 
 
 def _assign(dest: Tensor, values: Tensor) -> None:
@@ -277,7 +300,7 @@ class SafetensorsSource(FileSource):
         for path in paths:
             for key, stored in _read_header(path).items():
                 if key in tensors:
-                    raise CheckpointError(f"tensor {key} is in both {tensors[key].path.name} and {path}")
+                    raise CheckpointError(f"tensor {shown(key)} is in both {tensors[key].path.name} and {path}")
                 tensors[key] = stored
         super().__init__(tensors, ", ".join(str(path) for path in paths))
 
@@ -288,7 +311,7 @@ class SafetensorsSource(FileSource):
         source = cls([index.parent / name for name in sorted(set(weight_map.values()))])
         absent = sorted(set(weight_map) - set(source.keys()))
         if absent:
-            raise CheckpointError(f"{index} names {len(absent)} tensors that its files lack, first {absent[0]}")
+            raise CheckpointError(f"{index} names {len(absent)} tensors that its files lack, first {shown(absent[0])}")
         return source
 
 
@@ -304,9 +327,9 @@ def _read_header(path: Path) -> dict[str, Stored]:
         try:
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length:,} bytes")
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = _header_json(file.read(length))
             header.pop("__metadata__", None)
-            stored = {str(key): _stored(path, 8 + length, entry) for key, entry in header.items()}
+            stored = {key: _stored(path, 8 + length, key, entry) for key, entry in header.items()}
             end = 8 + length
             for entry in sorted(stored.values(), key=lambda s: (s.offset, s.nbytes)):
                 if entry.offset != end:
@@ -314,23 +337,46 @@ def _read_header(path: Path) -> dict[str, Stored]:
                 end += entry.nbytes
             if end != size:
                 raise ValueError(f"its header tells of {end:,}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError as error:
             raise CheckpointError(
                 f"{path} is truncated or damaged ({size:,} bytes; {error}); expected a safetensors file"
             ) from error
     return stored
 
 
-def _stored(path: Path, data_start: int, entry: Mapping[str, Any]) -> Stored:
-    """Raises ValueError, KeyError or TypeError for an entry that no correct file has."""
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"the unknown dtype {entry['dtype']}")
-    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+def _header_json(text: bytes) -> dict[str, Any]:
+    """Raises ValueError, in words of its own."""
+    try:
+        header = json.loads(text.decode("utf-8"), parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("a header that is no JSON") from error
+    if not isinstance(header, dict):
+        raise ValueError("a header that is no table of tensors")
+    return header
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError("a number of too many digits")
+    return int(digits)
+
+
+def _stored(path: Path, data_start: int, key: str, entry: Any) -> Stored:
+    """Raises ValueError, in words of its own, for an entry that no correct file has."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        known = dtype in DTYPES
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no dtype, shape and two data_offsets for {shown(key)}") from error
+    if not known:
+        raise ValueError(f"the unknown dtype {shown(dtype)}")
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError("a shape or offset that is not a natural number")
-    stored = Stored(path, data_start + start, DTYPES[entry["dtype"]], shape)
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape):,} dimensions for {shown(key)}")
+    stored = Stored(path, data_start + start, DTYPES[dtype], shape)
     if stored.nbytes != end - start:
-        raise ValueError(f"{end - start:,} bytes for the shape {list(shape)} of {entry['dtype']}")
+        raise ValueError(f"{end - start:,} bytes for the shape {shown(list(shape))} of {dtype}")
     return stored
 
 
@@ -368,21 +414,27 @@ def read_manifest(ckpt_dir: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError("too large")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
         known = manifest["schema"] == MANIFEST_SCHEMA
         for name, entry in manifest["files"].items() if known else ():
             # A name with other folders in it could reach any file of the machine.
             if not re.fullmatch(r"[a-z_]+/\w[\w.\-]*", name) or not isinstance(entry["component"], str):
-                raise ValueError(f"the file {name!r}")
+                raise ValueError(f"the file {shown(name)}")
             if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-                raise ValueError(f"the entry of {name}")
+                raise ValueError(f"the entry of {shown(name)}")
         complete = known and manifest["complete"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged (it is no manifest of a conversion); convert the checkpoint again into another folder"
+        ) from error
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); convert the checkpoint again into another folder"
         ) from error
     if not known:
-        raise CheckpointError(f"{path} has the schema {manifest['schema']}; this wanvram reads {MANIFEST_SCHEMA}")
+        raise CheckpointError(
+            f"{path} has the schema {shown(manifest['schema'])}; this wanvram reads {MANIFEST_SCHEMA}"
+        )
     if not complete:
         raise CheckpointError(f"the conversion into {ckpt_dir} was interrupted; run the same `wanvram convert` again")
     return dict(manifest)
@@ -398,7 +450,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name in names:
         # A name with a folder in it could reach any file of the machine.
         if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\:\0"):
-            raise CheckpointError(f"{index} names the file {name!r}; expected safetensors files beside the index only")
+            raise CheckpointError(
+                f"{index} names the file {shown(name)}; expected safetensors files beside the index only"
+            )
     return dict(weight_map)
 
 
