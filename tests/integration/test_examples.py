@@ -47,7 +47,8 @@ SMALLER: list[tuple[str, str]] = [
     (r"wanvram generate", "--device cpu --size 96*64 --frame_num 5 --sample_steps 2"),
     (r"wanvram estimate .*--config", ""),
     (r"wanvram estimate", "--frame_num 5 --sample_steps 2"),
-    (r"wanvram plan", "--size 96*64 --frame_num 5 --sample_steps 2"),
+    (r"wanvram plan --longest", "--size 96*64 --sample_steps 2 --gpu h200 --vram 900MiB"),
+    (r"wanvram plan", "--size 96*64 --frame_num 5 --sample_steps 2 --gpu h200"),
     (r"wanvram profile", "--device simulated"),
 ]
 # And in the configurations of tests/configs.
