@@ -167,12 +167,13 @@ def test_progress_of_a_search_says_how_many_forecasts_are_done_and_what_is_left(
     capsys: pytest.CaptureFixture[str], card: Card
 ) -> None:
     assert command.main([*T2V, "--vram", "6GiB"]) == 0
-    *forecasts, last = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    forecasts = [line for line in lines if "] forecast " in line]
     assert len(forecasts) == len(card.calls)
     assert "forecast 1: vae_decoder 8," in forecasts[0]
     assert forecasts[0].endswith(" s left")
     assert "about 9 more" in forecasts[0]
-    assert last.endswith("simulating the whole run")
+    assert [line.partition("] ")[2] for line in lines if line not in forecasts] == ["simulating the whole run"]
 
 
 def test_a_whole_run_above_its_forecasts_is_planned_again_with_that_much_more_kept_free(

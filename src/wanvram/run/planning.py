@@ -88,7 +88,7 @@ def plan_run(
     forecasts.look_ahead(config.request, budget, base)
     tried = budget
     for _ in range(ATTEMPTS):
-        result = search(config.request, tried, Options(base, offers), forecasts)
+        result = search(config.request, tried, Options(base, offers=False), forecasts)
         if isinstance(result, Refusal):
             return result, None
         if show is not None:
@@ -98,6 +98,9 @@ def plan_run(
         whole = peak.device_bytes if peak is not None else None
         excess = (whole or 0) - budget.device_limit
         if excess <= 0:
+            if offers:  # only now: nothing else is forecast again
+                result = search(config.request, tried, Options(base, offers=True), forecasts)
+            assert isinstance(result, Plan)
             return _confirmed(replace(result, budget=budget, whole_run_bytes=whole), record), record
         tried = replace(budget, margin_bytes=tried.margin + excess)
     raise BudgetError(
