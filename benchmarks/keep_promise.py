@@ -241,6 +241,11 @@ def _recorded(record: dict[str, Any], directory: Path, output: str, env: dict[st
         "predicted_seconds": predicted.get("seconds"),
         "failure": f"{failure['kind']}: {failure['message']}" if failure else None,
         "own_peak": record["peak"],
+        "times": record.get("times"),
+        "stages": {
+            f"{number} {stage['name']}": {"seconds": stage["seconds"], "device_bytes": stage["peak_device_bytes"]}
+            for number, stage in enumerate(record["stages"])
+        },
         "own_budget_bytes": record["budget_bytes"],
         "strategy": config["model_config"] | config["optimization"],
         "allocator": {name: value for name, value in environment.items() if name.startswith("allocator")},

@@ -14,7 +14,7 @@ LATER_BYTES = 4 * 2**20
 _GRANULE = 2 * 2**20  # the driver takes device memory in pages of 2 MiB
 _PAGE, _ENTRY = 4096, 8  # pinned host memory is mapped in pages of 4 KiB with 8 bytes each, huge pages or not
 _SPARE = 3 * 2**19  # 1.5 MiB of tables come with the context (seen: between 1.25 and 1.9)
-_KEPT = 4 * 2**20  # stay when everything is unpinned again (seen: 2 to 4 MiB)
+_KEPT = 4 * 2**20  # stay beyond what is needed when memory is unpinned (seen: 2 to 4 MiB)
 
 
 def page_table_bytes(pinned_bytes: int) -> int:
@@ -24,7 +24,7 @@ def page_table_bytes(pinned_bytes: int) -> int:
 
 
 class PageTables:
-    """The page tables on the card while host memory is pinned and unpinned: what was taken stays until all is unpinned."""
+    """The page tables on the card while host memory is pinned and unpinned: a little of what was taken stays."""
 
     def __init__(self) -> None:
         self.held_bytes = 0
@@ -35,4 +35,5 @@ class PageTables:
 
     def update(self, pinned_bytes: int) -> None:
         """Bytes pinned in all now."""
-        self.held_bytes = min(self.held_bytes, _KEPT) if pinned_bytes == 0 else self.grown(pinned_bytes)
+        needed = page_table_bytes(pinned_bytes)
+        self.held_bytes = max(needed, min(self.held_bytes, needed + _KEPT))

@@ -25,6 +25,7 @@ from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import deferred
 from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.alive import largest_alive
+from wanvram.run.beside import Beside
 from wanvram.run.checks import run_checks
 from wanvram.run.directory import prepare_directory
 from wanvram.run.environment import describe_environment
@@ -68,6 +69,7 @@ def execute(
     """
     config = _seeded(config)
     _check_measurement(config)
+    beside = _beside(config, output)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
     checks = {} if device_kind(config) == "simulated" else {"checks": run_checks(output.directory)}
     device = make_device(config)
@@ -99,13 +101,20 @@ def execute(
         start = since_process_start()
         failure = _run(pipeline, _sinks(pipeline, outputs, video=output.video))
     record = _record(config, device, pipeline, failure, environment)
-    record.predicted = output.predicted
+    record.predicted = output.predicted or (beside.result() if beside else None)
     if not simulated:
         record.times = Times(start, since_process_start())
     record.notes += notes + (extend.notes if extend else []) + lost
     if directory:
         _write_results(directory, record, timeline)
     return record
+
+
+def _beside(config: RunConfig, output: Output) -> Beside | None:
+    """Only of a video: a run that is measured for its own sake has the machine for itself."""
+    if not output.video or output.predicted is not None or config.weights == "tiny" or device_kind(config) != "cuda":
+        return None
+    return Beside(config, lambda planned: simulate(planned, unlimited=True, video=True)[0].prediction(0.0))
 
 
 def _seeded(config: RunConfig) -> RunConfig:
