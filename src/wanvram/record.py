@@ -243,11 +243,13 @@ class Failure:
 @dataclass(frozen=True)
 class Times:
     """Seconds of the whole command. start: from the process's beginning to the first stage, planning included. in_all: until the
-    results are written; of a prediction until the process has ended. None: unknown.
+    results are written; of a prediction until the process has ended. after_plan: of a prediction, from a finished plan to that end.
+    None: unknown.
     """
 
     start_seconds: float | None = None
     in_all_seconds: float | None = None
+    after_plan_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -299,17 +301,15 @@ class RunRecord:
 
     def prediction(self, elapsed_seconds: float) -> Predicted | None:
         """Of a simulated run, to stand beside what is measured. elapsed_seconds: what the process has taken until now."""
-        peak, times = self.peak(), self.times
+        peak, left = self.peak(), self.times.after_plan_seconds
         if peak is None or peak.device_bytes is None:
             return None
-        known = times.in_all_seconds is not None and times.start_seconds is not None
-        left = (times.in_all_seconds or 0.0) - (times.start_seconds or 0.0)
         return Predicted(
             peak.device_bytes,
             peak.reserved_bytes,
             peak.allocated_bytes,
             self.host["pinned_bytes"],
-            elapsed_seconds + left if known else None,
+            None if left is None else elapsed_seconds + left,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -272,10 +272,8 @@ def _record(
 def _predicted_times(device: SimulatedDevice, stages: Sequence[Span]) -> Times:
     """The clock's, with the steps that were not simulated, and what the process takes before and after."""
     machine = device.clock.machine
-    return Times(
-        machine.start_seconds,
-        machine.start_seconds + device.clock.now() + repeated_seconds(stages) + machine.end_seconds,
-    )
+    rest = device.clock.now() + repeated_seconds(stages) + machine.end_seconds
+    return Times(machine.start_seconds, machine.start_seconds + rest, machine.context_seconds + rest)
 
 
 def _components(pipeline: Pipeline) -> list[ComponentRecord]:
