@@ -27,7 +27,7 @@ class Watch:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]))
         before = self.highest = pynvml.nvmlDeviceGetMemoryInfo(handle).used
         ended = threading.Event()
 
