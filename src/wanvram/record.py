@@ -300,9 +300,9 @@ class RunRecord:
         return median(times) if times else None
 
     def prediction(self, elapsed_seconds: float) -> Predicted | None:
-        """Of a simulated run, to stand beside what is measured. elapsed_seconds: what the process has taken until now."""
+        """Of a simulated run that ends well, to stand beside what is measured. elapsed_seconds: what the process has taken until now."""
         peak, left = self.peak(), self.times.after_plan_seconds
-        if peak is None or peak.device_bytes is None:
+        if peak is None or peak.device_bytes is None or self.failure is not None:
             return None
         return Predicted(
             peak.device_bytes,

@@ -114,7 +114,7 @@ def _beside(config: RunConfig, output: Output) -> Beside | None:
     """Only of a video: a run that is measured for its own sake has the machine for itself."""
     if not output.video or output.predicted is not None or config.weights == "tiny" or device_kind(config) != "cuda":
         return None
-    return Beside(config, lambda planned: simulate(planned, unlimited=True, video=True)[0].prediction(0.0))
+    return Beside(config, lambda planned: simulate(planned, video=True)[0].prediction(0.0))
 
 
 def _seeded(config: RunConfig) -> RunConfig:

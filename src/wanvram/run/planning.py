@@ -116,12 +116,15 @@ def planned_config(config: RunConfig, plan: Plan) -> RunConfig:
 
 
 def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:
-    """Without spans of single blocks, which change no peak and take a second, and without the cap.
+    """Without spans of single blocks, which change no peak and take a second.
 
-    On the card itself a run that does not fit ends early, with a peak that looks as if it did.
+    Under the cap, where the allocator gives cached memory back before it goes beyond it; a run that does not fit it ends early,
+    and is then simulated on a card without end, to learn what it needs.
     """
     planned = replace(planned_config(config, plan), measurement=Measurement(profile_memory=False))
-    record, _ = simulate(planned, unlimited=True, video=True)
+    record, _ = simulate(planned, video=True)
+    if record.failure is not None and record.failure.kind == "oom":
+        record, _ = simulate(planned, unlimited=True, video=True)
     if record.failure is not None:
         raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
     return record
