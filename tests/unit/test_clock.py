@@ -166,7 +166,7 @@ def test_pageable_memory_is_never_faster_than_the_link() -> None:
 
 
 def test_reading_from_disk_comes_before_its_copy_and_overlaps_computation(clock: Clock) -> None:
-    clock.read_from_disk(int(1e9))  # 2 s
+    clock.read_from_disk(int(1e9), "dit")  # 2 s
     mark = clock.prefetch(int(1e9), None)  # 0.1 s after it
     computing(clock, 1.5)
     assert mark == pytest.approx(2.1)
@@ -187,7 +187,7 @@ def test_a_buffer_is_read_into_again_only_after_its_copy(clock: Clock) -> None:
 
 
 def test_a_copy_from_pinned_memory_does_not_wait_for_what_was_read_for_another(clock: Clock) -> None:
-    clock.read_from_disk(int(1e9))
+    clock.read_from_disk(int(1e9), "dit")
     clock.prefetch(0, None)
     assert clock.prefetch(int(1e10), None) == pytest.approx(2.0 + 1.0)  # behind the first copy, no second reading
 

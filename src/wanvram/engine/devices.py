@@ -59,7 +59,7 @@ class Device:
     def generated_weights(self) -> None:
         """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
 
-    def loaded_weights(self, destination: torch.Tensor) -> None:
+    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
         """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked."""
 
     def video_sink(self) -> Any:
@@ -102,7 +102,7 @@ class Device:
         """Copies between host tensors."""
         destination.copy_(source)
 
-    def read_from_disk(self, nbytes: int, kept_bytes: int | None) -> None:
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
         """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked.
 
         kept_bytes: they were read before, with so many others since; None: for the first time.
@@ -230,15 +230,16 @@ class SimulatedDevice(Device):
         else:
             self.clock.copy_on_host(source.nbytes)
 
-    def read_from_disk(self, nbytes: int, kept_bytes: int | None) -> None:
-        self.clock.read_from_disk(nbytes, kept_bytes)
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
+        self.clock.read_from_disk(nbytes, component, kept_bytes)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")
 
-    def loaded_weights(self, destination: torch.Tensor) -> None:
-        self.clock.load_from_disk(destination.nbytes)
-        if not self.memory.is_host(destination):
+    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
+        on_host = self.memory.is_host(destination)
+        self.clock.load_from_disk(destination.nbytes, component, chunked=not on_host)
+        if not on_host:
             self.memory.load_library("kernels")
             self.clock.transfer(destination.nbytes, pinned=False)
 

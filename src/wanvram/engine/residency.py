@@ -179,7 +179,7 @@ class Component:
             self._fill(part, buffer, self._source)
         else:
             kept = self.weight_bytes if part in self._read else None
-            self.device.read_from_disk(buffer.nbytes, kept)
+            self.device.read_from_disk(buffer.nbytes, self.name, kept)
             self._read.add(part)
 
     def _fill_masters(
@@ -217,7 +217,7 @@ class Component:
         if source is None and self._generated:
             self.device.generated_weights()
         elif source is None:
-            self.device.loaded_weights(flat)
+            self.device.loaded_weights(flat, self.name)
         else:
             for name, view in part.layout.views(plain):
                 source.fill(part.prefix + name, view)

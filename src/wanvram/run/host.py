@@ -14,10 +14,14 @@ from wanvram.config import RunConfig
 from wanvram.errors import DeviceError, InputError
 from wanvram.machine.caches import cached_share, cold_libraries
 from wanvram.machine.nvml import first_gpu
+from wanvram.models.precision import PRECISIONS
 from wanvram.recorder.meters import available_ram_bytes
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.simulate.host import HOST
+from wanvram.weights.folder import GENERATED
+from wanvram.weights.official import open_checkpoint
+from wanvram.weights.sources import FileSource
 
 __all__ = ["clock_of", "is_here", "operation_us", "since_process_start"]
 
@@ -55,7 +59,7 @@ def is_here(key: str) -> bool:
 
 def clock_of(config: RunConfig, gpu: GPU) -> Clock:
     """With this machine's speed and caches where the card is here. A checkpoint that is here is read from where it lies."""
-    host = replace(HOST, cached_share=_cached(config.weights))
+    host = replace(HOST, cached_share=_cached(config.weights), stored=_stored(config))
     if not is_here(gpu.key):
         return Clock(gpu, host)
     here = replace(host, operation_us=operation_us(), page_cache_bytes=float(available_ram_bytes()))
@@ -67,3 +71,23 @@ def _cached(weights: str) -> float:
     found = [path for pattern in ("*", "*/*") for path in sorted(Path(weights).glob(pattern))]
     files = [path for path in found if path.suffix in (".safetensors", ".pth") and path.is_file()]
     return (cached_share(files) if files else None) or HOST.cached_share
+
+
+@cache
+def _stored_dtype(weights: str) -> torch.dtype | None:
+    """Of the transformer's first matrix in the checkpoint; None where there is no checkpoint that can be opened."""
+    try:
+        source = open_checkpoint(Path(weights), "dit")
+    except (InputError, OSError):
+        return None
+    if not isinstance(source, FileSource):
+        return None
+    return next((source.stored_dtype(key) for key in source.keys() if len(source.shape(key)) == 2), None)  # noqa: SIM118
+
+
+def _stored(config: RunConfig) -> dict[str, float]:
+    """The transformer, if its files are of another type of number than the run."""
+    if config.weights in GENERATED:
+        return {}
+    stored, wanted = _stored_dtype(config.weights), PRECISIONS[config.strategy.precision].matmul
+    return {} if stored is None or stored == wanted else {"dit": stored.itemsize / wanted.itemsize}

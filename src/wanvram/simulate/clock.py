@@ -290,10 +290,17 @@ class Clock:
     def unpin(self, nbytes: int) -> None:
         self._host += nbytes / self.machine.unpin_bytes
 
-    def load_from_disk(self, nbytes: int) -> None:
-        """The host reads checkpoint files while nothing else happens."""
-        cached = self.machine.cached_share
-        self._host += nbytes * (cached / self.machine.cached_bytes + (1 - cached) / self.machine.disk_bytes)
+    def load_from_disk(self, nbytes: int, component: str, *, chunked: bool) -> None:
+        """The host reads checkpoint files into `nbytes` of weights while nothing else happens. chunked: to the device."""
+        self._host += self._reading(nbytes, component, self.machine.cached_share, chunked)
+
+    def _reading(self, nbytes: int, component: str, cached: float, chunked: bool) -> float:
+        """Seconds. cached: the share of the bytes in the page cache."""
+        machine, factor = self.machine, self.machine.stored.get(component)
+        size = nbytes * (factor or 1.0)
+        disk = machine.disk_bytes if factor is None and not chunked else machine.chunk_bytes
+        read = size * (cached / machine.cached_bytes + (1 - cached) / disk)
+        return read + (size / machine.convert_bytes if factor is not None else 0.0)
 
     def encode(self, pixels: int) -> None:
         """Frames for the encoder, a thread beside everything else."""
@@ -312,15 +319,14 @@ class Clock:
         """The reading thread copies pageable memory into a pinned buffer; the next prefetch is of it."""
         self._read_ahead(nbytes / self.machine.copy_bytes)
 
-    def read_from_disk(self, nbytes: int, kept_bytes: int | None = None) -> None:
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None = None) -> None:
         """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it.
 
         kept_bytes: read before, with so many bytes of files since, which the page cache holds if it is larger.
         """
-        machine = self.machine
-        again = kept_bytes is not None and kept_bytes <= machine.page_cache_bytes
-        share = 1.0 if again else machine.cached_share
-        self._read_ahead(nbytes * (share / machine.reread_bytes + (1 - share) / machine.disk_bytes))
+        again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
+        cached = 1.0 if again else self.machine.cached_share
+        self._read_ahead(self._reading(nbytes, component, cached, False))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

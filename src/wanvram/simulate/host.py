@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["HOST", "FirstUse", "Host"]
@@ -24,9 +25,11 @@ class Host:
 
     pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
     copy_bytes: float  # from RAM to RAM, in a thread beside the computation
-    disk_bytes: float  # checkpoint files that are not in the page cache
-    cached_bytes: float  # checkpoint files that are
-    reread_bytes: float  # the same by the one thread that streams weights
+    disk_bytes: float  # checkpoint files that are not in the page cache, a tensor at a time
+    chunk_bytes: float  # the same in chunks of 4 MiB, as where values are converted or go to the device
+    cached_bytes: float  # checkpoint files that are in the page cache
+    convert_bytes: float  # of a file, into another type of number
+    stored: Mapping[str, float]  # components that are converted: bytes in the checkpoint's files per byte of the run
     cached_share: float  # of the checkpoint's bytes
     page_cache_bytes: float  # RAM that file pages may keep between two passes of streamed weights
     pin_bytes: float  # taking zeroed RAM and pinning it
@@ -43,14 +46,16 @@ class Host:
 
 # The H200's machine, 16 cores of a virtual machine, 2026-11-24 and 2026-11-28. pageable_bytes is measured, flops and memory_bytes
 # follow from T5 on the CPU (2.0 s for two prompts). copy_bytes (one thread's memcpy) is an assumption.
-# disk_bytes: a virtual disk, read through its mapping. pin_bytes and below: benchmarks/probe_driver.py, and runs of 1.3B and 14B
-# through the command.
+# disk_bytes to convert_bytes: loading 40 GB from a virtual disk, cold and from the page cache (benchmarks/*_h200_wall_clock.json).
+# pin_bytes and below: benchmarks/probe_driver.py, and runs of 1.3B and 14B through the command.
 HOST = Host(
     pageable_bytes=9.1e9,
     copy_bytes=10e9,
-    disk_bytes=1.8e9,
-    cached_bytes=2e10,
-    reread_bytes=5.3e9,
+    disk_bytes=1.7e9,
+    chunk_bytes=0.72e9,
+    cached_bytes=5.4e9,
+    convert_bytes=1.8e9,
+    stored={},
     cached_share=0.0,
     page_cache_bytes=0.0,
     pin_bytes=14.3e9,

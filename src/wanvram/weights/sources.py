@@ -237,6 +237,11 @@ class FileSource:
     def shape(self, key: str) -> Shape:
         return tuple(self._get(key).shape)
 
+    def stored_dtype(self, key: str) -> torch.dtype | None:
+        """In the file; None for a tensor that is not plain bytes of one."""
+        stored = self._get(key)
+        return stored.dtype if isinstance(stored, Stored) else None
+
     def fill(self, key: str, dest: Tensor) -> None:
         stored = self._get(key)
         if isinstance(stored, Tensor):
