@@ -1,6 +1,6 @@
 """What a promise run measured, predicted anew with today's code, beside what was predicted then. No GPU.
 
-    python benchmarks/predict_promise_again.py benchmarks/2026-11-28_h200_keep_promise.json -o benchmarks/2026-11-28_h200_keep_promise_again.json
+    python benchmarks/predict_promise_again.py benchmarks/DATE_CARD_keep_promise.json -o benchmarks/DATE_CARD_keep_promise_again.json
     python benchmarks/predict_promise_again.py FILE --only 1,8         some cases, printed only
 
 Each case is drawn again from its seed, its pictures and videos are made again, and the strategy that ran is simulated whole under
