@@ -88,7 +88,7 @@ def diffusers_dit(task: str) -> dict[str, float]:
 def our_dit(task: str) -> dict[str, float]:
     import torch
 
-    from wanvram.engine.devices import CudaDevice
+    from wanvram.engine.cuda import CudaDevice
     from wanvram.engine.pipeline import rows_per_chunk
     from wanvram.engine.residency import Component
     from wanvram.models.dit import Condition, WanDiT
@@ -128,7 +128,7 @@ def diffusers_vae(task: str) -> dict[str, float]:
 def our_vae(task: str) -> dict[str, float]:
     import torch
 
-    from wanvram.engine.devices import CudaDevice
+    from wanvram.engine.cuda import CudaDevice
     from wanvram.engine.residency import Component
     from wanvram.models.vae import WanVAE
     from wanvram.specs import VAE

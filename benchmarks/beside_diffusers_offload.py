@@ -148,7 +148,8 @@ def diffusers_vae_tiled(case: Case) -> Call:
 
 
 def our_device(case: Case) -> Any:
-    from wanvram.engine.devices import CpuDevice, CudaDevice
+    from wanvram.engine.cuda import CudaDevice
+    from wanvram.engine.devices import CpuDevice
 
     return CudaDevice() if case.device == "cuda" else CpuDevice()
 

@@ -25,7 +25,7 @@ import torch
 
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.engine.components import Parts
-from wanvram.engine.devices import CudaDevice
+from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.residency import Component
 from wanvram.engine.vae_stages import decode, encode
 from wanvram.recorder.recorder import Recorder

@@ -286,6 +286,17 @@ def _run_bash(words: list[str]) -> int:
     return _run_verb([*given, *(() if "--device" in given else ("--device", "simulated"))])
 
 
+def _run_shell(command: str) -> int:
+    """A pipe, by the shell; `wanvram` and `python3` are those of this test."""
+    here = Path("bin")
+    here.mkdir()
+    for name, words in (("wanvram", f"{sys.executable} -m wanvram"), ("python3", sys.executable)):
+        (here / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
+        (here / name).chmod(0o755)
+    path = os.pathsep.join((str(here.absolute()), os.environ["PATH"]))
+    return subprocess.call(["bash", "-o", "pipefail", "-c", command], env=os.environ | {"PATH": path})
+
+
 def _run_pytest(words: list[str]) -> int:
     """Not inside itself: its folders exist."""
     return 0 if all((ROOT / word).exists() for word in words if "/" in word) else 2
@@ -312,6 +323,9 @@ def _handler(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.sub(r"[^\w.-]+", " ", command))
 def test_the_command_does_what_the_page_says(command: str, shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = next((codes for pattern, codes in CODES.items() if re.search(pattern, command)), {0})
+    if " | " in command:
+        assert _run_shell(command) in expected
+        return
     for part in command.split(" && "):
         run, words = _handler(_words(_small(part), shelf))
         assert run(words) in expected, capsys.readouterr().err
