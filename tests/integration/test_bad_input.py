@@ -354,10 +354,10 @@ WHERE: list[Case] = [
         ("t2v", ["--ckpt_dir", name], rf"--ckpt_dir \S+ {what}; give a checkpoint directory, random or tiny")
         for name, what in {
             "{files}/absent": "does not exist",
-            "{files}/good.png": "is not a directory",
             "x" * 300: "does not exist",
         }.items()
     ),
+    ("t2v", ["--ckpt_dir", "{files}/good.png"], r"good\.png is a file; give the folder that holds it"),
     ("t2v", ["--ckpt_dir", "random"], "full-size random weights on the CPU would take hours"),
     (
         "t2v",

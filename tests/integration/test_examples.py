@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -30,6 +31,8 @@ from checkpoints import tiny_models, write_diffusers, write_download
 from wanvram.cli import profile
 from wanvram.cli.main import VERBS, main
 from wanvram.matrix import runner
+from wanvram.simulate.card import card_to_json
+from wanvram.simulate.gpus import find_gpu
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "README.zh-CN.md", "tests/README.md", "benchmarks/README.md", "docs/*.md")
@@ -147,6 +150,8 @@ def _provide(word: str, command: str, shelf: Path) -> None:
     elif word == "run.yaml":
         shutil.copy(shelf / "predicted" / "config.yaml", word)
         path.write_text(path.read_text(encoding="utf-8").replace("device: simulated", "device: cpu"), encoding="utf-8")
+    elif word == "my-4090.yaml":  # JSON is YAML
+        path.write_text(json.dumps(card_to_json(find_gpu("rtx4090")) | {"key": "my-4090"}), encoding="utf-8")
     elif word == "prompts.txt":
         path.write_text("a cat\na dog\n", encoding="utf-8")
     elif verb in ("generate", "generate.py", "convert") and re.fullmatch(r"(\./)?(Wan2\.1-[\w.-]+|DIR)", word):

@@ -37,6 +37,8 @@ def test_every_stage_peak_is_predicted_to_the_byte(gpu: str, kind: str, name: st
     tables = PageTables()
     for stage, row in zip(record.stages, result["rows"], strict=True):
         peak = stage.peak
+        if stage.kind == "load":
+            tables.update(0)  # the component before has left
         tables.update(stage.pinned_bytes)
         found = (stage.name, peak.allocated_bytes, peak.reserved_bytes)
         assert found == (row["stage"], row["allocated"]["measured"], row["reserved"]["measured"])

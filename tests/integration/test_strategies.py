@@ -45,7 +45,7 @@ class _Latent(Pipeline):
 
     latent: torch.Tensor
 
-    def _decode(self, component: Component, latent: torch.Tensor, sink: Any) -> None:
+    def _decode(self, component: Component, latent: torch.Tensor, sink: Any, stage: str) -> None:
         self.latent = latent.clone()
 
 
@@ -181,7 +181,9 @@ def test_several_prompts_give_what_each_gives_alone_and_load_the_models_once() -
         "denoise 2",
         "load vae",
         "decode",
+        "save",
         "decode 2",
+        "save 2",
     ]
 
 

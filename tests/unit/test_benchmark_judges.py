@@ -290,12 +290,13 @@ def nvmlDeviceGetCount(): return 2
 def nvmlDeviceGetHandleByIndex(index): return index
 def nvmlDeviceGetUUID(handle): return f"GPU-000{handle}-x"
 def nvmlDeviceGetName(handle): return b"NVIDIA H100"
+def nvmlDeviceGetComputeRunningProcesses(handle): return []
 def nvmlSystemGetDriverVersion(): return "580"
 def nvmlDeviceGetClockInfo(handle, which): return 1980
 def nvmlDeviceGetPowerUsage(handle): raise NVMLError("not supported")
 def nvmlDeviceGetMemoryInfo(handle):
     used = int(Path(os.environ["FAKE_NVML_USED"]).read_text() or 0) if handle == 1 else 7
-    return SimpleNamespace(total=80 * 2**30, used=used)
+    return SimpleNamespace(total=80 * 2**30, used=used, free=80 * 2**30 - used)
 """
 
 

@@ -216,7 +216,7 @@ def test_a_plan_that_never_keeps_its_budget_when_simulated_whole_is_no_plan(monk
         plan_run(config, Budget(6 * GIB), offers=False)
 
 
-def test_a_whole_run_is_simulated_without_the_card_s_end_and_one_that_stops_early_is_no_plan(
+def test_a_whole_run_that_stops_under_its_cap_is_simulated_without_one_and_is_no_plan_if_it_stops_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Stopped(WholeRun):
@@ -232,7 +232,7 @@ def test_a_whole_run_is_simulated_without_the_card_s_end_and_one_that_stops_earl
     config = RunConfig("x", "", "simulated", REQUEST, Strategy())
     with pytest.raises(WanvramError, match="could not be simulated to its end: there was no room"):
         plan_run(config, Budget(6 * GIB), offers=False)
-    assert asked == [{"unlimited": True, "video": True}]
+    assert asked == [{"video": True}, {"unlimited": True, "video": True}]
 
 
 def made_by_hand() -> Plan:

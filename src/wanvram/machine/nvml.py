@@ -20,7 +20,8 @@ class Gpu:
 
     @property
     def name(self) -> str:
-        return str(self._nvml.nvmlDeviceGetName(self._handle))
+        name = self._nvml.nvmlDeviceGetName(self._handle)
+        return name.decode() if isinstance(name, bytes) else str(name)  # bytes before nvidia-ml-py 11.515
 
     @property
     def uuid(self) -> str:

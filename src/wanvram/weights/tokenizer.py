@@ -99,8 +99,9 @@ def _tried(path: str, _size: int, _changed: int) -> str:
         try:
             ended = _watched(child)
         finally:
-            child.kill()
-            child.wait()
+            if child.poll() is None:
+                child.kill()
+                child.wait()
         output.seek(0)
         said = _answer(output.read(MIB))
     if ended or said is None:
