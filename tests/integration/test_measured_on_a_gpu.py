@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import predict_promise_again
 import pytest
 
 from wanvram.config import load_config
@@ -45,3 +46,18 @@ def test_every_stage_peak_is_predicted_to_the_byte(gpu: str, kind: str, name: st
         # What was measured then is what the driver charged to the process; the card lost this besides.
         besides = DRIVER_BYTES + tables.held_bytes
         assert peak.device_bytes == pytest.approx(row["device"]["measured"] + besides, rel=0.005)
+
+
+def promised() -> dict[str, Any]:
+    return dict(json.loads(max(BENCHMARKS.glob("*_h200_keep_promise.json")).read_text()))
+
+
+@pytest.mark.parametrize("index", [1, 20, 31])
+def test_what_the_card_lost_under_a_budget_is_predicted(index: int, tmp_path: Path) -> None:
+    """Whole commands judged by NVML; in case 1 the allocator gave its cache back under the cap, in 20 the error is the largest."""
+    document = promised()
+    row = next(row for row in document["rows"] if row["index"] == index)
+    found = predict_promise_again.predict(row, document, tmp_path)
+    assert found["within"], found
+    assert found["reserved"][0] == found["reserved"][1]
+    assert found["allocated"][0] == found["allocated"][1]
