@@ -15,7 +15,7 @@ from typing import Any
 from wanvram.errors import InputError, require
 from wanvram.request import Request, is_unicode
 from wanvram.specs import DIT
-from wanvram.strict_yaml import read_strict_yaml
+from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
 from wanvram.units import MIB
 
@@ -347,9 +347,9 @@ def _dotted(message: str) -> str:
     return f"{owner}.{message}" if owner else message
 
 
-def load_config(path: Path) -> RunConfig:
-    """Reads one YAML configuration. Raises InputError naming the file, the key and what is allowed."""
-    data = read_strict_yaml(path)
+def load_config(path: Path, limit: int = MAX_BYTES) -> RunConfig:
+    """Reads one YAML configuration of at most `limit` bytes. Raises InputError naming the file, the key and what is allowed."""
+    data = read_strict_yaml(path, limit)
     try:
         return RunConfig.from_dict(data)
     except InputError as error:

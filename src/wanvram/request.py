@@ -12,7 +12,7 @@ from typing import Any
 from wanvram.errors import require
 from wanvram.tasks import TASKS, are_frames_valid, normal_size, picture_size
 
-__all__ = ["MAX_PROMPTS", "Request", "is_unicode"]
+__all__ = ["MAX_PROMPTS", "Request", "is_unicode", "prompt_fault"]
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_PROMPTS = 64  # each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
@@ -115,11 +115,8 @@ class Request:
         require(not (self.prompt and self.prompts), "prompts: given together with prompt; give one of them")
         texts = [("prompt", self.prompt), ("negative_prompt", self.negative_prompt)]
         for name, text in texts + [("prompts", text) for text in self.prompts]:
-            require(
-                len(text) <= MAX_PROMPT_CHARACTERS,
-                f"{name}: {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} (the model reads 512 tokens)",
-            )
-            require(is_unicode(text), f"{name}: is not UTF-8 text")
+            fault = prompt_fault(text)
+            require(fault is None, f"{name}: {fault}")
         require(
             self.prompt_extend_method in EXTEND_METHODS,
             f"prompt_extend_method: '{self.prompt_extend_method}'; choose {' or '.join(EXTEND_METHODS)}",
@@ -190,6 +187,13 @@ def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else value
+
+
+def prompt_fault(text: str) -> str | None:
+    """Why no model is given this text as a prompt, if so."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        return f"{len(text)} characters; at most {MAX_PROMPT_CHARACTERS} (the model reads 512 tokens)"
+    return None if is_unicode(text) else "is not UTF-8 text"
 
 
 def is_unicode(text: str) -> bool:

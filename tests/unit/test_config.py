@@ -283,11 +283,6 @@ def test_all_blocks_may_be_resident_and_a_tiny_transformer_means_all_by_any_numb
     assert RunConfig("x", "", "auto", Request.for_task(task), strategy, weights=weights).strategy == strategy
 
 
-def test_a_file_above_one_mebibyte_is_not_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at most 1048576"):
-        load("#" * (1024 * 1024 + 1), tmp_path)
-
-
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "not UTF-8"])
 def test_a_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "gone.yaml"

@@ -127,14 +127,24 @@ def test_a_busy_service_is_asked_again(service: Service, status: int) -> None:
         ((429, {"error": {"message": "slow down"}}), r"429 \(slow down\) \(3 attempts\)", 3),
         ((500, b"<html>"), r"500 \(3 attempts\)", 3),
         ((400, {"error": {"message": f"bad\nmodel for {KEY}"}}), r"400 \(bad model for \*\*\*\)", 1),
+        ((400, {"error": {"message": f"Incorrect API key: {KEY[:9]}..."}}), r"400 \(Incorrect API key: \*\*\*\)$", 1),
+        ((400, {"error": {"message": f"key={KEY.upper()}, no"}}), r"400 \(\*\*\* no\)$", 1),
         ((404, {"error": None}), "404", 1),
         ((200, b"{"), "1 bytes that are not a chat completion", 1),
         ((200, b"[" * 100_000), "not a chat completion", 1),
         ((200, b"\xff\xfe\xff"), "not a chat completion", 1),
         ((200, {"choices": []}), "not a chat completion", 1),
-        ((200, {"choices": [{"message": {"content": 7}}]}), "not a chat completion", 1),
-        ((200, {"choices": [{"message": {"content": " \n"}}]}), "empty text", 1),
-        ((200, {"choices": [{"message": {"content": "x" * 20_001}}]}), r"20,001 characters; at most 20,000", 1),
+        ((200, {"choices": [{"message": {"content": 7}}]}), "answered with 7 in place of a text$", 1),
+        ((200, {"choices": [{"message": {"content": ["a"]}}]}), "answered with a list of 1 in place of a text$", 1),
+        ((200, {"choices": [{"message": {"content": "a \x00"}}]}), r"is no prompt \(has control characters\)$", 1),
+        (
+            (200, {"choices": [{"message": {"content": "\x1b]0;x\x07"}}]}),
+            r"is no prompt \(has control characters\)$",
+            1,
+        ),
+        ((200, {"choices": [{"message": {"content": "\ud800"}}]}), r"is no prompt \(is not UTF-8 text\)$", 1),
+        ((200, {"choices": [{"message": {"content": " \n"}}]}), r"is no prompt \(is empty\)$", 1),
+        ((200, {"choices": [{"message": {"content": "x" * 20_001}}]}), r"\(20001 characters; at most 20000 ", 1),
         ((200, b" " * (2**20 + 5)), "not a chat completion", 1),
         ((302, b""), r"redirects \(302\)", 1),
     ],
@@ -149,6 +159,17 @@ def test_a_failure_is_one_sentence_without_the_key(
     assert len(service.requests) == attempts
     assert KEY not in repr(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_answer_may_have_lines_and_characters_of_any_script(service: Service) -> None:
+    service.says("一只猫。\r\n\tA cat \U0001f408\u200d\u2b1b")
+    assert service.extend() == "一只猫。\r\n\tA cat \U0001f408\u200d\u2b1b"
+
+
+def test_a_redirect_to_what_is_no_address_is_refused_like_any(service: Service) -> None:
+    service.answers(307, b"", Location="http://[::1")
+    with pytest.raises(WanvramError, match=r"redirects \(307\)"):
+        service.extend()
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -167,32 +188,115 @@ def test_a_silent_service_is_given_up_after_the_time_out(service: Service) -> No
     assert len(service.requests) == 2
 
 
-def test_a_service_that_trickles_is_given_up_too() -> None:
-    """Each byte restarts the socket's time-out; the whole answer has one of its own."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    stop = threading.Event()
+# --- a server that goes on for ever ----------------------------------------------------------------------------------
 
-    def trickle() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(2**16)
-            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-            while not stop.wait(0.02):
+OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
+LONG = b"Content-Length: 100000\r\n\r\n"
+ENDLESS = {  # what is sent at once, and what is sent again and again
+    "nothing": (b"", b""),
+    "status line byte by byte": (b"HTTP/1.1 200 ", b"O"),
+    "header bytes": (OK, b"X"),
+    "header lines": (OK, b"X: y\r\n"),
+    "chunk size": (OK + CHUNKED, b"0"),
+    "chunk extension": (OK + CHUNKED + b"5;x=", b"y"),
+    "chunk trailers": (OK + CHUNKED + b"0\r\n", b"X: y\r\n"),
+    "endless 100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body of 200": (OK + LONG, b" "),
+    "body of 200 without a length": (OK + b"\r\n", b" "),
+    "body of 400": (b"HTTP/1.1 400 Bad Request\r\n" + LONG, b" "),
+    "body of 500": (b"HTTP/1.1 500 Internal Server Error\r\n" + LONG, b" "),
+}
+LIMIT_S = 0.5
+PIECE_S = 0.05
+
+
+class Trickle:
+    """Accepts `attempts` connections, one after another, and sends each its pieces for LIMIT_S + 1 s, unless cut off."""
+
+    def __init__(self, head: bytes, piece: bytes, *, attempts: int = 1) -> None:
+        self.head, self.piece, self.attempts, self.cut_off = head, piece, attempts, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(10)
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.serve)
+
+    def __enter__(self) -> Trickle:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join()
+        self.listener.close()
+
+    def extend(self, scheme: str, *, retries: int) -> None:
+        url = f"{scheme}://{self.address}"
+        extend("x", model="m", target_lang="en", key=KEY, base_url=url, timeout_s=LIMIT_S, retries=retries)
+
+    def serve(self) -> None:
+        for _ in range(self.attempts):
+            connection, _ = self.listener.accept()
+            with connection:
+                connection.settimeout(PIECE_S)
                 try:
-                    connection.sendall(b" ")
-                except OSError:
-                    return
+                    self.trickle(connection)
+                except ConnectionError:
+                    self.cut_off += 1
 
-    thread = threading.Thread(target=trickle)
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        with pytest.raises(WanvramError, match=r"within 0\.3 s"):
-            extend("x", model="m", target_lang="en", key=KEY, base_url=url, timeout_s=0.3, retries=0)
-    finally:
-        stop.set()
-        thread.join()
-        listener.close()
+    def trickle(self, connection: socket.socket) -> None:
+        heard = connection.recv(2**16)
+        connection.sendall(self.head)
+        for _ in range(round((LIMIT_S + 1) / PIECE_S)):
+            connection.sendall(self.piece)
+            try:
+                heard = connection.recv(2**16)
+            except TimeoutError:
+                continue
+            if not heard:
+                raise ConnectionResetError
+
+
+@pytest.mark.parametrize("behaviour", ENDLESS)
+def test_whatever_a_server_goes_on_with_the_attempt_ends_at_its_limit(behaviour: str) -> None:
+    sentence = r"127\.0\.0\.1:\d+ gave no complete answer within 0\.5 s$"
+    with Trickle(*ENDLESS[behaviour]) as server, pytest.raises(WanvramError, match=sentence):
+        server.extend("http", retries=0)
+    assert server.cut_off == 1  # the server was not done
+
+
+def test_each_retry_has_the_limit_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashscope, "BACKOFF_S", 0.0)
+    sentence = r"within 0\.5 s \(2 attempts\)"
+    with Trickle(*ENDLESS["header bytes"], attempts=2) as server, pytest.raises(WanvramError, match=sentence):
+        server.extend("http", retries=1)
+    assert server.cut_off == 2
+
+
+def test_an_encrypted_connection_that_never_comes_about_ends_at_the_limit() -> None:
+    record = b"\x16\x03\x03\x40\x00"  # a handshake of 16 KiB, byte by byte
+    sentence = r"within 0\.5 s$"
+    with Trickle(record, b"\x02") as server, pytest.raises(WanvramError, match=sentence):
+        server.extend("https", retries=0)
+    assert server.cut_off == 1
+
+
+def test_a_name_that_is_looked_up_for_ever_ends_at_the_limit_and_nothing_is_sent_later(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, look_up = threading.Event(), socket.getaddrinfo
+
+    def slow(*args: Any, **options: Any) -> Any:
+        found.wait(10)
+        return look_up(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    before = set(threading.enumerate())
+    with pytest.raises(WanvramError, match=r"within 0\.1 s$"):
+        service.extend(timeout_s=0.1, retries=0)
+    [late] = [thread for thread in set(threading.enumerate()) - before if thread.name == "wanvram-http"]
+    found.set()
+    late.join(10)
+    assert not late.is_alive()
+    assert not service.requests
 
 
 def test_a_service_that_is_not_there_or_hangs_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +318,7 @@ def test_a_service_that_is_not_there_or_hangs_up_is_named(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "url",
     ["http://dashscope.aliyuncs.com/v1", "http://127.0.0.1.evil.example/v1", "ftp://localhost/", "file:///etc/passwd", "",
-     "https://user:word@host/v1", "https://host/v1?x=1", "https://[::1", "https://host:99999/", "https://a b/"],
+     "https://user:word@host/v1", "https://host/v1?x=1", "https://[::1", "https://host:99999/", "https://a b/", "https://a..b/v1"],
 )  # fmt: skip
 def test_a_url_that_would_not_keep_the_key_safe_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="DashScope url"):

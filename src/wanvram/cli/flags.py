@@ -10,6 +10,7 @@ from typing import Any
 from wanvram.command_line import FLAG_OF
 from wanvram.config import WEIGHT_HOMES, Request, RunConfig, Strategy, load_config
 from wanvram.errors import InputError
+from wanvram.input_files import read_text
 from wanvram.tasks import TASKS, normal_size
 
 __all__ = ["add_request_flags", "add_strategy_flags", "boolean", "config_from_flags"]
@@ -195,14 +196,9 @@ def _given_request(args: argparse.Namespace) -> dict[str, Any]:
 def _read_prompts(path: Path) -> list[str]:
     """One prompt per line; empty lines do not count."""
     try:
-        size = path.stat().st_size
-        if size > MAX_PROMPT_FILE_BYTES:
-            raise InputError(f"--prompt_file {path}: {size} bytes; at most {MAX_PROMPT_FILE_BYTES}")
-        text = path.read_text(encoding="utf-8-sig")  # Windows writes a mark in front
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompt_file {path}: is not UTF-8 text") from error
-    except OSError as error:
-        raise InputError(f"--prompt_file {path}: cannot be read ({error.strerror or error})") from error
+        text = read_text(path, MAX_PROMPT_FILE_BYTES)
+    except InputError as error:
+        raise InputError(f"--prompt_file {error}") from error
     if "\0" in text:
         raise InputError(f"--prompt_file {path}: is not text but binary; write one prompt per line")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

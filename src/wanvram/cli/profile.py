@@ -38,6 +38,7 @@ from wanvram.matrix.runner import Outcome, die_with_parent, run_all
 from wanvram.record import RunRecord
 from wanvram.report.compare import runs_table
 from wanvram.simulate.gpus import find_gpu
+from wanvram.strict_yaml import MAX_BYTES, MAX_WRITTEN_BYTES
 
 __all__ = ["prepare_parser", "run"]
 
@@ -70,8 +71,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    configs = [_overridden(config, args) for config in load_configurations(args.config)]
-    single = len(args.config) == 1 and not is_matrix(args.config[0])
+    limit = MAX_BYTES if args.child_of is None else MAX_WRITTEN_BYTES
+    configs = [_overridden(config, args) for config in load_configurations(args.config, limit)]
+    single = len(args.config) == 1 and not is_matrix(args.config[0], limit)
     if not single or args.timeout is not None:
         return _run_each(configs, args, single)
     for flag in ("retry", "force_changed"):

@@ -1,4 +1,5 @@
-"""What a language model is told before it rewrites a prompt: one instruction per target language and number of pictures.
+"""What a language model is told before it rewrites a prompt, one instruction per target language and number of pictures, and
+what its answer must be.
 
 The wording is this project's own. The aims are those of the official extension: keep the meaning, add what a camera would see,
 name the motion, 80 to 100 words, nothing but the new prompt.
@@ -6,11 +7,16 @@ name the motion, 80 to 100 words, nothing but the new prompt.
 
 from __future__ import annotations
 
-from wanvram.errors import InputError
+import unicodedata
 
-__all__ = ["TARGET_LANGUAGES", "system_prompt"]
+from wanvram.errors import InputError, WanvramError
+from wanvram.foreign_text import quoted
+from wanvram.request import prompt_fault
+
+__all__ = ["TARGET_LANGUAGES", "checked_answer", "system_prompt", "without_controls"]
 
 TARGET_LANGUAGES = ("zh", "en")
+_WHITE_SPACE = "\t\n\v\f\r\x85"
 
 _TASK = {
     "zh": "你的工作是把用户的一句话改写成视频生成模型容易理解的画面描述。",
@@ -67,3 +73,25 @@ def system_prompt(target_lang: str, pictures: int = 0) -> str:
     opening = [_TASK[target_lang], *filter(None, [_PICTURES[target_lang][pictures]])]
     rules = [f"{number}. {rule}" for number, rule in enumerate(_RULES[target_lang], 1)]
     return "\n".join([*opening, *rules])
+
+
+def checked_answer(answer: object, source: str) -> str:
+    """The answer of `source` as a prompt, without the white space around it.
+
+    Raises WanvramError for what is no text, empty, no prompt a user could give, or has control characters other than white
+    space: a run of hours would end with a description that cannot be written, or is read by a terminal as a command.
+    """
+    if not isinstance(answer, str):
+        raise WanvramError(f"prompt extension failed: {source} answered with {quoted(answer)} in place of a text")
+    text = answer.strip()
+    fault = prompt_fault(text) if text else "is empty"
+    if fault is None and without_controls(text) != text:
+        fault = "has control characters"
+    if fault is not None:
+        raise WanvramError(f"prompt extension failed: the answer of {source} is no prompt ({fault})")
+    return text
+
+
+def without_controls(text: str) -> str:
+    """The text with a space for each control character (NUL, escape) that is no white space."""
+    return "".join(" " if unicodedata.category(c) == "Cc" and c not in _WHITE_SPACE else c for c in text)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from wanvram.engine.devices import Device
-from wanvram.engine.extension_prompts import system_prompt
-from wanvram.errors import CheckpointError, InputError, WanvramError
+from wanvram.engine.extension_prompts import checked_answer, system_prompt, without_controls
+from wanvram.errors import CheckpointError, InputError
 from wanvram.kernels.attention import attention
 from wanvram.weights.sources import SafetensorsSource, check_file
 
@@ -302,10 +302,8 @@ class _Generation:
             torch.manual_seed(seed % 2**63)
             output = self._module.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
         new = self._device.download(output)[0, length:].tolist()
-        answer = self._tokenizer.decode(new, skip_special_tokens=True).strip()
-        if not answer:
-            raise WanvramError("prompt extension failed: the local model answered with an empty text; try another seed")
-        return str(answer)
+        answer = without_controls(str(self._tokenizer.decode(new, skip_special_tokens=True)))
+        return checked_answer(answer, "the local model (another seed gives another)")
 
     def _inputs(self, prompt: str, system: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask [1, L]; with pictures also their patches and grids, and where they are among the tokens."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from wanvram.config import RunConfig, load_config
 from wanvram.errors import InputError, require
-from wanvram.strict_yaml import read_strict_yaml
+from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 
 __all__ = ["MAX_CONFIGURATIONS", "expand", "is_matrix", "load_configurations"]
 
@@ -34,18 +34,21 @@ _KEYS = ("name", "description", "base", "axes", "include", "exclude")
 Settings = dict[str, Any]  # dotted key -> value
 
 
-def is_matrix(path: Path) -> bool:
-    """Whether the YAML at `path` has axes. Raises InputError for a file that cannot be read."""
-    data = read_strict_yaml(path)
+def is_matrix(path: Path, limit: int = MAX_BYTES) -> bool:
+    """Whether the YAML of at most `limit` bytes at `path` has axes. Raises InputError for a file that cannot be read."""
+    data = read_strict_yaml(path, limit)
     return isinstance(data, Mapping) and ("axes" in data or "base" in data)
 
 
-def load_configurations(paths: Sequence[Path]) -> list[RunConfig]:
-    """Configurations and matrix files, in order. Raises InputError for a bad one, two of one name, or more than 500."""
+def load_configurations(paths: Sequence[Path], limit: int = MAX_BYTES) -> list[RunConfig]:
+    """Configurations (of at most `limit` bytes) and matrix files, in order.
+
+    Raises InputError for a bad one, two of one name, or more than 500.
+    """
     found: dict[str, Path] = {}
     configs: list[RunConfig] = []
     for path in paths:
-        for config in expand(path) if is_matrix(path) else [load_config(path)]:
+        for config in expand(path) if is_matrix(path, limit) else [load_config(path, limit)]:
             first = found.setdefault(config.name, path)
             require(
                 config.name not in {c.name for c in configs},

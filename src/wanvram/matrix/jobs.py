@@ -11,6 +11,7 @@ from wanvram.errors import InputError
 from wanvram.planner.budget import usable_memory
 from wanvram.record import RunRecord, dotted
 from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
+from wanvram.strict_yaml import MAX_WRITTEN_BYTES
 from wanvram.units import parse_memory
 
 __all__ = ["Job", "changed_keys", "difference", "differing", "exit_code", "expected", "finished"]
@@ -117,7 +118,7 @@ def expected(job: Job, found: RunConfig) -> RunConfig:
 
 def _written_config(directory: Path) -> RunConfig | None:
     path = directory / "config.yaml"
-    return load_config(path) if path.is_file() else None
+    return load_config(path, MAX_WRITTEN_BYTES) if path.is_file() else None
 
 
 def _written_record(directory: Path) -> RunRecord | None:

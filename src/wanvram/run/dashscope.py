@@ -14,20 +14,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from wanvram.engine.extension_prompts import system_prompt
+from wanvram.engine.extension_prompts import checked_answer, system_prompt
 from wanvram.errors import InputError, WanvramError
+from wanvram.run.deadline import Cutter, handlers, within
 
 __all__ = ["DEFAULT_URL", "Endpoint", "api_key", "api_url", "default_model", "encode_picture", "extend_by_dashscope"]
 
 DEFAULT_URL = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 KEY_NAMES = ("DASH_API_KEY", "DASHSCOPE_API_KEY")
-LONGEST_ANSWER = 20_000  # characters; asked for are about 100 words
 LARGEST_REPLY = 2**20  # bytes read of a reply
 LARGEST_PICTURE = 7 * 2**20  # bytes: the service takes 10 MB of base64
 PICTURE_PIXELS = 512 * 512  # the official script shrinks to this before it uploads
@@ -35,6 +35,8 @@ MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 BACKOFF_S = 1.0  # before the first retry, doubled before each further one
 LARGEST_SEED = 2**31 - 1
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+KEY_PART = 4  # characters of the key in a row, in any case, that no message repeats
+LONGEST_EXPLANATION = 200  # characters shown of the service's own words
 
 
 def api_key(environment: Mapping[str, str]) -> str:
@@ -129,6 +131,7 @@ def _host(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
         host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # as the look-up of the name does
     except ValueError:
         host = ""
     plain = all("!" <= c <= "~" for c in base_url)
@@ -162,8 +165,12 @@ class _Passing(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    """Leaves every redirect an error, its address unread: one that is none would end in a ValueError."""
+
+    def http_error_302(self, *args: Any) -> None:
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 @dataclass(frozen=True)
@@ -175,16 +182,22 @@ class _Call:
     timeout_s: float
 
     def send(self) -> bytes:
-        """The reply to one POST. Raises _Passing for what may pass, InputError and WanvramError for what will not."""
+        """The reply to one POST, at most LARGEST_REPLY + 1 bytes, within timeout_s from the look-up of the name on.
+
+        Raises _Passing for what may pass, InputError and WanvramError for what will not.
+        """
+        try:
+            return within(self.timeout_s, self._exchange)
+        except TimeoutError:
+            raise self._late() from None
+
+    def _exchange(self, cutter: Cutter) -> bytes:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url, self.body, headers, method="POST")
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-        if self.host.rpartition(":")[0] in LOCAL_HOSTS or self.host in LOCAL_HOSTS:
-            handlers.append(urllib.request.ProxyHandler({}))
-        deadline = time.monotonic() + self.timeout_s
+        opener = urllib.request.build_opener(_NoRedirect(), *self._proxies(), *handlers(cutter))
         try:
-            with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout_s) as response:
-                return self._read(response, deadline)
+            with opener.open(request, timeout=self.timeout_s) as response:
+                return bytes(response.read(LARGEST_REPLY + 1))
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error) from None
@@ -197,17 +210,13 @@ class _Call:
         except (OSError, HTTPException) as error:
             raise _Passing(f"the connection to {self.host} broke ({_reason(error)})") from None
 
+    def _proxies(self) -> list[urllib.request.BaseHandler]:
+        """None for this machine, else those of the environment."""
+        is_local = self.host.rpartition(":")[0] in LOCAL_HOSTS or self.host in LOCAL_HOSTS
+        return [urllib.request.ProxyHandler({})] if is_local else []
+
     def _late(self) -> _Passing:
         return _Passing(f"{self.host} gave no complete answer within {self.timeout_s:g} s")
-
-    def _read(self, response: HTTPResponse, deadline: float) -> bytes:
-        """At most LARGEST_REPLY + 1 bytes; the socket's own time-out would start anew with every byte."""
-        content = bytearray()
-        while len(content) <= LARGEST_REPLY and (chunk := response.read1(2**16)):
-            content += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        return bytes(content)
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         code = error.code
@@ -223,13 +232,19 @@ class _Call:
         return WanvramError(f"prompt extension failed: {said}")
 
     def _explanation(self, error: urllib.error.HTTPError) -> str:
-        """` (the service's own words)`, at most 200 characters and without the key, should the service repeat it."""
+        """` (the service's own words)`, without those that repeat the key or a part of it."""
         try:
             message = json.loads(error.read(LARGEST_REPLY))["error"]["message"]
         except (ValueError, KeyError, TypeError, RecursionError, OSError, HTTPException):
             return ""
-        words = " ".join("".join(c if c.isprintable() else " " for c in str(message)).replace(self.key, "***").split())
-        return f" ({words[:200]})" if words else ""
+        words = "".join(c if c.isprintable() else " " for c in str(message)).split()
+        key = self.key.casefold()
+        parts = [key[start : start + KEY_PART] for start in range(max(1, len(key) - KEY_PART + 1))]
+        kept = [
+            "***" if any(part in word.casefold() for part in parts) else word for word in words[:LONGEST_EXPLANATION]
+        ]
+        text = " ".join(kept)[:LONGEST_EXPLANATION]
+        return f" ({text})" if text else ""
 
 
 def _reason(error: object) -> str:
@@ -248,15 +263,8 @@ def _answer(reply: bytes, call: _Call) -> str:
         content = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         content = None
-    if not isinstance(content, str):
+    if content is None:
         raise WanvramError(
             f"prompt extension failed: {call.host} sent {len(reply):,} bytes that are not a chat completion; check DASH_API_URL"
         )
-    answer = content.strip()
-    if not answer:
-        raise WanvramError(f"prompt extension failed: {call.host} answered with an empty text")
-    if len(answer) > LONGEST_ANSWER:
-        raise WanvramError(
-            f"prompt extension failed: {call.host} answered with {len(answer):,} characters; at most {LONGEST_ANSWER:,} are taken"
-        )
-    return answer
+    return checked_answer(content, call.host)
