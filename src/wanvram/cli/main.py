@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             streams.say(error.strerror or "stdout cannot be written")
         return 1
     code = 0 if args.verb is None else _run(args)
-    return code if _printed() else max(code, 1)
+    code = code if _printed() else max(code, 1)
+    streams.settle_stderr()
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:
