@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 BASELINE = Path(__file__).parents[1] / "configs" / "baseline.yaml"
@@ -37,3 +41,70 @@ def test_a_series_whose_progress_nobody_reads_is_run(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0
     assert failure_of(tmp_path / "run") is None
+
+
+GENERATE = [
+    sys.executable,
+    "-m",
+    "wanvram",
+    "generate",
+    "--weights",
+    "tiny",
+    "--frame_num",
+    "81",
+    "--sample_steps",
+    "50",
+]
+LONG = """
+name: long
+model_config: {precision: fp32, device: cpu}
+request: {task: t2v-1.3B, size: 832*480, frame_num: 81, sample_steps: 50}
+"""
+
+
+def started(command: list[str], events: Path, scratch: Path) -> subprocess.Popen[bytes]:
+    """After its first stage has begun. A background job of a script ignores SIGINT and nohup SIGHUP: here they are as usual."""
+    scratch.mkdir()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (events.exists() and events.read_text().count('"name"') >= 3):
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_ended_leaves_a_record_that_names_the_signal(sent: signal.Signals, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    process = started([*GENERATE, "-o", str(directory)], directory / "memory_events.json", tmp_path / "scratch")
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"Traceback" not in said
+    failure = failure_of(directory)
+    assert failure is not None
+    assert (failure["kind"], failure["message"]) == ("interrupted", f"ended by {sent.name}")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_series_that_is_ended_leaves_the_record_of_the_running_one_and_no_child(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    (tmp_path / "long.yaml").write_text(LONG)
+    command = [*PROFILE, str(tmp_path / "long.yaml"), "--weights", "tiny", "--timeout", "300", "-o", str(directory)]
+    process = started(command, directory / "memory_events.json", tmp_path / "scratch")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"wanvram: ended by SIGTERM; what was recorded is kept" in said
+    failure = failure_of(directory)
+    assert failure is not None
+    assert (failure["kind"], failure["message"]) == ("interrupted", "ended by SIGTERM")
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert not any(child.is_running() for child in children)

@@ -11,6 +11,7 @@ from typing import Any
 from wanvram.cli import analyze, check, compare, convert, estimate, generate, plan, profile, report, streams
 from wanvram.errors import WanvramError
 from wanvram.foreign_text import quoted, shown
+from wanvram.recorder.interrupts import INTERRUPTED, catching
 from wanvram.version import __version__
 
 __all__ = ["main"]
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):
             streams.say(error.strerror or "stdout cannot be written")
         return 1
-    code = 0 if args.verb is None else _run(args)
+    with catching():
+        code = 0 if args.verb is None else _run(args)
     code = code if _printed() else max(code, 1)
     streams.settle_stderr()
     return code
@@ -78,8 +80,8 @@ def _run(args: argparse.Namespace) -> int:
     """The verb's exit code. What no verb foresees ends here, in one sentence."""
     try:
         return int(args.run(args))
-    except KeyboardInterrupt:
-        streams.say("interrupted; what was recorded is kept")
+    except KeyboardInterrupt as error:
+        streams.say(f"{str(error) or INTERRUPTED}; what was recorded is kept")
         return 1
     except BrokenPipeError:
         streams.abandon(sys.stdout)  # the reader has gone: nothing more to say to it

@@ -22,7 +22,7 @@ from wanvram.machine.garbage import settled
 from wanvram.planner.budget import beyond_card
 from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Span, Times, write_atomically
 from wanvram.recorder.events import EventLog
-from wanvram.recorder.interrupts import deferred
+from wanvram.recorder.interrupts import INTERRUPTED, deferred
 from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.alive import largest_alive
 from wanvram.run.beside import Beside
@@ -238,8 +238,8 @@ def _run(pipeline: Pipeline, open_sink: OpenSink) -> Failure | None:
             reserved_bytes=error.reserved_bytes,
             alive=largest_alive(pipeline),
         )
-    except KeyboardInterrupt:
-        failure = Failure("interrupted", "interrupted by the user")
+    except KeyboardInterrupt as error:
+        failure = Failure("interrupted", str(error) or INTERRUPTED)
     except WanvramError as error:
         if error.exit_code == 2:
             raise
