@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,26 @@ from pathlib import Path
 import psutil
 import pytest
 
+from wanvram.cli.main import main
+from wanvram.engine.pipeline import Pipeline
+from wanvram.record import Failure
+from wanvram.recorder.event_file import ListFile
+from wanvram.recorder.meters import CpuMeter
+from wanvram.recorder.recorder import Recorder
+
 BASELINE = Path(__file__).parents[1] / "configs" / "baseline.yaml"
 PROFILE = [sys.executable, "-m", "wanvram", "profile"]
 SIMULATED = [str(BASELINE), "--device", "simulated", "--weights", "tiny"]
+
+
+class DeadMeter(CpuMeter):
+    """Of a device that has gone, when `dead`."""
+
+    dead = False
+
+    def synchronize(self) -> None:
+        if self.dead:
+            raise RuntimeError("CUDA error: unspecified launch failure")
 
 
 def failure_of(directory: Path) -> dict[str, object] | None:
@@ -108,3 +126,78 @@ def test_a_series_that_is_ended_leaves_the_record_of_the_running_one_and_no_chil
     assert (failure["kind"], failure["message"]) == ("interrupted", "ended by SIGTERM")
     assert list((tmp_path / "scratch").iterdir()) == []
     assert not any(child.is_running() for child in children)
+
+
+ERRORS = [
+    (
+        RuntimeError("CUDA error: an illegal access\nCUDA kernel errors might be"),
+        "PyTorch, which says: CUDA error: an illegal access",
+    ),
+    (OSError(errno.EIO, "Input/output error", "/mnt/disk"), "'/mnt/disk': Input/output error (--debug shows where)"),
+    (MemoryError(), "this machine has not enough free memory for that"),
+    (AttributeError("'NoneType' object has no attribute 'x'"), "a defect of wanvram; --debug shows where"),
+]
+
+
+@pytest.mark.parametrize(("error", "sentence"), ERRORS)
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_whatever_ends_a_run_is_recorded_in_one_sentence(
+    error: Exception,
+    sentence: str,
+    debug: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(self: Pipeline, *_: object) -> None:
+        with self.recorder.span("denoise", kind="stage", component="dit"):
+            raise error
+
+    monkeypatch.setattr(Pipeline, "denoise_all", broken)
+    assert main(["profile", *SIMULATED, *debug, "-o", str(tmp_path / "run")]) == 1
+    failure = failure_of(tmp_path / "run")
+    assert failure is not None
+    assert (failure["kind"], failure["stage"]) == ("error", "denoise")
+    assert sentence in str(failure["message"])
+    assert ("Traceback" in capsys.readouterr().err) == bool(debug)
+    assert "NoneType" not in str(failure["message"])
+
+
+def test_a_disk_that_takes_no_more_events_leaves_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ListFile, "append", full)
+    assert main(["profile", *SIMULATED, "-o", str(tmp_path / "run")]) == 1
+    failure = failure_of(tmp_path / "run")
+    assert failure is not None
+    assert str(failure["message"]).endswith("memory_events.json: No space left on device")
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["stages"], "what was recorded before is kept"
+
+
+def test_events_that_cannot_be_written_at_the_end_are_a_failure_with_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(ListFile, "close", full)
+    assert main(["profile", *SIMULATED, "-o", str(tmp_path / "run")]) == 1
+    failure = failure_of(tmp_path / "run")
+    assert failure is not None
+    assert str(failure["message"]).endswith("memory_events.json: Disk quota exceeded")
+
+
+def test_a_device_that_fails_at_every_call_leaves_the_spans_that_were_open() -> None:
+    recorder = Recorder(DeadMeter(), None, None)
+    outer = recorder.span("denoise", kind="stage", component="dit")
+    outer.__enter__()
+    recorder.span("step 1", kind="step").__enter__()
+    DeadMeter.dead = True
+    try:
+        failure = recorder.finish_open(Failure("error", "gone"))
+    finally:
+        DeadMeter.dead = False
+    assert (failure.stage, failure.component) == ("denoise", "dit")
+    assert [(s.name, [c.name for c in s.children]) for s in recorder.spans] == [("denoise", ["step 1"])]

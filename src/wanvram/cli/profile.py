@@ -108,7 +108,7 @@ def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
     directory = args.output or LOGS / config.name
     from wanvram.run.execute import Output, execute
 
-    output = Output(directory, args.force, predicted=predicted)
+    output = Output(directory, args.force, predicted=predicted, debug=args.debug)
     if args.live:
         from wanvram.report.live import LiveView
 
