@@ -16,7 +16,9 @@ import pytest
 
 from wanvram.cli.main import main
 from wanvram.engine.pipeline import Pipeline
-from wanvram.record import Failure
+from wanvram.errors import InputError
+from wanvram.folder_lock import alone_in
+from wanvram.record import Failure, RunRecord
 from wanvram.recorder.event_file import ListFile
 from wanvram.recorder.meters import CpuMeter
 from wanvram.recorder.recorder import Recorder
@@ -201,3 +203,48 @@ def test_a_device_that_fails_at_every_call_leaves_the_spans_that_were_open() -> 
         DeadMeter.dead = False
     assert (failure.stage, failure.component) == ("denoise", "dit")
     assert [(s.name, [c.name for c in s.children]) for s in recorder.spans] == [("denoise", ["step 1"])]
+
+
+def test_one_run_at_a_time_writes_to_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "run"
+    command = ["profile", *SIMULATED, "-o", str(directory)]
+    assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    capsys.readouterr()
+    with alone_in(directory):
+        assert main([*command, "--force"]) == 2
+    assert f"another wanvram is writing to {directory}; wait for it or give -o DIR" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert main([*command, "--force"]) == 0
+
+
+def test_a_series_leaves_the_directory_of_a_running_one_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "run.log").write_text("somebody's")
+    with alone_in(directory):
+        assert main(["profile", *SIMULATED, "--timeout", "100", "-o", str(directory)]) == 1
+    assert [(path.name, path.read_text()) for path in directory.iterdir()] == [("run.log", "somebody's")]
+
+
+def test_a_run_holds_its_directory_until_its_record_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = RunRecord.write
+    refused = []
+
+    def write(self: RunRecord, path: Path) -> None:
+        with pytest.raises(InputError, match="another wanvram is writing"), alone_in(path.parent):
+            pass
+        refused.append(path.name)
+        written(self, path)
+
+    monkeypatch.setattr(RunRecord, "write", write)
+    assert main(["profile", *SIMULATED, "-o", str(tmp_path / "run")]) == 0
+    assert refused == ["record.json"]
+
+
+def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert main(["profile", *SIMULATED, "-o", str(tmp_path / "run")]) == 0

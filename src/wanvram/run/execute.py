@@ -31,7 +31,7 @@ from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.alive import largest_alive
 from wanvram.run.beside import Beside
 from wanvram.run.checks import run_checks
-from wanvram.run.directory import prepare_directory
+from wanvram.run.directory import run_directory
 from wanvram.run.environment import describe_environment
 from wanvram.run.extension import prompt_extension
 from wanvram.run.host import since_process_start
@@ -72,7 +72,17 @@ def execute(
     watch: entered with the recorder for the time of the run, to show it while it goes on. Raises InputError, CheckpointError
     or DeviceError before anything is loaded.
     """
-    config = _seeded(config)
+    with ExitStack() as held:  # the run directory, until the results are written
+        return _execute(_seeded(config), output, progress, watch, held)
+
+
+def _execute(
+    config: RunConfig,
+    output: Output,
+    progress: Callable[[str], None] | None,
+    watch: Callable[[Recorder], AbstractContextManager[object]] | None,
+    held: ExitStack,
+) -> RunRecord:
     _check_measurement(config)
     beside = _beside(config, output)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
@@ -86,7 +96,7 @@ def execute(
     inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
     extend = prompt_extension(config.request, simulated=simulated)
     outputs = _outputs(config, device, output)
-    directory = prepare_directory(output.directory, force=output.force) if output.directory else None
+    directory = held.enter_context(run_directory(output.directory, force=output.force)) if output.directory else None
     environment = describe_environment() | checks
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
