@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import unicodedata
 from typing import Any
 
 from wanvram.errors import WanvramError
 
-__all__ = ["ESCAPING", "MAX_SHOWN", "quoted", "shown", "why"]
+__all__ = ["ESCAPING", "MAX_SHOWN", "quoted", "shown", "unforeseen", "why"]
 
 MAX_SHOWN = 500  # characters of one text
 MAX_QUOTED = 60  # of a value within a sentence
@@ -73,6 +74,20 @@ def why(error: BaseException) -> str:
     if isinstance(error, (OverflowError, ZeroDivisionError)):
         return "a number is too large or too small"
     return "a value is not of the kind that belongs there"
+
+
+def unforeseen(error: Exception, who: str, debug: str) -> str:
+    """What stopped `who`, where nobody expected it, in one sentence. debug: what the user gives to see the place in the code."""
+    if isinstance(error, OSError):
+        where = f"{quoted(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{where}{error.strerror or 'the system refused to read or write'} ({debug} shows where)"
+    if isinstance(error, MemoryError):
+        return "this machine has not enough free memory for that"
+    if type(error) is RuntimeError or type(error).__module__.startswith("torch"):
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        if said:
+            return f"{who} was stopped by PyTorch, which says: {shown(said, 200)} ({debug} shows where)"
+    return f"{who} stopped at something that it does not foresee, a defect of wanvram; {debug} shows where"
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from checkpoints import write_download
+from wanvram import folder_lock
 from wanvram.cli.main import VERBS, main
 from wanvram.errors import InputError
-from wanvram.matrix import lock, runner
+from wanvram.matrix import runner
 
 TINY = ["--task", "t2v-1.3B", "--size", "832*480", "--frame_num", "5", "--sample_steps", "2", "--base_seed", "1"]
 
@@ -41,6 +42,8 @@ for name in ("SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGQUIT", "s
 for name in [name for name in dir(mmap) if name.startswith(("MAP_", "MADV_", "PROT_"))]:
     delattr(mmap, name)
 sys.platform = "win32"
+import types
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=lambda handle, mode, count: None)
 from wanvram.cli.main import main
 for arguments in json.loads(sys.argv[2]):
     try:
@@ -137,10 +140,10 @@ def test_a_folder_is_locked_by_a_byte_of_a_file(tmp_path: Path, monkeypatch: pyt
 
     msvcrt = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
     monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)  # type: ignore[arg-type]
-    first = lock._locked_file(tmp_path / lock.LOCK_FILE)
+    first = folder_lock._locked_file(tmp_path / folder_lock.LOCK_FILE)
     with pytest.raises(BlockingIOError):
-        lock._locked_file(tmp_path / lock.LOCK_FILE)
+        folder_lock._locked_file(tmp_path / folder_lock.LOCK_FILE)
     os.close(first)
-    monkeypatch.setattr(runner, "lock_folder", lambda folder: lock._locked_file(folder / lock.LOCK_FILE))
+    monkeypatch.setattr(runner, "lock_folder", lambda folder: folder_lock._locked_file(folder / folder_lock.LOCK_FILE))
     with pytest.raises(InputError, match="another wanvram profile is writing to"), runner._only_one_in({tmp_path}):
         pass

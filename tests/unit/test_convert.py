@@ -324,3 +324,16 @@ def test_flags_without_effect_or_meaning_are_refused(
     with pytest.raises(SystemExit):
         _command(source, "--precision", "bf16", "-o", tmp_path / "out", "--components", "dit,unet")
     assert "there is no component 'unet'" in capsys.readouterr().err
+
+
+def test_one_conversion_at_a_time_writes_to_a_folder(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def second(_: str) -> None:
+        with pytest.raises(InputError, match=f"another wanvram is writing to {out}"):
+            convert(Job(source, "bf16"), out)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(Job(source, "bf16"), out, progress=second)
+    assert convert(Job(source, "bf16"), out)["complete"]

@@ -9,7 +9,8 @@ import weakref
 
 import pytest
 
-from wanvram.recorder.interrupts import check, deferred
+from wanvram.recorder import interrupts
+from wanvram.recorder.interrupts import Interrupted, catching, check, deferred
 
 
 class Thing:
@@ -84,3 +85,65 @@ def test_a_handler_of_somebody_else_and_other_threads_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+def send(*signals: signal.Signals) -> None:
+    for number in signals:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_is_ended_by_a_signal_that_is_named(number: signal.Signals) -> None:
+    with pytest.raises(Interrupted, match=rf"^ended by {number.name}$"), catching():
+        send(number)
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def ended_in_a_run(seen: list[str]) -> None:
+    with deferred():
+        send(signal.SIGTERM, signal.SIGHUP, signal.SIGTERM)
+        seen.append("remembered")
+        check()
+        seen.append("not reached")
+
+
+def test_in_a_run_an_ending_is_remembered_and_its_repetitions_change_nothing() -> None:
+    seen: list[str] = []
+    with catching():
+        with pytest.raises(Interrupted, match=r"^ended by SIGTERM$"):
+            ended_in_a_run(seen)
+        send(signal.SIGHUP)  # while the record is written
+        seen.append("recorded")
+    assert seen == ["remembered", "recorded"]
+
+
+def test_an_ending_long_after_the_first_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with catching():
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
+        monkeypatch.setattr(interrupts, "SAME_ENDING_SECONDS", 0.0)
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
+
+
+def test_a_signal_that_is_ignored_stays_so_and_a_program_keeps_its_own() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catching(), deferred():
+            send(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with deferred():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_forked_process_ends_as_processes_usually_do() -> None:
+    with catching():
+        child = os.fork()
+        if child == 0:
+            try:
+                send(signal.SIGTERM)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM

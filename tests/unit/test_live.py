@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_without_a_terminal_every_stage_is_a_line_when_it_ends() -> None:
         "denoise",
         "denoise: peak 1,700.0 MiB allocated, 1,750.0 MiB reserved, 2,300.0 MiB device (56 % of 4.00 GiB), 0.00 s",
     ]
+
+
+class GoneTerminal(Terminal):
+    """A session of ssh that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_has_gone_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = run_stages(LiveView("mine", None, stream=GoneTerminal()))
+    close(recorder)
+    assert [span.name for span in recorder.spans] == ["load dit", "denoise"]
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_name_with_markup_is_text() -> None:

@@ -148,8 +148,8 @@ CRASHES = "import sys; print('RuntimeError: it broke'); sys.exit(1)"
 PREPARES_AND_KILLS_ITSELF = """
 import os, sys
 from pathlib import Path
-from wanvram.run.directory import prepare_directory
-prepare_directory(Path(sys.argv[2]), force=True)
+from wanvram.run.directory import run_directory
+run_directory(Path(sys.argv[2]), force=True).__enter__()
 print("so far so good", flush=True)
 os.kill(os.getpid(), 9)
 """

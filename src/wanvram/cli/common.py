@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from wanvram.machine.allocator_settings import check_plain, put_in_force
 from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
 from wanvram.planner.search import planned_base
+from wanvram.progress_stream import ProgressStream
 from wanvram.record import RunRecord
 from wanvram.report.terminal import summarize
 from wanvram.units import parse_memory
@@ -77,14 +77,8 @@ def settle_allocator(config: RunConfig, *, to_be_planned: bool) -> None:
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:
     """Progress on stderr with the time since the start; quiet under --json only if stderr is not a terminal."""
-    if args.json and not sys.stderr.isatty():
-        return None
-    start = time.monotonic()
-
-    def show(message: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {message}", file=sys.stderr, flush=True)
-
-    return show
+    stream = ProgressStream(sys.stderr)
+    return None if args.json and not stream.isatty() else stream.line
 
 
 def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) -> int:

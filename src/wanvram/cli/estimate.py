@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return _export(args, config)
     from wanvram.run.execute import Output, execute
 
-    record = execute(config, Output(args.output, args.force), progress_printer(args))
+    record = execute(config, Output(args.output, args.force, debug=args.debug), progress_printer(args))
     return finish(record, args, args.output)
 
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from wanvram.run.execute import Output, execute
 
     directory = args.output or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
-    output = Output(directory, args.force, video=True, save_file=args.save_file, predicted=predicted)
+    output = Output(directory, args.force, video=True, save_file=args.save_file, predicted=predicted, debug=args.debug)
     record = execute(config, output, progress_printer(args))
     code = finish(record, args, directory)
     if record.simulated:

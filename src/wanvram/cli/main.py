@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from wanvram.cli import analyze, check, compare, convert, estimate, generate, plan, profile, report, streams
 from wanvram.errors import WanvramError
-from wanvram.foreign_text import quoted, shown
+from wanvram.foreign_text import shown, unforeseen
+from wanvram.recorder.interrupts import INTERRUPTED, catching
 from wanvram.version import __version__
 
 __all__ = ["main"]
@@ -68,16 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):
             streams.say(error.strerror or "stdout cannot be written")
         return 1
-    code = 0 if args.verb is None else _run(args)
-    return code if _printed() else max(code, 1)
+    with catching():
+        code = 0 if args.verb is None else _run(args)
+    code = code if _printed() else max(code, 1)
+    streams.settle_stderr()
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:
     """The verb's exit code. What no verb foresees ends here, in one sentence."""
     try:
         return int(args.run(args))
-    except KeyboardInterrupt:
-        streams.say("interrupted; what was recorded is kept")
+    except KeyboardInterrupt as error:
+        streams.say(f"{str(error) or INTERRUPTED}; what was recorded is kept")
         return 1
     except BrokenPipeError:
         streams.abandon(sys.stdout)  # the reader has gone: nothing more to say to it
@@ -90,19 +93,8 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if args.debug:
             raise
-        streams.say(_unforeseen(error, args.verb))
+        streams.say(unforeseen(error, args.verb, f"`wanvram {args.verb} --debug`"))
         return 1
-
-
-def _unforeseen(error: Exception, verb: str) -> str:
-    if isinstance(error, OSError):
-        where = f"{quoted(os.fsdecode(error.filename), 200)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return (
-            f"{where}{error.strerror or 'the system refused to read or write'} (`wanvram {verb} --debug` shows where)"
-        )
-    if isinstance(error, MemoryError):
-        return "this machine has not enough free memory for that"
-    return f"{verb} stopped at something that it does not foresee, a defect of wanvram; `wanvram {verb} --debug` shows where"
 
 
 def _printed() -> bool:

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from wanvram.cli import streams
 from wanvram.cli.budget import add_budget_flags, planned
 from wanvram.cli.common import (
     add_device_flags,
@@ -110,7 +110,7 @@ def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
     directory = args.output or LOGS / config.name
     from wanvram.run.execute import Output, execute
 
-    output = Output(directory, args.force, predicted=predicted)
+    output = Output(directory, args.force, predicted=predicted, debug=args.debug)
     if args.live:
         from wanvram.report.live import LiveView
 
@@ -139,7 +139,7 @@ def _advise(directory: Path, config: RunConfig, record: RunRecord, args: argpars
     try:
         write_advice(directory, advise(config, record, show=progress_printer(args)))
     except WanvramError as error:
-        print(f"wanvram: no advice: {error}", file=sys.stderr)
+        streams.say(f"no advice: {error}")
 
 
 def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bool) -> int:
@@ -156,7 +156,7 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
     jobs = _jobs(configs, args, base, single)
     changed = [] if single or args.force or args.force_changed else _changed(jobs)
     for job, keys in changed:
-        print(f"wanvram: {job.directory}: {_left_alone(keys)}", file=sys.stderr)
+        streams.say(f"{job.directory}: {_left_alone(keys)}")
     left = {job.name for job, _ in changed}
     jobs = [job for job in jobs if job.name not in left]
     with display(quiet=args.json) as shown:

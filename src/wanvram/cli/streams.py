@@ -11,11 +11,20 @@ from typing import TextIO
 from wanvram.command_line import MAX_COMMAND
 from wanvram.foreign_text import ESCAPING, shown
 
-__all__ = ["abandon", "flushed", "prepare", "say"]
+__all__ = ["abandon", "flushed", "prepare", "say", "settle_stderr"]
 
 
 def prepare() -> None:
-    """What the encoding of a stream does not have is written as JSON escapes it: no text and no document fails on it."""
+    """What the encoding of a stream does not have is written as JSON escapes it: no text and no document fails on it.
+
+    A stream that was closed at the start gets its number back, which a file of the run would have got; stderr takes text again, for
+    `print(file=None)` would write on stdout.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             with suppress(OSError, ValueError):  # a detached or closed stream shows nothing in any encoding
@@ -42,6 +51,14 @@ def flushed() -> str | None:
     except (OSError, ValueError) as error:
         return f"what was to be printed could not be written: {getattr(error, 'strerror', None) or 'stdout is closed'}"
     return None
+
+
+def settle_stderr() -> None:
+    """What could not be shown is no failure of the command, which Python would make of it at the exit (120)."""
+    try:
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        abandon(sys.stderr)
 
 
 def abandon(stream: TextIO | None) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from wanvram.matrix.runner import Display, Outcome
+from wanvram.progress_stream import ProgressStream
 from wanvram.units import human, seconds
 
 __all__ = ["Lines", "describe", "display"]
@@ -34,21 +34,17 @@ def describe(outcome: Outcome) -> str:
 class Lines:
     """One line per event, with the time since the start."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._start = time.monotonic()
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = ProgressStream(stream)
 
     def started(self, number: int, count: int, name: str) -> None:
-        self._line(f"{number}/{count} {name}: started")
+        self._stream.line(f"{number}/{count} {name}: started")
 
     def message(self, name: str, text: str) -> None:
-        self._line(f"  {text}")
+        self._stream.line(f"  {text}")
 
     def finished(self, number: int, count: int, outcome: Outcome) -> None:
-        self._line(f"{number}/{count} {outcome.job.name}: {describe(outcome)}")
-
-    def _line(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
+        self._stream.line(f"{number}/{count} {outcome.job.name}: {describe(outcome)}")
 
 
 class _Bar:
@@ -80,7 +76,8 @@ class _Silent:
 @contextmanager
 def display(*, quiet: bool) -> Iterator[Display]:
     """quiet: nothing at all unless stderr is a terminal."""
-    if not sys.stderr.isatty():
+    stream = ProgressStream(sys.stderr)
+    if not stream.isatty():
         yield _Silent() if quiet else Lines(sys.stderr)
         return
     columns = (
@@ -90,5 +87,5 @@ def display(*, quiet: bool) -> Iterator[Display]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(file=cast(TextIO, stream))) as progress:
         yield _Bar(progress)

@@ -25,9 +25,10 @@ import yaml
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
+from wanvram.folder_lock import alone_in, lock_folder
 from wanvram.matrix.jobs import Job, exit_code, expected, finished
-from wanvram.matrix.lock import lock_folder
 from wanvram.record import Failure, RunRecord, write_atomically
+from wanvram.recorder.interrupts import INTERRUPTED, Interrupted
 
 __all__ = ["LOG", "Display", "Outcome", "die_with_parent", "run_all"]
 
@@ -129,9 +130,13 @@ def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcom
     log = job.directory / LOG
     try:
         job.directory.mkdir(parents=True, exist_ok=True)
-        for name in ("record.json", "config.yaml"):  # of an earlier run: what is there next is this run's
-            (job.directory / name).unlink(missing_ok=True)
-        log.write_bytes(b"")
+        with alone_in(job.directory):
+            for name in ("record.json", "config.yaml"):  # of an earlier run: what is there next is this run's
+                (job.directory / name).unlink(missing_ok=True)
+            log.write_bytes(b"")
+    except InputError as error:  # somebody's single run: nothing of it is touched
+        record = replace(_empty_record(job.config), failure=Failure("error", str(error)), notes=[])
+        return Outcome(job, record, time.monotonic() - start)
     except OSError as error:
         raise OutputError(f"cannot write to {job.directory}: {error.strerror or error}") from error
     with tempfile.TemporaryDirectory(prefix="wanvram-") as scratch:
@@ -146,7 +151,11 @@ def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcom
                 env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},  # the log is read as UTF-8
                 **_apart(),
             )
-        timed_out = _watch(process, log, timeout, tell)
+        try:
+            timed_out = _watch(process, log, timeout, tell)
+        except KeyboardInterrupt as error:
+            _note_interrupted(job, str(error) or INTERRUPTED)
+            raise
     seconds = time.monotonic() - start
     return Outcome(job, _result(job, process.returncode, timeout if timed_out else None, log), seconds)
 
@@ -174,16 +183,19 @@ def _watch(process: subprocess.Popen[bytes], log: Path, timeout: float | None, t
                 if deadline is not None and time.monotonic() >= deadline:
                     _stop(process)
                     return True
+    except Interrupted as error:
+        _stop(process, error.number)
+        raise
     finally:
         _stop(process)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """An interrupt, on which a run records what it has; then a kill."""
+def _stop(process: subprocess.Popen[bytes], number: int = signal.SIGINT) -> None:
+    """An interrupt, on which a run records what it has; then a kill. number: the signal that ends the series."""
     if process.poll() is not None:
         return
     # Windows sends another group Ctrl-Break only; the child takes it for Ctrl-C.
-    process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGINT)
+    process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else number)
     try:
         process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -216,13 +228,25 @@ def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
     else:
         # 3: the planner found nothing that fits, which is an answer like running out of memory.
         failure = Failure("oom" if code == 3 else "error", _reason(code, log))
+    return _written_for(job, failure, written)
+
+
+def _note_interrupted(job: Job, reason: str) -> None:
+    """In the place of a run that was stopped before it could record anything."""
+    with suppress(OSError, OutputError):  # the interrupt is what the user hears of
+        if not (job.directory / "record.json").is_file():
+            _written_for(job, Failure("interrupted", reason), None)
+
+
+def _written_for(job: Job, failure: Failure, written: RunRecord | None) -> RunRecord:
+    """The record of a run that failed, with the configuration it belongs to."""
     config = expected(job, job.config)
     record = written or _empty_record(config)
     record.failure = failure
     record.fits = False if failure.kind == "oom" else record.fits
     if not (job.directory / "config.yaml").is_file():
         write_atomically(job.directory / "config.yaml", _yaml(config))
-    record.write(path)
+    record.write(job.directory / "record.json")
     return record
 
 

@@ -1,51 +1,125 @@
-"""Ctrl-C without losing it: Python swallows an exception that a signal raises inside a weakref callback, of which a run has many.
+"""Ctrl-C, SIGTERM and SIGHUP without losing them: Python swallows an exception that a signal raises inside a weakref callback, of
+which a run has many.
 
-Inside `deferred` the first SIGINT is only remembered, and `check`, called at every span and every unit of weights, raises
-KeyboardInterrupt. The second SIGINT raises at once.
+Inside `deferred` the first signal is only remembered, and `check`, called at every span and every unit of weights, raises
+Interrupted. The second SIGINT raises at once. SIGTERM and SIGHUP are taken only inside `catching`, which the commands enter: a
+program that runs wanvram keeps its own.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["check", "deferred"]
+__all__ = ["INTERRUPTED", "Interrupted", "catching", "check", "deferred"]
 
-_pending = False
+INTERRUPTED = "interrupted by the user"
+# A terminal that closes sends SIGHUP twice, a service manager SIGTERM and SIGHUP: they must not end the writing of the record.
+SAME_ENDING_SECONDS = 20.0
+ENDINGS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # no SIGHUP on Windows
+
+_pending: int | None = None
+_ending_since: float | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """`number`: the signal that ends the work."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def __str__(self) -> str:
+        return INTERRUPTED if self.number == signal.SIGINT else f"ended by {signal.Signals(self.number).name}"
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if SIGINT came since the last call, or since `deferred` was entered."""
+    """Raises Interrupted if a signal came since the last call, or since `deferred` was entered."""
     global _pending
-    if _pending:
-        _pending = False
-        raise KeyboardInterrupt
+    if _pending is not None:
+        number, _pending = _pending, None
+        raise Interrupted(number)
 
 
-def _remember(_number: int, _frame: FrameType | None) -> None:
+def _remember(number: int, _frame: FrameType | None) -> None:
     global _pending
-    if _pending:
-        _pending = False
-        raise KeyboardInterrupt
-    _pending = True
+    if _repeated(number):
+        return
+    check()
+    _pending = number
+
+
+def _raise(number: int, _frame: FrameType | None) -> None:
+    if not _repeated(number):
+        raise Interrupted(number)
+
+
+def _repeated(number: int) -> bool:
+    """Whether it belongs to an ending that has begun. Never SIGINT: who presses Ctrl-C twice means it."""
+    global _ending_since
+    if number == signal.SIGINT:
+        return False
+    now = time.monotonic()
+    if _ending_since is not None and now - _ending_since < SAME_ENDING_SECONDS:
+        return True
+    _ending_since = now
+    return False
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Does nothing in a thread, which gets no signals, and where SIGINT is ignored or handled by somebody else."""
+    """Does nothing in a thread, which gets no signals, and to a signal that is ignored or handled by somebody else."""
     global _pending
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _pending = False
-    signal.signal(signal.SIGINT, _remember)
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
+    ours = {number: handler for number, handler in usual.items() if handler in (signal.default_int_handler, _raise)}
+    _pending = None
+    for number in ours:
+        signal.signal(number, _remember)
     try:
         yield
         check()
     finally:
-        _pending = False
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _pending = None
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def catching() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Interrupted, unless they are ignored (nohup) or handled by somebody else. In the main thread only."""
+    global _ending_since
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    _ending_since = None
+    for number in ours:
+        signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _in_child() -> None:
+    """A forked process has nothing to record: it ends as processes usually do, without a traceback."""
+    global _pending
+    _pending = None
+    for number in ENDINGS:
+        if signal.getsignal(number) in (_raise, _remember):
+            signal.signal(number, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -84,19 +84,22 @@ class Recorder:
         span.peak = span.peak.highest(span.end)
         if self.meter.caches:
             span.peak = with_device(span.peak, span.end)
+        self._put_away(span)
+        if span.kind != "block":
+            self._log(span.name, span.peak, span.kind, span.component)
+        if self.progress and span.kind == "stage":
+            self.progress(f"{span.name} done, peak {human(span.peak.allocated_bytes)} allocated")
+
+    def _put_away(self, span: Span) -> None:
         self._started.pop()
         self._open.pop()
-        if self.observer is not None:
-            self.observer.end()
         siblings = self._open[-1].children if self._open else self.spans
         siblings.append(span)
         if self._open:
             parent = self._open[-1]
             parent.peak = parent.peak.highest(span.peak)
-        if span.kind != "block":
-            self._log(span.name, span.peak, span.kind, span.component)
-        if self.progress and span.kind == "stage":
-            self.progress(f"{span.name} done, peak {human(span.peak.allocated_bytes)} allocated")
+        if self.observer is not None:
+            self.observer.end()
 
     def _seconds(self, span: Span) -> float | None:
         """Since the span began, with the repeats of spans inside it that stand for several and ran once."""
@@ -109,7 +112,12 @@ class Recorder:
         """Closes what an exception left open, outermost last; the failure is returned with its stage and component."""
         stage = next((s for s in self._open if s.kind in ("load", "stage")), None)
         while self._open:
-            self._close(self._open[-1], True)
+            span = self._open[-1]
+            try:
+                self._close(span, True)
+            except Exception:  # the device or the disk that failed fails again: what was seen before is kept
+                if self._open and self._open[-1] is span:
+                    self._put_away(span)
         if stage is None:
             return failure
         return replace(failure, stage=stage.name, component=stage.component)

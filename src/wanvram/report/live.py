@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from wanvram.progress_stream import ProgressStream
 from wanvram.record import Memory, Span
 from wanvram.units import human, mib_cell, seconds
 
@@ -52,7 +53,7 @@ class LiveView:
     def __init__(self, name: str, budget_bytes: int | None, stream: TextIO | None = None) -> None:
         self._name = name
         self._budget = budget_bytes
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = ProgressStream(sys.stderr if stream is None else stream)
         self._start = time.monotonic()
         self._recorder: Watched | None = None
         self._drawn = self._stream.isatty()
@@ -64,7 +65,7 @@ class LiveView:
         if not self._drawn:
             self._tell_finished()
             if " done, peak " not in text:  # its line says that and more
-                self._line(text)
+                self._stream.line(text)
 
     @contextmanager
     def watch(self, recorder: Watched) -> Iterator[None]:
@@ -73,7 +74,7 @@ class LiveView:
             yield
             self._tell_finished()
             return
-        console = Console(file=self._stream)
+        console = Console(file=cast(TextIO, self._stream))
         with Live(get_renderable=self.picture, console=console, refresh_per_second=FRAMES_PER_SECOND):
             yield
             self._last = ""
@@ -83,7 +84,7 @@ class LiveView:
     def _tell_finished(self) -> None:
         spans = self._recorder.spans if self._recorder is not None else []
         for span in spans[self._told :]:
-            self._line(f"{span.name}: {self._peak(span)}")
+            self._stream.line(f"{span.name}: {self._peak(span)}")
         self._told = len(spans)
 
     def _peak(self, span: Span) -> str:
@@ -94,9 +95,6 @@ class LiveView:
             if self._budget is not None:
                 text += f" ({100 * peak.device_bytes / self._budget:.0f} % of {human(self._budget)})"
         return text + (f", {seconds(span.seconds)}" if span.seconds is not None else "")
-
-    def _line(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
 
     # --- picture ---------------------------------------------------------------------------------------------------------
 

@@ -43,9 +43,12 @@ def forecasts_ahead(
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         asked = {pool.submit(simulate_stage, *question): question for question in _likely(request, budget, base)}
-        for done in as_completed(asked):
-            if done.exception() is None:
-                yield asked[done], done.result()
+        try:
+            for done in as_completed(asked):
+                if done.exception() is None:
+                    yield asked[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # those not begun: nobody waits for them
 
 
 def _likely(request: Request, budget: Budget, base: Strategy) -> list[Question]:

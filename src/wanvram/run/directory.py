@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wanvram.errors import InputError, OutputError
+from wanvram.folder_lock import alone_in
 
-__all__ = ["RUN_FILES", "TRACE_NAME", "prepare_directory", "unused_directory"]
+__all__ = ["RUN_FILES", "TRACE_NAME", "run_directory", "unused_directory"]
 
 TRACE_NAME = "trace.json"  # where spec.md 5.2 looks for a run's trace
 RUN_FILES = (
@@ -41,23 +44,35 @@ def _files_of_a_run(path: Path) -> list[Path]:
     return [file for pattern in RUN_FILES for file in sorted(path.glob(pattern))]
 
 
-def prepare_directory(path: Path, *, force: bool) -> Path:
-    """Creates the directory, or empties it of an earlier run's files when `force`. Raises InputError if it holds a run."""
+@contextmanager
+def run_directory(path: Path, *, force: bool) -> Iterator[Path]:
+    """Creates the directory, or empties it of an earlier run's files when `force`; inside, no other run may write to it.
+
+    Raises InputError if it holds a run, or another process is writing to it.
+    """
     if os.path.isfile(path):
         raise InputError(f"-o {path} is a file; name a directory")
-    existing = _files_of_a_run(path)
-    if existing and not force:
-        names = ", ".join(file.name for file in existing)
-        raise InputError(
-            f"{path} already holds a run ({names}); give --force to replace it or -o DIR for another place"
-        )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for file in existing:
-            file.unlink()
-        probe = path / ".wanvram-write-test"
-        probe.write_bytes(b"")
-        probe.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write to {path}: {error.strerror or error}") from error
-    return path
+        raise _unwritable(path, error) from error
+    with alone_in(path):
+        existing = _files_of_a_run(path)
+        if existing and not force:
+            names = ", ".join(file.name for file in existing)
+            raise InputError(
+                f"{path} already holds a run ({names}); give --force to replace it or -o DIR for another place"
+            )
+        try:
+            for file in existing:
+                file.unlink()
+            probe = path / ".wanvram-write-test"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        yield path
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write to {path}: {error.strerror or error}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,18 +18,20 @@ from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.devices import CpuDevice, Device, SimulatedDevice
 from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
-from wanvram.errors import InputError, OutOfMemory, WanvramError
+from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError
+from wanvram.foreign_text import unforeseen
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.garbage import settled
 from wanvram.planner.budget import beyond_card
+from wanvram.progress_stream import ProgressStream
 from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Span, Times, write_atomically
 from wanvram.recorder.events import EventLog
-from wanvram.recorder.interrupts import deferred
+from wanvram.recorder.interrupts import INTERRUPTED, deferred
 from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.alive import largest_alive
 from wanvram.run.beside import Beside
 from wanvram.run.checks import run_checks
-from wanvram.run.directory import prepare_directory
+from wanvram.run.directory import run_directory
 from wanvram.run.environment import describe_environment
 from wanvram.run.extension import prompt_extension
 from wanvram.run.host import since_process_start
@@ -54,6 +58,7 @@ class Output:
     video: bool = False
     save_file: Path | None = None
     predicted: Predicted | None = None  # what the plan said, to stand beside what is measured
+    debug: bool = False  # the traceback of an error is shown on stderr
 
 
 def execute(
@@ -67,7 +72,17 @@ def execute(
     watch: entered with the recorder for the time of the run, to show it while it goes on. Raises InputError, CheckpointError
     or DeviceError before anything is loaded.
     """
-    config = _seeded(config)
+    with ExitStack() as held:  # the run directory, until the results are written
+        return _execute(_seeded(config), output, progress, watch, held)
+
+
+def _execute(
+    config: RunConfig,
+    output: Output,
+    progress: Callable[[str], None] | None,
+    watch: Callable[[Recorder], AbstractContextManager[object]] | None,
+    held: ExitStack,
+) -> RunRecord:
     _check_measurement(config)
     beside = _beside(config, output)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
@@ -81,7 +96,7 @@ def execute(
     inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
     extend = prompt_extension(config.request, simulated=simulated)
     outputs = _outputs(config, device, output)
-    directory = prepare_directory(output.directory, force=output.force) if output.directory else None
+    directory = held.enter_context(run_directory(output.directory, force=output.force)) if output.directory else None
     environment = describe_environment() | checks
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
@@ -89,7 +104,8 @@ def execute(
     if directory:
         _write_circumstances(directory, config, environment)
     with ExitStack() as stack:
-        events = stack.enter_context(EventLog(directory / "memory_events.json")) if directory else None
+        unwritten: list[str] = []
+        events = stack.enter_context(_event_log(directory, unwritten)) if directory else None
         timeline = Timeline.attach(device.memory) if directory and isinstance(device, SimulatedDevice) else None
         recorder = Recorder(device.meter, events, progress, timeline)
         if watch:
@@ -99,7 +115,9 @@ def execute(
             pipeline.tell = StageProgress(progress, simulated=simulated)
         lost = stack.enter_context(observed(config.measurement, pipeline, directory))
         start = since_process_start()
-        failure = _run(pipeline, _sinks(pipeline, outputs, video=output.video))
+        failure = _run_recorded(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
+    if unwritten and failure is None:
+        failure = Failure("error", unwritten[0])
     record = _record(config, device, pipeline, failure, environment)
     record.predicted = output.predicted or (beside.result() if beside else None)
     if not simulated:
@@ -223,7 +241,32 @@ def _sinks(pipeline: Pipeline, outputs: Outputs | None, *, video: bool) -> OpenS
     return open_sink
 
 
-def _run(pipeline: Pipeline, open_sink: OpenSink) -> Failure | None:
+@contextmanager
+def _event_log(directory: Path, unwritten: list[str]) -> Iterator[EventLog]:
+    """What cannot be written at the end is told in `unwritten`: the record must not be lost for it."""
+    events = EventLog(directory / "memory_events.json")
+    try:
+        yield events
+    finally:
+        try:
+            events.close()
+        except OutputError as error:
+            unwritten.append(str(error))
+
+
+def _run_recorded(pipeline: Pipeline, open_sink: OpenSink, *, debug: bool) -> Failure | None:
+    """As `_run`, and what nobody foresaw (PyTorch, the disk, the machine's memory) is a failure that is recorded, too."""
+    try:
+        return _run(pipeline, open_sink, debug=debug)
+    except WanvramError:
+        raise
+    except Exception as error:
+        if debug:
+            ProgressStream(sys.stderr).write(traceback.format_exc())
+        return pipeline.recorder.finish_open(Failure("error", unforeseen(error, "the run", "--debug")))
+
+
+def _run(pipeline: Pipeline, open_sink: OpenSink, *, debug: bool = False) -> Failure | None:
     """Runs to the end, or says what stopped it and keeps what was recorded."""
     try:
         with deferred(), settled(), pipeline.device.session():
@@ -238,11 +281,13 @@ def _run(pipeline: Pipeline, open_sink: OpenSink) -> Failure | None:
             reserved_bytes=error.reserved_bytes,
             alive=largest_alive(pipeline),
         )
-    except KeyboardInterrupt:
-        failure = Failure("interrupted", "interrupted by the user")
+    except KeyboardInterrupt as error:
+        failure = Failure("interrupted", str(error) or INTERRUPTED)
     except WanvramError as error:
         if error.exit_code == 2:
             raise
+        if debug:
+            ProgressStream(sys.stderr).write(traceback.format_exc())
         failure = Failure("error", str(error))
     return pipeline.recorder.finish_open(failure)
 

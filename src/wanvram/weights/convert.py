@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from wanvram.errors import CheckpointError, InputError, OutputError
+from wanvram.folder_lock import LOCK_FILE, alone_in
 from wanvram.record import write_atomically
 from wanvram.specs import DIT
 from wanvram.units import human
@@ -147,14 +148,31 @@ def convert(
 ) -> dict[str, Any]:
     """Writes `output`, or goes on where an earlier call with the same job stopped; returns the manifest.
 
-    CheckpointError: the source is not usable. InputError: `output` holds something else. OutputError: it cannot be
-    written, or the disk has not the space; then nothing is written.
+    CheckpointError: the source is not usable. InputError: `output` holds something else, or another process is writing to it.
+    OutputError: it cannot be written, or the disk has not the space; then nothing is written.
     """
     sources = _Sources(job.source)
     try:
         plan = _plan(job, sources, output)
     except CheckpointError as error:
         raise explain(job.source, error) from error
+    if not output.exists():
+        _check_space(output, sum(part.nbytes for part in plan.parts), free)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write to {output}: {error.strerror or error}") from error
+    with alone_in(output):
+        return _written(plan, sources, output, free, progress)
+
+
+def _written(
+    plan: _Plan,
+    sources: _Sources,
+    output: Path,
+    free: Callable[[Path], int],
+    progress: Callable[[str], None] | None,
+) -> dict[str, Any]:
     manifest = _begun(output, plan)
     pending = [part for part in plan.parts if not _is_finished(output, manifest, part.name)]
     _check_space(output, sum(part.nbytes for part in pending), free)
@@ -260,7 +278,7 @@ def _begun(output: Path, plan: _Plan) -> dict[str, Any]:
     """The manifest to go on with: that in `output` if it is of the same job, a fresh one if there is nothing."""
     path, wanted = output / MANIFEST, plan.manifest()
     if not path.exists():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (not output.is_dir() or any(p.name != LOCK_FILE for p in output.iterdir())):
             raise InputError(f"{output} holds something that is no conversion; name an empty or new folder with -o")
         return wanted
     try:

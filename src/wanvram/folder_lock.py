@@ -1,14 +1,36 @@
-"""One series at a time in a folder: a lock that ends with the process that holds it."""
+"""One run, series or conversion at a time in a folder: a lock that ends with the process that holds it. No torch."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["lock_folder"]
+from wanvram.errors import InputError
+
+__all__ = ["LOCK_FILE", "alone_in", "lock_folder"]
 
 LOCK_FILE = ".wanvram-lock"  # where folders cannot be locked themselves: on Windows
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises InputError if another process is writing to `folder`, which exists. Where nothing can be locked (some network
+    file systems, folders that cannot be read) the work goes on without."""
+    handle = None
+    try:
+        handle = lock_folder(folder)
+    except BlockingIOError as error:
+        raise InputError(f"another wanvram is writing to {folder}; wait for it or give -o DIR") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def lock_folder(folder: Path) -> int:
