@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from wanvram.errors import OutputError
-from wanvram.record import Memory, strict_json
+from wanvram.record import Memory
 from wanvram.recorder import event_file
 from wanvram.recorder.events import EventLog
+from wanvram.strict_json import strict_json
 
 MIB = 2**20
 ONE = Memory(1, 1, None)

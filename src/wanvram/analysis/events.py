@@ -16,7 +16,7 @@ from typing import Any
 from wanvram.errors import DamagedError, InputError
 from wanvram.foreign_text import quoted, shown, why
 from wanvram.input_files import read_text
-from wanvram.record import strict_json
+from wanvram.strict_json import strict_json
 from wanvram.units import MIB
 
 __all__ = ["EventGroup", "EventSummary", "Growth", "read_events"]

@@ -15,8 +15,9 @@ from typing import Any
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown, why
 from wanvram.input_files import read_text, state_of
-from wanvram.record import MAX_RECORD_BYTES, RunRecord, check_types, dotted, strict_json
+from wanvram.record import MAX_RECORD_BYTES, RunRecord, dotted
 from wanvram.report.timeline import checked_timeline, coarse_timeline
+from wanvram.strict_json import check_types, strict_json
 
 __all__ = ["Advice", "Run", "find_runs", "pairs", "read_run"]
 

@@ -96,11 +96,11 @@ def _execute(
     inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
     extend = prompt_extension(config.request, simulated=simulated)
     outputs = _outputs(config, device, output)
-    directory = held.enter_context(run_directory(output.directory, force=output.force)) if output.directory else None
     environment = describe_environment() | checks
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
         check_in_force(config, environment["in_force"], device)
+    directory = held.enter_context(run_directory(output.directory, force=output.force)) if output.directory else None
     if directory:
         _write_circumstances(directory, config, environment)
     with ExitStack() as stack:
