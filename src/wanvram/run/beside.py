@@ -20,7 +20,7 @@ from wanvram.simulate.gpus import find_gpu
 __all__ = ["Beside"]
 
 LEAST_CORES = 4  # with fewer, the simulation would slow down what it predicts
-MOST_SECONDS = 30.0  # that the end of a run waits for its prediction
+MOST_SECONDS = 3.0  # that the end of a short run waits for its prediction, which takes 2 to 12 s from the start
 
 Simulate = Callable[[RunConfig], Predicted | None]
 

@@ -1,0 +1,38 @@
+"""Forecasts made ahead, in forked processes, are those that the search would have made itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from wanvram.config import Request, RunConfig, Strategy
+from wanvram.planner import Budget, Plan
+from wanvram.run import ahead, planning
+from wanvram.run.planning import Forecasts, plan_run
+from wanvram.units import GIB
+
+REQUEST = Request.for_task("t2v-1.3B", size="832*480", frame_num=5, sample_steps=2)
+CONFIG = RunConfig("x", "", "simulated", REQUEST, Strategy())
+
+
+def test_a_plan_with_forecasts_made_ahead_is_the_plan_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(3 * GIB, ram_bytes=64 * GIB)
+    alone, _ = plan_run(CONFIG, budget, offers=False)
+    asked: list[str] = []
+    real = planning.simulate_stage
+    monkeypatch.setattr(planning, "processes_here", lambda: 2)
+    monkeypatch.setattr(planning, "simulate_stage", lambda config, name: asked.append(name) or real(config, name))
+    together, _ = plan_run(CONFIG, budget, offers=False, forecasts=Forecasts())
+    assert isinstance(together, Plan)
+    assert isinstance(alone, Plan)
+    assert together == alone
+    assert "text_encoder" not in asked  # it was there already
+
+
+def test_no_process_is_forked_once_cuda_has_started_or_where_cores_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 16)
+    assert ahead.processes_here() == ahead.MOST_PROCESSES
+    monkeypatch.setattr(ahead.torch.cuda, "is_initialized", lambda: True)
+    assert ahead.processes_here() == 0
+    monkeypatch.setattr(ahead.torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)
+    assert ahead.processes_here() == 0
