@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return _export(args, config)
     from wanvram.run.execute import Output, execute
 
-    record = execute(config, Output(args.output, args.force, debug=args.debug), progress_printer(args))
+    record = execute(config, Output(args.output, args.force, video=True, debug=args.debug), progress_printer(args))
     return finish(record, args, args.output)
 
 
@@ -55,6 +55,6 @@ def _export(args: argparse.Namespace, config: RunConfig) -> int:
     from wanvram.report.memory_viz import export_timeline
     from wanvram.run.execute import simulate_with_timeline
 
-    record, timeline = simulate_with_timeline(config)
+    record, timeline = simulate_with_timeline(config, video=True)
     export_timeline(args.memory_viz, timeline)
     return finish(record, args, None)

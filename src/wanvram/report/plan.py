@@ -43,9 +43,22 @@ def _headline(plan: Plan) -> str:
             f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps, predicted for {budget.card.name}",
             f"Fits in {gib(budget.usable_bytes)}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
             f"(margin kept: {human(budget.margin)})",
-            f"Time: {step} per step, {whole} in all",
+            f"Time: {step} per step, {whole} in all{_outside_stages(plan)}",
             f"Host RAM: {human(plan.host_bytes)}{ram}",
         ]
+    )
+
+
+def _outside_stages(plan: Plan) -> str:
+    """The whole command's time is more than its stages': Python and PyTorch start before them, the process ends after."""
+    known = [stage_seconds(plan.request, stage) for stage in plan.stages]
+    if plan.seconds is None or None in known:
+        return ""
+    rest = plan.seconds - sum(time for time in known if time is not None)
+    return (
+        f", {seconds(rest)} of it the program's start, its end and what lies between the stages"
+        if rest >= LEAST_SECONDS
+        else ""
     )
 
 

@@ -50,6 +50,8 @@ def _headline(record: RunRecord) -> str:
             f"Peak: allocated {human(m.allocated_bytes)}, reserved {human(m.reserved_bytes)}{device} in {shown(peak.name)}"
         )
         lines.append(_why(peak))
+    if record.simulated and record.times.in_all_seconds is not None and record.failure is None:
+        lines.append(f"Time: {seconds(record.times.in_all_seconds)} in all, from the command to its end")
     lines.append(_verdict(record))
     return "\n".join(lines)
 
@@ -57,6 +59,8 @@ def _headline(record: RunRecord) -> str:
 def _why(peak: Span) -> str:
     start = peak.start.allocated_bytes
     activation = peak.peak.allocated_bytes - start
+    if peak.kind == "load" and peak.component is None:
+        return f"      {human(activation)} of libraries' workspaces, before any weights"
     if peak.kind == "load":
         return f"      {human(start)} there when loading began + {human(activation)} of weights loaded"
     cause = "activations of the stage" if activation > start else "weights and tensors already there"
