@@ -38,7 +38,7 @@ from typing import Any
 
 from nvml_watch import CONTEXT_BYTES, QUIET_BYTES, gpu_facts, gpu_of
 from promise_requests import LIMIT_SECONDS, Case, draw, typed, write_media
-from provenance import ResultFile, circumstances, environment_of_a_person, prediction_of, read_record
+from provenance import ResultFile, circumstances, conclude, environment_of_a_person, prediction_of, read_record
 
 from wanvram.tasks import TASKS
 
@@ -395,7 +395,7 @@ def run(args: argparse.Namespace) -> int:
     results.header["gpus_after"] = [gpu_facts(pynvml, card) for card in cards]
     results.header["not_started"] = sorted(series.not_started)
     results.write()
-    return _conclude(judge(results.rows, card_bytes, args.least))
+    return conclude(judge(results.rows, card_bytes, args.least))
 
 
 def _prepare(case: Case, directory: Path) -> None:
@@ -427,14 +427,7 @@ def add(args: argparse.Namespace) -> int:
     results = ResultFile(args.out, header, lambda rows: judge(rows, card_bytes, args.least))
     results.rows = rows
     results.write()
-    return _conclude(judge(rows, card_bytes, args.least))
-
-
-def _conclude(summary: dict[str, Any]) -> int:
-    print(json.dumps({name: value for name, value in summary.items() if name != "breaches"}))
-    for breach in summary["breaches"]:
-        print(f"BROKEN {breach}")
-    return 1 if summary["breaches"] else 0
+    return conclude(judge(rows, card_bytes, args.least))
 
 
 def show(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit and hash of the code, machine, and the environment in which a command is typed."""
+"""Where a result comes from: code, machine, and the environment in which a command is typed; how a judgement ends a script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ROOT", "ResultFile", "circumstances", "environment_of_a_person", "prediction_of", "read_record"]
+__all__ = ["ROOT", "ResultFile", "circumstances", "conclude", "environment_of_a_person", "prediction_of", "read_record"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,3 +100,11 @@ class ResultFile:
         document = self.header | {"summary": self._summarize(self.rows), "rows": self.rows}
         waiting.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(waiting, self.path)
+
+
+def conclude(summary: dict[str, Any]) -> int:
+    """Prints what a judge found; the exit status of the script: 1 when a bound is broken."""
+    print(json.dumps({name: value for name, value in summary.items() if name != "breaches"}))
+    for breach in summary["breaches"]:
+        print(f"BROKEN {breach}")
+    return 1 if summary["breaches"] else 0

@@ -33,7 +33,7 @@ from typing import Any
 
 from nvml_watch import gpu_facts, gpu_of
 from PIL import Image
-from provenance import ResultFile, circumstances, environment_of_a_person, prediction_of, read_record
+from provenance import ResultFile, circumstances, conclude, environment_of_a_person, prediction_of, read_record
 
 __all__ = ["CONFIGURATIONS", "Configuration", "judge", "judge_run", "typed"]
 
@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> int:
     run_all(args, chosen, results)
     results.header["gpu_after"] = gpu_facts(pynvml, card)
     results.write()
-    return _conclude(judge(results.rows, least))
+    return conclude(judge(results.rows, least))
 
 
 def _filesystem(directory: Path) -> dict[str, Any]:
@@ -316,14 +316,7 @@ def add(args: argparse.Namespace) -> int:
     results = ResultFile(args.out, header, lambda rows: judge(rows, args.least))
     results.rows = [row for document in documents for row in document["rows"]]
     results.write()
-    return _conclude(judge(results.rows, args.least))
-
-
-def _conclude(summary: dict[str, Any]) -> int:
-    print(json.dumps({name: value for name, value in summary.items() if name != "breaches"}))
-    for breach in summary["breaches"]:
-        print(f"BROKEN {breach}")
-    return 1 if summary["breaches"] else 0
+    return conclude(judge(results.rows, args.least))
 
 
 def show(_: argparse.Namespace) -> int:
