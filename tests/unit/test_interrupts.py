@@ -10,7 +10,7 @@ import weakref
 import pytest
 
 from wanvram.recorder import interrupts
-from wanvram.recorder.interrupts import Interrupted, catching, check, deferred
+from wanvram.recorder.interrupts import ENDINGS, Interrupted, catching, check, deferred
 
 
 class Thing:
@@ -22,8 +22,11 @@ def interrupt() -> None:
 
 
 @pytest.fixture(autouse=True)
-def usual_handler() -> None:
+def usual_handlers() -> None:
+    """A background job of a script ignores SIGINT, and nohup SIGHUP."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def die_and_check(seen: list[str]) -> None:
