@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.config import Measurement, Request, RunConfig, Strategy
-from wanvram.run.advice import Advice, advise
-from wanvram.run.execute import simulate
+from wanvram.predict.advice import Advice, advise
+from wanvram.predict.simulate import simulate
 
 GIB = 2**30
 BOUND = 0.03

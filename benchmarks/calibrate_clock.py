@@ -25,7 +25,7 @@ import torch
 from predict_vs_measure import BUILT_IN
 
 from wanvram.config import RunConfig
-from wanvram.run.execute import simulate
+from wanvram.predict.simulate import simulate
 from wanvram.simulate.gpus import GPUS, Efficiency
 
 HERE = Path(__file__).parent

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from wanvram.config import RunConfig, load_config
-from wanvram.run.execute import Output, execute, simulate
+from wanvram.predict.simulate import simulate
+from wanvram.run.execute import Output, execute
 
 
 def real_events(config: RunConfig) -> list[tuple[int, str]]:

@@ -130,7 +130,7 @@ def predict(case: dict[str, Any], gpu: str) -> dict[str, Any]:
     from dataclasses import replace
 
     from wanvram.config import RunConfig
-    from wanvram.run.execute import simulate
+    from wanvram.predict.simulate import simulate
 
     config = replace(RunConfig.from_dict(case["config"]), device="simulated", gpu=gpu)
     return simulate(replace(config, memory_limit_bytes=case["limit_bytes"]))[0].to_json()

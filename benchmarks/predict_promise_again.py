@@ -23,7 +23,7 @@ from promise_requests import draw, write_media
 
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
-from wanvram.run.execute import simulate
+from wanvram.predict.simulate import simulate
 
 MIB = 2**20
 

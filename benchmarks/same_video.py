@@ -29,9 +29,9 @@ import torch
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.engine.components import Parts
 from wanvram.engine.pipeline import Pipeline
+from wanvram.media.inputs import prepare_inputs
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import make_device
-from wanvram.run.inputs import prepare_inputs
 from wanvram.run.weights import GeneratedWeights, choose_weights
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource

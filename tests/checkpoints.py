@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from wanvram import specs
-from wanvram.run import media
+from wanvram.media import sources as media
 from wanvram.tasks import TASKS
 from wanvram.weights.official import (
     CLIP_FILE,

@@ -337,7 +337,7 @@ def test_without_offload_every_component_is_loaded_first_and_the_video_is_the_sa
 @pytest.fixture
 def no_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """DashScope at an address of this machine where nothing listens."""
-    from wanvram.run import dashscope
+    from wanvram.prompt import dashscope
 
     monkeypatch.setenv("DASH_API_KEY", "key")
     monkeypatch.setenv("DASH_API_URL", "http://127.0.0.1:9/compatible-mode/v1")

@@ -101,7 +101,7 @@ def test_simulating_a_few_steps_predicts_the_same_peaks_as_simulating_all(steps:
 
     from wanvram.config import load_config
     from wanvram.engine import pipeline
-    from wanvram.run.execute import simulate
+    from wanvram.predict.simulate import simulate
 
     config = load_config(BASELINE)
     request = replace(config.request, frame_num=5, sample_steps=steps)
@@ -123,7 +123,7 @@ def test_loading_any_component_peaks_at_its_base_memory() -> None:
     from dataclasses import replace
 
     from wanvram.config import load_config
-    from wanvram.run.execute import simulate
+    from wanvram.predict.simulate import simulate
 
     config = load_config(BASELINE)
     strategy = replace(config.strategy, load_strategy="full")

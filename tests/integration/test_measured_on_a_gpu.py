@@ -12,7 +12,7 @@ import pytest
 
 from wanvram.config import load_config
 from wanvram.machine.driver import DRIVER_BYTES, PageTables
-from wanvram.run.execute import simulate
+from wanvram.predict.simulate import simulate
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CASES = (

@@ -18,9 +18,9 @@ import yaml
 from checkpoints import tiny_models, write_download
 from wanvram.cli.main import main
 from wanvram.engine.stage_progress import Count, Done, counted
-from wanvram.run import usable_gpu
+from wanvram.machine import usable_gpu
+from wanvram.machine.usable_gpu import what_hides_the_gpu
 from wanvram.run.progress import StageProgress
-from wanvram.run.usable_gpu import what_hides_the_gpu
 
 T2V = ["--task", "t2v-1.3B", "--size", "832*480", "--prompt", "x"]
 

@@ -16,10 +16,10 @@ from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError
 from wanvram.planner.forecasts import KNOBS, components_of
+from wanvram.predict.advice import Advice, Prediction, _Estimate, _ranked, advise, predict, write_advice
+from wanvram.predict.simulate import simulate
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
 from wanvram.report.runs import read_run
-from wanvram.run.advice import Advice, Prediction, _Estimate, _ranked, advise, predict, write_advice
-from wanvram.run.execute import simulate
 from wanvram.units import GIB, MIB
 
 HOLES = 3 << 20  # reserved and not allocated, in every stage of the fakes

@@ -6,8 +6,8 @@ import pytest
 
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.planner import Budget, Plan
-from wanvram.run import ahead, planning
-from wanvram.run.planning import Forecasts, plan_run
+from wanvram.predict import ahead, plan
+from wanvram.predict.plan import Forecasts, plan_run
 from wanvram.units import GIB
 
 REQUEST = Request.for_task("t2v-1.3B", size="832*480", frame_num=5, sample_steps=2)
@@ -18,9 +18,9 @@ def test_a_plan_with_forecasts_made_ahead_is_the_plan_without(monkeypatch: pytes
     budget = Budget(3 * GIB, ram_bytes=64 * GIB)
     alone, _ = plan_run(CONFIG, budget, offers=False)
     asked: list[str] = []
-    real = planning.simulate_stage
-    monkeypatch.setattr(planning, "processes_here", lambda: 2)
-    monkeypatch.setattr(planning, "simulate_stage", lambda config, name: asked.append(name) or real(config, name))
+    real = plan.simulate_stage
+    monkeypatch.setattr(plan, "processes_here", lambda: 2)
+    monkeypatch.setattr(plan, "simulate_stage", lambda config, name: asked.append(name) or real(config, name))
     together, _ = plan_run(CONFIG, budget, offers=False, forecasts=Forecasts())
     assert isinstance(together, Plan)
     assert isinstance(alone, Plan)

@@ -17,9 +17,9 @@ import yaml
 from wanvram.cli.main import main
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.predict.advice import advise
+from wanvram.predict.simulate import simulate
 from wanvram.record import RunRecord
-from wanvram.run.advice import advise
-from wanvram.run.execute import simulate
 from wanvram.simulate.card import card_to_json
 from wanvram.simulate.clock import Costs
 from wanvram.simulate.gpus import GPUS, card_of_run, cards_with_memory, find_gpu

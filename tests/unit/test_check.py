@@ -15,9 +15,9 @@ import pytest
 from wanvram.cli import check
 from wanvram.cli.main import main
 from wanvram.errors import InputError
+from wanvram.machine import checks as module
+from wanvram.machine.checks import own_gpu_process, run_checks
 from wanvram.report.check import check_text
-from wanvram.run import checks as module
-from wanvram.run.checks import own_gpu_process, run_checks
 from wanvram.units import GIB, MIB
 
 
@@ -243,14 +243,15 @@ def test_a_measuring_run_stores_the_checks_in_its_record(tmp_path: Path, monkeyp
     from dataclasses import replace
 
     from wanvram.config import load_config
-    from wanvram.run.execute import Output, execute
+    from wanvram.predict.simulate import run_or_simulate
+    from wanvram.run.execute import Output
 
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
     config = load_config(Path(__file__).parents[1] / "configs" / "baseline.yaml")
     request = replace(config.request, frame_num=1, sample_steps=1)
     strategy = replace(config.strategy, precision="fp32")
     config = replace(config, device="cpu", weights="tiny", request=request, strategy=strategy)
-    measured = execute(config, Output(tmp_path / "cpu"))
+    measured = run_or_simulate(config, Output(tmp_path / "cpu"))
     assert "warnings" in measured.environment["checks"]
-    simulated = execute(replace(config, device="simulated"), Output(tmp_path / "simulated"))
+    simulated = run_or_simulate(replace(config, device="simulated"), Output(tmp_path / "simulated"))
     assert "checks" not in simulated.environment

@@ -17,16 +17,16 @@ from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.kernels import attention, gated_add_
 from wanvram.kernels.conv import conv3d
+from wanvram.predict.simulate import simulate
 from wanvram.record import Copies, RunRecord, Span
 from wanvram.recorder.recorder import Recorder
-from wanvram.run.execute import simulate
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
-from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.clock import Clock, Costs
 from wanvram.simulate.gpus import EFFICIENCY, GPU, GPUS
 from wanvram.simulate.host import HOST
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.units import GIB
 
 # Every rate of this card is round: 1e12 operations, 1e11 bytes and 1e10 copied bytes per second; issuing costs nothing.

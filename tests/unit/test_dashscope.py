@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from wanvram.engine.extension_prompts import system_prompt
 from wanvram.errors import InputError, WanvramError
-from wanvram.run import dashscope
-from wanvram.run.dashscope import DEFAULT_URL, Endpoint, api_key, api_url, encode_picture, extend_by_dashscope
+from wanvram.prompt import dashscope
+from wanvram.prompt.dashscope import DEFAULT_URL, Endpoint, api_key, api_url, encode_picture, extend_by_dashscope
+from wanvram.prompt.instructions import system_prompt
 
 MIB = 2**20
 PICTURE = Image.new("RGB", (640, 480), (200, 30, 30))

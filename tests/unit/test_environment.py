@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from wanvram.errors import DeviceError
-from wanvram.run.environment import free_device_bytes
+from wanvram.machine.environment import free_device_bytes
 
 CARDS = ("GPU-aa11", "GPU-ab22", "GPU-cc33")
 

@@ -10,8 +10,8 @@ import torch
 
 from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.engine.conditions import Inputs
-from wanvram.run import forecast
-from wanvram.run.forecast import simulate_stage
+from wanvram.predict import stage
+from wanvram.predict.stage import simulate_stage
 
 FRAMES = 21
 
@@ -23,7 +23,7 @@ def config(task: str) -> RunConfig:
 
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "SHORT_FRAMES", 1000)
+    monkeypatch.setattr(stage, "SHORT_FRAMES", 1000)
 
 
 @pytest.mark.parametrize("component", ["vae_encoder", "vae_decoder"])
@@ -41,7 +41,7 @@ def test_the_length_of_a_source_video_counts_and_not_the_one_asked_for(monkeypat
         return lambda: (torch.empty(channels, n, 480, 832, device="meta") for n in sizes)
 
     given = Inputs(FRAMES, 480, 832, source=pieces(3), mask=pieces(1))
-    monkeypatch.setattr(forecast, "prepare_inputs", lambda request, **_: (given, []))
+    monkeypatch.setattr(stage, "prepare_inputs", lambda request, **_: (given, []))
     asked = config("vace-1.3B")
     same = simulate_stage(asked, "vae_encoder")
     other = simulate_stage(replace(asked, request=replace(asked.request, frame_num=81)), "vae_encoder")

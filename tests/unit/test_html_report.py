@@ -18,12 +18,12 @@ from wanvram.analysis.peak import weights_at
 from wanvram.cli import report
 from wanvram.errors import InputError
 from wanvram.record import Failure, Memory
-from wanvram.report.answer import answer, best_first, smallest_card, together
+from wanvram.report.findings import answer, best_first, smallest_card, together
 from wanvram.report.html import MAX_BYTES, html_report
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Advice, Run, find_runs, pairs, read_run
-from wanvram.report.texts import GLOSSARY, TEXTS, Texts
 from wanvram.report.timeline import checked_timeline, coarse_timeline, thinned
+from wanvram.report.translations import GLOSSARY, TEXTS, Texts
 from wanvram.units import GIB, MIB
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028&amp;"

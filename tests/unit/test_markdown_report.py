@@ -9,10 +9,10 @@ import pytest
 
 from report_runs import Recipe, write_run
 from wanvram.record import Failure, Memory, Span
-from wanvram.report.answer import answer
+from wanvram.report.findings import answer
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Advice, Run, find_runs, read_run
-from wanvram.report.texts import Texts
+from wanvram.report.translations import Texts
 from wanvram.units import GIB, MIB
 
 

@@ -282,7 +282,7 @@ def test_a_run_on_whatever_was_there_is_one_of_the_device_it_found(tmp_path: Pat
 def test_what_auto_means_here_is_no_difference(
     usable: bool, same: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanvram.run.environment.cuda_usable", lambda: usable)
+    monkeypatch.setattr("wanvram.machine.environment.cuda_usable", lambda: usable)
     (job,) = jobs(tmp_path, "a")
     auto = replace(job, config=replace(job.config, device="auto"))
     for device in ("simulated", "cuda", "cpu"):
@@ -293,7 +293,7 @@ def test_what_auto_means_here_is_no_difference(
 def test_a_run_of_auto_that_left_no_record_counts_as_one_of_this_machine(
     tmp_path: Path, child: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanvram.run.environment.cuda_usable", lambda: False)
+    monkeypatch.setattr("wanvram.machine.environment.cuda_usable", lambda: False)
     write(child, CRASHES)
     (job,) = jobs(tmp_path, "a")
     run_all([replace(job, config=replace(job.config, device="auto"))], Seen())

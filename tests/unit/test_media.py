@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from parity.golden import load_json
 from wanvram.errors import InputError
-from wanvram.run.media import (
+from wanvram.media.sources import (
     SEQUENCE_LENGTHS,
     FramePlan,
     SourceVideo,

@@ -14,8 +14,8 @@ import pytest
 from wanvram.analysis.snapshot import Frame, Segment, TraceEntry, read_snapshot
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import OutputError
+from wanvram.predict.simulate import simulate
 from wanvram.report.memory_viz import allocator_segments, write_memory_viz
-from wanvram.run.execute import simulate
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.units import MIB
 

@@ -24,9 +24,9 @@ from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import stage_seconds
 from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.planner.search import Options
+from wanvram.predict.plan import plan_run
 from wanvram.record import Failure, Memory, Span, Times
 from wanvram.report.plan import summarize_plan
-from wanvram.run.planning import plan_run
 from wanvram.units import GIB, MIB
 
 REQUEST = Request.for_task("t2v-14B", size="1280*720")
@@ -63,12 +63,12 @@ class WholeRun:
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     """The only verb is plan, it simulates on a card made by hand, and this machine has no card and 64 GiB of RAM."""
     card = Card()
-    monkeypatch.setattr("wanvram.run.planning.simulate_stage", card)
-    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (WholeRun(), None))
+    monkeypatch.setattr("wanvram.predict.plan.simulate_stage", card)
+    monkeypatch.setattr("wanvram.predict.plan.simulate", lambda config, **how: (WholeRun(), None))
     monkeypatch.setattr(command, "VERBS", (verb,))
     monkeypatch.setattr("wanvram.cli.budget.first_gpu", no_card)
-    monkeypatch.setattr("wanvram.recorder.meters.total_ram_bytes", lambda: 64 * GIB)
-    monkeypatch.setattr("wanvram.recorder.meters.available_ram_bytes", lambda: 40 * GIB)
+    monkeypatch.setattr("wanvram.machine.host.total_ram_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr("wanvram.machine.host.available_ram_bytes", lambda: 40 * GIB)
     return card
 
 
@@ -185,7 +185,7 @@ def test_a_whole_run_above_its_forecasts_is_planned_again_with_that_much_more_ke
         def peak(self) -> Memory:
             return Memory(0, 0, next(peaks))
 
-    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (Higher(), None))
+    monkeypatch.setattr("wanvram.predict.plan.simulate", lambda config, **how: (Higher(), None))
     config = RunConfig("x", "", "simulated", REQUEST, Strategy(load_strategy="block"))
     result, _ = plan_run(config, Budget(6 * GIB), offers=False)
     assert isinstance(result, Plan)
@@ -210,7 +210,7 @@ def test_a_plan_that_never_keeps_its_budget_when_simulated_whole_is_no_plan(monk
         def peak(self) -> Memory:
             return Memory(0, 0, 7 * GIB)
 
-    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (Higher(), None))
+    monkeypatch.setattr("wanvram.predict.plan.simulate", lambda config, **how: (Higher(), None))
     config = RunConfig("x", "", "simulated", Request.for_task("t2v-1.3B", size="832*480"), Strategy())
     with pytest.raises(BudgetError, match=r"3 plans for 6\.00 GiB needed more"):
         plan_run(config, Budget(6 * GIB), offers=False)
@@ -228,7 +228,7 @@ def test_a_whole_run_that_stops_under_its_cap_is_simulated_without_one_and_is_no
         asked.append(how)
         return Stopped(), None
 
-    monkeypatch.setattr("wanvram.run.planning.simulate", simulate)
+    monkeypatch.setattr("wanvram.predict.plan.simulate", simulate)
     config = RunConfig("x", "", "simulated", REQUEST, Strategy())
     with pytest.raises(WanvramError, match="could not be simulated to its end: there was no room"):
         plan_run(config, Budget(6 * GIB), offers=False)
@@ -460,7 +460,7 @@ class Recorded(WholeRun):
 
 
 def test_the_plan_says_what_estimate_says_of_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanvram.run.planning.simulate", lambda config, **how: (Recorded(), None))
+    monkeypatch.setattr("wanvram.predict.plan.simulate", lambda config, **how: (Recorded(), None))
     result, _ = plan_run(RunConfig("x", "", "simulated", REQUEST, Strategy()), Budget(6 * GIB), offers=False)
     assert isinstance(result, Plan)
     assert [(s.component, s.peak_device_bytes // MIB) for s in result.stages] == [

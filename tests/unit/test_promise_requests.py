@@ -11,7 +11,7 @@ import pytest
 
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
-from wanvram.run.media import picture_size, plan_frames, probe_video
+from wanvram.media.sources import picture_size, plan_frames, probe_video
 from wanvram.tasks import TASKS, are_frames_valid
 from wanvram.units import parse_bytes
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from wanvram.engine import prompt_extender
 from wanvram.engine.devices import CpuDevice, Device, SimulatedDevice
-from wanvram.engine.extension_prompts import system_prompt
-from wanvram.engine.prompt_extender import OFFICIAL_MODELS, load_extender
 from wanvram.errors import CheckpointError, InputError
+from wanvram.prompt import dashscope
+from wanvram.prompt import local_model as prompt_extender
+from wanvram.prompt.instructions import system_prompt
+from wanvram.prompt.local_model import OFFICIAL_MODELS, load_extender
 from wanvram.recorder.recorder import Recorder
-from wanvram.run import dashscope
 from wanvram.simulate.allocator import CachingAllocator
-from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.operation_buffers import LibraryBuffers
 
 transformers = pytest.importorskip("transformers")
 MIB = 2**20

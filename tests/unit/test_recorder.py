@@ -11,9 +11,10 @@ import psutil
 import pytest
 import torch
 
+from wanvram.machine.host import available_ram_bytes, total_ram_bytes
 from wanvram.record import Failure, Memory
 from wanvram.recorder.events import EventLog
-from wanvram.recorder.meters import CpuMeter, CudaMeter, available_ram_bytes, total_ram_bytes
+from wanvram.recorder.meters import CpuMeter, CudaMeter
 from wanvram.recorder.recorder import Recorder
 
 MIB = 2**20

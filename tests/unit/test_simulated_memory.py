@@ -11,7 +11,7 @@ from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import OutOfMemory
 from wanvram.kernels.attention import attention
 from wanvram.machine.driver import LATER_BYTES
-from wanvram.run.simulated import simulated_memory
+from wanvram.predict.simulate import simulated_memory
 from wanvram.simulate.gpus import GPUS
 from wanvram.units import GIB, MIB
 

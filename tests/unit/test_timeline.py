@@ -19,10 +19,10 @@ from wanvram.models.t5 import T5Encoder
 from wanvram.record import Failure, RunRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
-from wanvram.simulate.buffers import LibraryBuffers
 from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.simulate.timeline import MAX_GROUPS, MAX_POINTS, Timeline
 from wanvram.specs import T5
 from wanvram.units import MIB

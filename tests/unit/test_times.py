@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from wanvram.config import Request, RunConfig, Strategy
+from wanvram.predict.simulate import simulate
 from wanvram.record import RunRecord
-from wanvram.run.execute import simulate
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import find_gpu
 from wanvram.simulate.host import HOST

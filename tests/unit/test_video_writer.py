@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wanvram.errors import OutputError
-from wanvram.run.video import VideoWriter
+from wanvram.media.video import VideoWriter
 
 
 def test_frames_the_encoder_refuses_are_a_sentence_and_leave_no_file(tmp_path: Path) -> None:

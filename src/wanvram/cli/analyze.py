@@ -37,7 +37,7 @@ from wanvram.foreign_text import shown, why
 from wanvram.input_files import open_regular, read_text, state_of
 from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
-from wanvram.report.answer import advice_first
+from wanvram.report.findings import advice_first
 from wanvram.report.runs import MAX_FILE_BYTES, read_run
 from wanvram.run.directory import TRACE_NAME
 from wanvram.units import mib
@@ -89,7 +89,7 @@ def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
         raise InputError(
             f"--advice needs a run directory, whose configuration can be simulated; {shown(path)} is {kind}"
         )
-    from wanvram.run.advice import advise, write_advice
+    from wanvram.predict.advice import advise, write_advice
 
     record = RunRecord.read(path / "record.json")
     write_advice(path, advise(RunConfig.from_dict(record.config), record, show=progress_printer(args)))

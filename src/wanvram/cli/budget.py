@@ -83,7 +83,7 @@ def _here(*, required: bool) -> _Here | None:
 
 def _with_ram(budget: Budget, now: bool) -> Budget:
     """With the RAM of this machine or container; what is in use is not ours if the run is to begin now."""
-    from wanvram.recorder.meters import available_ram_bytes, total_ram_bytes
+    from wanvram.machine.host import available_ram_bytes, total_ram_bytes
 
     total = total_ram_bytes()
     used = total - available_ram_bytes() if now else 0
@@ -113,8 +113,8 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
     if config.gpu is None and default is not None:
         note = f"planned for the {budget.card.name}, the card that is simulated where --gpu names none"
         budget = replace(budget, notes=(*budget.notes, note))
-    from wanvram.run.host import since_process_start
-    from wanvram.run.planning import plan_run, planned_config
+    from wanvram.machine.host import since_process_start
+    from wanvram.predict.plan import plan_run, planned_config
 
     result, record = plan_run(config, budget, offers=False)
     if isinstance(result, Refusal):

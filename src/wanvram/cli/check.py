@@ -43,7 +43,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.cards:
         return _list_cards(args)
-    from wanvram.run.checks import run_checks, warm_up
+    from wanvram.machine.checks import run_checks, warm_up
 
     checks = run_checks()
     ended = None
@@ -76,7 +76,7 @@ def _list_cards(args: argparse.Namespace) -> int:
 
 def terminate(pid: int, checks: dict[str, Any], ask: Callable[[str], bool], end: Callable[[int], None]) -> bool:
     """Ends the process if it is the user's, uses a GPU and the answer is yes. Raises InputError if it may not be ended."""
-    from wanvram.run.checks import own_gpu_process
+    from wanvram.machine.checks import own_gpu_process
 
     process = own_gpu_process(pid, checks)
     used = "" if process["used_bytes"] is None else f", {human(process['used_bytes'])}"

@@ -40,9 +40,12 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_flags(args, device="simulated", weights=weights, gpu=args.gpu, memory_limit_bytes=limit)
     if args.memory_viz is not None:
         return _export(args, config)
-    from wanvram.run.execute import Output, execute
+    from wanvram.predict.simulate import run_or_simulate
+    from wanvram.run.execute import Output
 
-    record = execute(config, Output(args.output, args.force, video=True, debug=args.debug), progress_printer(args))
+    record = run_or_simulate(
+        config, Output(args.output, args.force, video=True, debug=args.debug), progress_printer(args)
+    )
     return finish(record, args, args.output)
 
 
@@ -52,8 +55,8 @@ def _export(args: argparse.Namespace, config: RunConfig) -> int:
         raise InputError("--memory_viz and -o: give one of them; a run directory has its timeline.json")
     if args.memory_viz.exists() and not args.force:
         raise InputError(f"--memory_viz {args.memory_viz} exists; give --force to replace it")
+    from wanvram.predict.simulate import simulate_with_timeline
     from wanvram.report.memory_viz import export_timeline
-    from wanvram.run.execute import simulate_with_timeline
 
     record, timeline = simulate_with_timeline(config, video=True)
     export_timeline(args.memory_viz, timeline)

@@ -68,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
     config, predicted = planned(config, args)
+    from wanvram.predict.simulate import run_or_simulate
     from wanvram.run.directory import unused_directory
-    from wanvram.run.execute import Output, execute
+    from wanvram.run.execute import Output
 
     directory = args.output or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
     output = Output(directory, args.force, video=True, save_file=args.save_file, predicted=predicted, debug=args.debug)
-    record = execute(config, output, progress_printer(args))
+    record = run_or_simulate(config, output, progress_printer(args))
     code = finish(record, args, directory)
     if record.simulated:
         stream = sys.stderr if args.json else sys.stdout
@@ -109,6 +110,6 @@ def _refuse_what_cannot_run(config: RunConfig) -> None:
 
     check_weights(config.weights, config.request.task)
     if config.device in ("auto", "cuda"):
-        from wanvram.run.usable_gpu import require_gpu
+        from wanvram.machine.usable_gpu import require_gpu
 
         require_gpu("nothing was generated")

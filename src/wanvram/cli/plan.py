@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.exists() and not args.force:
         raise InputError(f"{args.output} exists; --force replaces it")
     budget = _budget(args, config)
-    from wanvram.run.planning import plan_run, planned_config
+    from wanvram.predict.plan import plan_run, planned_config
 
     result, _ = plan_run(config, budget, show=progress_printer(args))
     if isinstance(result, Refusal):
@@ -119,8 +119,8 @@ def _longest(args: argparse.Namespace) -> int:
     sizes = args.size.split(",") if args.size else [None]
     configs = [_config(argparse.Namespace(**{**vars(args), "size": size})) for size in sizes]
     budget = _budget(args, configs[0])
-    from wanvram.run.longest import plan_longest
-    from wanvram.run.planning import planned_config
+    from wanvram.predict.longest import plan_longest
+    from wanvram.predict.plan import planned_config
 
     show = progress_printer(args)
     found = [(config, plan_longest(config, budget, show)) for config in configs]

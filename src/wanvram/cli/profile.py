@@ -108,16 +108,17 @@ def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
     settle_allocator(config, to_be_planned=args.vram_budget is not None)
     config, predicted = planned(config, args)
     directory = args.output or LOGS / config.name
-    from wanvram.run.execute import Output, execute
+    from wanvram.predict.simulate import run_or_simulate
+    from wanvram.run.execute import Output
 
     output = Output(directory, args.force, predicted=predicted, debug=args.debug)
     if args.live:
         from wanvram.report.live import LiveView
 
         view = LiveView(config.name, config.memory_limit_bytes)
-        record = execute(config, output, view.message, view.watch)
+        record = run_or_simulate(config, output, view.message, view.watch)
     else:
-        record = execute(config, output, progress_printer(args))
+        record = run_or_simulate(config, output, progress_printer(args))
     if args.advice:
         _advise(directory, config, record, args)
     return exit_code(record) if args.child_of is not None else finish(record, args, directory)
@@ -134,7 +135,7 @@ def _look_at_checkpoint(config: RunConfig) -> None:
 
 def _advise(directory: Path, config: RunConfig, record: RunRecord, args: argparse.Namespace) -> None:
     """The run is recorded already: advice that cannot be given is said and changes nothing."""
-    from wanvram.run.advice import advise, write_advice
+    from wanvram.predict.advice import advise, write_advice
 
     try:
         write_advice(directory, advise(config, record, show=progress_printer(args)))

@@ -21,13 +21,13 @@ from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 from wanvram.input_files import state_of
 from wanvram.record import write_atomically
-from wanvram.report.answer import answer, card_of, together
 from wanvram.report.compare import runs_table
+from wanvram.report.findings import answer, card_of, together
 from wanvram.report.html import html_report
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Run, find_runs
 from wanvram.report.terminal import show, summarize
-from wanvram.report.texts import LANGUAGES, Texts
+from wanvram.report.translations import LANGUAGES, Texts
 
 __all__ = ["prepare_parser", "run"]
 

@@ -17,8 +17,9 @@ import torch
 from wanvram.engine.devices import Device
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
 from wanvram.machine.driver import LATER_BYTES
+from wanvram.machine.host import available_ram_bytes
 from wanvram.record import Copies
-from wanvram.recorder.meters import CudaMeter, available_ram_bytes
+from wanvram.recorder.meters import CudaMeter
 from wanvram.units import human
 
 __all__ = ["CudaDevice", "own_pages"]

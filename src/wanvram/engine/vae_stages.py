@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 
 from wanvram.engine.devices import Device
-from wanvram.engine.ferry import Ferry
 from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count
+from wanvram.engine.staging import Ferry
 from wanvram.models.vae import WanVAE
 from wanvram.models.vae_tiles import TilePiece, grid
 from wanvram.recorder.recorder import Recorder

@@ -84,7 +84,7 @@ def _same_device(config: RunConfig, record: RunRecord | None, asked: str) -> boo
         return config.device == asked
     if config.device == "auto" and record is not None and record.device != "auto":
         return asked == ("simulated" if record.simulated else "cuda")
-    from wanvram.run.environment import cuda_usable  # reaches torch: only where `auto` has to be resolved
+    from wanvram.machine.environment import cuda_usable  # reaches torch: only where `auto` has to be resolved
 
     here = "cuda" if cuda_usable() else "simulated"
     return here in (config.device, asked)

@@ -9,7 +9,6 @@ import time
 import weakref
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import psutil
@@ -23,7 +22,7 @@ from wanvram.machine.nvml import Gpu, first_gpu
 from wanvram.record import Memory
 from wanvram.units import MIB
 
-__all__ = ["CpuMeter", "CudaMeter", "Meter", "available_ram_bytes", "total_ram_bytes"]
+__all__ = ["CpuMeter", "CudaMeter", "Meter"]
 
 
 class Meter(Protocol):
@@ -304,38 +303,3 @@ class CpuMeter(TorchDispatchMode):
 
     def host(self) -> tuple[int, int]:
         return self.device_memory() or 0, 0
-
-
-# Limit, use and the statistics' name of file pages that the kernel takes back before it kills: cgroup v2, then v1.
-_CGROUPS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
-
-
-def available_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Host memory that can be used without swapping; what a container's limit leaves beside its use counts."""
-    available = int(psutil.virtual_memory().available)
-    for limit_file, use_file, statistics_file, reclaimable in _CGROUPS:
-        limit = _text(cgroup / limit_file).strip()
-        if not limit.isdigit():
-            continue
-        use = _text(cgroup / use_file).strip()
-        statistics = dict(line.split() for line in _text(cgroup / statistics_file).splitlines() if line.count(" ") == 1)
-        used = (int(use) if use.isdigit() else 0) - int(statistics.get(reclaimable, 0))
-        available = min(available, max(0, int(limit) - max(0, used)))
-    return available
-
-
-def total_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Host memory of the machine, or a container's limit if that is less."""
-    limits = [_text(cgroup / limit_file).strip() for limit_file, *_ in _CGROUPS]
-    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
-
-
-def _text(path: Path) -> str:
-    """What a file of the system says; nothing where it does not exist."""
-    try:
-        return path.read_text(encoding="ascii")
-    except OSError:
-        return ""

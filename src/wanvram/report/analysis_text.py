@@ -11,10 +11,10 @@ from wanvram.analysis.stages import Analysis, SpecMoments, Switch
 from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummary
 from wanvram.foreign_text import shown
 from wanvram.record import Memory, RunRecord
-from wanvram.report.answer import advice_first, unlimited_base
+from wanvram.report.findings import advice_first, unlimited_base
 from wanvram.report.runs import Advice
 from wanvram.report.terminal import table
-from wanvram.report.texts import Texts
+from wanvram.report.translations import Texts
 from wanvram.units import human, mib, mib_cell, seconds
 
 __all__ = ["events_text", "run_text", "snapshot_text", "trace_text"]

@@ -17,10 +17,10 @@ from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.record import RunRecord, Span
-from wanvram.report.answer import CARDS_GIB, advice_first, answer, best_first, card_of, together
+from wanvram.report.findings import CARDS_GIB, advice_first, answer, best_first, card_of, together
 from wanvram.report.runs import Run, pairs
-from wanvram.report.texts import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.report.timeline import thinned
+from wanvram.report.translations import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.simulate.gpus import card_of_run
 from wanvram.version import __version__
 

@@ -9,10 +9,10 @@ from typing import Any
 from wanvram.analysis.peak import without_lines
 from wanvram.foreign_text import MAX_SHOWN, shown
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.answer import advice_first, answer, card_of, together, unlimited_base
+from wanvram.report.findings import advice_first, answer, card_of, together, unlimited_base
 from wanvram.report.runs import Run, pairs
-from wanvram.report.texts import Texts, shortened
 from wanvram.report.timeline import peak_moment
+from wanvram.report.translations import Texts, shortened
 from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["markdown_report"]

@@ -1,4 +1,4 @@
-"""The composition root: a RunConfig becomes a RunRecord in a run directory."""
+"""The composition root: a RunConfig becomes a RunRecord in a run directory. Simulated runs come from predict.simulate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,36 +16,33 @@ import yaml
 
 from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
-from wanvram.engine.devices import CpuDevice, Device, SimulatedDevice
+from wanvram.engine.devices import CpuDevice, Device
 from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError
 from wanvram.foreign_text import unforeseen
 from wanvram.machine.allocator_settings import put_in_force
+from wanvram.machine.checks import run_checks
+from wanvram.machine.environment import describe_environment
 from wanvram.machine.garbage import settled
-from wanvram.planner.budget import beyond_card
+from wanvram.machine.host import since_process_start
+from wanvram.media.inputs import prepare_inputs
 from wanvram.progress_stream import ProgressStream
-from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Span, Times, write_atomically
+from wanvram.prompt.extension import prompt_extension
+from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import INTERRUPTED, deferred
-from wanvram.recorder.recorder import Recorder, repeated_seconds
-from wanvram.run.alive import largest_alive
-from wanvram.run.beside import Beside
-from wanvram.run.checks import run_checks
+from wanvram.recorder.recorder import Recorder
+from wanvram.run.beside import Beside, Predict
 from wanvram.run.directory import run_directory
-from wanvram.run.environment import describe_environment
-from wanvram.run.extension import prompt_extension
-from wanvram.run.host import since_process_start
 from wanvram.run.in_force import check_in_force, in_force
-from wanvram.run.inputs import prepare_inputs
-from wanvram.run.observe import observed
 from wanvram.run.outputs import Outputs
+from wanvram.run.post_mortem import largest_alive
 from wanvram.run.progress import StageProgress
-from wanvram.run.simulated import simulated_memory
-from wanvram.run.weights import NoWeights, choose_weights
-from wanvram.simulate.memory import SimulatedMemory
+from wanvram.run.tracing import observed
+from wanvram.run.weights import choose_weights
 from wanvram.simulate.timeline import Timeline
 
-__all__ = ["Output", "execute", "make_device", "simulate", "simulate_with_timeline"]
+__all__ = ["Around", "Output", "check_measurement", "device_kind", "execute", "make_device", "run_on"]
 
 
 @dataclass(frozen=True)
@@ -66,73 +63,84 @@ def execute(
     output: Output,
     progress: Callable[[str], None] | None = None,
     watch: Callable[[Recorder], AbstractContextManager[object]] | None = None,
+    predict: Predict | None = None,
 ) -> RunRecord:
-    """Runs the pipeline under the recorder. A run that fails on the way is returned as a record with a `failure`.
+    """Runs the pipeline on a real device. A run that fails on the way is returned as a record with a `failure`.
 
-    watch: entered with the recorder for the time of the run, to show it while it goes on. Raises InputError, CheckpointError
-    or DeviceError before anything is loaded.
+    watch: entered with the recorder for the time of the run, to show it while it goes on. predict: predicts a video that has no
+    prediction yet, in a process beside the run. Raises InputError, CheckpointError or DeviceError before anything is loaded.
     """
-    with ExitStack() as held:  # the run directory, until the results are written
-        return _execute(_seeded(config), output, progress, watch, held)
-
-
-def _execute(
-    config: RunConfig,
-    output: Output,
-    progress: Callable[[str], None] | None,
-    watch: Callable[[Recorder], AbstractContextManager[object]] | None,
-    held: ExitStack,
-) -> RunRecord:
-    _check_measurement(config)
-    beside = _beside(config, output)
+    check_measurement(config)
+    config = _seeded(config)
+    beside = _beside(config, output, predict)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
-    checks = {} if device_kind(config) == "simulated" else {"checks": run_checks(output.directory)}
+    checks = {"checks": run_checks(output.directory)}
     device = make_device(config)
-    simulated = device.kind == "simulated"
-    weights = choose_weights(
-        config.weights, simulated=simulated, task=config.request.task, seed=config.request.base_seed
-    )
-    real = config.weights not in ("random", "tiny") and not simulated
-    inputs, notes = prepare_inputs(config.request, simulated=simulated, real_weights=real)
-    extend = prompt_extension(config.request, simulated=simulated)
-    outputs = _outputs(config, device, output)
     environment = describe_environment() | checks
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
         check_in_force(config, environment["in_force"], device)
-    directory = held.enter_context(run_directory(output.directory, force=output.force)) if output.directory else None
-    if directory:
-        _write_circumstances(directory, config, environment)
-    with ExitStack() as stack:
-        unwritten: list[str] = []
-        events = stack.enter_context(_event_log(directory, unwritten)) if directory else None
-        timeline = Timeline.attach(device.memory) if directory and isinstance(device, SimulatedDevice) else None
-        recorder = Recorder(device.meter, events, progress, timeline)
-        if watch:
-            stack.enter_context(watch(recorder))
-        pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
-        if progress:
-            pipeline.tell = StageProgress(progress, simulated=simulated)
-        lost = stack.enter_context(observed(config.measurement, pipeline, directory))
-        start = since_process_start()
-        failure = _run_recorded(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
-    if unwritten and failure is None:
-        failure = Failure("error", unwritten[0])
-    record = _record(config, device, pipeline, failure, environment)
-    record.predicted = output.predicted or (beside.result() if beside else None)
-    if not simulated:
+    start = since_process_start()
+
+    def complete(record: RunRecord) -> None:
+        record.predicted = output.predicted or (beside.result() if beside else None)
         record.times = Times(start, since_process_start())
-    record.notes += notes + (extend.notes if extend else []) + lost
-    if directory:
-        _write_results(directory, record, timeline)
+
+    return run_on(device, config, output, Around(environment, complete, progress, watch))
+
+
+@dataclass(frozen=True)
+class Around:
+    """What is around a run. complete: adds to the record what only the caller knows, before it is written."""
+
+    environment: dict[str, object]
+    complete: Callable[[RunRecord], None]
+    progress: Callable[[str], None] | None = None
+    watch: Callable[[Recorder], AbstractContextManager[object]] | None = None
+    timeline: Timeline | None = None
+
+
+def run_on(device: Device, config: RunConfig, output: Output, around: Around) -> RunRecord:
+    """The pipeline on this device, under the recorder, into the run directory if there is one."""
+    simulated = device.kind == "simulated"
+    request = config.request
+    weights = choose_weights(config.weights, simulated=simulated, task=request.task, seed=request.base_seed)
+    real = config.weights not in ("random", "tiny") and not simulated
+    inputs, notes = prepare_inputs(request, simulated=simulated, real_weights=real)
+    extend = prompt_extension(request, simulated=simulated)
+    outputs = _outputs(config, device, output)
+    with ExitStack() as held:  # the run directory, until the results are written
+        directory = (
+            held.enter_context(run_directory(output.directory, force=output.force)) if output.directory else None
+        )
+        if directory:
+            _write_circumstances(directory, config, around.environment)
+        with ExitStack() as stack:
+            unwritten: list[str] = []
+            events = stack.enter_context(_event_log(directory, unwritten)) if directory else None
+            recorder = Recorder(device.meter, events, around.progress, around.timeline)
+            if around.watch:
+                stack.enter_context(around.watch(recorder))
+            pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
+            if around.progress:
+                pipeline.tell = StageProgress(around.progress, simulated=simulated)
+            lost = stack.enter_context(observed(config.measurement, pipeline, directory))
+            failure = _run_recorded(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
+        if unwritten and failure is None:
+            failure = Failure("error", unwritten[0])
+        record = _record(config, device, pipeline, failure, around.environment)
+        record.notes += notes + (extend.notes if extend else []) + lost
+        around.complete(record)
+        if directory:
+            _write_results(directory, record, around.timeline)
     return record
 
 
-def _beside(config: RunConfig, output: Output) -> Beside | None:
+def _beside(config: RunConfig, output: Output, predict: Predict | None) -> Beside | None:
     """Only of a video: a run that is measured for its own sake has the machine for itself."""
     if not output.video or output.predicted is not None or config.weights == "tiny" or device_kind(config) != "cuda":
         return None
-    return Beside(config, lambda planned: simulate(planned, video=True)[0].prediction(0.0))
+    return None if predict is None else Beside(config, predict)
 
 
 def _seeded(config: RunConfig) -> RunConfig:
@@ -164,37 +172,8 @@ def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | Non
     return None
 
 
-def simulate_with_timeline(config: RunConfig, *, video: bool = False) -> tuple[RunRecord, Timeline]:
-    """As `simulate`, with everything the allocator did and for whom."""
-    memory = simulated_memory(config)
-    timeline = Timeline.attach(memory)
-    return _simulate(config, memory, timeline, video), timeline
-
-
-def simulate(
-    config: RunConfig, *, keep_events: bool = False, unlimited: bool = False, video: bool = False
-) -> tuple[RunRecord, SimulatedMemory]:
-    """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's.
-
-    unlimited: on a card without end, so that the peak is what the whole run takes. video: it is encoded and saved, too.
-    """
-    memory = simulated_memory(config, keep_events=keep_events, unlimited=unlimited)
-    return _simulate(config, memory, None, video), memory
-
-
-def _simulate(config: RunConfig, memory: SimulatedMemory, timeline: Timeline | None, video: bool) -> RunRecord:
-    device = SimulatedDevice(memory)
-    weights = NoWeights(tiny=config.weights == "tiny")
-    inputs, notes = prepare_inputs(config.request, simulated=True, real_weights=False)
-    extend = prompt_extension(config.request, simulated=True)
-    pipeline = Pipeline(config, device, Recorder(memory, None, None, timeline), weights, inputs, extend=extend)
-    failure = _run(pipeline, _sinks(pipeline, None, video=video))
-    record = _record(config, device, pipeline, failure, {})
-    record.notes += notes + (extend.notes if extend else [])
-    return record
-
-
-def _check_measurement(config: RunConfig) -> None:
+def check_measurement(config: RunConfig) -> None:
+    """InputError where the device cannot give what is to be recorded."""
     if config.measurement.snapshot and device_kind(config) != "cuda":
         raise InputError(
             "logging.snapshot: an allocator snapshot exists on CUDA only; set it to false or use --device cuda "
@@ -214,7 +193,7 @@ def device_kind(config: RunConfig) -> str:
 
 
 def make_device(config: RunConfig) -> Device:
-    """The device a configuration asks for."""
+    """The real device a configuration asks for."""
     kind = device_kind(config)
     if kind == "cuda":
         put_in_force(
@@ -227,7 +206,7 @@ def make_device(config: RunConfig) -> Device:
                 "full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated"
             )
         return CpuDevice()
-    return SimulatedDevice(simulated_memory(config))
+    raise AssertionError("simulated runs come from predict.simulate")
 
 
 def _sinks(pipeline: Pipeline, outputs: Outputs | None, *, video: bool) -> OpenSink:
@@ -310,15 +289,7 @@ def _record(
         host={"peak_rss_bytes": rss, "pinned_bytes": pinned},
         failure=failure,
         notes=_notes(config, pipeline),
-        times=_predicted_times(device, pipeline.recorder.spans) if isinstance(device, SimulatedDevice) else Times(),
     )
-
-
-def _predicted_times(device: SimulatedDevice, stages: Sequence[Span]) -> Times:
-    """The clock's, with the steps that were not simulated, and what the process takes before and after."""
-    machine = device.clock.machine
-    rest = device.clock.now() + repeated_seconds(stages) + machine.end_seconds
-    return Times(machine.start_seconds, machine.start_seconds + rest, machine.context_seconds + rest)
 
 
 def _components(pipeline: Pipeline) -> list[ComponentRecord]:
@@ -359,16 +330,7 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
         notes.append("torch.profiler was tracing: times and memory of this run are disturbed by it")
     if config.gpu and pipeline.device.kind != "simulated":
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
-    gpu = pipeline.device.memory.gpu if isinstance(pipeline.device, SimulatedDevice) else None
-    beyond = beyond_card(config.memory_limit_bytes or 0, gpu) if gpu is not None else None
-    notes += [beyond] if beyond is not None else []
-    cold = pipeline.device.clock.cold_seconds() if isinstance(pipeline.device, SimulatedDevice) else 0.0
-    if cold:
-        notes.append(f"kernels were never compiled on this machine: {cold:.0f} s of the first run are for that")
-    if gpu is not None and not gpu.measured:
-        notes.append(f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card")
-    gaps = pipeline.device.memory.libraries.gaps if isinstance(pipeline.device, SimulatedDevice) else None
-    return [*notes, gaps] if gaps else notes
+    return notes
 
 
 def _json(value: object) -> str:

@@ -13,9 +13,9 @@ import torch
 
 from wanvram.config import MAX_NAME_BYTES, RunConfig
 from wanvram.errors import InputError, OutputError
+from wanvram.media.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
 from wanvram.record import write_atomically
 from wanvram.run.directory import RUN_FILES
-from wanvram.run.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
 from wanvram.version import __version__
 
 __all__ = ["Outputs"]

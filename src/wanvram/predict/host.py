@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import psutil
 import torch
 
 from wanvram.config import RunConfig
 from wanvram.errors import DeviceError, InputError
 from wanvram.machine.caches import cached_share, cold_libraries
+from wanvram.machine.host import available_ram_bytes, operation_us
 from wanvram.machine.nvml import first_gpu
 from wanvram.models.precision import PRECISIONS
-from wanvram.recorder.meters import available_ram_bytes
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.simulate.host import HOST
@@ -23,28 +21,7 @@ from wanvram.weights.folder import GENERATED
 from wanvram.weights.official import open_checkpoint
 from wanvram.weights.sources import FileSource
 
-__all__ = ["clock_of", "is_here", "operation_us", "since_process_start"]
-
-MEASURED_SECONDS = (
-    0.2  # a shared processor is slow now and then: the fastest of many short rounds is the machine's own speed
-)
-
-
-@cache
-def operation_us() -> float:
-    """Microseconds of one smallest operation of PyTorch on the CPU: how fast this host issues work, also to a GPU."""
-    x, fastest = torch.zeros(1), float("inf")
-    end = time.perf_counter() + MEASURED_SECONDS
-    while (start := time.perf_counter()) < end:
-        for _ in range(200):
-            x.add_(1.0)
-        fastest = min(fastest, time.perf_counter() - start)
-    return round(fastest / 200 * 1e6, 2)
-
-
-def since_process_start(pid: int | None = None) -> float:
-    """Seconds; imports and a plan made before the run are in it. pid: another process than this one."""
-    return time.time() - psutil.Process(pid).create_time()
+__all__ = ["clock_of", "is_here"]
 
 
 @cache

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from wanvram.engine.devices import Device
-from wanvram.engine.extension_prompts import checked_answer, system_prompt, without_controls
 from wanvram.errors import CheckpointError, InputError
 from wanvram.kernels.attention import attention
+from wanvram.prompt.instructions import checked_answer, system_prompt, without_controls
 from wanvram.weights.sources import SafetensorsSource, check_file
 
 if TYPE_CHECKING:

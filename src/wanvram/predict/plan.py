@@ -12,10 +12,10 @@ from wanvram.machine.garbage import settled
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
 from wanvram.planner.forecasts import KNOBS, components_of
 from wanvram.planner.search import planned_base
+from wanvram.predict.ahead import forecasts_ahead, processes_here
+from wanvram.predict.simulate import simulate
+from wanvram.predict.stage import simulate_stage
 from wanvram.record import RunRecord, Span
-from wanvram.run.ahead import forecasts_ahead, processes_here
-from wanvram.run.execute import simulate
-from wanvram.run.forecast import simulate_stage
 from wanvram.units import human
 
 __all__ = ["Forecasts", "plan_run", "planned_config"]

@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from wanvram.engine.extension_prompts import checked_answer, system_prompt
 from wanvram.errors import InputError, WanvramError
-from wanvram.run.deadline import Cutter, handlers, within
+from wanvram.prompt.deadline import Cutter, handlers, within
+from wanvram.prompt.instructions import checked_answer, system_prompt
 
 __all__ = ["DEFAULT_URL", "Endpoint", "api_key", "api_url", "default_model", "encode_picture", "extend_by_dashscope"]
 
@@ -62,7 +62,7 @@ def default_model(*, vision: bool) -> str:
 def encode_picture(picture: Image.Image) -> tuple[bytes, str]:
     """(PNG bytes, media type) of at most 512 x 512 pixels' area, the aspect ratio kept, as the official script uploads it.
 
-    Upright, as the transformer sees it: see run.media.read_picture.
+    Upright, as the transformer sees it: see media.sources.read_picture.
     """
     from PIL import ImageOps
 

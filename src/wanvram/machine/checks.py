@@ -18,8 +18,7 @@ import psutil
 import torch
 
 from wanvram.errors import InputError
-from wanvram.recorder.meters import available_ram_bytes
-from wanvram.run.host import operation_us
+from wanvram.machine.host import available_ram_bytes, operation_us
 from wanvram.units import GIB, MIB, human
 
 __all__ = ["GpuProcess", "own_gpu_process", "run_checks", "warm_up"]

@@ -13,11 +13,11 @@ from wanvram.engine.components import Parts
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
+from wanvram.media.inputs import prepare_inputs
 from wanvram.planner.forecasts import StageForecast
+from wanvram.predict.simulate import simulated_memory
 from wanvram.record import Span
 from wanvram.recorder.recorder import Recorder
-from wanvram.run.inputs import prepare_inputs
-from wanvram.run.simulated import simulated_memory
 from wanvram.run.weights import NoWeights
 
 __all__ = ["simulate_stage"]
@@ -30,7 +30,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     """Peaks, base and host memory, and predicted seconds of `component` (planner.forecasts.components_of names it).
 
     Shortened where a run repeats itself: two denoising steps, and for the VAE three latent frames, whose time is scaled and
-    to whose memory the rest of the latent is added. What a plan settles on is simulated whole (run.planning).
+    to whose memory the rest of the latent is added. What a plan settles on is simulated whole (predict.plan).
     """
     strategy = replace(config.strategy, offload=True)
     request = replace(config.request, sample_steps=min(config.request.sample_steps, 2))

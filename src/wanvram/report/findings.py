@@ -10,8 +10,8 @@ from typing import Any
 from wanvram.analysis.peak import WEIGHTS, component_of, module_of, owners, shape_of, weights_at
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.runs import Advice, Run, pairs
-from wanvram.report.texts import Texts
 from wanvram.report.timeline import peak_moment
+from wanvram.report.translations import Texts
 from wanvram.units import GIB, human, seconds
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
 NAMED = 3  # of the runs that share a figure
 LEAST_SECONDS = 0.005  # what is shown as 0.00 s costs no time
-LOSSY = " (lossy)"  # how run.advice marks a change after which the video is another
+LOSSY = " (lossy)"  # how predict.advice marks a change after which the video is another
 USABLE_SHARE = 0.98  # of a card's nominal memory a process gets about this much: RTX 4090 24,082 of 24,576 MiB
 
 

@@ -16,7 +16,7 @@ from wanvram.planner.forecasts import Trials, components_of
 from wanvram.planner.search import cleared
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import variants
-from wanvram.run.forecast import simulate_stage
+from wanvram.predict.stage import simulate_stage
 
 __all__ = ["forecasts_ahead", "processes_here"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.errors import InputError
+from wanvram.media.sources import MAX_PICTURE_PIXELS, SourceVideo, picture_size, plan_frames, probe_video, read_picture
 from wanvram.request import Request
-from wanvram.run.media import MAX_PICTURE_PIXELS, SourceVideo, picture_size, plan_frames, probe_video, read_picture
 
 __all__ = ["prepare_inputs"]
 

@@ -11,7 +11,7 @@ from wanvram.planner import Budget, Plan, StageForecast
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.longest import most_frames
 from wanvram.planner.search import cleared, planned_base
-from wanvram.run.planning import Forecasts, plan_run
+from wanvram.predict.plan import Forecasts, plan_run
 from wanvram.units import human
 
 __all__ = ["plan_longest"]

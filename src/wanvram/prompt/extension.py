@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.engine.devices import Device
-from wanvram.engine.prompt_extender import LocalExtender, check_extender, default_model, load_extender
 from wanvram.errors import OutOfMemory, WanvramError
+from wanvram.prompt import dashscope
+from wanvram.prompt.local_model import LocalExtender, check_extender, default_model, load_extender
 from wanvram.record import ComponentRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.request import Request
-from wanvram.run import dashscope
 
 __all__ = ["Extension", "prompt_extension"]
 

@@ -18,15 +18,15 @@ from wanvram.config import Measurement, RunConfig, Strategy
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline, rows_per_chunk
 from wanvram.errors import OutOfMemory
+from wanvram.media.inputs import prepare_inputs
 from wanvram.planner import StageForecast
 from wanvram.planner.forecasts import KNOBS, Forecast, components_of, stage_seconds
 from wanvram.planner.tiles import tiles_for
+from wanvram.predict.simulate import simulated_memory
+from wanvram.predict.stage import simulate_stage
+from wanvram.prompt.extension import prompt_extension
 from wanvram.record import ComponentRecord, RunRecord, Span, dotted, write_atomically
 from wanvram.recorder.recorder import Recorder
-from wanvram.run.extension import prompt_extension
-from wanvram.run.forecast import simulate_stage
-from wanvram.run.inputs import prepare_inputs
-from wanvram.run.simulated import simulated_memory
 from wanvram.run.weights import NoWeights
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, card_of_run, find_gpu
 from wanvram.tasks import latent_shape

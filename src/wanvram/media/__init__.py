@@ -1,0 +1,1 @@
+"""Pictures and videos: read and checked before a model is loaded, written as they are finished."""

@@ -1,0 +1,114 @@
+"""What a configuration would take: the run itself on a simulated card. Only this module builds one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from wanvram.config import RunConfig
+from wanvram.engine.devices import SimulatedDevice
+from wanvram.errors import InputError
+from wanvram.machine.driver import LATER_BYTES
+from wanvram.machine.environment import describe_environment
+from wanvram.planner.budget import beyond_card, usable_memory
+from wanvram.predict.host import clock_of
+from wanvram.record import Predicted, RunRecord, Times
+from wanvram.recorder.recorder import Recorder, repeated_seconds
+from wanvram.run.execute import Around, Output, check_measurement, device_kind, execute, run_on
+from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
+from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
+from wanvram.simulate.libraries import Libraries
+from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.operation_buffers import LibraryBuffers
+from wanvram.simulate.timeline import Timeline
+
+__all__ = ["predicted", "run_or_simulate", "simulate", "simulate_with_timeline", "simulated_memory"]
+
+UNLIMITED_BYTES = 2**50
+
+
+def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited: bool = False) -> SimulatedMemory:
+    """Raises InputError for an unknown GPU, or one that cannot compute in the precision.
+
+    unlimited: a card of 1 PiB and no cap, to learn what a run would take.
+    """
+    gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
+    if config.strategy.precision == "bf16" and gpu.compute_capability < (8, 0):
+        raise InputError(
+            f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
+        )
+    settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
+    outside = gpu.context_bytes + sum(gpu.module_bytes.values())
+    # A card with more memory than its name had: what is stated counts.
+    stated = usable_memory(config.memory_limit_bytes or 0, gpu)
+    usable = UNLIMITED_BYTES if unlimited else max(gpu.total_bytes, stated) - outside
+    capped = config.memory_limit_bytes is not None and not unlimited
+    limit = max(0, (config.memory_limit_bytes or 0) - outside - LATER_BYTES) if capped else None
+    allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
+    buffers = LibraryBuffers(gpu, Libraries(gpu))
+    return SimulatedMemory(gpu, allocator, buffers, clock=clock_of(config, gpu), keep_events=keep_events)
+
+
+def run_or_simulate(
+    config: RunConfig,
+    output: Output,
+    progress: Callable[[str], None] | None = None,
+    watch: Callable[[Recorder], AbstractContextManager[object]] | None = None,
+) -> RunRecord:
+    """What the configuration asks for: on a real device as run.execute does it, or simulated into the run directory."""
+    if device_kind(config) != "simulated":
+        return execute(config, output, progress, watch, predict=predicted)
+    check_measurement(config)
+    device = SimulatedDevice(simulated_memory(config))
+    timeline = Timeline.attach(device.memory) if output.directory is not None else None
+    around = Around(describe_environment(), lambda record: _complete(record, config, device), progress, watch, timeline)
+    return run_on(device, config, output, around)
+
+
+def simulate(
+    config: RunConfig, *, keep_events: bool = False, unlimited: bool = False, video: bool = False
+) -> tuple[RunRecord, SimulatedMemory]:
+    """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's.
+
+    unlimited: on a card without end, so that the peak is what the whole run takes. video: it is encoded and saved, too.
+    """
+    memory = simulated_memory(config, keep_events=keep_events, unlimited=unlimited)
+    return _simulate(config, memory, None, video), memory
+
+
+def simulate_with_timeline(config: RunConfig, *, video: bool = False) -> tuple[RunRecord, Timeline]:
+    """As `simulate`, with everything the allocator did and for whom."""
+    memory = simulated_memory(config)
+    timeline = Timeline.attach(memory)
+    return _simulate(config, memory, timeline, video), timeline
+
+
+def predicted(config: RunConfig) -> Predicted | None:
+    """The figures of a video, from the start of the run."""
+    return simulate(config, video=True)[0].prediction(0.0)
+
+
+def _simulate(config: RunConfig, memory: SimulatedMemory, timeline: Timeline | None, video: bool) -> RunRecord:
+    device = SimulatedDevice(memory)
+    config = replace(config, device="simulated")
+    around = Around({}, lambda record: _complete(record, config, device), timeline=timeline)
+    return run_on(device, config, Output(None, video=video), around)
+
+
+def _complete(record: RunRecord, config: RunConfig, device: SimulatedDevice) -> None:
+    """The clock's times, with the steps that were not simulated and what the process takes before and after; notes of the card."""
+    machine = device.clock.machine
+    rest = device.clock.now() + repeated_seconds(record.stages) + machine.end_seconds
+    record.times = Times(machine.start_seconds, machine.start_seconds + rest, machine.context_seconds + rest)
+    gpu = device.memory.gpu
+    beyond = beyond_card(config.memory_limit_bytes or 0, gpu)
+    record.notes += [beyond] if beyond is not None else []
+    if cold := device.clock.cold_seconds():
+        record.notes.append(f"kernels were never compiled on this machine: {cold:.0f} s of the first run are for that")
+    if not gpu.measured:
+        record.notes.append(
+            f"{gpu.name}: library buffers, CUDA context and times are estimates, not measured on this card"
+        )
+    gaps = device.memory.libraries.gaps
+    record.notes += [gaps] if gaps else []

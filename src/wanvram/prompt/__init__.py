@@ -1,0 +1,1 @@
+"""Prompt extension: by a local language model or by a service."""
