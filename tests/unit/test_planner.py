@@ -322,6 +322,23 @@ def test_an_offer_for_the_vae_counts_both_of_its_halves() -> None:
     assert offer.device_saved_bytes == peaks["vae_encoder"] - lossy.peak_device_bytes > 0
 
 
+def test_what_only_fits_beside_no_page_tables_is_planned_from_another_home_than_pinned_ram() -> None:
+    """Seen on an H200: vace-14B in the 2.30 GiB that its own refusal had named was refused for host RAM, of which there was plenty."""
+
+    class WithPageTables(Card):
+        def __call__(self, config: RunConfig, component: str) -> StageForecast:
+            forecast = super().__call__(config, component)
+            block = config.strategy.load_strategy == "block" and component == "dit"
+            pinned = 64 * MIB if block and config.strategy.weights_in == "pinned" else 0
+            return replace(forecast, peak_device_bytes=forecast.peak_device_bytes + pinned)
+
+    refused = search(request(), budget(2), Options(), WithPageTables())
+    assert isinstance(refused, Refusal)
+    assert refused.component == "dit"
+    again = plan(request(), Budget(refused.smallest_bytes, gpu="h200"), Options(), WithPageTables())
+    assert again.strategy.weights_in != "pinned"
+
+
 def test_fp32_is_kept_and_half_precision_offered_as_the_card_has_it() -> None:
     asked = Options(Strategy(precision="fp32"))
     result = plan(request(), budget(15, gpu="t4"), asked, Card())

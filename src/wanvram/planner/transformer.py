@@ -69,7 +69,7 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
 
 
 def cannot_fit(trials: Trials, base: Strategy) -> bool:
-    """Whether the leanest variant is known to be too large for the device, wherever the streamed weights wait."""
+    """Whether the leanest variant is known to be too large for the device."""
     leanest = trials.known("dit", replace(base, **variants(trials.request)[-1]))
     return leanest is not None and leanest.peak_device_bytes > trials.budget.device_limit
 
