@@ -22,8 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wanvram.advice import Advice
 from wanvram.config import Measurement, Request, RunConfig, Strategy
-from wanvram.predict.advice import Advice, advise
+from wanvram.predict.advice import advise
 from wanvram.predict.simulate import simulate
 
 GIB = 2**30
@@ -85,7 +86,7 @@ def saved_text(saved: dict[str, int]) -> str:
 
 def check_same(name: str, advice: Advice, predicted: dict[str, int]) -> None:
     """Advice comes from runs recorded without blocks; what it promises must be what the runs to be measured are predicted."""
-    promised = {"device": advice.saved_device_bytes, "allocated": advice.saved_allocated_bytes}
+    promised = {"device": advice.saved_bytes, "allocated": advice.saved_allocated_bytes}
     if promised != {figure: predicted[figure] for figure in promised}:
         raise RuntimeError(f"{name}: advice promises {promised}, whole simulated runs differ by {predicted}")
 

@@ -6,14 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from wanvram.errors import DamagedError
 from wanvram.foreign_text import quoted, shown
 
-__all__ = ["check_types", "strict_json"]
+__all__ = ["built", "check_types", "strict_json"]
 
 
 def strict_json(text: str) -> Any:
@@ -60,6 +60,44 @@ def check_types(value: Any, kind: Any, where: str) -> None:
         raise DamagedError(f"{shown(where, 100)} is no finite number")
     for name, item, inside in _parts(value, kind):
         check_types(item, inside, f"{where}.{name}".lstrip("."))
+
+
+_T = TypeVar("_T")
+
+
+def built(kind: type[_T], data: Any, where: str) -> _T:
+    """The dataclass from JSON's plain values, with those inside it; unknown keys are dropped.
+
+    KeyError for a value that is missing, ValueError naming the place of one that is not what the annotation says.
+    """
+    value = _built(kind, data, where)
+    check_types(value, kind, where)
+    return value  # type: ignore[no-any-return]
+
+
+def _built(kind: Any, data: Any, where: str) -> Any:
+    """Objects made, values not yet checked."""
+    options = [option for option in get_args(kind) if option is not type(None)]
+    if data is not None and len(options) == 1 and get_origin(kind) not in (list, tuple):
+        kind = options[0]  # of `kind | None`
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(data, dict):
+            raise DamagedError(f"{shown(where or 'it', 100)} is {quoted(data)}; expected a section")
+        missing = [f.name for f in fields(kind) if f.name not in data and f.default is f.default_factory is MISSING]
+        if missing:
+            raise KeyError(missing[0])
+        known = {f.name: data[f.name] for f in fields(kind) if f.name in data}
+        hints = _hints(kind)
+        return kind(**{name: _built(hints[name], item, f"{where}.{name}".lstrip(".")) for name, item in known.items()})
+    if isinstance(data, list) and get_origin(kind) is list:
+        return [_built(get_args(kind)[0], item, f"{where}.{index}") for index, item in enumerate(data)]
+    if isinstance(data, list) and get_origin(kind) is tuple:
+        inside = get_args(kind)
+        kinds = [inside[0]] * len(data) if inside[-1] is ... else list(inside)
+        if len(kinds) != len(data):
+            raise DamagedError(f"{shown(where, 100)} is a group of {len(data)} values, expected {len(kinds)}")
+        return tuple(_built(k, item, f"{where}.{i}") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
+    return data
 
 
 _KINDS = {

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from planner_card import CONTEXT, Card
+from wanvram.advice import Advice, write_advice
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError
 from wanvram.planner.forecasts import KNOBS, components_of
-from wanvram.predict.advice import Advice, Prediction, _Estimate, _ranked, advise, predict, write_advice
+from wanvram.predict.advice import _Estimate, _ranked, advise, predict
 from wanvram.predict.simulate import simulate
-from wanvram.record import ComponentRecord, Memory, RunRecord, Span
+from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span
 from wanvram.report.runs import read_run
 from wanvram.units import GIB, MIB
 
@@ -46,7 +47,7 @@ class Whole:
     limit: int | None = None
     asked: list[tuple[Strategy, bool]] = field(default_factory=list)
 
-    def __call__(self, config: RunConfig, unlimited: bool) -> Prediction | None:
+    def __call__(self, config: RunConfig, unlimited: bool) -> RunRecord:
         self.asked.append((config.strategy, unlimited))
         free = replace(config, memory_limit_bytes=None)
         forecasts = {c: self.card(free, c) for c in components_of(config.request)}
@@ -65,9 +66,10 @@ class Whole:
             stage = {"vae_decoder": "decode", "vae_encoder": "encode_video", "dit": "denoise"}.get(name, name)
             spans.append(Span(stage, "stage", component, peak, peak, peak, seconds=f.seconds))
         if self.limit is not None and not unlimited and max(s.peak.device_bytes or 0 for s in spans) > self.limit:
-            return None
+            return replace(record_of(config, tuple(spans)), failure=Failure("oom", "too large"))
         bases = {"vae" if n.startswith("vae") else n: f.base_bytes for n, f in forecasts.items()}
-        return Prediction(tuple(spans), tuple(ComponentRecord(n, 0, b, 0, 0) for n, b in bases.items()))
+        components = [ComponentRecord(n, 0, b, 0, 0) for n, b in bases.items()]
+        return replace(record_of(config, tuple(spans)), components=components)
 
 
 def asked_of(config: RunConfig, whole: Whole, card: Card | None = None, **more: Any) -> list[Advice]:
@@ -106,7 +108,7 @@ def test_each_saving_is_that_of_two_whole_runs(tiny: list[Advice]) -> None:
         after, where = changed.peak(), changed.peak_span()
         assert after is not None
         assert where is not None
-        assert advice.saved_device_bytes == device_peak(simulated()) - device_peak(changed) > 0
+        assert advice.saved_bytes == device_peak(simulated()) - device_peak(changed) > 0
         assert advice.saved_allocated_bytes == before.allocated_bytes - after.allocated_bytes
         assert (advice.peak_device_bytes, advice.peak_stage_after) == (after.device_bytes, where.name)
         times = [sum(s.seconds or 0.0 for s in record.stages) for record in (simulated(), changed)]
@@ -122,7 +124,7 @@ def test_the_best_is_first_and_no_other_single_change_saves_more(tiny: list[Advi
         knob = next(iter(knobs))
         saved = device_peak(simulated()) - device_peak(simulated(**knobs))
         savings[knob] = max(savings.get(knob, 0), saved)
-    assert [a.saved_device_bytes for a in tiny] == sorted(savings.values(), reverse=True)[:3]
+    assert [a.saved_bytes for a in tiny] == sorted(savings.values(), reverse=True)[:3]
 
 
 def test_the_change_is_written_as_flags_that_the_command_line_takes(tiny: list[Advice]) -> None:
@@ -150,7 +152,7 @@ def test_only_components_that_a_change_touches_and_that_own_the_peak_are_forecas
 def test_of_changes_that_save_the_same_the_lossless_one_is_first_and_then_the_fastest() -> None:
     advices = asked_of(run_of(load_strategy="block"), Whole())
     assert [a.knobs for a in advices[:2]] == [{"vae_tile": 80}, {"vae_precision": "bf16"}]
-    assert advices[0].saved_device_bytes == advices[1].saved_device_bytes  # both leave the transformer the largest
+    assert advices[0].saved_bytes == advices[1].saved_bytes  # both leave the transformer the largest
     assert (advices[0].seconds or 0.0) > (advices[1].seconds or 0.0)
     assert all("attention_slicing" not in a.knobs for a in advices)
 
@@ -168,7 +170,7 @@ def test_without_offload_the_weights_of_every_component_count_in_every_stage() -
     forecasts = [Card()(run_of(), name) for name in ("text_encoder", "dit", "vae_decoder")]
     weights = sum(f.base_bytes for f in forecasts)
     together = max(weights - f.base_bytes + f.peak_device_bytes for f in forecasts)
-    assert offload.saved_device_bytes == together - max(f.peak_device_bytes for f in forecasts)
+    assert offload.saved_bytes == together - max(f.peak_device_bytes for f in forecasts)
     assert offload.seconds == 0.0
 
 
@@ -182,7 +184,7 @@ def test_a_forecast_that_promised_too_much_does_not_keep_a_better_change_out() -
     honest = asked_of(run_of(), Whole(), count=9)
     fp8 = next(a for a in honest if a.knobs == {"weight_storage": "fp8"})
     assert found[0].knobs == {"weight_storage": "fp8"}
-    assert found[0].saved_device_bytes == fp8.saved_device_bytes - 5 * GIB
+    assert found[0].saved_bytes == fp8.saved_bytes - 5 * GIB
 
 
 def test_whole_runs_are_made_for_few_changes_only() -> None:
@@ -258,14 +260,16 @@ def test_of_a_run_that_does_not_fit_each_change_says_whether_it_fits_then() -> N
     advices = asked_of(run_of(limit=24 * GIB), whole)
     assert [a.fits for a in advices] == [a.peak_device_bytes <= 24 * GIB for a in advices]
     assert {a.fits for a in advices} == {True, False}
-    assert {a.base_device_bytes - a.saved_device_bytes - a.peak_device_bytes for a in advices} == {0}
+    assert {a.base_device_bytes - a.saved_bytes - a.peak_device_bytes for a in advices} == {0}
     assert {a.base_device_bytes > 24 * GIB for a in advices} == {True}
 
 
-def test_out_of_memory_is_no_prediction_and_a_card_without_limit_is_one() -> None:
+def test_out_of_memory_is_a_failure_and_none_on_a_card_without_limit() -> None:
     config = run_of("t2v-1.3B", "tiny", limit=GIB)
-    assert predict(config, False) is None
-    assert predict(config, True) is not None
+    failure = predict(config, False).failure
+    assert failure is not None
+    assert failure.kind == "oom"
+    assert predict(config, True).failure is None
 
 
 # --- advice.json -------------------------------------------------------------------------------------------------------------
@@ -276,11 +280,8 @@ def test_the_report_reads_what_is_written_and_lossy_changes_say_so(tmp_path: Pat
     advices = asked_of(run_of(), Whole())
     path = write_advice(tmp_path, advices)
     read = read_run(tmp_path).advice
-    assert [(a.base_device_bytes, a.peak_device_bytes, a.fits) for a in read] == [
-        (a.base_device_bytes, a.peak_device_bytes, None) for a in advices
-    ]
-    assert [(a.saved_bytes, a.seconds) for a in read] == [(a.saved_device_bytes, a.seconds) for a in advices]
-    assert [a.change.endswith(" (lossy)") for a in read] == [not a.lossless for a in advices]
+    assert list(read) == advices
+    assert [a.label.endswith(" (lossy)") for a in read] == [not a.lossless for a in advices]
     assert {a.lossless for a in advices} == {True, False}
     document = json.loads(path.read_text())
     assert document["schema"] == 1

@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from wanvram.advice import write_advice
 from wanvram.analysis.events import read_events
 from wanvram.analysis.snapshot import read_snapshot, snapshot_timeline
 from wanvram.analysis.stages import analyze_run
@@ -89,7 +90,7 @@ def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
         raise InputError(
             f"--advice needs a run directory, whose configuration can be simulated; {shown(path)} is {kind}"
         )
-    from wanvram.predict.advice import advise, write_advice
+    from wanvram.predict.advice import advise
 
     record = RunRecord.read(path / "record.json")
     write_advice(path, advise(RunConfig.from_dict(record.config), record, show=progress_printer(args)))

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from wanvram.advice import write_advice
 from wanvram.cli import streams
 from wanvram.cli.budget import add_budget_flags, planned
 from wanvram.cli.common import (
@@ -135,7 +136,7 @@ def _look_at_checkpoint(config: RunConfig) -> None:
 
 def _advise(directory: Path, config: RunConfig, record: RunRecord, args: argparse.Namespace) -> None:
     """The run is recorded already: advice that cannot be given is said and changes nothing."""
-    from wanvram.predict.advice import advise, write_advice
+    from wanvram.predict.advice import advise
 
     try:
         write_advice(directory, advise(config, record, show=progress_printer(args)))

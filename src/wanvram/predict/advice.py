@@ -6,107 +6,38 @@ only what that says is given as advice. Savings are differences of two predictio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from wanvram.advice import Advice
 from wanvram.command_line import FLAG_OF
 from wanvram.config import Measurement, RunConfig, Strategy
-from wanvram.engine.devices import SimulatedDevice
-from wanvram.engine.pipeline import Pipeline, rows_per_chunk
-from wanvram.errors import OutOfMemory
-from wanvram.media.inputs import prepare_inputs
+from wanvram.engine.pipeline import rows_per_chunk
 from wanvram.planner import StageForecast
 from wanvram.planner.forecasts import KNOBS, Forecast, components_of, stage_seconds
 from wanvram.planner.tiles import tiles_for
-from wanvram.predict.simulate import simulated_memory
+from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
-from wanvram.prompt.extension import prompt_extension
-from wanvram.record import ComponentRecord, RunRecord, Span, dotted, write_atomically
-from wanvram.recorder.recorder import Recorder
-from wanvram.run.weights import NoWeights
+from wanvram.record import RunRecord, Span, dotted
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, card_of_run, find_gpu
 from wanvram.tasks import latent_shape
 
-__all__ = ["Advice", "Prediction", "advise", "predict", "write_advice"]
+__all__ = ["advise", "predict"]
 
 LOSSY = ("precision", "weight_storage", "vae_precision")
 NEARLY = 0.95
-BASIS = "differences between two simulated runs, of this configuration with and without the change; loading is not in the times"
 
 
-@dataclass(frozen=True)
-class Advice:
-    """One change and what the whole simulated run says of it.
-
-    change: the flags. saved_*_bytes: of the run's peak. seconds: added to the run, loading aside, negative if it is faster,
-    None when times are unknown. lossless: the result stays the same up to rounding of reordered sums.
-    base_device_bytes, peak_device_bytes, peak_stage_after: the run's peak without and with the change, and the stage that then
-    owns it. fits: of a run that does not fit its card, which is compared without limit, whether it fits with the change.
-    """
-
-    change: str
-    knobs: dict[str, Any]
-    saved_device_bytes: int
-    saved_allocated_bytes: int
-    seconds: float | None
-    lossless: bool
-    base_device_bytes: int
-    peak_device_bytes: int
-    peak_stage_after: str
-    fits: bool | None = None
+# (config, unlimited) -> the whole run; unlimited: on a card of any size.
+Predict = Callable[[RunConfig, bool], RunRecord]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The spans and components of a run, simulated whole."""
-
-    stages: tuple[Span, ...]
-    components: tuple[ComponentRecord, ...]
-
-    @property
-    def top(self) -> Span:
-        return max(self.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes))
-
-    @property
-    def device_bytes(self) -> int:
-        return self.top.peak.device_bytes or 0
-
-    @property
-    def allocated_bytes(self) -> int:
-        return max(span.peak.allocated_bytes for span in self.stages)
-
-    @property
-    def seconds(self) -> float | None:
-        """All stages; loading is not timed on the simulated device."""
-        times = [span.seconds for span in self.stages if span.kind == "stage"]
-        return None if None in times else sum(time for time in times if time is not None)
-
-
-# (config, unlimited) -> the whole run, or None if it runs out of memory; unlimited: on a card of any size.
-Predict = Callable[[RunConfig, bool], Prediction | None]
-
-
-def predict(config: RunConfig, unlimited: bool) -> Prediction | None:
-    """As run.execute.simulate, but also on a card that is as large as it takes, and never asking DashScope."""
+def predict(config: RunConfig, unlimited: bool) -> RunRecord:
+    """The whole run, also on a card that is as large as it takes."""
     if unlimited:
         config = replace(config, memory_limit_bytes=None)
-    memory = simulated_memory(config, unlimited=unlimited)
-    device = SimulatedDevice(memory)
-    inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
-    local = config.request.prompt_extend_method != "dashscope"
-    extend = prompt_extension(config.request, simulated=True) if local else None
-    weights = NoWeights(tiny=config.weights == "tiny")
-    pipeline = Pipeline(config, device, Recorder(memory, None, None), weights, inputs, extend=extend)
-    try:
-        with device.session():
-            pipeline.run(lambda _: nullcontext())
-    except OutOfMemory:
-        return None
-    return Prediction(tuple(pipeline.recorder.spans), tuple(pipeline.records()))
+    return simulate(config, unlimited=unlimited)[0]
 
 
 def advise(
@@ -127,9 +58,9 @@ def advise(
     measurement = Measurement(profile_memory=False)  # spans of single blocks change no peak and cost a second a run
     config = replace(config, device="simulated", gpu=_card(config, record).argument, measurement=measurement)
     base = _reused(config, record) or predict(config, False)
-    unlimited = base is None
-    base = base or predict(config, True)
-    assert base is not None  # a card of 1 PiB
+    unlimited = base.failure is not None
+    if unlimited:
+        base = predict(config, True)
     runs = _Runs(config, base, unlimited, predict, forecast)
     estimates = [estimate for knobs in _changes(config) if (estimate := _estimate(runs, knobs)).saved_bytes > 0]
     advices = _best(runs, _ranked(estimates), count, show)
@@ -143,28 +74,13 @@ def _card(config: RunConfig, record: RunRecord) -> GPU:
     return card_of_run(record.device, config.gpu) or find_gpu(name, total if type(total) is int else None)
 
 
-def write_advice(directory: Path, advices: list[Advice]) -> Path:
-    """advice.json of a run directory, as report.runs reads it, with the other fields of Advice beside."""
-    items = [
-        {"change": a.change + ("" if a.lossless else " (lossy)"), "saved_bytes": a.saved_device_bytes} | _without(a)
-        for a in advices
-    ]
-    document = {"schema": 1, "basis": BASIS, "advice": items}
-    write_atomically(directory / "advice.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return directory / "advice.json"
-
-
-def _without(advice: Advice) -> dict[str, Any]:
-    return {key: value for key, value in asdict(advice).items() if key not in ("change", "saved_device_bytes")}
-
-
-def _reused(config: RunConfig, record: RunRecord) -> Prediction | None:
+def _reused(config: RunConfig, record: RunRecord) -> RunRecord | None:
     """The record itself, if it is a whole simulation of this configuration."""
     same = _settings(config.to_dict()) == _settings(record.config)
     whole = record.simulated and record.failure is None and bool(record.stages)
     if not (whole and same) or config.request.use_prompt_extend:
         return None
-    return Prediction(tuple(record.stages), tuple(record.components))
+    return record
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -233,14 +149,14 @@ class _Runs:
     """The base run, and forecasts and whole runs of others, each made once."""
 
     config: RunConfig
-    base: Prediction
+    base: RunRecord
     unlimited: bool
     predict: Predict
     forecast: Forecast
     _forecasts: dict[tuple[object, ...], StageForecast] = field(default_factory=dict)
-    _wholes: dict[Strategy, Prediction | None] = field(default_factory=dict)
+    _wholes: dict[Strategy, RunRecord] = field(default_factory=dict)
 
-    def whole(self, strategy: Strategy) -> Prediction | None:
+    def whole(self, strategy: Strategy) -> RunRecord:
         if strategy not in self._wholes:
             self._wholes[strategy] = self.predict(replace(self.config, strategy=strategy), self.unlimited)
         return self._wholes[strategy]
@@ -277,7 +193,7 @@ def _estimate(runs: _Runs, knobs: dict[str, Any]) -> _Estimate:
     strategy = replace(runs.config.strategy, **knobs)
     if runs.config.weights == "tiny":  # forecasts are of full-size models; a tiny run takes no longer than one of them
         whole = runs.whole(strategy)
-        return _Estimate(knobs, runs.base.device_bytes - whole.device_bytes if whole else 0, 0.0)
+        return _Estimate(knobs, 0 if whole.failure else _device_bytes(runs.base) - _device_bytes(whole), 0.0)
     if "expandable_segments" in knobs:
         return _Estimate(knobs, _highest(runs.peaks(holes=True)) - _highest(runs.peaks(holes=False)), 0.0)
     if "offload" in knobs:
@@ -350,37 +266,51 @@ def _best(runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[s
     """Simulates whole, best first, until no further estimate promises more than the `count`-th best that was found."""
     found: list[Advice] = []
     for estimate in estimates:
-        if len(found) >= count and estimate.saved_bytes <= found[count - 1].saved_device_bytes:
+        if len(found) >= count and estimate.saved_bytes <= found[count - 1].saved_bytes:
             break
         advice = _advice(runs, estimate.knobs)
         if advice is not None:
             found.append(advice)
             if show is not None:
-                show(f"{advice.change}: {advice.saved_device_bytes / 2**30:.2f} GiB less")
-        found.sort(key=lambda a: (-a.saved_device_bytes, not a.lossless, a.seconds or 0.0))
+                show(f"{advice.change}: {advice.saved_bytes / 2**30:.2f} GiB less")
+        found.sort(key=lambda a: (-a.saved_bytes, not a.lossless, a.seconds or 0.0))
     return found[:count]
 
 
 def _fits(runs: _Runs, advice: Advice) -> bool:
     """Run with the limit: on a card that runs short the allocator gives back what it only keeps, so the peak cannot tell."""
     strategy = replace(runs.config.strategy, **advice.knobs)
-    return runs.predict(replace(runs.config, strategy=strategy), False) is not None
+    return runs.predict(replace(runs.config, strategy=strategy), False).failure is None
 
 
 def _advice(runs: _Runs, knobs: dict[str, Any]) -> Advice | None:
     """None if the whole run saves nothing."""
-    after = runs.whole(replace(runs.config.strategy, **knobs))
-    if after is None or after.device_bytes >= runs.base.device_bytes:
+    base, after = runs.base, runs.whole(replace(runs.config.strategy, **knobs))
+    if after.failure is not None or _device_bytes(after) >= _device_bytes(base):
         return None
-    times = runs.base.seconds, after.seconds
+    times, where = (_stage_seconds(base), _stage_seconds(after)), after.peak_span()
     return Advice(
         change=" ".join(f"--{FLAG_OF.get(knob, knob)} {value}" for knob, value in knobs.items()),
-        knobs=knobs,
-        saved_device_bytes=runs.base.device_bytes - after.device_bytes,
-        saved_allocated_bytes=runs.base.allocated_bytes - after.allocated_bytes,
+        saved_bytes=_device_bytes(base) - _device_bytes(after),
         seconds=None if times[0] is None or times[1] is None else round(times[1] - times[0], 3),
         lossless=not _is_lossy(knobs),
-        base_device_bytes=runs.base.device_bytes,
-        peak_device_bytes=after.device_bytes,
-        peak_stage_after=after.top.name,
+        base_device_bytes=_device_bytes(base),
+        peak_device_bytes=_device_bytes(after),
+        knobs=knobs,
+        saved_allocated_bytes=_allocated_bytes(base) - _allocated_bytes(after),
+        peak_stage_after=where.name if where else None,
     )
+
+
+def _device_bytes(record: RunRecord) -> int:
+    return max(span.peak.device_bytes or 0 for span in record.stages)
+
+
+def _allocated_bytes(record: RunRecord) -> int:
+    return max(span.peak.allocated_bytes for span in record.stages)
+
+
+def _stage_seconds(record: RunRecord) -> float | None:
+    """All stages; loading depends on the disk."""
+    times = [span.seconds for span in record.stages if span.kind == "stage"]
+    return None if None in times else sum(time for time in times if time is not None)

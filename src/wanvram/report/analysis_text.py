@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from wanvram.advice import Advice
 from wanvram.analysis.events import EventGroup, EventSummary
 from wanvram.analysis.peak import Moment, OwnerShare
 from wanvram.analysis.snapshot import DeviceHistory, HostMemory, Snapshot
@@ -12,7 +13,6 @@ from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummar
 from wanvram.foreign_text import shown
 from wanvram.record import Memory, RunRecord
 from wanvram.report.findings import advice_first, unlimited_base
-from wanvram.report.runs import Advice
 from wanvram.report.terminal import table
 from wanvram.report.translations import Texts
 from wanvram.units import human, mib, mib_cell, seconds
@@ -163,7 +163,7 @@ def _advice(record: RunRecord, advice: Sequence[Advice]) -> str:
     if not advice:
         return ""
     advice = advice_first(advice)
-    columns = {"what lowers the peak most (simulated)": [item.change for item in advice]}
+    columns = {"what lowers the peak most (simulated)": [item.label for item in advice]}
     columns["saves MiB"] = [mib_cell(item.saved_bytes) for item in advice]
     if any(item.peak_device_bytes is not None for item in advice):
         columns["leaves MiB"] = [mib_cell(item.peak_device_bytes) for item in advice]

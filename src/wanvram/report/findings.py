@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wanvram.analysis.peak import WEIGHTS, component_of, module_of, owners, shape_of, weights_at
+from wanvram.advice import Advice
+from wanvram.analysis.peak import WEIGHTS, component_of, module_of, owners, shape_of
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.runs import Advice, Run, pairs
+from wanvram.report.runs import Run, pairs
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts
 from wanvram.units import GIB, human, seconds
@@ -30,7 +31,6 @@ __all__ = [
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
 NAMED = 3  # of the runs that share a figure
 LEAST_SECONDS = 0.005  # what is shown as 0.00 s costs no time
-LOSSY = " (lossy)"  # how predict.advice marks a change after which the video is another
 USABLE_SHARE = 0.98  # of a card's nominal memory a process gets about this much: RTX 4090 24,082 of 24,576 MiB
 
 
@@ -41,15 +41,6 @@ class Answer:
     headline: str
     owner: str
     change: str
-
-
-@dataclass(frozen=True)
-class _Lever:
-    """A knob that acts on bytes alive at the peak. key: its sentence in texts."""
-
-    key: str
-    bytes_at_stake: int
-    lossy: bool = False
 
 
 def deciding_bytes(memory: Memory) -> int:
@@ -75,7 +66,7 @@ def answer(run: Run, texts: Texts) -> Answer:
     span, peak = run.record.peak_span(), run.record.peak()
     if span is None or peak is None:
         return Answer(_failure(run.record, texts) or texts("nothing_recorded"), "", "")
-    return Answer(_headline(run.record, peak, texts), _owner(run, span, texts), _change(run, span, texts))
+    return Answer(_headline(run.record, peak, texts), _owner(run, span, texts), _advised(run, texts))
 
 
 def _headline(record: RunRecord, peak: Memory, texts: Texts) -> str:
@@ -129,40 +120,27 @@ def _group_name(group: dict[str, Any], texts: Texts) -> str:
     return texts("group_of", shape=shape_of(group), module=module_of(group))
 
 
-def _change(run: Run, span: Span, texts: Texts) -> str:
-    if run.advice:
-        return _advised(run, texts)
-    levers = [lever for lever in _levers(run, span) if lever.bytes_at_stake > 0]
-    lever = max(levers, key=lambda lever: (not lever.lossy, lever.bytes_at_stake), default=None)
-    if lever is None:
-        return texts("lever_none")
-    component = span.component or texts("no_component")
-    return texts("lever", lever=texts(lever.key, bytes=human(lever.bytes_at_stake), component=component))
-
-
 def _advised(run: Run, texts: Texts) -> str:
-    """The best lossless change, then the best lossy one if it saves more."""
+    """The best lossless change, then the best lossy one if it saves more; without advice, how it is had."""
+    if not run.advice:
+        return texts("no_advice")
     best, *others = advice_first(run.advice)
     sentences = [_advice(run, best, texts)]
-    lossy = next((a for a in others if _is_lossy(a) and a.saved_bytes > best.saved_bytes), None)
-    if lossy is not None and not _is_lossy(best):
+    lossy = next((a for a in others if not a.lossless and a.saved_bytes > best.saved_bytes), None)
+    if lossy is not None and best.lossless:
         sentences.append(_advice(run, lossy, texts))
     return texts.join(*sentences)
 
 
 def advice_first(advice: Sequence[Advice]) -> list[Advice]:
     """Lossless changes first, then by what they save."""
-    return sorted(advice, key=lambda a: (_is_lossy(a), -a.saved_bytes))
-
-
-def _is_lossy(advice: Advice) -> bool:
-    return advice.change.endswith(LOSSY)
+    return sorted(advice, key=lambda a: (not a.lossless, -a.saved_bytes))
 
 
 def _advice(run: Run, advice: Advice, texts: Texts) -> str:
-    lossy = "_lossy" if _is_lossy(advice) else ""
+    lossy = "" if advice.lossless else "_lossy"
     values = {
-        "change": advice.change.removesuffix(LOSSY),
+        "change": advice.change,
         "saved": human(advice.saved_bytes),
         "share": _share(run.record, advice),
         "cost": _cost(advice.seconds, texts),
@@ -194,50 +172,6 @@ def _cost(added: float | None, texts: Texts) -> str:
     if abs(added) < LEAST_SECONDS:
         return texts("cost_none")
     return texts("cost_slower" if added > 0 else "cost_faster", time=seconds(abs(added)))
-
-
-def _levers(run: Run, span: Span) -> Iterator[_Lever]:
-    """Knobs of Strategy that are still off and act on the peak, each with the bytes alive there that it works on."""
-    setting = _setting(run)
-    weights = _weights_at_peak(run, span)
-    own = weights.get(span.component or "", 0)
-    others = sum(weights.values()) - own
-    if setting("model_config.offload") is False:
-        yield _Lever("lever_offload", others)
-    if setting("model_config.load_strategy") == "full":
-        yield _Lever("lever_block", own)
-    if span.component == "text_encoder" and setting("model_config.t5_cpu") is False:
-        activation = span.activation_bytes if span.kind == "stage" else 0  # what loading adds are the weights
-        yield _Lever("lever_t5_cpu", own + activation)
-    if span.component == "dit" and span.kind == "stage":
-        if setting("optimization.attention_slicing") is False:
-            yield _Lever("lever_slicing", span.activation_bytes)
-        elif setting("optimization.rows_per_chunk") is None:
-            yield _Lever("lever_rows", span.activation_bytes)
-    if span.component == "vae" and span.kind == "stage" and setting("optimization.vae_tile") is None:
-        yield _Lever("lever_tile", span.activation_bytes)
-    if setting("optimization.expandable_segments") is False:
-        yield _Lever("lever_segments", span.peak.reserved_bytes - span.peak.allocated_bytes)
-    if setting("model_config.precision") == "fp32":
-        yield _Lever("lever_precision", span.peak.allocated_bytes // 2, lossy=True)
-
-
-def _setting(run: Run) -> Callable[[str], object]:
-    settings = run.settings()
-    return lambda key: settings.get(key)
-
-
-def _weights_at_peak(run: Run, span: Span) -> dict[str, int]:
-    """By component: recorded, else the base memory of what was loaded by then if nothing is offloaded."""
-    moment = peak_moment(run.timeline)
-    if moment is not None and run.timeline["weights"]:
-        return weights_at(run.timeline, moment["x"])
-    base = {c.name: c.base_bytes for c in run.record.components}
-    if run.settings().get("model_config.offload"):
-        return {name: size for name, size in base.items() if name == span.component}
-    stages = run.record.stages
-    loaded = {s.component for s in stages[: stages.index(span) + 1]}
-    return {name: size for name, size in base.items() if name in loaded}
 
 
 def best_first(runs: Sequence[Run]) -> list[tuple[int, Run]]:

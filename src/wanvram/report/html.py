@@ -145,7 +145,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "environment": {key: shortened(value, MAX_TEXT) for key, value in record.environment.items()},
         "notes": [shortened(note, MAX_TEXT) for note in record.notes],
         "advice": [
-            asdict(advice) | {"change": shortened(advice.change, MAX_TEXT)} for advice in advice_first(run.advice)
+            asdict(advice) | {"change": shortened(advice.label, MAX_TEXT)} for advice in advice_first(run.advice)
         ],
         "components": [asdict(component) for component in record.components],
         "stages": [_stage(span) for span in record.stages],

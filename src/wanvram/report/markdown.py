@@ -177,7 +177,7 @@ def _advice(run: Run, texts: Texts) -> list[str]:
     advice = advice_first(run.advice)
     base = unlimited_base(run.record, advice[0])
     intro = [] if base is None else [texts("advice_base", base=human(base)), ""]
-    columns = {"advice_change": [a.change for a in advice], "advice_saved": [mib_cell(a.saved_bytes) for a in advice]}
+    columns = {"advice_change": [a.label for a in advice], "advice_saved": [mib_cell(a.saved_bytes) for a in advice]}
     if any(a.peak_device_bytes is not None for a in advice):
         columns["advice_left"] = [mib_cell(a.peak_device_bytes) for a in advice]
     numbers = range(1, len(columns) + 1)

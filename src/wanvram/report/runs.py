@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wanvram.advice import FILE_NAME, Advice, read_advice
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown, why
 from wanvram.input_files import read_text, state_of
 from wanvram.record import MAX_RECORD_BYTES, RunRecord, dotted
 from wanvram.report.timeline import checked_timeline, coarse_timeline
-from wanvram.strict_json import check_types, strict_json
+from wanvram.strict_json import strict_json
 
-__all__ = ["Advice", "Run", "find_runs", "pairs", "read_run"]
+__all__ = ["Run", "find_runs", "pairs", "read_run"]
 
 MAX_FILE_BYTES = MAX_RECORD_BYTES  # a timeline has under 4 MB
 MAX_RUNS = 500
@@ -35,23 +36,6 @@ _FREE_KEYS = {
     "request.prompt",
     "request.negative_prompt",
 }
-_OPTIONAL = ("base_device_bytes", "peak_device_bytes", "fits")
-
-
-@dataclass(frozen=True)
-class Advice:
-    """One change of strategy and what running it saved. seconds: added time, None when unknown.
-
-    base_device_bytes, peak_device_bytes: the simulated peak without and with the change; fits: of a run that does not fit its
-    card, whether it fits with the change. All None in an advice.json that does not say.
-    """
-
-    change: str
-    saved_bytes: int
-    seconds: float | None
-    base_device_bytes: int | None = None
-    peak_device_bytes: int | None = None
-    fits: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -121,14 +105,14 @@ def read_run(directory: Path, taken: Mapping[str, bool] | None = None) -> Run:
     """The run in a directory. taken: labels of other runs, and whether they are simulated; what tells it apart is added to one
     that exists already: predicted or measured, else the directory's name.
 
-    advice.json: {"schema": 1, "advice": [{"change": str, "saved_bytes": int, "seconds": float|null}]}, and more of Advice.
     Raises InputError naming the damaged file.
     """
     try:
         record = RunRecord.from_json(_load(directory / "record.json"))
         exact = state_of(directory / "timeline.json") is not None
         timeline = checked_timeline(_load(directory / "timeline.json")) if exact else coarse_timeline(record)
-        advice = _advice(_load(directory / "advice.json")) if state_of(directory / "advice.json") else ()
+        advised = directory / FILE_NAME
+        advice = read_advice(_load(advised)) if state_of(advised) else ()
     except InputError as error:
         raise InputError(f"{shown(directory)} holds no readable run: {error}") from error
     return Run(_label(record, directory, taken or {}), record, timeline, exact, advice)
@@ -149,18 +133,6 @@ def _load(path: Path) -> Any:
         return strict_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} is no valid JSON: {why(error)}") from error
-
-
-def _advice(data: Any) -> tuple[Advice, ...]:
-    try:
-        found = tuple(
-            Advice(item["change"], item["saved_bytes"], item["seconds"], *map(item.get, _OPTIONAL))
-            for item in data["advice"]
-        )
-        check_types(found, tuple[Advice, ...], "advice")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"advice.json is damaged: {why(error)}") from error
-    return found
 
 
 def pairs(runs: Sequence[Run]) -> list[tuple[int, int]]:

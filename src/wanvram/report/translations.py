@@ -73,45 +73,9 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "cost_faster": ("and takes {time} less per run", "每次运行少用 {time}"),
     "cost_none": ("at no cost in time", "不增加耗时"),
     "cost_unknown": ("at an unknown cost in time", "耗时代价未知"),
-    "lever": (
-        "Likely lever (not simulated; wanvram analyze DIR --advice computes it): {lever}",
-        "可能的办法（未经模拟；wanvram analyze DIR --advice 可计算）：{lever}",
-    ),
-    "lever_offload": (
-        "offload: true; {bytes} of weights of other components lie on the device at the peak.",
-        "设置 offload: true；峰值时其他组件的权重占用 {bytes}。",
-    ),
-    "lever_block": (
-        "load_strategy: block; {bytes} of weights of {component} lie on the device at the peak.",
-        "设置 load_strategy: block；峰值时 {component} 的权重占用 {bytes}。",
-    ),
-    "lever_t5_cpu": (
-        "t5_cpu: true; the text encoder holds {bytes} at the peak.",
-        "设置 t5_cpu: true；峰值时文本编码器占用 {bytes}。",
-    ),
-    "lever_slicing": (
-        "attention_slicing: true; {bytes} at the peak are activations of {component}.",
-        "设置 attention_slicing: true；峰值时 {component} 的激活占用 {bytes}。",
-    ),
-    "lever_rows": (
-        "a smaller rows_per_chunk; {bytes} at the peak are activations of {component}.",
-        "减小 rows_per_chunk；峰值时 {component} 的激活占用 {bytes}。",
-    ),
-    "lever_tile": (
-        "vae_tile: 80; {bytes} at the peak are activations of whole frames.",
-        "设置 vae_tile: 80；峰值时整帧的激活占用 {bytes}。",
-    ),
-    "lever_segments": (
-        "expandable_segments: true; {bytes} at the peak are reserved but hold no tensor.",
-        "设置 expandable_segments: true；峰值时有 {bytes} 已预留但未被张量使用。",
-    ),
-    "lever_precision": (
-        "precision: bf16 (lossy); fp32 doubles about {bytes} of what is alive at the peak.",
-        "设置 precision: bf16（有损）；fp32 使峰值时约 {bytes} 翻倍。",
-    ),
-    "lever_none": (
-        "No knob that is still off acts on this peak; a smaller size is what remains.",
-        "没有尚未启用的选项能影响该峰值；剩下的办法是减小尺寸。",
+    "no_advice": (
+        "What lowers it: `wanvram analyze DIR --advice` simulates every change and says what each saves.",
+        "怎样降低：`wanvram analyze DIR --advice` 会模拟每一项改动，并给出各自节省多少。",
     ),
     "best_of": (
         "Of {count} runs “{best}” has the lowest peak, {least}",
