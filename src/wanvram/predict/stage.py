@@ -13,12 +13,11 @@ from wanvram.engine.components import Parts
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
-from wanvram.media.inputs import prepare_inputs
 from wanvram.planner.forecasts import StageForecast
-from wanvram.predict.simulate import simulated_memory
+from wanvram.predict.simulate import simulated_device
 from wanvram.record import Span
 from wanvram.recorder.recorder import Recorder
-from wanvram.run.weights import NoWeights
+from wanvram.run.execute import assembled
 
 __all__ = ["simulate_stage"]
 
@@ -35,11 +34,12 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     strategy = replace(config.strategy, offload=True)
     request = replace(config.request, sample_steps=min(config.request.sample_steps, 2))
     config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy, request=request)
-    memory = simulated_memory(config, unlimited=True)
-    device = SimulatedDevice(memory)
-    inputs, _ = prepare_inputs(request, simulated=True, real_weights=False)
-    short = _shortened(inputs) if component.startswith("vae") else inputs
-    pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(), short, alone=True)
+    device = simulated_device(config, unlimited=True)
+    memory = device.memory
+    pipeline = assembled(device, config, Recorder(memory, None, None)).pipeline
+    pipeline.alone = True
+    inputs = pipeline.inputs
+    short = pipeline.inputs = _shortened(inputs) if component.startswith("vae") else inputs
     with device.session():
         memory.load_everything()
         _run(component, pipeline, Parts(config, device, pipeline.weights), device)
