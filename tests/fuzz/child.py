@@ -28,6 +28,10 @@ LARGEST_KEPT = 20  # failures
 VARYING = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\d""")  # of two sentences of one kind
 
 
+class _TimeUpError(BaseException):
+    """hypothesis lets it pass; an input that draws nothing would be an error of its own."""
+
+
 class Child:
     def __init__(self, sources: Path, out: Path) -> None:
         self.sources, self.out = sources, out
@@ -95,29 +99,45 @@ def by_chance(child: Child, kinds: Sequence[str], seed: int, end: float, count: 
 
 def by_hypothesis(child: Child, kinds: Sequence[str], seed: int, end: float, count: int) -> None:
     """hypothesis chooses what the generators draw, and shrinks what fails to the smallest input that does."""
+    for number, kind in enumerate(kinds):
+        share = (end - time.monotonic()) / (len(kinds) - number)
+        wrong = _smallest(child, kind, seed, time.monotonic() + share, count)
+        if wrong:
+            child.keep(kind, wrong)
+    child.save()
+
+
+def _smallest(child: Child, kind: str, seed: int, end: float, count: int) -> list[str]:
+    """What is wrong with the smallest input that fails, which is the last one tried; empty if none does."""
     import hypothesis
     from hypothesis import strategies
 
-    for kind in kinds:
-        last: list[str] = []
-        stop = time.monotonic() + (end - time.monotonic()) / (len(kinds) - kinds.index(kind))
+    last: list[str] = []
 
-        @hypothesis.seed(seed)
-        @hypothesis.settings(
-            max_examples=count, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-        )
-        @hypothesis.given(strategies.randoms(use_true_random=False))
-        def once(rng: random.Random, kind: str = kind, last: list[str] = last, stop: float = stop) -> None:
-            wrong = child.once(kind, rng) if last or time.monotonic() < stop else []
-            last[:] = wrong or last
-            child.save()
-            assert not wrong
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=min(count, 100_000),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(strategies.randoms(use_true_random=False))
+    def once(rng: random.Random) -> None:
+        if time.monotonic() > end and not last:
+            raise _TimeUpError
+        wrong = child.once(kind, rng)
+        if wrong:
+            last[:] = wrong
+        child.save()
+        assert not wrong
 
-        try:
-            once()
-        except Exception:  # also "flaky", where the same input went well the second time
-            child.keep(kind, last)
-    child.save()
+    try:
+        once()
+    except _TimeUpError:
+        return []
+    except Exception as error:  # also "flaky", where the same input went well the second time
+        return last or [f"hypothesis: {error!r}"]
+    return []
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
