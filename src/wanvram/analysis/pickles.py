@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 from wanvram.errors import DamagedError, InputError
 from wanvram.foreign_text import why
@@ -61,7 +62,7 @@ class PlainUnpickler:
     finish_dict and finish_list are called when a container got its (first 1,000) items and may return what takes its place.
     """
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: BufferedIOBase, name: str) -> None:
         self._file = file
         self._name = name
         self._stack: list[Any] = []

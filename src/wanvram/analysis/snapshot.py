@@ -6,8 +6,6 @@ Of every recorded stack only the innermost frame outside of PyTorch is kept.
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +29,8 @@ from wanvram.analysis.replay import (
 )
 from wanvram.analysis.snapshot_unpickler import Mark, SnapshotUnpickler
 from wanvram.errors import InputError
-from wanvram.foreign_text import shown, why
-from wanvram.input_files import open_regular
+from wanvram.foreign_text import shown
+from wanvram.input_files import unpacked
 from wanvram.units import human
 
 __all__ = [
@@ -183,17 +181,9 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def _load(path: Path, rules: Rules) -> tuple[Any, SnapshotUnpickler]:
-    try:
-        with open_regular(path) as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-            reader = SnapshotUnpickler(file, shown(path), rules)
-            root = reader.load()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{shown(path)} is a truncated or damaged gzip file") from error
-    except OSError as error:
-        raise InputError(f"{shown(path)} cannot be read: {why(error)}") from error
+    with unpacked(path) as file:
+        reader = SnapshotUnpickler(file, shown(path), rules)
+        root = reader.load()
     parts = [root.get(key) for key in ("segments", "device_traces")] if isinstance(root, dict) else [root]
     if not any(isinstance(part, list) for part in parts):
         raise InputError(f"{shown(path)} is no CUDA allocator snapshot: it has neither segments nor device_traces")

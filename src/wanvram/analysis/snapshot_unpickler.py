@@ -6,7 +6,8 @@ A value that cannot be costs what it belongs to: an event, a block, a segment.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 from wanvram.analysis.pickles import ODD, PlainUnpickler
 from wanvram.analysis.places import is_own, place_of
@@ -40,7 +41,7 @@ class Mark(tuple[Any, ...]):
 class SnapshotUnpickler(PlainUnpickler):
     """Feeds trace entries to a replay per trace as they complete, and shrinks frames, blocks and segments."""
 
-    def __init__(self, file: BinaryIO, name: str, rules: Rules) -> None:
+    def __init__(self, file: BufferedIOBase, name: str, rules: Rules) -> None:
         super().__init__(file, name)
         self._rules = rules
         self._frames: dict[Frame, _Framed] = {}
