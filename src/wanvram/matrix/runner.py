@@ -27,6 +27,7 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
 from wanvram.folder_lock import alone_in, lock_folder
 from wanvram.matrix.jobs import Job, exit_code, expected, finished
+from wanvram.output_files import writing
 from wanvram.record import Failure, RunRecord, write_atomically
 from wanvram.recorder.interrupts import INTERRUPTED, Interrupted
 
@@ -129,16 +130,15 @@ def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcom
     start = time.monotonic()
     log = job.directory / LOG
     try:
-        job.directory.mkdir(parents=True, exist_ok=True)
-        with alone_in(job.directory):
-            for name in ("record.json", "config.yaml"):  # of an earlier run: what is there next is this run's
-                (job.directory / name).unlink(missing_ok=True)
-            log.write_bytes(b"")
+        with writing(f"to {job.directory}"):
+            job.directory.mkdir(parents=True, exist_ok=True)
+            with alone_in(job.directory):
+                for name in ("record.json", "config.yaml"):  # of an earlier run: what is there next is this run's
+                    (job.directory / name).unlink(missing_ok=True)
+                log.write_bytes(b"")
     except InputError as error:  # somebody's single run: nothing of it is touched
         record = replace(_empty_record(job.config), failure=Failure("error", str(error)), notes=[])
         return Outcome(job, record, time.monotonic() - start)
-    except OSError as error:
-        raise OutputError(f"cannot write to {job.directory}: {error.strerror or error}") from error
     with tempfile.TemporaryDirectory(prefix="wanvram-") as scratch:
         path = Path(scratch) / "config.yaml"
         path.write_text(_yaml(job.config), encoding="utf-8")

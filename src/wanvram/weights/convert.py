@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from wanvram.errors import CheckpointError, InputError, OutputError
 from wanvram.folder_lock import LOCK_FILE, alone_in
+from wanvram.output_files import writing
 from wanvram.record import write_atomically
 from wanvram.specs import DIT
 from wanvram.units import human
@@ -158,10 +159,8 @@ def convert(
         raise explain(job.source, error) from error
     if not output.exists():
         _check_space(output, sum(part.nbytes for part in plan.parts), free)
-        try:
+        with writing(f"to {output}"):
             output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write to {output}: {error.strerror or error}") from error
     with alone_in(output):
         return _written(plan, sources, output, free, progress)
 
@@ -176,7 +175,7 @@ def _written(
     manifest = _begun(output, plan)
     pending = [part for part in plan.parts if not _is_finished(output, manifest, part.name)]
     _check_space(output, sum(part.nbytes for part in pending), free)
-    try:
+    with writing(f"to {output}"):
         _save(output, manifest)
         for path in plan.tokenizer:
             _copy_file(path, output, manifest)
@@ -186,8 +185,6 @@ def _written(
             if progress:
                 left = sum(p.name not in manifest["files"] for p in plan.parts)
                 progress(f"{part.name}  {human(part.nbytes)}  ({len(plan.parts) - left} of {len(plan.parts)})")
-    except OSError as error:
-        raise OutputError(f"cannot write to {output}: {error.strerror or error}") from error
     _finish(output, manifest)
     return manifest
 
