@@ -48,7 +48,6 @@ class SnapshotUnpickler(PlainUnpickler):
         self._named: dict[Frame, Stack] = {}
         self.odd: Counter[str] = Counter()  # what was left out: block, segment, annotation
         self.first_odd: dict[str, str] = {}
-        self._seen: set[tuple[str, ...]] = set()
         self._replays: dict[int, tuple[Any, Replay]] = {}  # id of the trace's list -> (the list, its replay)
         self._held: dict[int, int] = {}  # id of the trace's list -> the values that its replay holds
 
@@ -93,10 +92,6 @@ class SnapshotUnpickler(PlainUnpickler):
             return self._place([item for item in items if item.__class__ is _Framed])
         return super().finish_list(target, items) if target.__class__ is list and _Framed not in kinds else target
 
-    def finish_shape(self, values: list[Any]) -> Any:
-        values[5] = _stack(values[5])
-        return _Entry(values)
-
     def _odd(self, what: str, key: str, value: Any) -> Any:
         """What stands for something that cannot be; it is counted, and the first of its kind named."""
         self.odd[what] += 1
@@ -104,10 +99,6 @@ class SnapshotUnpickler(PlainUnpickler):
         return ODD
 
     def _entry(self, value: dict[Any, Any]) -> _Entry:
-        keys = tuple(value)
-        if keys not in self._seen and len(self._seen) < 8:
-            self._seen.add(keys)
-            self.learn(keys, ("action", "addr", "size", "stream", "time_us", "frames"))
         self.forget(value, None)
         for item in value.values():
             if item.__class__ is list or item.__class__ is dict:
