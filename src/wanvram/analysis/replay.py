@@ -22,7 +22,7 @@ __all__ = [
     "Block",
     "Frame",
     "Live",
-    "Refusal",
+    "OutOfMemoryEvent",
     "Replay",
     "Rules",
     "Segment",
@@ -89,7 +89,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class OutOfMemoryEvent:
     """An out-of-memory event: the bytes asked for and what the driver had free."""
 
     seconds: float
@@ -182,7 +182,7 @@ class Replay:
     starts: list[int] = field(default_factory=list)  # sorted keys of ranges
     peak_ranges: dict[int, Range] | None = None  # None: the same as ranges
     points: Points = field(default_factory=Points)
-    refusals: list[Refusal] = field(default_factory=list)
+    refusals: list[OutOfMemoryEvent] = field(default_factory=list)
     strange: int = 0  # events that cannot be, which are left out
     first_strange: str = ""
 
@@ -206,7 +206,7 @@ class Replay:
             elif action == "free_completed":
                 self._complete(addr, size)
             elif action == "oom":
-                self.refusals.append(Refusal(x, size, addr))
+                self.refusals.append(OutOfMemoryEvent(x, size, addr))
             else:
                 self._segment_event(action, addr, size, stream)
             self.points.add(x, self.allocated, self.reserved)

@@ -21,7 +21,7 @@ from wanvram.analysis.replay import (
     Block,
     Frame,
     Live,
-    Refusal,
+    OutOfMemoryEvent,
     Replay,
     Rules,
     Segment,
@@ -35,13 +35,13 @@ from wanvram.units import human
 
 __all__ = [
     "AliveGroup",
+    "AllocatorMoment",
     "Block",
     "DeviceHistory",
     "Frame",
     "Hole",
     "HostMemory",
-    "Moment",
-    "Refusal",
+    "OutOfMemoryEvent",
     "Segment",
     "Snapshot",
     "TraceEntry",
@@ -74,7 +74,7 @@ class Hole:
 
 
 @dataclass(frozen=True)
-class Moment:
+class AllocatorMoment:
     """The allocator at one time. sum of alive == allocated_bytes; segments and holes are empty where the history is incomplete."""
 
     seconds: float
@@ -96,12 +96,12 @@ class DeviceHistory:
     events: int
     complete: bool
     points: tuple[Point, ...]
-    peak: Moment
+    peak: AllocatorMoment
     peak_active_bytes: int
     peak_reserved_bytes: int
     allocated_bytes: int
     reserved_bytes: int
-    out_of_memory: tuple[Refusal, ...]
+    out_of_memory: tuple[OutOfMemoryEvent, ...]
     stages: tuple[tuple[str, int, float, float], ...]
 
     @property
@@ -284,7 +284,7 @@ def _history(
 
 def _peak(
     replay: Replay, older: Sequence[Block], base: int, base_reserved: int, known: Sequence[Segment] | None
-) -> Moment:
+) -> AllocatorMoment:
     """known: the segments then; None if the replay knows them."""
     alive, pending = replay.at_peak()
     groups: Counter[tuple[int, str]] = Counter((live[0], live[2].where) for live in alive.values())
@@ -292,7 +292,7 @@ def _peak(
     ranked = sorted(((size * n, n, where) for (size, where), n in groups.items()), key=lambda g: (-g[0], g[2]))
     x, allocated, reserved = replay.peak
     segments = _map(replay, alive, pending) if known is None else tuple(known)
-    return Moment(
+    return AllocatorMoment(
         seconds=x,
         allocated_bytes=allocated + base,
         reserved_bytes=reserved + base_reserved,

@@ -20,7 +20,7 @@ FRAME_COST = 4  # what a stack frame takes in memory, in values that are kept
 REPLAY_COST = 16
 
 
-class _Entry(tuple[Any, ...]):
+class _AllocatorEvent(tuple[Any, ...]):
     """action, address, size, stream, time in microseconds, stack: as Replay.feed takes it."""
 
     __slots__ = ()
@@ -81,11 +81,11 @@ class SnapshotUnpickler(PlainUnpickler):
 
     def finish_list(self, target: Any, items: list[Any]) -> Any:
         kinds = {item.__class__ for item in items}
-        if _Entry in kinds:
+        if _AllocatorEvent in kinds:
             if len(kinds) > 1:
-                for _ in range(sum(item.__class__ is not _Entry for item in items)):
+                for _ in range(sum(item.__class__ is not _AllocatorEvent for item in items)):
                     self.replay_of(target).leave_out("is no event")
-                items = [item for item in items if item.__class__ is _Entry]
+                items = [item for item in items if item.__class__ is _AllocatorEvent]
             self._feed(target, items)
             return target
         if _Framed in kinds and target.__class__ is list and not target:
@@ -98,7 +98,7 @@ class SnapshotUnpickler(PlainUnpickler):
         self.first_odd.setdefault(what, f"{key} {quoted(value)}")
         return ODD
 
-    def _entry(self, value: dict[Any, Any]) -> _Entry:
+    def _entry(self, value: dict[Any, Any]) -> _AllocatorEvent:
         self.forget(value, None)
         for item in value.values():
             if item.__class__ is list or item.__class__ is dict:
@@ -106,7 +106,9 @@ class SnapshotUnpickler(PlainUnpickler):
         get = value.get
         action = get("action")
         addr = get("device_free" if action == "oom" else "addr", 0)
-        return _Entry((action, addr, get("size", 0), get("stream", 0), get("time_us", 0), _stack(get("frames"))))
+        return _AllocatorEvent(
+            (action, addr, get("size", 0), get("stream", 0), get("time_us", 0), _stack(get("frames")))
+        )
 
     def _frame(self, value: dict[Any, Any]) -> _Framed:
         filename, line, name = value["filename"], value["line"], value.get("name")

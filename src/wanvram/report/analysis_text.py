@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from wanvram.analysis.events import EventGroup, EventSummary
-from wanvram.analysis.peak import Moment, OwnerShare
+from wanvram.analysis.peak import OwnerShare
 from wanvram.analysis.snapshot import DeviceHistory, HostMemory, Snapshot
 from wanvram.analysis.stages import Analysis, SpecMoments, Switch
 from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummary
@@ -71,7 +71,7 @@ def run_text(record: RunRecord, analysis: Analysis, advice: Sequence[Advice]) ->
 def _owners(analysis: Analysis) -> str:
     if not analysis.peaks:
         return ""
-    peak: Moment = analysis.peaks[0]
+    peak = analysis.peaks[0]
     rows = [["alive at the peak, by component", "count", "MiB", "share"], *map(_owner, peak.by_component)]
     tables = [rows]
     for title, owners in (("by stage", peak.by_stage), ("by module", peak.by_module), ("by shape", peak.by_shape)):
