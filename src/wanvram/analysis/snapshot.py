@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +319,7 @@ def _map(replay: Replay, alive: dict[int, Live], pending: dict[int, Live]) -> tu
             free, at = address + live[0], at + 1
         if free < end:
             blocks.append(Block(free, end - free, 0, INACTIVE))
-        result.append(Segment(start, held.size, held.stream, held.small, held.expandable, tuple(blocks)))
+        result.append(replace(held, blocks=tuple(blocks)))
     return tuple(result)
 
 
