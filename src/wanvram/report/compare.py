@@ -13,7 +13,7 @@ from wanvram.foreign_text import shown
 from wanvram.input_files import state_of
 from wanvram.record import RunRecord
 from wanvram.report.runs import Run, find_runs
-from wanvram.report.terminal import table
+from wanvram.report.terminal import listed, table
 from wanvram.units import MIB, mib_cell, seconds
 
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
@@ -120,9 +120,7 @@ def _configuration(comparison: Comparison, others: Sequence[int]) -> str:
     changed = {key: values for key, values in changed.items() if any(value != values[0] for value in values)}
     if changed.keys() - {SEED, "name", "description"}:
         changed.pop(SEED, None)
-    rows = [["changed", *map(_letter, shown)]]
-    rows += [[key, *map(_cell, values)] for key, values in changed.items()]
-    return table(rows) if changed else ""
+    return listed(["changed", *map(_letter, shown)], ([key, *map(_cell, row)] for key, row in changed.items()))
 
 
 def _cell(value: Any) -> str:
@@ -152,12 +150,12 @@ def _differences(
     head = [title, "A"]
     for run in others:
         head += [_letter(run), f"{_letter(run)}-A", "%"]
-    rows = [head]
+    rows = []
     for name, key in keys:
         values = comparison.figures.get(key, ())
         if values and (always or any(values[run] != values[0] for run in others)):
             rows.append([name, *_cells(comparison, key, others)])
-    return table(rows) if len(rows) > 1 else ""
+    return listed(head, rows)
 
 
 def _cells(comparison: Comparison, key: Key, others: Sequence[int]) -> Iterator[str]:
