@@ -194,8 +194,9 @@ def _stop(process: subprocess.Popen[bytes], number: int = signal.SIGINT) -> None
     """An interrupt, on which a run records what it has; then a kill. number: the signal that ends the series."""
     if process.poll() is not None:
         return
-    # Windows sends another group Ctrl-Break only; the child takes it for Ctrl-C.
-    process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else number)
+    if sys.platform == "win32":  # it sends another group Ctrl-Break only; the child takes it for Ctrl-C
+        number = signal.CTRL_BREAK_EVENT
+    process.send_signal(number)
     try:
         process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:

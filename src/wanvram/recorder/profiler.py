@@ -91,6 +91,7 @@ class _ForkedMeter:
     """Of a process forked from one that uses CUDA: PyTorch refuses it the GPU, so it has no memory there."""
 
     device_name = "cuda"
+    caches = False
 
     def read(self) -> Memory:
         return Memory(0, 0, None)
