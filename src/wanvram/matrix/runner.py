@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ import yaml
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
-from wanvram.folder_lock import alone_in, lock_folder
+from wanvram.folder_lock import alone_in
 from wanvram.matrix.jobs import Job, exit_code, expected, finished
 from wanvram.output_files import writing
 from wanvram.record import Failure, RunRecord, write_atomically
@@ -108,22 +108,12 @@ def _known(jobs: Sequence[Job], **how: bool) -> list[RunRecord | None]:
 @contextmanager
 def _only_one_in(folders: set[Path]) -> Iterator[None]:
     """Two series in one folder would take each other's directories, and two runs on one card each other's memory."""
-    handles = []
-    try:
+    with ExitStack() as locks:
         for folder in sorted(folders):
-            try:
+            with writing(f"to {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
-                handles.append(lock_folder(folder))
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another wanvram profile is writing to {folder}; wait for it or give -o DIR"
-                ) from error
-            except OSError as error:
-                raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+            locks.enter_context(alone_in(folder, "wanvram profile"))
         yield
-    finally:
-        for handle in handles:
-            os.close(handle)
 
 
 def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcome:
