@@ -56,6 +56,15 @@ _NAMED = (
     ("snapshot", _PICKLE),
     ("unnamed snapshot", re.compile(r"snapshot[^.]*$", re.IGNORECASE)),
 )
+_SNAPSHOT_FIGURES: tuple[str, ...] = (
+    "device",
+    "events",
+    "recorded",
+    "complete",
+    "peak_allocated_bytes",
+    "peak_active_bytes",
+)
+_SNAPSHOT_FIGURES += ("peak_reserved_bytes", "allocated_bytes", "reserved_bytes")
 MAX_FILES = 10_000  # looked at in a folder
 MAX_LOOKED_INTO = 100  # JSON files that are opened to see what they are
 MOST_DIFFERENT = 0.01  # of the record's peak, for a trace's peak to be the same
@@ -231,20 +240,9 @@ def _beside_record(path: Path, trace: TraceSummary) -> Iterator[str]:
 def _analyze_snapshot(path: Path) -> Result:
     snapshot = read_snapshot(path)
     main = snapshot.main
-    figures = {
-        "peak_allocated_bytes": main.peak_allocated_bytes,
-        "peak_active_bytes": main.peak_active_bytes,
-        "peak_reserved_bytes": main.peak_reserved_bytes,
-        "allocated_bytes": main.allocated_bytes,
-        "reserved_bytes": main.reserved_bytes,
-    }
     document = {
         "schema": 1,
-        "device": main.device,
-        "events": main.events,
-        "recorded": main.recorded,
-        "complete": main.complete,
-        **figures,
+        **{figure: getattr(main, figure) for figure in _SNAPSHOT_FIGURES},
         "peak": {
             "seconds": main.peak.seconds,
             "alive": [asdict(group) for group in main.peak.alive],
