@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from wanvram.errors import DamagedError, InputError, OutputError
 from wanvram.foreign_text import quoted, why
 from wanvram.input_files import read_text
+from wanvram.output_files import whole_file, writing
 from wanvram.strict_json import check_types, strict_json
 
 __all__ = [
@@ -424,19 +425,10 @@ def write_atomically(path: Path, text: str) -> None:
     """The whole file or none of it. Raises OutputError naming the path."""
     try:
         # Not mkstemp: its files are readable by their owner only, also after the rename.
-        name = path.with_name(f".{path.name}.{os.getpid()}")
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            name.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        with writing(path), whole_file(path) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except UnicodeEncodeError as error:
         raise OutputError(
             f"cannot write {str(path)!a}: what belongs there holds a name that is not UTF-8 text"

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from wanvram.errors import InputError, WanvramError
-from wanvram.prompt.deadline import Cutter, handlers, within
+from wanvram.prompt.deadline import Cutter, handler, within
 from wanvram.prompt.instructions import checked_answer, system_prompt
 
 __all__ = ["DEFAULT_URL", "Endpoint", "api_key", "api_url", "default_model", "encode_picture", "extend_by_dashscope"]
@@ -167,7 +167,7 @@ class _Passing(Exception):
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Leaves every redirect an error, its address unread: one that is none would end in a ValueError."""
 
-    def http_error_302(self, *args: Any) -> None:
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> None:
         return None
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -194,7 +194,7 @@ class _Call:
     def _exchange(self, cutter: Cutter) -> bytes:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url, self.body, headers, method="POST")
-        opener = urllib.request.build_opener(_NoRedirect(), *self._proxies(), *handlers(cutter))
+        opener = urllib.request.build_opener(_NoRedirect(), *self._proxies(), handler(cutter))
         try:
             with opener.open(request, timeout=self.timeout_s) as response:
                 return bytes(response.read(LARGEST_REPLY + 1))
