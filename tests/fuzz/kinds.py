@@ -26,7 +26,7 @@ LONG_WORK = (
     ("wanvram.predict.plan.plan_run", None),
     ("wanvram.predict.longest.plan_longest", None),
     ("wanvram.predict.advice.advise", None),
-    ("wanvram.predict.simulate.simulate_with_timeline", "small"),
+    ("wanvram.predict.simulate.simulate", "small"),
     ("wanvram.predict.simulate.run_or_simulate", "small"),
     ("wanvram.cli.profile.run_all", None),
 )

@@ -19,7 +19,7 @@ from wanvram.recorder.events import EventLog
 from wanvram.simulate.card import card_to_json
 from wanvram.simulate.gpus import GPUS
 from wanvram.units import MIB
-from wanvram.weights.convert import Job, convert
+from wanvram.weights.convert import Conversion, convert
 from wanvram.weights.official import DIT_FILE, TOKENIZER_FILE
 
 __all__ = ["write_sources"]
@@ -99,4 +99,4 @@ def _write_checkpoints(folder: Path) -> None:
     snapshot = folder / "hub/models--Wan-AI--Wan2.1-T2V-1.3B/snapshots/37ec512624d61f7aa208f7ea8140a131f93afc9a"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text('{"model_type": "t2v"}')
-    convert(Job(folder / "official", "bf16"), folder / "converted")
+    convert(Conversion(folder / "official", "bf16"), folder / "converted")

@@ -18,8 +18,6 @@ SECONDS = float(os.environ.get("WANVRAM_FUZZ_SECONDS", "56"))  # of all kinds to
 SEED = int(os.environ.get("WANVRAM_FUZZ_SEED", "1"))
 SHARES = {"run,file": 0.25, "yaml,card": 0.1, "flags": 0.15, "checkpoint": 0.2, "media": 0.1, "service": 0.1}
 LEAST = {"checkpoint": 5}
-# prompt/dashscope.py:_reason names the classes of http.client ("broke (BadStatusLine)").
-WAITING = {"service": pytest.mark.xfail(strict=True, reason="a broken connection is told by the name of an exception")}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def tried(sources: Path, out: Path, kinds: str, seconds: float, *flags: str) -> 
 
 
 @pytest.mark.timeout(SECONDS * 2 + 300)
-@pytest.mark.parametrize("kinds", [pytest.param(kinds, marks=WAITING.get(kinds, ())) for kinds in SHARES])
+@pytest.mark.parametrize("kinds", SHARES)
 def test_an_input_of_any_kind_is_read_or_named(kinds: str, sources: Path, tmp_path: Path) -> None:
     found = tried(sources, tmp_path / "out", kinds, SECONDS * SHARES[kinds])
     assert found["failures"] == []

@@ -459,3 +459,14 @@ def test_what_would_make_a_run_after_a_source_video_fit_holds_its_whole_request(
         "--src_video": str(path),
         "--gpu": "rtx4090",
     }
+
+
+def test_a_video_that_a_phone_filmed_upright_is_read_upright() -> None:
+    """Stored as 160x96 with black on the left; a quarter turn clockwise brings that to the top."""
+    path = Path(__file__).parents[1] / "data" / "field" / "v_rot90.mp4"
+    info = probe_video(path, "--src_video")
+    assert (info.width, info.height) == (96, 160)
+    plan = plan_frames(info, 96 * 160)
+    first = next(iter(SourceVideo(path, plan).chunks()))[:, 0]
+    assert first.shape[1:] == (160, 96)
+    assert first[:, :8].mean() < first[:, 40:].mean() - 0.3

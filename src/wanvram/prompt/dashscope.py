@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -248,8 +248,12 @@ class _Call:
 
 
 def _reason(error: object) -> str:
-    """The system's short text of an error, or its class: never a text that could repeat the request."""
-    return str(getattr(error, "strerror", None) or type(error).__name__)
+    """The system's short text of an error, or what it means: never a text that could repeat the request."""
+    if isinstance(error, IncompleteRead):
+        return "its answer stopped half-way"
+    if isinstance(error, HTTPException) and not isinstance(error, OSError):
+        return "its answer is no HTTP"
+    return str(getattr(error, "strerror", None) or "it was closed without an answer")
 
 
 # --- answer ----------------------------------------------------------------------------------------------------------

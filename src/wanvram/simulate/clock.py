@@ -326,7 +326,13 @@ class Clock:
         """
         again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
         cached = 1.0 if again else self.machine.cached_share
-        self._read_ahead(self._reading(nbytes, component, cached, False))
+        factor, machine = self.machine.stored.get(component), self.machine
+        if factor is None:
+            self._read_ahead(self._reading(nbytes, component, cached, False))
+        else:
+            self._read_ahead(
+                nbytes * factor * (cached / machine.ahead_cached_bytes + (1 - cached) / machine.ahead_bytes)
+            )
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

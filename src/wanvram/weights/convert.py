@@ -324,6 +324,7 @@ def _finish(output: Path, manifest: dict[str, Any]) -> None:
     errors = [entry["fp8"] for entry in manifest["files"].values() if entry.get("fp8")]
     if errors:
         manifest["fp8"] = {name: max(error[name] for error in errors) for name in errors[0]}
+    manifest["files"] = dict(sorted(manifest["files"].items()))  # the same after an interruption
     manifest["complete"] = True
     _save(output, manifest)
 
