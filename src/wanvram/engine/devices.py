@@ -19,6 +19,8 @@ from wanvram.simulate.memory import SimulatedMemory
 
 __all__ = ["CpuDevice", "Device", "SimulatedDevice"]
 
+MEMORY_IS = "the caller's"  # read by simulate.timeline
+
 
 class Device:
     """What a pipeline needs of a device. `torch_device` is where tensors are created, `meter` measures it."""

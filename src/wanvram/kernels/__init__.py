@@ -16,6 +16,8 @@ from wanvram.kernels.elementwise import (
     scaled_rope_,
 )
 
+MEMORY_IS = "the caller's"  # read by simulate.timeline
+
 __all__ = [
     "attention",
     "gated_add_",
