@@ -94,7 +94,9 @@ class Copies:
 class Span:
     """A stretch of the run. kind: load, stage, step or block.
 
-    `repeats` > 1: this span stands for that many with the same memory; `seconds` is then the mean of one.
+    part: the stage's name whatever the number of the prompt, `denoise` of `denoise 2`; of a load what is loaded, the halves of
+    the VAE apart; the name where nothing else is given. `repeats` > 1: this span stands for that many with the same memory;
+    `seconds` is then the mean of one.
     """
 
     name: str
@@ -109,6 +111,17 @@ class Span:
     children: list[Span] = field(default_factory=list)
     repeats: int = 1
     notes: list[str] = field(default_factory=list)
+    part: str = ""
+
+    def __post_init__(self) -> None:
+        self.part = self.part or self.name
+
+    @property
+    def planned(self) -> str:
+        """The component as a plan names it: the halves of the VAE apart; loaded as one, both count as the first that is used."""
+        if self.component != "vae":
+            return self.component or self.name
+        return "vae_encoder" if self.part in ("encode_video", "vae", "vae_encoder") else "vae_decoder"
 
     @property
     def activation_bytes(self) -> int:
@@ -128,6 +141,7 @@ class Span:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "part": self.part,
             "kind": self.kind,
             "component": self.component,
             "start_allocated_bytes": self.start.allocated_bytes,
@@ -169,6 +183,7 @@ class Span:
             children=[cls.from_json(child, depth + 1) for child in data["children"]],
             repeats=data["repeats"],
             notes=list(data.get("notes", ())),
+            part=data.get("part", ""),
         )
 
 
@@ -292,7 +307,7 @@ class RunRecord:
 
     def step_seconds(self) -> float | None:
         """A denoising step, the median: the first ones also load kernels and tune. None: unknown."""
-        steps = [step for stage in self.stages if stage.name == "denoise" for step in stage.children]
+        steps = [step for stage in self.stages if stage.part == "denoise" for step in stage.children]
         times = [step.seconds for step in steps if step.seconds is not None for _ in range(step.repeats)]
         return median(times) if times else None
 

@@ -269,8 +269,8 @@ def _fragmentation(span: Span, window: _Window | None) -> Fragmentation:
 
 def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
     """With several prompts: before the first forward of all, the highest of all blocks, after the last decode."""
-    denoise = [s for s in stages if s.kind == "stage" and s.name.partition(" ")[0] == "denoise"]
-    decode = [s for s in stages if s.kind == "stage" and s.name.partition(" ")[0] == "decode"]
+    denoise = [s for s in stages if s.kind == "stage" and s.part == "denoise"]
+    decode = [s for s in stages if s.kind == "stage" and s.part == "decode"]
     blocks = [(stage, s) for stage in denoise for s in stage.walk() if s.kind == "block"]
     stage, highest = max(blocks, key=lambda pair: pair[1].peak.allocated_bytes, default=(None, None))
     return SpecMoments(

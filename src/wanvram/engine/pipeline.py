@@ -164,7 +164,7 @@ class Pipeline:
 
     def _load(self, which: str, parts: Parts) -> None:
         name = "vae" if which.startswith("vae") else which
-        with self.recorder.span(f"load {name}", kind="load", component=name) as span:
+        with self.recorder.span(f"load {name}", kind="load", component=name, part=which) as span:
             component = parts.load(which)
         base = span.end.allocated_bytes - span.start.allocated_bytes
         self._loaded[name] = _Loaded(component, base)
@@ -280,7 +280,7 @@ class Pipeline:
         steps = self._steps_to_run()
         skipped = request.sample_steps - steps
         schedule = timesteps_and_sigmas(request.sample_solver, steps, request.sample_shift)
-        with self.recorder.span(name, kind="stage", component="dit"):
+        with self.recorder.span(name, kind="stage", component="dit", part="denoise"):
             noise = self._noise()
             velocity = self._velocity(component, conditions, times, noise.shape)
             trajectory = solve(request.sample_solver, velocity, noise, schedule)
@@ -356,7 +356,7 @@ class Pipeline:
         for index in range(count):
             with open_sink(index) as sink:
                 name = _numbered("decode", index)
-                with self.recorder.span(name, kind="stage", component="vae"):
+                with self.recorder.span(name, kind="stage", component="vae", part="decode"):
                     latent = latents.pop(0)
                     latent = latent if count == 1 else self.device.upload(latent)
                     self._decode(component, latent, sink, name)
@@ -364,7 +364,7 @@ class Pipeline:
                 if index == count - 1:
                     self._done_with("vae")
                 if sink is not None:
-                    with self.recorder.span(_numbered("save", index), kind="stage"):
+                    with self.recorder.span(_numbered("save", index), kind="stage", part="save"):
                         sink.finish()
 
     def _decode(self, component: Component, latent: torch.Tensor, sink: FrameSink | None, stage: str) -> None:

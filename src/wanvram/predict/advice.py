@@ -19,7 +19,7 @@ from wanvram.planner.forecasts import KNOBS, Forecast, components_of, stage_seco
 from wanvram.planner.tiles import tiles_for
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
-from wanvram.record import RunRecord, Span, dotted
+from wanvram.record import RunRecord, dotted
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, card_of_run, find_gpu
 from wanvram.tasks import latent_shape
 
@@ -173,20 +173,13 @@ class _Runs:
         result: dict[str, int] = {}
         for span in self.base.stages:
             unused = 0 if holes else span.peak.reserved_bytes - span.peak.allocated_bytes
-            name = _component(span)
+            name = span.planned
             result[name] = max(result.get(name, 0), (span.peak.device_bytes or 0) - unused)
         return dict(sorted(result.items(), key=lambda item: -item[1]))
 
 
 def _key(strategy: Strategy, component: str) -> tuple[object, ...]:
     return component, *(getattr(strategy, knob) for knob in KNOBS.get(component, ()))
-
-
-def _component(span: Span) -> str:
-    """As planner.forecasts names them: the halves of the VAE apart."""
-    if span.component != "vae":
-        return span.component or span.name
-    return "vae_encoder" if span.name.startswith("encode") else "vae_decoder"
 
 
 def _estimate(runs: _Runs, knobs: dict[str, Any]) -> _Estimate:

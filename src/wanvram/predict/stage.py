@@ -47,7 +47,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     (record,) = [r for r in pipeline.records() if r.name in (component, component.partition("_")[0])]
     full, part = inputs.noise_shape[1], short.noise_shape[1]
     missing = (full - part) * 16 * (inputs.height // 8) * (inputs.width // 8) * 4
-    stages = [span for span in spans if not span.name.startswith("denoise")]
+    stages = [span for span in spans if span.part != "denoise"]
     return StageForecast(
         component=component,
         peak_device_bytes=max(span.peak.device_bytes or 0 for span in spans) + missing,
@@ -55,7 +55,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
         peak_allocated_bytes=max(span.peak.allocated_bytes for span in spans) + missing,
         base_bytes=record.base_bytes,
         host_bytes=memory.host_peak_bytes,
-        seconds_per_step=_mean([step for s in spans if s.name == "denoise" for step in s.children][-1:]),
+        seconds_per_step=_mean([step for s in spans if s.part == "denoise" for step in s.children][-1:]),
         seconds=_sum(stages, full / part),
     )
 
