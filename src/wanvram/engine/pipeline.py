@@ -47,6 +47,7 @@ class PromptExtension(Protocol):
     """Rewrites the prompts before anything is loaded; `record` describes the component it used on the device, if any."""
 
     record: ComponentRecord | None
+    notes: list[str]
 
     def __call__(self, device: Device, recorder: Recorder) -> Sequence[str]: ...
 

@@ -223,7 +223,7 @@ class Timeline:
     def _series(self) -> np.ndarray:
         """[3, events + 1] int64: allocated, reserved and outside bytes after each event."""
         kinds, changes = np.array(self._kinds, dtype=np.int64), np.array(self._changes, dtype=np.int64)
-        series = np.zeros((3, len(kinds) + 1), dtype=np.int64)
+        series: np.ndarray = np.zeros((3, len(kinds) + 1), dtype=np.int64)
         series[0, 1:] = np.where(kinds >= _FREE, changes, 0).cumsum()
         series[1, 1:] = self._reserved
         series[2, 1:] = np.where(kinds == _OUTSIDE, changes, 0).cumsum()
@@ -240,8 +240,8 @@ class Timeline:
         kinds, addresses = np.array(self._kinds, dtype=np.int64), np.array(self._addresses, dtype=np.int64)
         calls = np.flatnonzero(kinds >= _FREE)
         calls = calls[np.argsort(addresses[calls], kind="stable")]
-        following = np.append(calls[1:], len(kinds))
-        freed = np.append(addresses[calls[1:]] == addresses[calls[:-1]], False)
+        following: np.ndarray = np.append(calls[1:], len(kinds))
+        freed: np.ndarray = np.append(addresses[calls[1:]] == addresses[calls[:-1]], False)
         died = np.where(freed, following + 1, len(kinds) + 1)
         mallocs = kinds[calls] >= 0
         at, died = calls[mallocs], died[mallocs]
@@ -382,7 +382,8 @@ def _kept(series: np.ndarray, marks: set[int]) -> np.ndarray:
         allocated, reserved = series[0, low:high], series[1, low:high]
         places = (allocated.argmax(), allocated.argmin(), reserved.argmax(), unused[low:high].argmax())
         kept.update(low + int(i) for i in places)
-    return np.array(sorted(kept))
+    result: np.ndarray = np.array(sorted(kept))
+    return result
 
 
 def _resident(blocks: _Blocks, weights: dict[int, str]) -> list[dict[str, Any]]:
