@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wanvram.kernels import (
-    attention,
+from wanvram.kernels.elementwise import (
     gated_add_,
     gelu_tanh_,
     inverse_rms,
@@ -22,6 +21,7 @@ from wanvram.kernels import (
     rms_norm_rope_,
     scaled_rope_,
 )
+from wanvram.kernels.scaled_attention import attention
 from wanvram.models.precision import Precision
 from wanvram.specs import DiTSpec
 
