@@ -135,6 +135,7 @@ class CpuDevice(Device):
     kind = "cpu"
     name = "cpu"
     torch_device = torch.device("cpu")
+    meter: CpuMeter
     computes_half = False
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -29,7 +29,8 @@ from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
 from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
-from wanvram.sampling import solve, timesteps_and_sigmas
+from wanvram.request import Request
+from wanvram.sampling import Solver, solve, timesteps_and_sigmas
 
 __all__ = ["FrameSink", "OpenSink", "Pipeline", "rows_per_chunk"]
 
@@ -297,7 +298,7 @@ class Pipeline:
 
     def _timesteps(self) -> list[int]:
         request = self.config.request
-        schedule = timesteps_and_sigmas(request.sample_solver, request.sample_steps, request.sample_shift)
+        schedule = timesteps_and_sigmas(_solver(request), request.sample_steps, request.sample_shift)
         return [int(t) for t in schedule.timesteps]
 
     def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra, turn: _Turn | None = None) -> _Plan:
@@ -328,7 +329,7 @@ class Pipeline:
         """Noise, or where the transformer before left off -> latent [channels, F, h, w] float32 after the turn's steps."""
         component, name = self._use(plan.turn.model, parts), _numbered("denoise", index)
         with self.recorder.span(name, kind="stage", component=component.name):
-            guide, trajectory = self._waiting.pop(index, None) or self._begun()
+            guide, trajectory = self._waiting.pop(index) if index in self._waiting else self._begun()
             guide.velocity = self._velocity(component, conditions, plan.times)
             latent = self._steps(trajectory, component, plan.turn, name)
             if not plan.turn.is_last:
@@ -339,8 +340,8 @@ class Pipeline:
 
     def _begun(self) -> tuple[_Guide, Iterator[torch.Tensor]]:
         request, guide = self.config.request, _Guide()
-        schedule = timesteps_and_sigmas(request.sample_solver, self._steps_to_run(), request.sample_shift)
-        return guide, solve(request.sample_solver, guide, self._noise(), schedule)
+        schedule = timesteps_and_sigmas(_solver(request), self._steps_to_run(), request.sample_shift)
+        return guide, solve(_solver(request), guide, self._noise(), schedule)
 
     def _steps_to_run(self) -> int:
         steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
@@ -425,6 +426,10 @@ class Pipeline:
         for frames in decode(component, self.device, self.recorder, latent, tile, count):
             if sink is not None:
                 sink.write(frames)
+
+
+def _solver(request: Request) -> Solver:
+    return cast(Solver, request.sample_solver)  # which Request has checked
 
 
 def _transformer(component: Component) -> WanDiT:

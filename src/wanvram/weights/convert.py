@@ -428,7 +428,7 @@ def _quantised(matrix: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
 
 
 def _put(file: FileIO, offset: int, value: Tensor) -> None:
-    view = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    view = value.reshape(-1).view(torch.uint8).numpy().data
     file.seek(offset)
     while view:
         view = view[file.write(view) :]
