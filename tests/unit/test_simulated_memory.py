@@ -9,7 +9,7 @@ from torch import nn
 from wanvram.config import Request, RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import OutOfMemory
-from wanvram.kernels.attention import attention
+from wanvram.kernels.scaled_attention import attention
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.predict.simulate import simulated_device
 from wanvram.simulate.gpus import GPUS

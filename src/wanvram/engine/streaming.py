@@ -7,7 +7,7 @@ thread into two pinned buffers first, because a copy from anything else would st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,7 +58,7 @@ class StagedHome:
         self._buffers = [device.host_empty((largest,), torch.uint8, pinned=True) for _ in range(2)]
         self._copied: list[Any] = [None, None]
         self._turn = 0
-        self._thread = ThreadPoolExecutor(1, "wanvram-weights") if device.kind == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "wanvram-weights") if device.copies_beside else None
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         turn = self._turn % 2
@@ -108,7 +108,7 @@ class SlotRing:
         self._coming: deque[_Coming] = deque()
         self._turn = 0
 
-    def walk(self, pieces: Sequence[Any]) -> Iterator[torch.Tensor]:
+    def walk(self, pieces: Sequence[Any]) -> Generator[torch.Tensor, None, None]:
         """Yields each piece's bytes on the device, [nbytes]; valid until the next is asked for."""
         if not pieces:
             return

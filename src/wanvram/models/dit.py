@@ -96,7 +96,7 @@ class WanDiT(nn.Module):
         self.head = Head(spec, precision)
         if spec.has_image_branch:
             self.img_emb = ImageEmbedding(spec, precision)
-        if spec.model_type == "vace":
+        if spec.has_source_branch:
             count = len(spec.vace_layers)
             self.vace_blocks = nn.ModuleList(VaceBlock(spec, precision, first=n == 0) for n in range(count))
             self.vace_patch_embedding = PatchEmbedding(spec.vace_in_dim, dim, spec.patch_size, matmul)
@@ -114,9 +114,12 @@ class WanDiT(nn.Module):
         """VACE block n comes before main block vace_layers[n], its output projection directly after it."""
         visits: list[_Visit] = []
         for index, block in enumerate(self.blocks):
-            vace = None
+            assert isinstance(block, Block)
+            vace: VaceBlock | None = None
             if index in self.spec.vace_layers:
-                vace = self.vace_blocks[self.spec.vace_layers.index(index)]
+                found = self.vace_blocks[self.spec.vace_layers.index(index)]
+                assert isinstance(found, VaceBlock)
+                vace = found
                 visits += _vace_visits(vace)
             visits += [_Visit(unit, _on_main(block, unit)) for unit in block.units()]
             if vace is not None:
@@ -250,7 +253,7 @@ class WanDiT(nn.Module):
         has_image = condition.y is not None and condition.clip_fea is not None
         if spec.has_image_branch and not has_image:
             raise InputError(f"a {spec.model_type} condition needs both y and clip_fea")
-        if spec.model_type == "vace" and condition.vace_context is None:
+        if spec.has_source_branch and condition.vace_context is None:
             raise InputError("a vace condition needs vace_context")
 
 

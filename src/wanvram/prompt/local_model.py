@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from wanvram.engine.devices import Device
 from wanvram.errors import CheckpointError, InputError
-from wanvram.kernels.attention import attention
+from wanvram.kernels.scaled_attention import attention
 from wanvram.prompt.instructions import checked_answer, system_prompt, without_controls
 from wanvram.weights.sources import SafetensorsSource, check_file
 

@@ -30,7 +30,6 @@ from wanvram.units import human
 from wanvram.weights.fp8 import FP8, LARGEST, SCALE_SUFFIX, row_scales, to_fp8
 from wanvram.weights.official import (
     COMPONENTS,
-    Component,
     blueprint,
     check_model,
     identify,
@@ -63,10 +62,10 @@ class Conversion:
     source: Path
     precision: str
     dit: str | None = None
-    components: tuple[Component, ...] | None = None
+    components: tuple[str, ...] | None = None
     fp8_text_encoder: bool = False
 
-    def uses_fp8(self, component: Component) -> bool:
+    def uses_fp8(self, component: str) -> bool:
         if self.precision != "fp8":
             return False
         return component == "dit" or (component == "text_encoder" and self.fp8_text_encoder)
@@ -76,7 +75,7 @@ class Conversion:
 class _WeightFile:
     """One file to write: tensors in the order of the file, each with its dtype there."""
 
-    component: Component
+    component: str
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
@@ -115,7 +114,7 @@ class _ConversionPlan:
     """Everything known before the first byte is written."""
 
     job: Conversion
-    models: dict[Component, str]
+    models: dict[str, str]
     parts: list[_WeightFile]
     tokenizer: list[Path] = field(default_factory=list)
 
@@ -196,7 +195,7 @@ class _Sources:
         self._ckpt_dir = ckpt_dir
         self._open: dict[str, TensorSource] = {}
 
-    def open(self, component: Component) -> TensorSource:
+    def open(self, component: str) -> TensorSource:
         if component not in self._open:
             self._open[component] = open_checkpoint(self._ckpt_dir, component)
         return self._open[component]
@@ -211,7 +210,7 @@ def _plan(job: Conversion, sources: _Sources, output: Path) -> _ConversionPlan:
     if components is None:
         dit = dit or identify("dit", sources.open("dit"))
         components = tuple(c for c in COMPONENTS if c != "image_encoder" or DIT[dit].has_image_branch)
-    models: dict[Component, str] = {}
+    models: dict[str, str] = {}
     parts: list[_WeightFile] = []
     for component in sorted(components, key=lambda c: c != "dit"):  # the one that is most often the wrong one
         if dit is None:
@@ -229,7 +228,7 @@ def _plan(job: Conversion, sources: _Sources, output: Path) -> _ConversionPlan:
     return plan
 
 
-def _parts(job: Conversion, component: Component, model: str) -> Iterator[_WeightFile]:
+def _parts(job: Conversion, component: str, model: str) -> Iterator[_WeightFile]:
     """One part for each block and one, called shell, for what is outside the blocks."""
     module, blocks = blueprint(component, model, "bf16" if job.precision == "fp8" else job.precision)
     names = {id(block): name for name, block in module.named_modules()}
@@ -427,7 +426,7 @@ def _quantised(matrix: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
 
 
 def _put(file: FileIO, offset: int, value: Tensor) -> None:
-    view = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    view = value.reshape(-1).view(torch.uint8).numpy().data
     file.seek(offset)
     while view:
         view = view[file.write(view) :]

@@ -195,7 +195,7 @@ class Stored:
 
     def read(self, file: FileIO, dest: Tensor, row: int = 0) -> None:
         """Fills `dest` (contiguous, on the host, of this dtype) with the rows from `row` on."""
-        view = memoryview(dest.detach().reshape(-1).view(torch.uint8).numpy())
+        view = dest.detach().reshape(-1).view(torch.uint8).numpy().data
         file.seek(self.offset + row * self.row_bytes)
         while view:
             count = file.readinto(view)
@@ -315,7 +315,7 @@ class SafetensorsSource(FileSource):
     """One safetensors file, or several that together are one model."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        tensors: dict[str, Stored | Tensor] = {}
+        tensors: dict[str, Stored] = {}
         for path in paths:
             for key, stored in _read_header(path).items():
                 if key in tensors:
@@ -414,7 +414,8 @@ class ConvertedSource(SafetensorsSource):
         for key in [key for key in self._tensors if key.endswith(SCALE_SUFFIX)]:
             matrix = key.removesuffix(SCALE_SUFFIX)
             scale, stored = self._tensors.pop(key), self._tensors.get(matrix)
-            if stored is None or scale.dtype != torch.float32 or scale.shape != stored.shape[:1]:
+            assert isinstance(scale, Stored)  # as every tensor of a safetensors file
+            if not isinstance(stored, Stored) or scale.dtype != torch.float32 or scale.shape != stored.shape[:1]:
                 raise CheckpointError(f"{ckpt_dir}: {key} is not one float32 for each row of {matrix}")
             self._tensors[matrix] = replace(stored, scale=scale)
 
