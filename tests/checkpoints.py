@@ -26,7 +26,6 @@ from wanvram.weights.official import (
     T5_FILE,
     TOKENIZER_FILE,
     VAE_FILE,
-    Component,
     blueprint,
 )
 
@@ -175,7 +174,7 @@ def write_official(
     *,
     sharded: bool = False,
     pth: bool = True,
-    components: Sequence[Component] = COMPONENTS,
+    components: Sequence[str] = COMPONENTS,
 ) -> None:
     """The weights and the tokenizer of an official download of a tiny model."""
     for component, name in (("text_encoder", T5_FILE), ("image_encoder", CLIP_FILE), ("vae", VAE_FILE)):

@@ -23,14 +23,13 @@ FLAG_OF = {"prompts": "prompt_file", "offload": "offload_model", "weights": "ckp
 ALWAYS = ("precision", "load_strategy", "offload")
 # Choices that the planner leaves to the user.
 FIXED = ("precision", "weight_storage", "vae_precision")
-NEEDED = {"i2v": ("image",), "flf2v": ("first_frame", "last_frame")}
 
 
 def generate_command(config: RunConfig) -> str:
     """`wanvram generate` of this configuration; checkpoint, prompt and pictures that are not given are placeholders."""
     request = config.request
     missing = [] if request.prompt or request.prompts else ["--prompt", "PROMPT"]
-    for name in NEEDED.get(request.kind, ()):
+    for name in request.facts.pictures:
         missing += [] if getattr(request, name) is not None else [f"--{name}", name.upper()]
     where = {"device": None if config.device == "auto" else config.device, "gpu": config.gpu}
     parts = ["wanvram", "generate", *request_flags(request), *missing, *strategy_flags(config.strategy)]

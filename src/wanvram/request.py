@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import require
-from wanvram.tasks import TASKS, are_frames_valid, normal_size, picture_size
+from wanvram.specs import Geometry
+from wanvram.tasks import TASKS, Task, normal_size
 
 __all__ = ["MAX_PROMPTS", "Request", "is_unicode", "prompt_fault"]
 
@@ -18,20 +19,13 @@ MAX_PROMPT_CHARACTERS = 20_000
 MAX_PROMPTS = 64  # each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
 LEAST_SHIFT, MOST_SHIFT = 0.01, 100  # official shifts are 3 to 16; at 1e-16 the noise levels divide by zero
 MAX_GUIDE_SCALE = 1000
-# Tiny weights make videos of any size in whole tokens, so that a first try takes seconds: 16 pixels are a token's side.
+# Tiny weights make videos of any size in whole tokens, so that a first try takes seconds.
 _SIDES = re.compile(r"([1-9][0-9]{1,3})\*([1-9][0-9]{1,3})")
-TOKEN_SIDE, MAX_TINY_SIDE = 16, 1280
+MAX_TINY_SIDE = 1280
 MAX_FRAMES = 4093  # 1024 latent frames: as far as the official transformer's positions go
 EXTEND_METHODS = ("local_qwen", "dashscope")
-# Which task reads which file; what a task does not read is refused rather than ignored.
-MEDIA = {
-    "image": ("i2v",),
-    "first_frame": ("flf2v",),
-    "last_frame": ("flf2v",),
-    "src_video": ("vace",),
-    "src_mask": ("vace",),
-    "src_ref_images": ("vace",),
-}
+# What a task does not read is refused rather than ignored. File -> what its tasks are called.
+MEDIA = {name: task.kind for task in TASKS.values() for name in task.reads}
 
 
 @dataclass(frozen=True)
@@ -73,23 +67,28 @@ class Request:
         self._check_media()
 
     def _check_shape(self) -> None:
-        task = TASKS[self.task]
+        task, stride = self.facts, self.geometry.strides[0]
         self.check_size(tiny=True)  # RunConfig, which knows the weights, asks again
         require(
-            are_frames_valid(self.frame_num),
-            f"frame_num: {self.frame_num} is not of the form 4n+1 (1, 5, 9, ..., 81)",
+            self.geometry.are_frames_valid(self.frame_num),
+            f"frame_num: {self.frame_num} is not of the form {stride}n+1 (1, {1 + stride}, {1 + 2 * stride}, ..., 81)",
         )
         require(self.frame_num <= MAX_FRAMES, f"frame_num: {self.frame_num}; at most {MAX_FRAMES} frames in one video")
-        require(task.frames != 1 or self.frame_num == 1, f"frame_num: {self.task} makes one image; frame_num must be 1")
         require(
-            task.kind != "flf2v" or self.frame_num > 1, "frame_num: flf2v needs at least 5, the first and last differ"
+            not task.makes_picture or self.frame_num == 1,
+            f"frame_num: {self.task} makes one image; frame_num must be 1",
+        )
+        require(
+            self.frame_num >= task.least_frames,
+            f"frame_num: {task.kind} needs at least {task.least_frames}, the first and last differ",
         )
 
     def check_size(self, *, tiny: bool) -> None:
-        """InputError unless the task makes videos of this size; with tiny weights any in multiples of 16 pixels will do."""
-        sizes = TASKS[self.task].sizes
+        """InputError unless the task makes videos of this size; with tiny weights any in whole tokens will do."""
+        sizes = self.facts.sizes
         sides = _SIDES.fullmatch(self.size) if tiny else None
-        whole = sides is not None and all(n % TOKEN_SIDE == 0 and n <= MAX_TINY_SIDE for n in map(int, sides.groups()))
+        token = self.geometry.token_side
+        whole = sides is not None and all(n % token == 0 and n <= MAX_TINY_SIDE for n in map(int, sides.groups()))
         require(
             whole or self.size in sizes,
             f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(sizes)}",
@@ -127,19 +126,21 @@ class Request:
         )
 
     def _check_media(self) -> None:
-        kind = TASKS[self.task].kind
-        for name, kinds in MEDIA.items():
+        task = self.facts
+        for name, reader in MEDIA.items():
             require(
-                not _listed(getattr(self, name)) or kind in kinds,
-                f"{name}: {self.task} does not read it; only {kinds[0]} does",
+                not _listed(getattr(self, name)) or name in task.reads,
+                f"{name}: {self.task} does not read it; only {reader} does",
             )
             for path in _listed(getattr(self, name)):
                 require(path != "", f"{name}: is empty; give a file")
                 require(is_unicode(path), f"{name}: {path!a} is not a UTF-8 file name; rename the file")
         require(self.src_mask is None or self.src_video is not None, "src_mask: needs src_video, whose parts it marks")
-        if kind == "flf2v":
-            both = (self.first_frame is None) == (self.last_frame is None)
-            require(both, "first_frame, last_frame: only one is given; flf2v needs both")
+        missing = [name for name in task.pictures if getattr(self, name) is None]
+        require(
+            len(missing) in (0, len(task.pictures)),
+            f"{', '.join(task.pictures)}: only one is given; {task.kind} needs both",
+        )
 
     @classmethod
     def for_task(cls, task: str, **given: Any) -> Request:
@@ -162,9 +163,13 @@ class Request:
         return cls(task=task, **(base | values))
 
     @property
-    def kind(self) -> str:
-        """t2v, t2i, i2v, flf2v or vace."""
-        return TASKS[self.task].kind
+    def facts(self) -> Task:
+        """What is true of its task, whatever is asked for."""
+        return TASKS[self.task]
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.facts.family.geometry
 
     @property
     def width(self) -> int:
@@ -176,7 +181,7 @@ class Request:
 
     def video_size(self, picture: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of the video made from a picture of that (width, height): its aspect ratio, this size's area."""
-        return picture_size(self.width * self.height, *picture)
+        return self.geometry.picture_size(self.width * self.height, *picture)
 
     def all_prompts(self) -> tuple[str, ...]:
         return self.prompts or (self.prompt,)

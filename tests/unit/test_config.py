@@ -13,7 +13,7 @@ import yaml
 from wanvram import specs
 from wanvram.config import Request, RunConfig, Strategy, load_config
 from wanvram.errors import InputError
-from wanvram.tasks import TASKS, are_frames_valid, latent_shape
+from wanvram.tasks import TASKS, WAN21, latent_shape
 
 TESTS = Path(__file__).parent.parent
 FACTS = json.loads((TESTS / "golden" / "facts.json").read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def test_the_default_size_is_the_official_one_where_the_task_supports_it() -> No
 
 
 def test_frames_are_4n_plus_1_and_the_latent_follows() -> None:
-    assert [n for n in range(-4, 14) if are_frames_valid(n)] == [1, 5, 9, 13]
+    assert [n for n in range(-4, 14) if WAN21.geometry.are_frames_valid(n)] == [1, 5, 9, 13]
     assert latent_shape(81, 480, 832) == (16, 21, 60, 104)
     assert latent_shape(1, 1024, 1024) == (16, 1, 128, 128)
 

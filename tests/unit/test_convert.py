@@ -17,7 +17,7 @@ from wanvram.cli.convert import prepare_parser, run
 from wanvram.errors import CheckpointError, InputError, OutputError
 from wanvram.weights import convert as module
 from wanvram.weights.convert import Job, convert, verify
-from wanvram.weights.official import COMPONENTS, Component, blueprint, check_checkpoint, open_checkpoint, tokenizer_file
+from wanvram.weights.official import COMPONENTS, blueprint, check_checkpoint, open_checkpoint, tokenizer_file
 from wanvram.weights.sources import MANIFEST
 
 HALF_STEP = 16 / 448  # of a row's largest value: fp8's values from 256 to 448 are 32 apart
@@ -30,7 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _dtypes(component: Component, model: str, precision: str) -> dict[str, torch.dtype]:
+def _dtypes(component: str, model: str, precision: str) -> dict[str, torch.dtype]:
     built, _ = blueprint(component, model, precision)
     return {key: p.dtype for key, p in built.named_parameters()}
 

@@ -23,7 +23,7 @@ def config(task: str) -> RunConfig:
 
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SHORT_FRAMES", 1000)
+    monkeypatch.setattr(stage, "SHORT_LATENTS", 1000)
 
 
 @pytest.mark.parametrize("component", ["vae_encoder", "vae_decoder"])

@@ -12,7 +12,7 @@ import pytest
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
 from wanvram.media.sources import picture_size, plan_frames, probe_video
-from wanvram.tasks import TASKS, are_frames_valid
+from wanvram.tasks import TASKS, WAN21
 from wanvram.units import parse_bytes
 
 GIB = 2**30
@@ -52,7 +52,7 @@ def test_every_size_of_every_task_and_every_kind_of_file_is_drawn() -> None:
     assert flags == {"--image", "--first_frame", "--last_frame", "--src_video", "--src_mask", "--src_ref_images"}
     frames = {case.frames for case in cases if case.task == "t2v-1.3B"}
     assert len(frames) > 12
-    assert all(are_frames_valid(count) for count in frames if count is not None)
+    assert all(WAN21.geometry.are_frames_valid(count) for count in frames if count is not None)
 
 
 def test_a_case_over_its_limit_has_fewer_frames_and_says_how_many_were_drawn() -> None:
@@ -86,4 +86,6 @@ def test_a_drawn_command_parses_and_its_files_are_read(
             continue
         info = probe_video(path, media.flag)
         assert (info.width, info.height, info.frames) == (media.width, media.height, media.frames)
-        assert are_frames_valid(len(plan_frames(info, config.request.width * config.request.height).frame_ids))
+        assert WAN21.geometry.are_frames_valid(
+            len(plan_frames(info, config.request.width * config.request.height).frame_ids)
+        )

@@ -91,7 +91,7 @@ class Passed:
 class BesideDevice(CpuDevice):
     """Poses as CUDA: a thread copies in order while the host goes on. `hold` stops all copies until it is set."""
 
-    kind = "cuda"
+    copies_beside = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -155,7 +155,7 @@ class Reader:
 class BesideDevice(QueueDevice):
     """Computes beside the host, so that a staged home reads in a thread."""
 
-    kind = "cuda"
+    copies_beside = True
 
 
 @pytest.fixture

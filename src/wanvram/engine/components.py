@@ -38,10 +38,15 @@ class ModelSpecs:
 
 def model_specs(task: str, *, tiny: bool) -> ModelSpecs:
     """Specs of a task's components; `tiny` has the same structure with small dimensions."""
-    dit = DIT[TASKS[task].dit]
-    if tiny:
-        return ModelSpecs(DIT["tiny-" + dit.model_type], T5["tiny"], VAE["tiny"], CLIP["tiny"])
-    return ModelSpecs(dit, T5["umt5-xxl"], VAE["wan2.1"], CLIP["vit-h-14"])
+    facts = TASKS[task]
+    dit = DIT[facts.dit]
+    keys = {model.kind: model.tiny if tiny else model.spec for model in facts.family.components}
+    return ModelSpecs(
+        DIT["tiny-" + dit.model_type] if tiny else dit,
+        T5[keys["text_encoder"]],
+        VAE[keys["vae"]],
+        CLIP[keys["image_encoder"]],
+    )
 
 
 class Weights(Protocol):
@@ -92,24 +97,25 @@ class Parts:
 
         `vae_encoder` and `vae_decoder` are the halves of `vae`, for runs that need one at a time.
         """
+        model = self.config.request.facts.family.component_of(name)
         with self.device.building(), torch.device("meta"):
-            built = self._builders[name]()
+            built = self._builders[model.kind if name == model.name else name]()
+        name, is_dit = model.name, model.kind == "dit"
         expected = {key: tuple(p.shape) for key, p in built.module.named_parameters()} | dict(built.extra)
-        name = name.partition("_")[0] if name.startswith("vae") else name
         self.weights.shapes_for(name, expected)
         source = self.weights.source(name)
         if source is not None:
             check_keys(expected, source, name, ignored=_unused(source, built.unused))
         strategy = self.config.strategy
-        fp8 = name == "dit" and strategy.weight_storage == "fp8"
+        fp8 = is_dit and strategy.weight_storage == "fp8"
         generated = self.config.weights in ("random", "tiny")
         component = Component(
             name, built.module, built.units, self.device, built.embedders, fp8=fp8, generated=generated
         )
-        if name == "text_encoder" and strategy.t5_cpu:
+        if model.kind == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
         elif built.units and strategy.load_strategy == "block":
-            resident = strategy.resident_blocks if name == "dit" else 0
+            resident = strategy.resident_blocks if is_dit else 0
             component.load_streamed(source, home=strategy.weights_in, resident_groups=resident)
         else:
             component.load_resident(source)
@@ -142,7 +148,7 @@ class Parts:
         return _Built(module, list(module.blocks), extra={"token_embedding.weight": (spec.vocab_size, spec.dim)})
 
     def _image_encoder(self) -> _Built:
-        module = CLIPVision(self.specs.image_encoder, CLIP_DTYPE if self.device.kind != "cpu" else torch.float32)
+        module = CLIPVision(self.specs.image_encoder, CLIP_DTYPE if self.device.computes_half else torch.float32)
         return _Built(module, module.walk_order(), tuple(module.unused_keys()))
 
     def _dit(self) -> _Built:

@@ -1,6 +1,6 @@
 """What the transformer is conditioned on besides text: CLIP features, image latents with their mask, VACE context.
 
-Pictures and source frames stay on the host; a piece of at most four frames goes up at a time.
+Pictures and source frames stay on the host; a piece of one latent frame goes up at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from wanvram.engine.devices import Device
 from wanvram.models.clip import CLIPVision
 from wanvram.models.conditioning import boundary_mask, cover, letterbox, mask_channels, mask_frames, squeeze, unit
-from wanvram.tasks import latent_shape
+from wanvram.specs import WAN21_GEOMETRY, Geometry
 
 __all__ = ["Frames", "Inputs", "clip_features", "image_condition", "vace_context"]
 
@@ -38,11 +38,12 @@ class Inputs:
     source: Frames | None = None
     mask: Frames | None = None
     references: tuple[Tensor, ...] = ()
+    geometry: Geometry = WAN21_GEOMETRY
 
     @property
     def noise_shape(self) -> tuple[int, int, int, int]:
         """Latent frames of the references come before those of the video."""
-        channels, frames, height, width = latent_shape(self.frames, self.height, self.width)
+        channels, frames, height, width = self.geometry.latent_shape(self.frames, self.height, self.width)
         return channels, frames + len(self.references), height, width
 
     def boundary_pictures(self) -> list[Tensor]:
@@ -61,40 +62,39 @@ def clip_features(
 
 
 def image_condition(encode: Encode, device: Device, inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """y [20,T,h,w]: 4 mask channels, 16 latent channels of a video that is grey except for the given frames."""
+    """y [20,T,h,w] of Wan2.1: 4 mask channels, 16 latent channels of a video that is grey except for the given frames."""
     with device.computing_on_host():
         given = [squeeze(p, inputs.height, inputs.width) for p in inputs.boundary_pictures()]
-    latent = encode(lambda: _boundary_frames(device, given, inputs.frames))
-    y = latent.new_empty((4 + latent.shape[0], *latent.shape[1:]), dtype=dtype)
+    latent = encode(lambda: _boundary_frames(device, given, inputs))
+    y = latent.new_empty((inputs.geometry.image_channels, *latent.shape[1:]), dtype=dtype)
+    group = inputs.geometry.strides[0]
     with device.computing_on_host():
-        mask = boundary_mask(*latent.shape[1:], last=len(given) > 1)
-    y[:4].copy_(device.upload(mask))
-    y[4:].copy_(latent)
+        mask = boundary_mask(*latent.shape[1:], last=len(given) > 1, group=group)
+    y[:group].copy_(device.upload(mask))
+    y[group:].copy_(latent)
     return y
 
 
-def _boundary_frames(device: Device, given: list[Tensor], frames: int) -> Iterator[Tensor]:
+def _boundary_frames(device: Device, given: list[Tensor], inputs: Inputs) -> Iterator[Tensor]:
     """The first frame, as many zero frames as it takes (views of one), and perhaps the last."""
     first, *last = given
     yield device.upload(first[:, None])
     zero = device.empty((3, 1, *first.shape[1:]), torch.float32).zero_()
-    between = frames - 1 - len(last)
-    while between > 0:
-        count = min(between, 4)
-        yield zero.expand(-1, count, -1, -1)
-        between -= count
+    group, between = inputs.geometry.strides[0], inputs.frames - 1 - len(last)
+    for start in range(0, between, group):
+        yield zero.expand(-1, min(group, between - start), -1, -1)
     del zero
     for picture in last:
         yield device.upload(picture[:, None])
 
 
 def vace_context(encode: Encode, device: Device, inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """[96, references + T, h, w]: 16 latent channels of what is kept, 16 of what is remade, 64 of the mask.
+    """[96, references + T, h, w] of Wan2.1: 16 latent channels of what is kept, 16 of what is remade, 64 of the mask.
 
-    A reference picture fills the first 16 channels of a latent frame of its own; its mask is zero.
+    A reference picture fills the first channels of a latent frame of its own; its mask is zero.
     """
     channels, frames, height, width = inputs.noise_shape
-    context = device.empty((2 * channels + 64, frames, height, width), dtype).zero_()
+    context = device.empty((inputs.geometry.source_channels, frames, height, width), dtype).zero_()
     start = len(inputs.references)
     for index, reference in enumerate(inputs.references):
         with device.computing_on_host():
@@ -128,16 +128,16 @@ def _part(device: Device, inputs: Inputs, *, remade: bool) -> Iterator[Tensor]:
 
 
 def _write_mask(channels: Tensor, device: Device, inputs: Inputs) -> None:
-    """The raw mask values into channels [64,T,h,w], from those frames that stand for a latent frame."""
+    """The raw mask values into channels [64,T,h,w] of Wan2.1, from those frames that stand for a latent frame."""
     if inputs.mask is None:
         channels.fill_(1.0)
         return
-    wanted = mask_frames(inputs.frames)
+    wanted = mask_frames(inputs.frames, channels.shape[1])
     frame, latent = 0, 0
     for piece in inputs.mask():
         while latent < len(wanted) and wanted[latent] < frame + piece.shape[1]:
             with device.computing_on_host():
-                cells = mask_channels(piece[0, wanted[latent] - frame])
+                cells = mask_channels(piece[0, wanted[latent] - frame], inputs.geometry)
             channels[:, latent].copy_(device.upload(cells))
             latent += 1
         frame += piece.shape[1]

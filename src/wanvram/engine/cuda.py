@@ -31,6 +31,7 @@ class CudaDevice(Device):
     """One CUDA GPU. `limit_bytes` is what the card may lose to this process: more is an OutOfMemory, never a spill."""
 
     kind = "cuda"
+    copies_beside = True
     meter: CudaMeter
     _capped: ClassVar[set[int]] = set()  # indices whose allocator a device of this process has capped
 

@@ -27,6 +27,9 @@ class Device:
     name: str
     torch_device: torch.device
     meter: Meter
+    computes_half = True  # float16 products are as good as any
+    repeats_itself = False  # equal steps take equally long and leave the same: one of them stands for all
+    copies_beside = False  # copies run beside the computation, so that a thread may read ahead
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -132,6 +135,7 @@ class CpuDevice(Device):
     kind = "cpu"
     name = "cpu"
     torch_device = torch.device("cpu")
+    computes_half = False
 
     def __init__(self) -> None:
         self.meter = CpuMeter()
@@ -156,6 +160,7 @@ class SimulatedDevice(Device):
 
     kind = "simulated"
     torch_device = torch.device("meta")
+    repeats_itself = True
 
     def __init__(self, memory: SimulatedMemory) -> None:
         self.memory = memory

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, groupby
 from typing import Protocol
 
 import torch
@@ -23,7 +24,7 @@ from wanvram.engine.first_use import use_libraries
 from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
-from wanvram.models.dit import Condition, Prepared, Time
+from wanvram.models.dit import Condition, Prepared, Time, WanDiT
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
 from wanvram.record import ComponentRecord, Copies
@@ -75,11 +76,34 @@ class _Extra:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What the steps need of the embeddings: one Time per step; one condition per prompt, the negative one last."""
+class _Turn:
+    """Steps start..stop of those that are run, and the transformer whose they are."""
 
+    model: str
+    start: int
+    stop: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a turn's steps need of the embeddings: one Time per step; one condition per prompt, the negative one last."""
+
+    turn: _Turn
     times: list[Time]
     conditions: list[Prepared]
+
+
+Velocity = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class _Guide:
+    """What a solver asks for velocities; behind it one transformer takes over from another."""
+
+    velocity: Velocity
+
+    def __call__(self, latent: torch.Tensor, timestep: int) -> torch.Tensor:
+        return self.velocity(latent, timestep)
 
 
 @dataclass
@@ -100,6 +124,8 @@ class Pipeline:
     _finished: list[ComponentRecord] = field(default_factory=list)
     _streamed: dict[str, Copies] = field(default_factory=dict)
     _copied: Copies = field(default_factory=Copies)
+    # Of prompts that wait for the next transformer.
+    _waiting: dict[int, tuple[_Guide, Iterator[torch.Tensor]]] = field(default_factory=dict)
 
     def run(self, open_sink: OpenSink) -> None:
         """`open_sink(i)` opens what takes the frames of the i-th prompt."""
@@ -114,10 +140,12 @@ class Pipeline:
                 self._load(name, parts)
         contexts = self.encode_text(parts)
         extra = self._encode_pictures(parts)
-        plan = self.prepare(parts, contexts, extra)
-        del contexts, extra
-        latents = self.denoise_all(parts, plan)
-        del plan
+        for turn in self._turns():
+            plan = self.prepare(parts, contexts if turn.is_last else list(contexts), extra, turn)
+            if turn.is_last:
+                del contexts, extra
+            latents = self.denoise_all(parts, plan)
+            del plan
         self.decode_all(parts, latents, open_sink)
 
     def _start(self) -> None:
@@ -128,9 +156,17 @@ class Pipeline:
             self.device.hold_to_limit()
 
     def _components(self) -> list[str]:
-        kind = self.config.request.kind
-        vae = "vae" if kind in ("i2v", "flf2v", "vace") else "vae_decoder"
-        return ["text_encoder", *(["image_encoder"] if kind in ("i2v", "flf2v") else []), vae, "dit"]
+        """As they are loaded where all stay: the transformers last, and of the VAE only the half that is used alone."""
+        facts = self.config.request.facts
+        names = []
+        for model in sorted(facts.components(), key=lambda model: model.kind == "dit"):
+            parts = [part.name for part in facts.parts() if part.component == model.name]
+            names.append(parts[0] if len(parts) == 1 else model.name)
+        return names
+
+    def _name(self, which: str) -> str:
+        """What records call a component or the half of one."""
+        return self.config.request.facts.family.component_of(which).name
 
     def records(self) -> list[ComponentRecord]:
         """One record per component: parameters, base memory at loading, activation peak over its stages.
@@ -163,7 +199,7 @@ class Pipeline:
     # --- components ----------------------------------------------------------------------------------------------------------
 
     def _load(self, which: str, parts: Parts) -> None:
-        name = "vae" if which.startswith("vae") else which
+        name = self._name(which)
         with self.recorder.span(f"load {name}", kind="load", component=name) as span:
             component = parts.load(which)
         base = span.end.allocated_bytes - span.start.allocated_bytes
@@ -171,7 +207,7 @@ class Pipeline:
         self._finished.append(ComponentRecord(name, component.parameters, base, component.host_bytes, 0))
 
     def _use(self, which: str, parts: Parts) -> Component:
-        name = "vae" if which.startswith("vae") else which
+        name = self._name(which)
         if name not in self._loaded:
             self._load(which, parts)
         return self._loaded[name].component
@@ -199,25 +235,23 @@ class Pipeline:
 
     def _encode_pictures(self, parts: Parts) -> _Extra:
         """Pictures and source frames -> what the transformer reads of them, in the dtype it would round them to."""
-        kind = self.config.request.kind
-        if kind in ("i2v", "flf2v"):
+        if self.config.request.facts.pictures:
             clip = self.encode_image(parts)
             return _Extra(y=self.encode_video(parts), clip_fea=clip)
-        if kind == "vace":
+        if self.config.request.facts.takes_source:
             return _Extra(vace_context=self.encode_video(parts))
         return _Extra()
 
     def stand_in_pictures(self, parts: Parts) -> _Extra:
         """Uninitialised tensors in place of what `_encode_pictures` gives: for forecasts of the transformer alone."""
-        kind, specs = self.config.request.kind, parts.specs
-        channels, *shape = self.inputs.noise_shape
+        facts, specs, shape = self.config.request.facts, parts.specs, self.inputs.noise_shape[1:]
         dtype = PRECISIONS[self.config.strategy.precision].matmul
-        if kind == "vace":
+        if facts.takes_source:
             return _Extra(vace_context=self.device.empty((specs.dit.vace_in_dim, *shape), dtype))
-        if kind not in ("i2v", "flf2v"):
+        if not facts.pictures:
             return _Extra()
-        clip = (len(self.inputs.pictures), 257, specs.dit.clip_dim)
-        y = self.device.empty((specs.dit.in_dim - channels, *shape), dtype)
+        clip = (len(self.inputs.pictures), specs.image_encoder.tokens, specs.dit.clip_dim)
+        y = self.device.empty((self.inputs.geometry.image_channels, *shape), dtype)
         return _Extra(y=y, clip_fea=self.device.empty(clip, torch.float16))
 
     def encode_image(self, parts: Parts) -> torch.Tensor:
@@ -229,7 +263,7 @@ class Pipeline:
         return features
 
     def encode_video(self, parts: Parts) -> torch.Tensor:
-        condition = vace_context if self.config.request.kind == "vace" else image_condition
+        condition = vace_context if self.config.request.facts.takes_source else image_condition
         component = self._use("vae_encoder", parts)
         dtype = PRECISIONS[self.config.strategy.precision].matmul
         with self.recorder.span("encode_video", kind="stage", component="vae"):
@@ -248,50 +282,69 @@ class Pipeline:
         pieces = lambda: counted(make_chunks(), count, lambda piece: piece.shape[1])  # noqa: E731
         return encode(component, self.device, pieces, self.config.strategy.vae_tile)
 
-    def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra) -> _Plan:
-        """Embeds time, text and pictures for every step and prompt, and drops the weights that did it."""
-        component, request = self._use("dit", parts), self.config.request
+    def _turns(self) -> list[_Turn]:
+        """Which transformer makes which steps; of a single one only those are run that differ."""
+        request, family = self.config.request, self.config.request.facts.family
+        if len(family.transformers) == 1:
+            return [_Turn(family.transformers[0].name, 0, self._steps_to_run(), True)]
+        owners = [family.turn(t).name for t in self._timesteps()]
+        counts = [(name, len(list(steps))) for name, steps in groupby(owners)]
+        stops = list(accumulate(count for _, count in counts))
+        return [
+            _Turn(name, stop - count, stop, stop == request.sample_steps)
+            for (name, count), stop in zip(counts, stops, strict=True)
+        ]
+
+    def _timesteps(self) -> list[int]:
+        request = self.config.request
         schedule = timesteps_and_sigmas(request.sample_solver, request.sample_steps, request.sample_shift)
-        with self.recorder.span("prepare", kind="stage", component="dit"):
+        return [int(t) for t in schedule.timesteps]
+
+    def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra, turn: _Turn | None = None) -> _Plan:
+        """Embeds time, text and pictures for a turn's steps and every prompt, and drops the weights that did it."""
+        turn = turn or self._turns()[0]
+        component, timesteps = self._use(turn.model, parts), self._timesteps()
+        timesteps = timesteps if turn.start == 0 and turn.is_last else timesteps[turn.start : turn.stop]
+        with self.recorder.span("prepare", kind="stage", component=turn.model):
             conditions = [Condition(c, extra.y, extra.clip_fea, extra.vace_context) for c in contexts]
-            times, prepared = component.module.prepare(  # type: ignore[operator]
-                [int(t) for t in schedule.timesteps], conditions, walk=component.walk_embedders
-            )
+            times, prepared = _transformer(component).prepare(timesteps, conditions, walk=component.walk_embedders)
             contexts.clear()
             del conditions
             self.device.empty_cache()
-        return _Plan(times, prepared)
+        return _Plan(turn, times, prepared)
 
     def denoise_all(self, parts: Parts, plan: _Plan) -> list[torch.Tensor]:
         """One latent per prompt; between several of them a finished one waits on the host."""
         *positive, negative = plan.conditions
         latents: list[torch.Tensor] = []
         for index, condition in enumerate(positive):
-            latent = self._denoise(parts, [condition, negative], plan.times, _numbered("denoise", index))
-            latents.append(latent if len(positive) == 1 else self.device.download(latent))
+            latent = self._denoise(parts, index, [condition, negative], plan)
+            latents.append(latent if len(positive) == 1 or not plan.turn.is_last else self.device.download(latent))
             del latent
-        self._done_with("dit")
+        self._done_with(plan.turn.model)
         return latents
 
-    def _denoise(self, parts: Parts, conditions: Sequence[Prepared], times: Sequence[Time], name: str) -> torch.Tensor:
-        """Noise -> latent [16, F, h, w] float32."""
-        component = self._use("dit", parts)
-        request = self.config.request
-        steps = self._steps_to_run()
-        skipped = request.sample_steps - steps
-        schedule = timesteps_and_sigmas(request.sample_solver, steps, request.sample_shift)
-        with self.recorder.span(name, kind="stage", component="dit"):
-            noise = self._noise()
-            velocity = self._velocity(component, conditions, times, noise.shape)
-            trajectory = solve(request.sample_solver, velocity, noise, schedule)
-            del noise, velocity
-            latent = self._steps(trajectory, component, steps, skipped, name)
+    def _denoise(self, parts: Parts, index: int, conditions: Sequence[Prepared], plan: _Plan) -> torch.Tensor:
+        """Noise, or where the transformer before left off -> latent [channels, F, h, w] float32 after the turn's steps."""
+        component, name = self._use(plan.turn.model, parts), _numbered("denoise", index)
+        with self.recorder.span(name, kind="stage", component=component.name):
+            guide, trajectory = self._waiting.pop(index, None) or self._begun()
+            guide.velocity = self._velocity(component, conditions, plan.times)
+            latent = self._steps(trajectory, component, plan.turn, name)
+            if not plan.turn.is_last:
+                self._waiting[index] = guide, trajectory
+            del guide.velocity
             del trajectory  # before the weights go: close() alone keeps its tensors until later on Python 3.12
         return latent
 
+    def _begun(self) -> tuple[_Guide, Iterator[torch.Tensor]]:
+        request, guide = self.config.request, _Guide()
+        schedule = timesteps_and_sigmas(request.sample_solver, self._steps_to_run(), request.sample_shift)
+        return guide, solve(request.sample_solver, guide, self._noise(), schedule)
+
     def _steps_to_run(self) -> int:
-        steps = self.config.request.sample_steps
-        if self.device.kind != "simulated" or steps <= SIMULATED_STEPS:
+        steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
+        if not self.device.repeats_itself or in_turn or steps <= SIMULATED_STEPS:
             return steps
         return SIMULATED_STEPS + (0 if self.alone else (steps - SIMULATED_STEPS) % STEPS_PERIOD)
 
@@ -300,55 +353,53 @@ class Pipeline:
         shape = self.inputs.noise_shape
         return torch.randn(shape, dtype=torch.float32, device=self.device.torch_device, generator=generator)
 
-    def _velocity(
-        self, component: Component, conditions: Sequence[Prepared], times: Sequence[Time], shape: Sequence[int]
-    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    def _velocity(self, component: Component, conditions: Sequence[Prepared], times: Sequence[Time]) -> Velocity:
         """Guided velocity v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards.
 
         It is asked once per step, in order.
         """
         request, strategy = self.config.request, self.config.strategy
-        dit = component.module
-        rows = rows_per_chunk(shape[1] * shape[2] * shape[3] // 4, strategy.rows_per_chunk)
-        heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None  # type: ignore[union-attr, operator]
+        dit = _transformer(component)
+        rows = rows_per_chunk(self.inputs.geometry.tokens(self.inputs.noise_shape), strategy.rows_per_chunk)
+        heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
         groups = [conditions] if strategy.cfg == "joint" else [[c] for c in conditions]
         coming = iter(times)
 
         def velocity(latent: torch.Tensor, _timestep: int) -> torch.Tensor:
             time = next(coming)
-            options = {"rows_per_chunk": rows, "heads_per_group": heads, "walk": component.walk}
             outputs: list[torch.Tensor] = []
             for group in groups:
-                outputs += dit.velocity(latent, time, group, **options)  # type: ignore[operator]
+                outputs += dit.velocity(
+                    latent, time, group, rows_per_chunk=rows, heads_per_group=heads, walk=component.walk
+                )
             cond, uncond = outputs
             return uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale)
 
         return velocity
 
-    def _steps(
-        self, trajectory: Iterator[torch.Tensor], component: Component, steps: int, skipped: int, stage: str
-    ) -> torch.Tensor:
-        """Advances the solver `steps` times under one span each; block spans on every `log_interval`-th step."""
-        interval = self.config.measurement.log_interval
-        for index in range(steps):
+    def _steps(self, trajectory: Iterator[torch.Tensor], component: Component, turn: _Turn, stage: str) -> torch.Tensor:
+        """Advances the solver through a turn under one span each; block spans on every `log_interval`-th step."""
+        interval, total = self.config.measurement.log_interval, self.config.request.sample_steps
+        skipped = total - self._steps_to_run()
+        for index in range(turn.start, turn.stop):
             detailed = self.config.measurement.profile_memory and index % interval == 0
-            component.observe(self._block_span if detailed else None)
-            number = index if index < steps - 1 else index + skipped
-            with self.recorder.span(f"step {number}", kind="step", component="dit") as span:
+            component.observe(partial(self._block_span, component.name) if detailed else None)
+            number = index if index < turn.stop - 1 else index + skipped
+            with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
                 latent = next(trajectory)
-            if skipped and index == steps - 2:
+            if skipped and index == turn.stop - 2:
                 span.repeats = skipped + 1
             if self.tell:
-                self.tell(Done(stage, number + 1, steps + skipped, "steps", steps - 1 - index))
+                self.tell(Done(stage, number + 1, total, "steps", turn.stop - 1 - index))
             if self.trace_step:
                 self.trace_step()
         component.observe(None)
         return latent
 
-    def _block_span(self, group: str) -> AbstractContextManager[object]:
+    def _block_span(self, component: str, group: str) -> AbstractContextManager[object]:
         """`blocks.3` and `vace_blocks.3`, whose projection comes after its main block, as `block 3` and `vace block 3`."""
         name = group.replace("_", " ").replace("blocks.", "block ")
-        return self.recorder.span(name, kind="block", component="dit")
+        return self.recorder.span(name, kind="block", component=component)
 
     def decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
         component = self._use("vae_decoder", parts)
@@ -374,6 +425,11 @@ class Pipeline:
         for frames in decode(component, self.device, self.recorder, latent, tile, count):
             if sink is not None:
                 sink.write(frames)
+
+
+def _transformer(component: Component) -> WanDiT:
+    assert isinstance(component.module, WanDiT)
+    return component.module
 
 
 def _numbered(stage: str, index: int) -> str:

@@ -58,7 +58,7 @@ class StagedHome:
         self._buffers = [device.host_empty((largest,), torch.uint8, pinned=True) for _ in range(2)]
         self._copied: list[Any] = [None, None]
         self._turn = 0
-        self._thread = ThreadPoolExecutor(1, "wanvram-weights") if device.kind == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "wanvram-weights") if device.copies_beside else None
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         turn = self._turn % 2

@@ -11,14 +11,20 @@ from torch import Tensor
 
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.errors import InputError
-from wanvram.media.sources import MAX_PICTURE_PIXELS, SourceVideo, picture_size, plan_frames, probe_video, read_picture
+from wanvram.media.sources import (
+    MAX_PICTURE_PIXELS,
+    FramePlan,
+    SourceVideo,
+    picture_size,
+    plan_frames,
+    probe_video,
+    read_picture,
+)
 from wanvram.request import Request
 
 __all__ = ["prepare_inputs"]
 
-# Tokens are 16 pixels wide; the official transformer's positions go to 1024 of them.
-MIN_SIDE, MAX_SIDE = 16, 16 * 1024
-NEEDED = {"i2v": "--image", "flf2v": "--first_frame and --last_frame"}
+MOST_TOKENS = 1024  # along a side: as far as the official transformer's positions go
 
 
 def prepare_inputs(request: Request, *, simulated: bool, real_weights: bool) -> tuple[Inputs, list[str]]:
@@ -27,21 +33,22 @@ def prepare_inputs(request: Request, *, simulated: bool, real_weights: bool) -> 
     Raises InputError for a file that is missing, unreadable or of an impossible size, and for pictures that a real
     checkpoint needs and that were not given.
     """
-    if request.kind in ("i2v", "flf2v"):
+    if request.facts.pictures:
         return _from_pictures(request, simulated, real_weights)
-    if request.kind == "vace":
+    if request.facts.takes_source:
         return _from_source(request, simulated)
-    return Inputs(request.frame_num, request.height, request.width), []
+    return Inputs(request.frame_num, request.height, request.width, geometry=request.geometry), []
 
 
 def _from_pictures(request: Request, simulated: bool, real_weights: bool) -> tuple[Inputs, list[str]]:
-    names = ("image",) if request.kind == "i2v" else ("first_frame", "last_frame")
+    names, token = request.facts.pictures, request.geometry.token_side
     paths = [getattr(request, name) for name in names]
     if None not in paths:
         pictures = [_picture(Path(path), "--" + name, simulated) for name, path in zip(names, paths, strict=True)]
         notes = []
     elif real_weights:
-        raise InputError(f"{NEEDED[request.kind]}: {request.task} makes a video from it; give a picture")
+        flags = " and ".join("--" + name for name in names)
+        raise InputError(f"{flags}: {request.task} makes a video from it; give a picture")
     else:
         size = (request.height, request.width, 3)
         pictures = [_blank(size, simulated) for _ in names]
@@ -49,14 +56,14 @@ def _from_pictures(request: Request, simulated: bool, real_weights: bool) -> tup
     _check_last(pictures, paths)
     height, width = pictures[0].shape[:2]
     width, height = request.video_size((width, height))
-    if min(width, height) < MIN_SIDE or max(width, height) > MAX_SIDE:
+    if min(width, height) < token or max(width, height) > MOST_TOKENS * token:
         raise InputError(
             f"--{names[0]} {paths[0]} is too long and thin: a video of its shape within the area of {request.size} would be "
-            f"{width}x{height}; sides must be {MIN_SIDE} to {MAX_SIDE} pixels"
+            f"{width}x{height}; sides must be {token} to {MOST_TOKENS * token} pixels"
         )
     if (width, height) != (request.width, request.height):
         notes.append(f"the video is {width}x{height}: the picture's aspect ratio within the area of {request.size}")
-    return Inputs(request.frame_num, height, width, tuple(pictures)), notes
+    return Inputs(request.frame_num, height, width, tuple(pictures), geometry=request.geometry), notes
 
 
 def _check_last(pictures: list[Tensor], paths: list[str]) -> None:
@@ -74,21 +81,22 @@ def _check_last(pictures: list[Tensor], paths: list[str]) -> None:
 def _from_source(request: Request, simulated: bool) -> tuple[Inputs, list[str]]:
     references = [_picture(Path(path), "--src_ref_images", simulated) for path in request.src_ref_images]
     if request.src_video is None:
-        return _with_references(Inputs(request.frame_num, request.height, request.width), references, simulated), []
+        inputs = Inputs(request.frame_num, request.height, request.width, geometry=request.geometry)
+        return _with_references(inputs, references, simulated), []
     path = Path(request.src_video)
     info = probe_video(path, "--src_video")
     mask_path = Path(request.src_mask) if request.src_mask else None
     if mask_path is not None:
         info = replace(info, frames=min(info.frames, probe_video(mask_path, "--src_mask").frames))
-    plan = plan_frames(info, request.width * request.height)
+    plan = plan_frames(info, request.width * request.height, request.geometry)
     frames = len(plan.frame_ids)
     source: Frames = SourceVideo(path, plan).chunks
     mask = None if mask_path is None else SourceVideo(mask_path, plan, mask=True).chunks
     if simulated:
-        source = lambda: _pieces(3, frames, plan.height, plan.width)  # noqa: E731
-        mask = mask and (lambda: _pieces(1, frames, plan.height, plan.width))
+        source = lambda: _pieces(3, plan)  # noqa: E731
+        mask = mask and (lambda: _pieces(1, plan))
     notes = [f"the video is {plan.width}x{plan.height} with {frames} frames, after {path.name}"]
-    inputs = Inputs(frames, plan.height, plan.width, source=source, mask=mask)
+    inputs = Inputs(frames, plan.height, plan.width, source=source, mask=mask, geometry=request.geometry)
     return _with_references(inputs, references, simulated), notes
 
 
@@ -110,8 +118,7 @@ def _blank(shape: tuple[int, int, int], simulated: bool) -> Tensor:
     return torch.full(shape, 127, dtype=torch.uint8, device="meta" if simulated else "cpu")
 
 
-def _pieces(channels: int, frames: int, height: int, width: int) -> Iterator[Tensor]:
+def _pieces(channels: int, plan: FramePlan) -> Iterator[Tensor]:
     """Shapes of a source's pieces: 1, 4, 4, ... frames."""
-    yield torch.empty((channels, 1, height, width), device="meta")
-    for _ in range((frames - 1) // 4):
-        yield torch.empty((channels, 4, height, width), device="meta")
+    for count in plan.geometry.pieces(len(plan.frame_ids)):
+        yield torch.empty((channels, count, plan.height, plan.width), device="meta")

@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from wanvram.errors import InputError
+from wanvram.specs import WAN21_GEOMETRY, Geometry
 
 __all__ = ["FramePlan", "SourceVideo", "VideoInfo", "picture_size", "plan_frames", "probe_video", "read_picture"]
 
 MIN_PICTURE_SIDE = 32
 MAX_PICTURE_PIXELS = 64_000_000  # 192 MB as RGB
 
-CELL = 16  # pixels along a side of one transformer token: VAE 8, patch 2
-MAX_VIDEO_SIDE = 8192
+MIN_VIDEO_SIDE, MAX_VIDEO_SIDE = WAN21_GEOMETRY.token_side, 8192
 SEQUENCE_LENGTHS = {720 * 1280: 75600, 480 * 832: 32760}  # pixels of a frame -> tokens of the whole video, as official
-LATENT_FRAMES = 21  # of these lengths: 81 frames; a frame of another size, which only tiny weights make, gets as many
+FRAMES = 81  # of these lengths; a frame of another size, which only tiny weights make, gets as many
 
 # A text file, a playlist or a picture is a "video" to FFmpeg too, and a playlist may name any file or address.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,gif,ogg,asf,mxf,ivf,nut,yuv4mpegpipe,h264,hevc,obu,dv"
@@ -147,6 +147,7 @@ class FramePlan:
     frame_ids: tuple[int, ...]
     height: int
     width: int
+    geometry: Geometry = WAN21_GEOMETRY
 
 
 def probe_video(path: Path, flag: str) -> VideoInfo:
@@ -188,8 +189,10 @@ def _count_frames(container: Any, stream: Any, path: Path, flag: str) -> int:
 def _check_video_size(width: int, height: int, path: Path, flag: str) -> None:
     if not width or not height:
         raise InputError(f"{flag} {path} has no frame that can be decoded")
-    if min(width, height) < CELL or max(width, height) > MAX_VIDEO_SIDE:
-        raise InputError(f"{flag} {path} is {width}x{height}; both sides must be {CELL} to {MAX_VIDEO_SIDE} pixels")
+    if min(width, height) < MIN_VIDEO_SIDE or max(width, height) > MAX_VIDEO_SIDE:
+        raise InputError(
+            f"{flag} {path} is {width}x{height}; both sides must be {MIN_VIDEO_SIDE} to {MAX_VIDEO_SIDE} pixels"
+        )
 
 
 @contextmanager
@@ -222,21 +225,22 @@ def _opened_video(path: Path, flag: str) -> Iterator[tuple[Any, Any]]:
             raise InputError(f"{flag} {path} is damaged and cannot be decoded: {error.strerror}") from error
 
 
-def plan_frames(info: VideoInfo, area: int) -> FramePlan:
+def plan_frames(info: VideoInfo, area: int, geometry: Geometry = WAN21_GEOMETRY) -> FramePlan:
     """The frames and the size that official VACE (keep_last, starting at 0) takes from a source video.
 
-    area: pixels of a frame, 720*1280 or 480*832; of tiny weights any. The result keeps the source's aspect, is a multiple of 16 on
+    area: pixels of a frame, 720*1280 or 480*832; of tiny weights any. The result keeps the source's aspect, is whole tokens on
     both sides and never larger than the source; with a mask video, give the info with the smaller `frames` of the two.
     The source's frames are taken as evenly spaced. Official asks the container for each frame's time, which in a video of
     variable rate chooses other frames.
     """
-    tokens = SEQUENCE_LENGTHS.get(area, area // CELL**2 * LATENT_FRAMES)
-    cells: float = min(tokens, area / CELL**2, (info.height // CELL) * (info.width // CELL))
-    latents = min((info.frames - 1) // 4 + 1, int(tokens / cells))
+    side = geometry.token_side
+    tokens = SEQUENCE_LENGTHS.get(area, area // side**2 * geometry.latent_frames(FRAMES))
+    cells: float = min(tokens, area / side**2, (info.height // side) * (info.width // side))
+    latents = min(geometry.latent_frames(info.frames), int(tokens / cells))
     cells = min(cells, int(tokens / latents))
     rows = max(1, round(math.sqrt(cells * (info.height / info.width))))
     columns = max(1, int(cells / rows))
-    return FramePlan(_frame_ids(info, (latents - 1) * 4 + 1), rows * CELL, columns * CELL)
+    return FramePlan(_frame_ids(info, geometry.video_frames(latents)), rows * side, columns * side, geometry)
 
 
 def _frame_ids(info: VideoInfo, count: int) -> tuple[int, ...]:
@@ -269,9 +273,8 @@ class SourceVideo:
         the plan does.
         """
         with closing(self._frames()) as frames:
-            yield self._join(frames, 1)
-            for _ in range(len(self.plan.frame_ids) // 4):
-                yield self._join(frames, 4)
+            for count in self.plan.geometry.pieces(len(self.plan.frame_ids)):
+                yield self._join(frames, count)
 
     def _join(self, frames: Iterator[Tensor], count: int) -> Tensor:
         chunk = torch.empty(1 if self.mask else 3, count, self.plan.height, self.plan.width)

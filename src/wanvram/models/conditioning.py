@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["boundary_mask", "cover", "letterbox", "mask_channels", "mask_frames", "squeeze", "unit"]
+from wanvram.specs import WAN21_GEOMETRY, Geometry
 
-VAE_STRIDE = 8  # pixels per latent row and column
+__all__ = ["boundary_mask", "cover", "letterbox", "mask_channels", "mask_frames", "squeeze", "unit"]
 
 
 def unit(picture: Tensor) -> Tensor:
@@ -41,16 +41,18 @@ def cover(picture: Tensor, height: int, width: int) -> Tensor:
     return scaled[:, top : top + height, left : left + width]
 
 
-def boundary_mask(frames: int, height: int, width: int, *, last: bool) -> Tensor:
-    """Which of a latent's frames are given, [4, frames, height, width]: channel c stands for the c-th of four video frames.
+def boundary_mask(
+    frames: int, height: int, width: int, *, last: bool, group: int = WAN21_GEOMETRY.strides[0]
+) -> Tensor:
+    """Which of a latent's frames are given, [group, frames, height, width]: channel c is the c-th of its group of video frames.
 
-    The first latent frame is the first video frame alone, so all four channels are 1; a given last video frame is the
-    fourth of its latent frame.
+    The first latent frame is the first video frame alone, so all its channels are 1; a given last video frame is the last
+    of its latent frame.
     """
-    mask = torch.zeros(4, frames, height, width)
+    mask = torch.zeros(group, frames, height, width)
     mask[:, 0] = 1.0
     if last:
-        mask[3, -1] = 1.0
+        mask[-1, -1] = 1.0
     return mask
 
 
@@ -68,14 +70,14 @@ def letterbox(picture: Tensor, height: int, width: int) -> Tensor:
     return canvas
 
 
-def mask_frames(frames: int) -> list[int]:
-    """The video frames whose mask stands for each latent frame: nearest-exact sampling of `frames` at (frames + 3) // 4."""
-    latents = (frames + 3) // 4
+def mask_frames(frames: int, latents: int) -> list[int]:
+    """The video frames whose mask stands for each latent frame: nearest-exact sampling of `frames` at so many."""
     return [int((index + 0.5) * frames / latents) for index in range(latents)]
 
 
-def mask_channels(mask: Tensor) -> Tensor:
-    """One frame's mask [H, W] -> [64, H/8, W/8], channel = 8 * row offset + column offset, values as they are."""
-    rows, columns = (side // (2 * VAE_STRIDE) * 2 for side in mask.shape)
-    cells = mask.view(rows, VAE_STRIDE, columns, VAE_STRIDE)
-    return cells.permute(1, 3, 0, 2).reshape(VAE_STRIDE * VAE_STRIDE, rows, columns)
+def mask_channels(mask: Tensor, geometry: Geometry) -> Tensor:
+    """One frame's mask [H, W] -> [64, H/8, W/8] of Wan2.1, channel = 8 * row offset + column offset, values as they are."""
+    (_, high, wide), (_, *patch) = geometry.strides, geometry.patch
+    rows, columns = (n // (s * p) * p for n, s, p in zip(mask.shape, (high, wide), patch, strict=True))
+    cells = mask.view(rows, high, columns, wide)
+    return cells.permute(1, 3, 0, 2).reshape(geometry.cell_channels, rows, columns)

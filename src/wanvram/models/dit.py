@@ -96,7 +96,7 @@ class WanDiT(nn.Module):
         self.head = Head(spec, precision)
         if spec.has_image_branch:
             self.img_emb = ImageEmbedding(spec, precision)
-        if spec.model_type == "vace":
+        if spec.has_source_branch:
             count = len(spec.vace_layers)
             self.vace_blocks = nn.ModuleList(VaceBlock(spec, precision, first=n == 0) for n in range(count))
             self.vace_patch_embedding = PatchEmbedding(spec.vace_in_dim, dim, spec.patch_size, matmul)
@@ -250,7 +250,7 @@ class WanDiT(nn.Module):
         has_image = condition.y is not None and condition.clip_fea is not None
         if spec.has_image_branch and not has_image:
             raise InputError(f"a {spec.model_type} condition needs both y and clip_fea")
-        if spec.model_type == "vace" and condition.vace_context is None:
+        if spec.has_source_branch and condition.vace_context is None:
             raise InputError("a vace condition needs vace_context")
 
 

@@ -396,9 +396,9 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, spec: DiTSpec, precision: Precision) -> None:
         super().__init__()
-        if spec.model_type == "flf2v":
-            self.emb_pos = parameter(1, 2 * IMAGE_TOKENS, spec.clip_dim, dtype=precision.small)
-        self.has_positions = spec.model_type == "flf2v"
+        self.has_positions = spec.images > 1
+        if self.has_positions:
+            self.emb_pos = parameter(1, spec.images * IMAGE_TOKENS, spec.clip_dim, dtype=precision.small)
         self.proj = nn.Sequential(
             AffineNorm(spec.clip_dim, IMAGE_NORM_EPS, precision),
             Linear(spec.clip_dim, spec.clip_dim, precision.matmul),

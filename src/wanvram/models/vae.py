@@ -32,20 +32,9 @@ from wanvram.models.vae_blocks import (
     new_frames,
 )
 from wanvram.models.vae_tiles import Area, Halos, Move, TilePiece, as_frame, as_rows, grid, stay
-from wanvram.specs import VAESpec
+from wanvram.specs import LATENT_MEAN, LATENT_STD, VAESpec
 
 __all__ = ["LATENT_MEAN", "LATENT_STD", "WanVAE"]
-
-LATENT_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-LATENT_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
-)  # fmt: skip
-# 1/std rounded to float32, as official holds it. Numbers, not a tensor: no copy from host to device.
-INVERSE_STD = tuple(float(np.float32(1.0) / np.float32(value)) for value in LATENT_STD)
 
 
 def _one_ahead(chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
@@ -176,8 +165,10 @@ class WanVAE(nn.Module):
         self.conv1 = Conv(2 * spec.z_dim, 2 * spec.z_dim, (1, 1, 1), dtype)
         self.conv2 = Conv(spec.z_dim, spec.z_dim, (1, 1, 1), dtype)
         self.decoder = Decoder(spec, dtype)
-        self.scale = 2 ** (len(spec.dim_mult) - 1)
-        self.group = 2 ** sum(spec.temporal_downsample)  # video frames per latent frame after the first
+        self.group, self.scale, _ = spec.strides
+        # 1/std rounded to float32, as official holds it. Numbers, not a tensor: no copy from host to device.
+        inverse = [float(np.float32(1.0) / np.float32(value)) for value in spec.latent_std]
+        self._statistics = list(zip(spec.latent_mean, inverse, strict=True))
 
     def decode(self, z: Tensor) -> Iterator[Tensor]:
         """Latents z [16,T,h,w] -> frames [3,t,H,W], not clamped: t is 1 for the first latent frame, then 4."""
@@ -231,7 +222,7 @@ class WanVAE(nn.Module):
             stream = stream or Stream(remember=more)
             statistics = self._encode_frame(frame, stream)
             if statistics is not None:
-                latents.append(_normalised(statistics))
+                latents.append(self._normalised(statistics))
         if not latents:
             raise InputError("there is no frame to encode")
         return torch.stack(latents, dim=1)
@@ -258,7 +249,7 @@ class WanVAE(nn.Module):
             x = new_frames(self.conv1.weight, parts[0].shape[2], 1, height, width)
             for area, part in zip(areas, parts, strict=True):
                 area.of(x).copy_(as_frame(fetch(part)))
-            latents.append(_normalised(self._means(self.encoder.finish(x, stream))))
+            latents.append(self._normalised(self._means(self.encoder.finish(x, stream))))
         return torch.stack(latents, dim=1)
 
     def _encode_frame(self, frame: Tensor, stream: Stream) -> Tensor | None:
@@ -302,7 +293,7 @@ class WanVAE(nn.Module):
     def _decoder_input(self, latent: Tensor) -> Tensor:
         """One latent frame [16,h,w] in DiT scale -> [1,16,1,h,w] behind the pointwise convolution."""
         scaled = new_frames(self.conv2.weight, self.spec.z_dim, 1, *latent.shape[1:])
-        for channel, (mean, factor) in enumerate(zip(LATENT_MEAN, INVERSE_STD, strict=True)):
+        for channel, (mean, factor) in enumerate(self._statistics):
             scaled[0, channel, 0].copy_(latent[channel]).div_(factor).add_(mean)
         return self.conv2.pointwise(scaled)
 
@@ -311,10 +302,9 @@ class WanVAE(nn.Module):
             # No loop over features: its variable would keep a frame of them alive, 146 MiB at 832x480.
             self.decoder.head(next(features), stream, frames[:, number])
 
-
-def _normalised(means: Tensor) -> Tensor:
-    """[1,16,1,h,w] -> float32 [16,h,w] in DiT scale."""
-    latent = means.new_empty((means.shape[1], *means.shape[3:]), dtype=torch.float32)
-    for channel, (mean, factor) in enumerate(zip(LATENT_MEAN, INVERSE_STD, strict=True)):
-        latent[channel].copy_(means[0, channel, 0]).sub_(mean).mul_(factor)
-    return latent
+    def _normalised(self, means: Tensor) -> Tensor:
+        """[1,16,1,h,w] -> float32 [16,h,w] in DiT scale."""
+        latent = means.new_empty((means.shape[1], *means.shape[3:]), dtype=torch.float32)
+        for channel, (mean, factor) in enumerate(self._statistics):
+            latent[channel].copy_(means[0, channel, 0]).sub_(mean).mul_(factor)
+        return latent

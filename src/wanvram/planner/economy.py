@@ -58,7 +58,7 @@ def _peak_beside(trials: Trials, strategy: Strategy, *names: str) -> int:
 
 def _with_smaller_tiles(trials: Trials, chosen: Strategy, limit: float) -> Strategy:
     """As long as the VAE needs more than anything else would with as few blocks as possible on the device."""
-    vae = tuple(name for name in components_of(trials.request) if name.startswith("vae"))
+    vae = tuple(part.name for part in trials.request.facts.parts() if part.component == "vae")
     rest = max(_peak_beside(trials, chosen, "dit", *vae), _reachable(trials, chosen, limit))
     tiles = tiles_for(trials.request)
     for tile in tiles[tiles.index(chosen.vae_tile) + 1 :]:
@@ -121,7 +121,7 @@ def trades(trials: Trials, found: Iterable[Strategy], chosen: Strategy, *, offer
     """What fits, too, and is faster, the largest gain first. offers: also forecast blocks in RAM instead of on disk."""
     others = [*found]
     pinned = replace(chosen, weights_in="pinned") if chosen.weights_in == "disk" else chosen
-    streamed = [name for name in components_of(trials.request) if not name.startswith("vae")]
+    streamed = [part.name for part in trials.request.facts.parts() if part.component != "vae"]
     if offers and pinned != chosen and trials.seconds(chosen) is not None and _fit(trials, pinned, streamed):
         others.append(pinned)
     result: dict[tuple[object, ...], Trade] = {}

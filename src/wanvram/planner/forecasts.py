@@ -57,9 +57,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
 
 def components_of(request: Request) -> tuple[str, ...]:
     """In the order of their stages; `vae_encoder` and `vae_decoder` are the halves of the VAE, loaded one at a time."""
-    image = ("image_encoder",) if request.kind in ("i2v", "flf2v") else ()
-    encoder = ("vae_encoder",) if request.kind in ("i2v", "flf2v", "vace") else ()
-    return ("text_encoder", *image, *encoder, "dit", "vae_decoder")
+    return tuple(part.name for part in request.facts.parts())
 
 
 def total_seconds(request: Request, stages: Iterable[StageForecast]) -> float | None:

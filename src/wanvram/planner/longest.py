@@ -16,10 +16,11 @@ ENCODERS = ("text_encoder", "image_encoder")  # their memory does not depend on 
 
 def most_frames(trials: Trials, base: Strategy) -> int | None:
     """4n+1, at most 4093; None if not even the fewest fit the device. The first guess is the request's own number."""
-    least = 1 if trials.request.kind == "flf2v" else 0  # flf2v has at least 5 frames
+    geometry = trials.request.geometry
+    least = geometry.latent_frames(trials.request.facts.least_frames) - 1
     names = components_of(trials.request)
     limit = trials.budget.device_limit
-    fewest = trials.for_request(frame_num=4 * least + 1)
+    fewest = trials.for_request(frame_num=geometry.video_frames(least + 1))
     if any(least_peak(fewest, base, name) > limit for name in names if name in ENCODERS):
         return None
     growing = [name for name in names if name not in ENCODERS]
@@ -28,15 +29,15 @@ def most_frames(trials: Trials, base: Strategy) -> int | None:
     def rooms(n: int) -> tuple[int, ...]:
         """Bytes that each component of 4n+1 frames leaves of the limit, negative if it does not fit."""
         if n not in known:
-            other = trials.for_request(frame_num=4 * n + 1)
+            other = trials.for_request(frame_num=geometry.video_frames(n + 1))
             known[n] = tuple(limit - least_peak(other, base, name) for name in growing)
         return known[n]
 
     if min(rooms(least)) < 0:
         return None
-    most = (MAX_FRAMES - 1) // 4
-    first = min(most, max(least + 1, (trials.request.frame_num - 1) // 4))
-    return 4 * _last(rooms, least, first, most) + 1
+    most = geometry.latent_frames(MAX_FRAMES) - 1
+    first = min(most, max(least + 1, geometry.latent_frames(trials.request.frame_num) - 1))
+    return geometry.video_frames(_last(rooms, least, first, most) + 1)
 
 
 def _last(rooms: Callable[[int], tuple[int, ...]], fitting: int, guess: int, most: int) -> int:

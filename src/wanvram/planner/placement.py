@@ -57,7 +57,7 @@ def _within(seconds: float | None, fastest: float) -> bool:
 def _bound(trials: Trials, base: Strategy) -> float | None:
     """Seconds that no strategy can beat: the resident transformer's and the VAE's; None: unknown."""
     stages = [whole_transformer(trials, base)]
-    stages += [trials.of(name, base) for name in components_of(trials.request) if name.startswith("vae")]
+    stages += [trials.of(part.name, base) for part in trials.request.facts.parts() if part.component == "vae"]
     times = [stage_seconds(trials.request, stage) for stage in stages]
     return None if None in times else sum(time for time in times if time is not None)
 

@@ -10,7 +10,6 @@ from wanvram.planner.forecasts import Trials, components_of
 from wanvram.planner.result import Alternative, Refusal
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import variants
-from wanvram.tasks import TASKS
 from wanvram.units import exact, gib
 
 __all__ = ["least_peak", "refuse"]
@@ -61,7 +60,7 @@ def _host_bytes(trials: Trials, base: Strategy, component: str) -> list[int]:
 def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
     """The lossless strategies among which a component's smallest peak is, on the device and in RAM."""
     block = replace(base, load_strategy="block", weights_in="disk")
-    if component.startswith("vae"):
+    if request.facts.family.component_of(component).name == "vae":
         return [replace(base, vae_tile=tiles_for(request)[-1])]
     if component == "text_encoder":
         return [block, replace(base, t5_cpu=True)]
@@ -113,18 +112,21 @@ def _smaller_sizes(request: Request) -> list[str]:
         return width >= height
 
     own = pixels(request.size), is_wide(request.size)
-    smaller = [s for s in TASKS[request.task].sizes if pixels(s) < own[0] and is_wide(s) == own[1]]
+    smaller = [s for s in request.facts.sizes if pixels(s) < own[0] and is_wide(s) == own[1]]
     return sorted(smaller, key=pixels, reverse=True)
 
 
 def _most_frames(trials: Trials, base: Strategy, size: str, first: str) -> Alternative | None:
-    """By bisection over 4n+1 below the request's frames."""
-    least = 1 if trials.request.kind == "flf2v" else 0  # flf2v has at least 5 frames
-    low, high = least - 1, (trials.request.frame_num - 1) // 4
+    """By bisection over the numbers of latent frames below the request's."""
+    geometry = trials.request.geometry
+    low, high = (
+        geometry.latent_frames(trials.request.facts.least_frames) - 1,
+        geometry.latent_frames(trials.request.frame_num),
+    )
     best: Alternative | None = None
     while high - low > 1:
         middle = (low + high) // 2
-        fits = _alternative(trials, base, size, 4 * middle + 1, first)
+        fits = _alternative(trials, base, size, geometry.video_frames(middle), first)
         if fits is None:
             high = middle
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from wanvram.config import Request, Strategy
-from wanvram.planner.forecasts import Trials, components_of
+from wanvram.planner.forecasts import Trials
 
 __all__ = ["largest_tile", "tiles_for"]
 
@@ -20,7 +20,7 @@ TILES = (
 
 def tiles_for(request: Request) -> list[int | None]:
     """Whole frames first, then what is smaller than a frame, the fastest first."""
-    longest = max(request.width, request.height) // 8
+    longest = max(request.width, request.height) // request.geometry.strides[1]
     return [None, *(tile for tile in TILES if tile < longest)]
 
 
@@ -30,7 +30,7 @@ def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
     By bisection after whole frames and the largest tiles, which most cards hold: small tiles are many, and slow to simulate.
     """
     tiles = tiles_for(trials.request)
-    parts = [name for name in components_of(trials.request) if name.startswith("vae")]
+    parts = [part.name for part in trials.request.facts.parts() if part.component == "vae"]
     too_large, fitting = -1, len(tiles)
     while fitting - too_large > 1:
         middle = too_large + 1 if too_large < 1 else (too_large + fitting) // 2

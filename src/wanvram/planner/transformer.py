@@ -11,7 +11,6 @@ from typing import Any
 from wanvram.config import Request, Strategy
 from wanvram.planner.forecasts import StageForecast, Trial, Trials, stage_seconds
 from wanvram.specs import DIT
-from wanvram.tasks import TASKS, latent_shape
 
 __all__ = [
     "NEGLIGIBLE",
@@ -33,13 +32,13 @@ VERIFICATIONS = 4  # forecasts spent on the number of resident blocks; blocks of
 
 def block_count(request: Request) -> int:
     """Blocks that can stay on the device."""
-    return DIT[TASKS[request.task].dit].block_count
+    return DIT[request.facts.dit].block_count
 
 
 def variants(request: Request) -> list[dict[str, Any]]:
     """Lossless ways to hold fewer activations, the fastest and largest first; chunks of more rows than there are change nothing."""
-    _, frames, height, width = latent_shape(request.frame_num, request.height, request.width)
-    tokens = frames * height * width // 4
+    geometry = request.geometry
+    tokens = geometry.tokens(geometry.latent_shape(request.frame_num, request.height, request.width))
     sliced: dict[str, Any] = {"attention_slicing": True}
     return [{}, sliced, *(sliced | {"rows_per_chunk": rows} for rows in ROWS if rows < tokens)]
 

@@ -21,7 +21,6 @@ from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
 from wanvram.record import RunRecord, Span, dotted
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, card_of_run, find_gpu
-from wanvram.tasks import latent_shape
 
 __all__ = ["advise", "predict"]
 
@@ -110,11 +109,11 @@ def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
         "cfg": "sequential",
     }
     yield from ({knob: value} for knob, value in wanted.items() if getattr(s, knob) != value)
-    _, frames, height, width = latent_shape(r.frame_num, r.height, r.width)
-    rows = rows_per_chunk(frames * height * width // 4, s.rows_per_chunk)
+    shape = r.geometry.latent_shape(r.frame_num, r.height, r.width)
+    rows = rows_per_chunk(r.geometry.tokens(shape), s.rows_per_chunk)
     if rows > 1:
         yield {"rows_per_chunk": rows // 2}
-    edge = s.vae_tile or max(height, width)
+    edge = s.vae_tile or max(shape[2:])
     yield from ({"vae_tile": tile} for tile in tiles_for(r) if tile is not None and tile < edge)
     yield from _lossy_changes(s, "bf16" if find_gpu(config.gpu or DEFAULT_GPU).compute_capability >= (8, 0) else "fp16")
 

@@ -12,7 +12,7 @@ import torch
 
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.planner import Budget, StageForecast
-from wanvram.planner.forecasts import Trials, components_of
+from wanvram.planner.forecasts import Trials
 from wanvram.planner.search import cleared
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import variants
@@ -67,11 +67,11 @@ def _likely(request: Request, budget: Budget, base: Strategy) -> list[Question]:
     ways.append(replace(block, cfg="joint", attention_slicing=True))
     for strategy in ways:
         trials.of("dit", strategy)
-    for component in components_of(request):
-        if component.startswith("vae"):
+    for part in request.facts.parts():
+        if part.component == "vae":
             for tile in tiles_for(request):
-                trials.of(component, replace(plain, vae_tile=tile))
-        elif component != "dit":
+                trials.of(part.name, replace(plain, vae_tile=tile))
+        elif part.component != "dit":
             for strategy in (plain, block, disk):
-                trials.of(component, strategy)
+                trials.of(part.name, strategy)
     return list(asked)

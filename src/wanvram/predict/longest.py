@@ -16,15 +16,14 @@ from wanvram.units import human
 
 __all__ = ["plan_longest"]
 
-FEWER = (
-    4  # numbers of frames below the forecast one that are tried where the whole run needs more than its forecasts said
-)
+# Numbers of frames below the forecast one that are tried where the whole run needs more than its forecasts said.
+FEWER = 4
 
 
 def plan_longest(config: RunConfig, budget: Budget, show: Callable[[str], None] | None = None) -> Plan | None:
     """The plan with the most frames, 4n+1; None if not even the fewest fit. InputError where the frames are not free."""
     request = config.request
-    if request.kind == "t2i":
+    if request.facts.makes_picture:
         raise InputError(f"--longest: {request.task} makes one picture")
     if request.src_video is not None:
         raise InputError(f"--longest: the frames are those of --src_video {request.src_video}")
@@ -39,7 +38,7 @@ def plan_longest(config: RunConfig, budget: Budget, show: Callable[[str], None] 
 
     frames = most_frames(Trials(request, budget, forecast), cleared(planned_base(config.strategy)))
     for fewer in range(FEWER if frames is not None else 0):
-        count = (frames or 0) - 4 * fewer
+        count = (frames or 0) - request.geometry.strides[0] * fewer
         if count < 1:
             break
         asked = replace(config, request=replace(request, frame_num=count))

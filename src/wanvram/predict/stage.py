@@ -22,7 +22,7 @@ from wanvram.run.weights import NoWeights
 
 __all__ = ["simulate_stage"]
 
-SHORT_FRAMES = 9
+SHORT_LATENTS = 3  # the first frame's, the second, and one that stands for all others
 PROMPT_TOKENS = 512  # the longest context: what a prompt can cost at most
 
 
@@ -38,15 +38,17 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     memory = simulated_memory(config, unlimited=True)
     device = SimulatedDevice(memory)
     inputs, _ = prepare_inputs(request, simulated=True, real_weights=False)
-    short = _shortened(inputs) if component.startswith("vae") else inputs
+    name = request.facts.family.component_of(component).name
+    short = _shortened(inputs) if name == "vae" else inputs
     pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(), short, alone=True)
     with device.session():
         memory.load_everything()
         _run(component, pipeline, Parts(config, device, pipeline.weights), device)
     spans = pipeline.recorder.spans
-    (record,) = [r for r in pipeline.records() if r.name in (component, component.partition("_")[0])]
+    (record,) = [r for r in pipeline.records() if r.name == name]
     full, part = inputs.noise_shape[1], short.noise_shape[1]
-    missing = (full - part) * 16 * (inputs.height // 8) * (inputs.width // 8) * 4
+    channels, _, rows, columns = inputs.noise_shape
+    missing = (full - part) * channels * rows * columns * torch.float32.itemsize
     stages = [span for span in spans if not span.name.startswith("denoise")]
     return StageForecast(
         component=component,
@@ -61,14 +63,15 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
 
 
 def _shortened(inputs: Inputs) -> Inputs:
-    """The first nine video frames of what is given: latent frames one, two, and one that stands for all others."""
-    if inputs.frames <= SHORT_FRAMES:
+    """The first video frames of what is given, nine of Wan2.1."""
+    frames = inputs.geometry.video_frames(SHORT_LATENTS)
+    if inputs.frames <= frames:
         return inputs
 
-    def first(frames: Frames | None) -> Frames | None:
-        return None if frames is None else lambda: islice(frames(), 3)  # pieces of 1, 4 and 4 frames
+    def first(pieces: Frames | None) -> Frames | None:
+        return None if pieces is None else lambda: islice(pieces(), SHORT_LATENTS)  # a piece is a latent frame's
 
-    return replace(inputs, frames=SHORT_FRAMES, source=first(inputs.source), mask=first(inputs.mask))
+    return replace(inputs, frames=frames, source=first(inputs.source), mask=first(inputs.mask))
 
 
 def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevice) -> None:

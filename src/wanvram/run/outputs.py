@@ -37,7 +37,7 @@ class Outputs:
     force: bool = False
 
     def __post_init__(self) -> None:
-        is_picture = self.config.request.kind == "t2i"
+        is_picture = self.config.request.facts.makes_picture
         if not is_picture:
             check_encoder()
         if self.save_file is None:
@@ -72,7 +72,7 @@ class Outputs:
 
     def path(self, index: int) -> Path:
         """Numbered from 001 when there are several prompts."""
-        default = "image.png" if self.config.request.kind == "t2i" else "video.mp4"
+        default = "image.png" if self.config.request.facts.makes_picture else "video.mp4"
         path = self.save_file or self.directory / default
         several = len(self.config.request.all_prompts()) > 1
         return path.with_name(f"{path.stem}-{index + 1:03d}{path.suffix}") if several else path
@@ -81,7 +81,7 @@ class Outputs:
     def open(self, index: int, prompt: str) -> Iterator[VideoWriter | PictureWriter]:
         """The sink of the prompt with this index; the sidecar is written once the file is complete."""
         path = self.path(index)
-        writer = PictureWriter(path) if self.config.request.kind == "t2i" else VideoWriter(path)
+        writer = PictureWriter(path) if self.config.request.facts.makes_picture else VideoWriter(path)
         with writer:
             yield writer
         sidecar = self._sidecar(path, prompt, self.config.request.all_prompts()[index])
@@ -96,7 +96,7 @@ class Outputs:
             "prompt_given": given,
             "negative_prompt": request.negative_prompt,
             "seed": request.base_seed,
-            "frames_per_second": None if request.kind == "t2i" else FRAMES_PER_SECOND,
+            "frames_per_second": None if request.facts.makes_picture else FRAMES_PER_SECOND,
             "wanvram": __version__,
             "torch": torch.__version__,
             "device": self.device,

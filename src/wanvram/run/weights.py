@@ -9,7 +9,7 @@ from wanvram.errors import CheckpointError
 from wanvram.specs import T5Spec
 from wanvram.tasks import TASKS
 from wanvram.weights.folder import GENERATED, existing_folder
-from wanvram.weights.official import Component, check_checkpoint, open_checkpoint, tokenizer_file
+from wanvram.weights.official import check_checkpoint, open_checkpoint, tokenizer_file
 from wanvram.weights.random import RandomSource
 from wanvram.weights.recognise import explain
 from wanvram.weights.sources import TensorSource
@@ -28,7 +28,7 @@ class OfficialWeights:
         self._tokenizer = UMT5Tokenizer(tokenizer_file(directory))
         self._open: dict[str, TensorSource] = {}
 
-    def source(self, component: Component) -> TensorSource:
+    def source(self, component: str) -> TensorSource:
         if component not in self._open:
             self._open[component] = open_checkpoint(self.directory, component)
         return self._open[component]
@@ -101,12 +101,7 @@ def check_weights(weights: str, task: str) -> None:
         directory = existing_folder(weights)
     except CheckpointError as error:
         raise explain(Path(weights), error) from error
-    check_checkpoint(directory, _components(task), TASKS[task].dit)
-
-
-def _components(task: str) -> tuple[Component, ...]:
-    pictures: tuple[Component, ...] = ("image_encoder",) if TASKS[task].kind in ("i2v", "flf2v") else ()
-    return ("text_encoder", *pictures, "dit", "vae")
+    check_checkpoint(directory, [model.name for model in TASKS[task].components()], TASKS[task].dit)
 
 
 def _refuse_what_is_no_checkpoint(weights: str, task: str) -> None:

@@ -29,7 +29,6 @@ from wanvram.units import human
 from wanvram.weights.fp8 import FP8, LARGEST, SCALE_SUFFIX, row_scales, to_fp8
 from wanvram.weights.official import (
     COMPONENTS,
-    Component,
     blueprint,
     check_model,
     identify,
@@ -62,10 +61,10 @@ class Job:
     source: Path
     precision: str
     dit: str | None = None
-    components: tuple[Component, ...] | None = None
+    components: tuple[str, ...] | None = None
     fp8_text_encoder: bool = False
 
-    def uses_fp8(self, component: Component) -> bool:
+    def uses_fp8(self, component: str) -> bool:
         if self.precision != "fp8":
             return False
         return component == "dit" or (component == "text_encoder" and self.fp8_text_encoder)
@@ -75,7 +74,7 @@ class Job:
 class _Part:
     """One file to write: tensors in the order of the file, each with its dtype there."""
 
-    component: Component
+    component: str
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
@@ -114,7 +113,7 @@ class _Plan:
     """Everything known before the first byte is written."""
 
     job: Job
-    models: dict[Component, str]
+    models: dict[str, str]
     parts: list[_Part]
     tokenizer: list[Path] = field(default_factory=list)
 
@@ -199,7 +198,7 @@ class _Sources:
         self._ckpt_dir = ckpt_dir
         self._open: dict[str, TensorSource] = {}
 
-    def open(self, component: Component) -> TensorSource:
+    def open(self, component: str) -> TensorSource:
         if component not in self._open:
             self._open[component] = open_checkpoint(self._ckpt_dir, component)
         return self._open[component]
@@ -214,7 +213,7 @@ def _plan(job: Job, sources: _Sources, output: Path) -> _Plan:
     if components is None:
         dit = dit or identify("dit", sources.open("dit"))
         components = tuple(c for c in COMPONENTS if c != "image_encoder" or DIT[dit].has_image_branch)
-    models: dict[Component, str] = {}
+    models: dict[str, str] = {}
     parts: list[_Part] = []
     for component in sorted(components, key=lambda c: c != "dit"):  # the one that is most often the wrong one
         if dit is None:
@@ -232,7 +231,7 @@ def _plan(job: Job, sources: _Sources, output: Path) -> _Plan:
     return plan
 
 
-def _parts(job: Job, component: Component, model: str) -> Iterator[_Part]:
+def _parts(job: Job, component: str, model: str) -> Iterator[_Part]:
     """One part for each block and one, called shell, for what is outside the blocks."""
     module, blocks = blueprint(component, model, "bf16" if job.precision == "fp8" else job.precision)
     names = {id(block): name for name, block in module.named_modules()}

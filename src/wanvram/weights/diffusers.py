@@ -15,11 +15,12 @@ from pathlib import Path
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
+from wanvram.tasks import WAN21
 from wanvram.weights.sources import SafetensorsSource, Shape, TensorSource
 
 __all__ = ["FOLDERS", "TABLES", "RenamedSource", "is_diffusers", "official_names", "open_diffusers"]
 
-FOLDERS = {"dit": "transformer", "text_encoder": "text_encoder", "image_encoder": "image_encoder", "vae": "vae"}
+FOLDERS = {model.name: model.folder for model in WAN21.components}
 
 Table = tuple[tuple[str, str], ...]
 

@@ -20,6 +20,7 @@ from wanvram.models.precision import PRECISIONS
 from wanvram.models.t5 import T5Encoder
 from wanvram.models.vae import WanVAE
 from wanvram.specs import CLIP, DIT, T5, VAE, DiTSpec
+from wanvram.tasks import WAN21
 from wanvram.weights.diffusers import TABLES, RenamedSource, is_diffusers, official_names, open_diffusers
 from wanvram.weights.recognise import check_kind, comfy_files, explain, prefix_of
 from wanvram.weights.sources import (
@@ -41,7 +42,6 @@ __all__ = [
     "T5_FILE",
     "TOKENIZER_FILE",
     "VAE_FILE",
-    "Component",
     "blueprint",
     "check_checkpoint",
     "check_model",
@@ -53,18 +53,12 @@ __all__ = [
     "tokenizer_file",
 ]
 
-Component = Literal["text_encoder", "image_encoder", "dit", "vae"]
-COMPONENTS: tuple[Component, ...] = ("text_encoder", "image_encoder", "dit", "vae")
-
-T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-VAE_FILE = "Wan2.1_VAE.pth"
-DIT_FILE = "diffusion_pytorch_model.safetensors"
-DIT_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+COMPONENTS = tuple(model.name for model in WAN21.components)
+(T5_FILE,), (CLIP_FILE,), (DIT_FILE, DIT_INDEX), (VAE_FILE,) = (model.files for model in WAN21.components)
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 
 EXTRAS = ("spiece_model",)  # ComfyUI keeps the text encoder's vocabulary among its tensors
-_FILES = {"text_encoder": T5_FILE, "image_encoder": CLIP_FILE, "vae": VAE_FILE}
+_FILES = {model.name: model.files[0] for model in WAN21.components if model.kind != "dit"}
 _SPECS: dict[str, dict[str, Any]] = {"dit": DIT, "text_encoder": T5, "image_encoder": CLIP, "vae": VAE}
 
 
@@ -90,7 +84,7 @@ def layout(ckpt_dir: Path) -> Literal["official", "diffusers", "converted", "com
     return "official" if official or not is_diffusers(ckpt_dir) else "diffusers"
 
 
-def open_checkpoint(ckpt_dir: Path, component: Component) -> TensorSource:
+def open_checkpoint(ckpt_dir: Path, component: str) -> TensorSource:
     """The tensors of one component under their official names, from any layout. Raises CheckpointError, nothing else."""
     kind = layout(ckpt_dir)
     if kind == "converted":
@@ -102,7 +96,7 @@ def open_checkpoint(ckpt_dir: Path, component: Component) -> TensorSource:
     return source
 
 
-def _open_comfy(ckpt_dir: Path, component: Component) -> TensorSource:
+def _open_comfy(ckpt_dir: Path, component: str) -> TensorSource:
     """Of ComfyUI's single files the one that holds the component, whatever its name."""
     found = comfy_files(ckpt_dir).get(component, [])
     if not found:
@@ -113,7 +107,7 @@ def _open_comfy(ckpt_dir: Path, component: Component) -> TensorSource:
     return _single_file(SafetensorsSource(found), component)
 
 
-def _single_file(source: TensorSource, component: Component) -> TensorSource:
+def _single_file(source: TensorSource, component: str) -> TensorSource:
     """A file of others under the official names: without ComfyUI's prefix, and with the names of Diffusers translated."""
     prefix = prefix_of(source.keys(), component)
     keys = {key[len(prefix) :]: key for key in source.keys() if key.startswith(prefix) and key not in EXTRAS}  # noqa: SIM118
@@ -121,7 +115,7 @@ def _single_file(source: TensorSource, component: Component) -> TensorSource:
     return RenamedSource(source, {official: [keys[part] for part in parts] for official, parts in names.items()})
 
 
-def open_official(ckpt_dir: Path, component: Component) -> TensorSource:
+def open_official(ckpt_dir: Path, component: str) -> TensorSource:
     """One component of an official folder. Where the .pth is missing, safetensors of the same name are taken."""
     layout(ckpt_dir)
     names = (DIT_FILE, DIT_INDEX) if component == "dit" else (_FILES[component],)
@@ -159,7 +153,7 @@ def tokenizer_file(ckpt_dir: Path) -> Path:
     return ckpt_dir / name
 
 
-def blueprint(component: Component, spec: str, precision: str = "bf16") -> tuple[nn.Module, list[nn.Module]]:
+def blueprint(component: str, spec: str, precision: str = "bf16") -> tuple[nn.Module, list[nn.Module]]:
     """The component's module on meta and its blocks. `spec`: its key in wanvram.specs; precision matters to the dit only."""
     with torch.device("meta"):
         if component == "dit":
@@ -174,7 +168,7 @@ def blueprint(component: Component, spec: str, precision: str = "bf16") -> tuple
         return WanVAE(VAE[spec], torch.float32), []
 
 
-def identify(component: Component, source: TensorSource) -> str:
+def identify(component: str, source: TensorSource) -> str:
     """Key of the spec whose tensors `source` holds; of equal ones the first. CheckpointError if it is none."""
     if component == "dit":
         found = _shape_of_dit(source)
@@ -195,7 +189,7 @@ def identify(component: Component, source: TensorSource) -> str:
     return names[0]
 
 
-def check_model(component: Component, source: TensorSource, spec: str) -> None:
+def check_model(component: str, source: TensorSource, spec: str) -> None:
     """CheckpointError, naming the model it is instead where that is known, unless `source` holds the model `spec`."""
     if component == "dit" and _shape_of_dit(source) != _shape_of_spec(DIT[spec]):
         raise CheckpointError(
@@ -213,8 +207,7 @@ _DiTShape = tuple[int, int, int, int, int]
 
 
 def _shape_of_spec(spec: DiTSpec) -> _DiTShape:
-    images = {"i2v": 1, "flf2v": 2}.get(spec.model_type, 0)
-    return spec.dim, spec.in_dim, spec.num_layers, len(spec.vace_layers), images
+    return spec.dim, spec.in_dim, spec.num_layers, len(spec.vace_layers), spec.images
 
 
 def _shape_of_dit(source: TensorSource) -> _DiTShape:
@@ -234,7 +227,7 @@ def _described(shape: _DiTShape) -> str:
     return text + (f" ({name})" if name else "")
 
 
-def check_checkpoint(ckpt_dir: Path, components: Sequence[Component], dit: str | None = None) -> None:
+def check_checkpoint(ckpt_dir: Path, components: Sequence[str], dit: str | None = None) -> None:
     """CheckpointError unless every file that `components` need is there with a whole header; reads no tensor.
 
     dit: key of specs.DIT; then every component must also have the tensors of that model. The first problem is told in
@@ -258,7 +251,7 @@ def check_checkpoint(ckpt_dir: Path, components: Sequence[Component], dit: str |
         raise explain(ckpt_dir, CheckpointError(problems[first] + also))
 
 
-def spec_beside(component: Component, dit: str) -> str:
+def spec_beside(component: str, dit: str) -> str:
     """The other components' spec: `tiny-` transformers come with tiny ones."""
     if component == "dit":
         return dit
