@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from wanvram import knobs
 from wanvram.errors import InputError, require
 from wanvram.request import Request, is_unicode
 from wanvram.specs import DIT
@@ -19,17 +20,10 @@ from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
 from wanvram.units import MIB
 
-__all__ = ["MAX_NAME_BYTES", "WEIGHT_HOMES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
+__all__ = ["MAX_NAME_BYTES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
 
 MAX_NAME_BYTES = 200  # file systems take 255; a suffix, a number or the mark of an unfinished file must still fit
 DEVICES = ("auto", "cuda", "cpu", "simulated")
-
-WEIGHT_HOMES = ("pinned", "pageable", "disk")
-_MULTI_GPU = "running on several GPUs is not implemented; it must be {}"
-
-
-def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    require(value in allowed, f"{name}: '{value}'; choose {', '.join(allowed[:-1])} or {allowed[-1]}")
 
 
 @dataclass(frozen=True)
@@ -41,60 +35,31 @@ class Strategy:
     in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32: lossy.
     """
 
-    precision: str = "bf16"
-    load_strategy: str = "full"
-    offload: bool = False
-    t5_cpu: bool = False
-    attention_slicing: bool = False
-    rows_per_chunk: int | None = None
-    cfg: str = "sequential"
-    weights_in: str = "pinned"
-    resident_blocks: int = 0
-    weight_storage: str = "same"
-    vae_tile: int | None = None
-    vae_precision: str = "fp32"
-    expandable_segments: bool = False
-    gradient_checkpointing: bool = False
-    batch_size: int = 1
-    micro_batch_size: int = 1
-    parallel_degree: int = 1
-    ulysses_size: int = 1
-    ring_size: int = 1
-    t5_fsdp: bool = False
-    dit_fsdp: bool = False
+    precision: str = knobs.PRECISION.default
+    load_strategy: str = knobs.LOAD_STRATEGY.default
+    offload: bool = knobs.OFFLOAD.default
+    t5_cpu: bool = knobs.T5_CPU.default
+    attention_slicing: bool = knobs.ATTENTION_SLICING.default
+    rows_per_chunk: int | None = knobs.ROWS_PER_CHUNK.default
+    cfg: str = knobs.CFG.default
+    weights_in: str = knobs.WEIGHTS_IN.default
+    resident_blocks: int = knobs.RESIDENT_BLOCKS.default
+    weight_storage: str = knobs.WEIGHT_STORAGE.default
+    vae_tile: int | None = knobs.VAE_TILE.default
+    vae_precision: str = knobs.VAE_PRECISION.default
+    expandable_segments: bool = knobs.EXPANDABLE_SEGMENTS.default
+    gradient_checkpointing: bool = knobs.GRADIENT_CHECKPOINTING.default
+    batch_size: int = knobs.BATCH_SIZE.default
+    micro_batch_size: int = knobs.MICRO_BATCH_SIZE.default
+    parallel_degree: int = knobs.PARALLEL_DEGREE.default
+    ulysses_size: int = knobs.ULYSSES_SIZE.default
+    ring_size: int = knobs.RING_SIZE.default
+    t5_fsdp: bool = knobs.T5_FSDP.default
+    dit_fsdp: bool = knobs.DIT_FSDP.default
 
     def __post_init__(self) -> None:
-        _choose("precision", self.precision, ("fp32", "fp16", "bf16"))
-        _choose("load_strategy", self.load_strategy, ("full", "block"))
-        _choose("cfg", self.cfg, ("sequential", "joint"))
-        require(
-            self.rows_per_chunk is None or self.rows_per_chunk >= 1,
-            f"rows_per_chunk: {self.rows_per_chunk} must be at least 1 (or absent: chosen by size)",
-        )
-        _choose("weights_in", self.weights_in, WEIGHT_HOMES)
-        _choose("weight_storage", self.weight_storage, ("same", "fp8"))
-        require(
-            self.weight_storage == "same" or self.precision != "fp32",
-            "weight_storage: fp8 is for bf16 and fp16; precision fp32 asks for full precision",
-        )
-        _choose("vae_precision", self.vae_precision, ("fp32", "bf16", "fp16"))
-        require(self.resident_blocks >= 0, f"resident_blocks: {self.resident_blocks} must be at least 0")
-        require(
-            self.vae_tile is None or self.vae_tile >= 8, f"vae_tile: {self.vae_tile} must be at least 8 (or absent)"
-        )
-        for name in ("weights_in", "resident_blocks"):
-            require(
-                self.load_strategy == "block" or getattr(self, name) == getattr(Strategy, name),
-                f"{name}: has no meaning with load_strategy full; use load_strategy block",
-            )
-        for name in ("parallel_degree", "ulysses_size", "ring_size"):
-            require(getattr(self, name) == 1, f"{name}: {getattr(self, name)}; " + _MULTI_GPU.format(1))
-        for name in ("t5_fsdp", "dit_fsdp"):
-            require(not getattr(self, name), f"{name}: true; " + _MULTI_GPU.format("false"))
-        for name in ("batch_size", "micro_batch_size"):
-            require(
-                getattr(self, name) == 1, f"{name}: {getattr(self, name)}; batches are not implemented; it must be 1"
-            )
+        for knob in knobs.TABLE:
+            knob.check(self)
 
 
 @dataclass(frozen=True)
@@ -184,12 +149,12 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The YAML's sections as plain values; `from_dict` is its inverse."""
         s, m, r = (dataclasses.asdict(part) for part in (self.strategy, self.measurement, self.request))
-        model = {k: s.pop(k) for k in ("load_strategy", "precision", "offload", "t5_cpu")}
+        model, optimization = ({k: s[k] for k in s if k in _keys(section)} for section in (_MODEL, _OPTIMIZATION))
         return {
             "name": self.name,
             "description": self.description,
-            "model_config": model | {"device": self.device},
-            "optimization": s,
+            _MODEL: model | {"device": self.device},
+            _OPTIMIZATION: optimization,
             "logging": m,
             "request": _listed(r)
             | {"weights": self.weights, "gpu": self.gpu, "memory_limit_bytes": self.memory_limit_bytes},
@@ -200,10 +165,9 @@ class RunConfig:
         """Strict: unknown keys and wrong types are InputErrors naming the dotted key."""
         require(isinstance(data, Mapping), "the configuration is not a mapping of sections")
         sections = _checked(data, _TOP, "")
-        model = _checked(sections.get("model_config") or {}, _MODEL, "model_config")
-        optimization = _checked(sections.get("optimization") or {}, _OPTIMIZATION, "optimization")
-        logging = _checked(sections.get("logging") or {}, _LOGGING, "logging")
-        request = _checked(sections.get("request") or {}, _REQUEST, "request")
+        model, optimization, logging, request = (
+            _checked(sections.get(name) or {}, keys, name) for name, keys in _sections().items()
+        )
         require("name" in sections, "name: is missing; it names the run directory")
         device = model.pop("device", "auto")
         top = {key: request.pop(key) for key in ("weights", "gpu", "memory_limit_bytes") if key in request}
@@ -225,26 +189,7 @@ _NUMBER = (int, float)
 _OPTIONAL_INT = (int, type(None))
 _OPTIONAL_TEXT = (str, type(None))
 _TOP = {"name": str, "description": str, "model_config": dict, "optimization": dict, "logging": dict, "request": dict}
-_MODEL = {"load_strategy": str, "precision": str, "device": str, "offload": bool, "t5_cpu": bool}
-_OPTIMIZATION = {
-    "attention_slicing": bool,
-    "gradient_checkpointing": bool,
-    "batch_size": int,
-    "micro_batch_size": int,
-    "parallel_degree": int,
-    "rows_per_chunk": _OPTIONAL_INT,
-    "cfg": str,
-    "weights_in": str,
-    "resident_blocks": int,
-    "weight_storage": str,
-    "vae_tile": _OPTIONAL_INT,
-    "vae_precision": str,
-    "expandable_segments": bool,
-    "ulysses_size": int,
-    "ring_size": int,
-    "t5_fsdp": bool,
-    "dit_fsdp": bool,
-}
+_MODEL, _OPTIMIZATION = "model_config", "optimization"  # sections of knobs
 _LOGGING = {
     "profile_memory": bool,
     "log_interval": int,
@@ -279,12 +224,6 @@ _REQUEST = {
     "gpu": (str, type(None)),
     "memory_limit_bytes": _OPTIONAL_INT,
 }
-_SECTIONS: dict[str, dict[str, Any]] = {
-    "model_config": _MODEL,
-    "optimization": _OPTIMIZATION,
-    "logging": _LOGGING,
-    "request": _REQUEST,
-}
 _TYPE_NAMES: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -294,6 +233,21 @@ _TYPE_NAMES: dict[type, str] = {
     list: "a list",
     type(None): "null",
 }
+
+
+def _keys(section: str) -> dict[str, Any]:
+    """A section's knobs and their types."""
+    return {knob.name: knob.kinds for knob in knobs.TABLE if knob.section == section}
+
+
+def _sections() -> dict[str, dict[str, Any]]:
+    model = _keys(_MODEL) | {"device": str}
+    return {_MODEL: model, _OPTIMIZATION: _keys(_OPTIMIZATION), "logging": _LOGGING, "request": _REQUEST}
+
+
+def _owner(key: str) -> str | None:
+    """The section that a key belongs to."""
+    return next((section for section, keys in _sections().items() if key in keys), None)
 
 
 def _checked(data: Any, allowed: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -331,7 +285,7 @@ def _hint(key: str, allowed: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, list(allowed), n=1)
     if close:
         return f"did you mean {close[0]}? "
-    owner = next((section for section, keys in _SECTIONS.items() if key in keys), None)
+    owner = _owner(key)
     return f"it belongs under {owner}; " if owner else ""
 
 
@@ -342,8 +296,7 @@ def _shortened(value: object) -> str:
 
 def _dotted(message: str) -> str:
     """`precision: ...` -> `model_config.precision: ...`: the flags and the YAML share the checks, not the sections."""
-    key = message.partition(":")[0]
-    owner = next((section for section, keys in _SECTIONS.items() if key in keys), None)
+    owner = _owner(message.partition(":")[0])
     return f"{owner}.{message}" if owner else message
 
 

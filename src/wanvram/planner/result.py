@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from wanvram import knobs
 from wanvram.config import Request, Strategy
 from wanvram.planner.budget import PROCESS_BYTES, Budget
 from wanvram.planner.forecasts import StageForecast, stage_seconds, total_seconds
@@ -17,8 +18,7 @@ SCHEMA = 1
 def changed_knobs(strategy: Strategy, from_: Strategy | None = None) -> dict[str, Any]:
     """The knobs in which `strategy` differs from another one, by default the plain resident run."""
     before = Strategy() if from_ is None else from_
-    names = (field.name for field in fields(Strategy))
-    return {name: getattr(strategy, name) for name in names if getattr(strategy, name) != getattr(before, name)}
+    return {knob.name: knob.of(strategy) for knob in knobs.TABLE if knob.of(strategy) != knob.of(before)}
 
 
 @dataclass(frozen=True)
