@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from wanvram import knobs
 from wanvram.errors import InputError, require
@@ -23,6 +24,7 @@ from wanvram.units import MIB
 __all__ = ["MAX_NAME_BYTES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
 
 MAX_NAME_BYTES = 200  # file systems take 255; a suffix, a number or the mark of an unfinished file must still fit
+_SECTIONS = (knobs.MODEL, knobs.OPTIMIZATION)  # of knobs
 DEVICES = ("auto", "cuda", "cpu", "simulated")
 
 
@@ -148,16 +150,18 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML's sections as plain values; `from_dict` is its inverse."""
-        s, m, r = (dataclasses.asdict(part) for part in (self.strategy, self.measurement, self.request))
-        model, optimization = ({k: s[k] for k in s if k in _keys(section)} for section in (_MODEL, _OPTIMIZATION))
+        chosen: dict[str, dict[str, Any]] = {
+            name: {k.name: k.of(self.strategy) for k in knobs.TABLE if k.section == name} for name in _SECTIONS
+        }
+        chosen[knobs.MODEL]["device"] = self.device
+        request = dataclasses.asdict(self.request)  # tuples are lists in YAML
         return {
             "name": self.name,
             "description": self.description,
-            _MODEL: model | {"device": self.device},
-            _OPTIMIZATION: optimization,
-            "logging": m,
-            "request": _listed(r)
-            | {"weights": self.weights, "gpu": self.gpu, "memory_limit_bytes": self.memory_limit_bytes},
+            **chosen,
+            "logging": dataclasses.asdict(self.measurement),
+            "request": {key: list(value) if isinstance(value, tuple) else value for key, value in request.items()}
+            | {key: getattr(self, key) for key in _OWN},
         }
 
     @classmethod
@@ -170,7 +174,7 @@ class RunConfig:
         )
         require("name" in sections, "name: is missing; it names the run directory")
         device = model.pop("device", "auto")
-        top = {key: request.pop(key) for key in ("weights", "gpu", "memory_limit_bytes") if key in request}
+        top = {key: request.pop(key) for key in _OWN if key in request}
         try:
             return cls(
                 name=sections["name"],
@@ -185,45 +189,8 @@ class RunConfig:
             raise InputError(_dotted(str(error))) from error
 
 
-_NUMBER = (int, float)
-_OPTIONAL_INT = (int, type(None))
-_OPTIONAL_TEXT = (str, type(None))
-_TOP = {"name": str, "description": str, "model_config": dict, "optimization": dict, "logging": dict, "request": dict}
-_MODEL, _OPTIMIZATION = "model_config", "optimization"  # sections of knobs
-_LOGGING = {
-    "profile_memory": bool,
-    "log_interval": int,
-    "trace": bool,
-    "trace_path": (str, type(None)),
-    "snapshot": bool,
-}
-_REQUEST = {
-    "task": str,
-    "size": str,
-    "frame_num": int,
-    "sample_steps": int,
-    "sample_shift": _NUMBER,
-    "sample_guide_scale": _NUMBER,
-    "sample_solver": str,
-    "base_seed": int,
-    "prompt": str,
-    "negative_prompt": str,
-    "prompts": list,
-    "image": _OPTIONAL_TEXT,
-    "first_frame": _OPTIONAL_TEXT,
-    "last_frame": _OPTIONAL_TEXT,
-    "src_video": _OPTIONAL_TEXT,
-    "src_mask": _OPTIONAL_TEXT,
-    "src_ref_images": list,
-    "use_prompt_extend": bool,
-    "prompt_extend_method": str,
-    "prompt_extend_model": _OPTIONAL_TEXT,
-    "prompt_extend_target_lang": str,
-    "prompt_extend_optional": bool,
-    "weights": str,
-    "gpu": (str, type(None)),
-    "memory_limit_bytes": _OPTIONAL_INT,
-}
+_TOP = {"name": (str,), "description": (str,)} | dict.fromkeys((*_SECTIONS, "logging", "request"), (dict,))
+_OWN = ("weights", "gpu", "memory_limit_bytes")  # of RunConfig, beside what is asked for
 _TYPE_NAMES: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -235,14 +202,25 @@ _TYPE_NAMES: dict[type, str] = {
 }
 
 
-def _keys(section: str) -> dict[str, Any]:
-    """A section's knobs and their types."""
-    return {knob.name: knob.kinds for knob in knobs.TABLE if knob.section == section}
+def _sections() -> dict[str, dict[str, tuple[type, ...]]]:
+    """Keys and types of every section, as the dataclasses have them."""
+    chosen, own = _types(Strategy), _types(RunConfig)
+    of_knobs = {name: {k.name: chosen[k.name] for k in knobs.TABLE if k.section == name} for name in _SECTIONS}
+    of_knobs[knobs.MODEL]["device"] = own["device"]
+    return of_knobs | {"logging": _types(Measurement), "request": _types(Request) | {key: own[key] for key in _OWN}}
 
 
-def _sections() -> dict[str, dict[str, Any]]:
-    model = _keys(_MODEL) | {"device": str}
-    return {_MODEL: model, _OPTIMIZATION: _keys(_OPTIMIZATION), "logging": _LOGGING, "request": _REQUEST}
+def _types(cls: type) -> dict[str, tuple[type, ...]]:
+    return {name: _kinds(hint) for name, hint in get_type_hints(cls).items()}
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """As YAML has them: a tuple is a list, and a whole number is a number, too."""
+    if isinstance(hint, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in _kinds(part))
+    if get_origin(hint) is tuple:
+        return (list,)
+    return (int, float) if hint is float else (hint,)
 
 
 def _owner(key: str) -> str | None:
@@ -250,14 +228,14 @@ def _owner(key: str) -> str | None:
     return next((section for section, keys in _sections().items() if key in keys), None)
 
 
-def _checked(data: Any, allowed: Mapping[str, Any], section: str) -> dict[str, Any]:
+def _checked(data: Any, allowed: Mapping[str, tuple[type, ...]], section: str) -> dict[str, Any]:
     """The mapping with every key known and every value of its type."""
     prefix = f"{section}." if section else ""
     require(isinstance(data, Mapping), f"{section}: must be a section of keys, not {data!r}")
     for key, value in data.items():
         if key not in allowed:
             raise InputError(f"{prefix}{key}: unknown key; {_hint(str(key), allowed)}allowed: {', '.join(allowed)}")
-        kinds = allowed[key] if isinstance(allowed[key], tuple) else (allowed[key],)
+        kinds = allowed[key]
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
         if wrong:
             names = " or ".join(_TYPE_NAMES[kind] for kind in kinds)
@@ -266,19 +244,11 @@ def _checked(data: Any, allowed: Mapping[str, Any], section: str) -> dict[str, A
     return dict(data)
 
 
-_LISTS = ("prompts", "src_ref_images")
-
-
-def _listed(request: dict[str, Any]) -> dict[str, Any]:
-    """Tuples are lists in YAML."""
-    return {key: list(value) if key in _LISTS else value for key, value in request.items()}
-
-
 def _tupled(request: dict[str, Any]) -> dict[str, Any]:
-    for key in _LISTS:
-        for item in request.get(key, ()):
+    for key, value in request.items():
+        for item in value if isinstance(value, list) else ():
             require(isinstance(item, str), f"{key}: {_shortened(item)} is not text")
-    return {key: tuple(value) if key in _LISTS else value for key, value in request.items()}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in request.items()}
 
 
 def _hint(key: str, allowed: Mapping[str, Any]) -> str:

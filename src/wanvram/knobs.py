@@ -26,6 +26,7 @@ TARGET_ROWS = 8192
 # Latent pixels, those whose cuDNN workspaces were measured; smaller tiles have larger halos in proportion: less memory, more time.
 TILES = (80, 52, 40, 30, 20)
 WEIGHT_HOMES = ("pinned", "pageable", "disk")  # the fastest first
+MODEL, OPTIMIZATION = "model_config", "optimization"  # sections of the YAML
 RUN = "run"  # among what a knob touches: every component and what is between them
 
 
@@ -63,7 +64,7 @@ class Knob(Generic[T]):
     name: str
     default: T
     help: str
-    section: str = "optimization"
+    section: str = OPTIMIZATION
     choices: tuple[str, ...] = ()
     touches: tuple[str, ...] = ()
     lossless: bool = True
@@ -77,11 +78,6 @@ class Knob(Generic[T]):
     @property
     def flag(self) -> str:
         return f"--{self.other_flag or self.name}"
-
-    @property
-    def kinds(self) -> tuple[type, ...]:
-        """Types of its values in a YAML."""
-        return (int, type(None)) if self.default is None else (type(self.default),)
 
     def of(self, strategy: object) -> T:
         value: T = getattr(strategy, self.name)
@@ -183,8 +179,8 @@ _STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
 PRECISION = Knob(
     "precision",
     "bf16",
-    "storage and products of the transformer's matrices (default: fp16, fp32 on the CPU)",
-    section="model_config",
+    "of the transformer's matrices (default: fp16, fp32 on the CPU)",
+    section=MODEL,
     choices=("fp32", "fp16", "bf16"),
     touches=("vae_encoder", "dit"),
     lossless=False,
@@ -194,8 +190,8 @@ PRECISION = Knob(
 LOAD_STRATEGY = Knob(
     "load_strategy",
     "full",
-    "full: a component's weights are on the GPU while it is used; default: block (streamed)",
-    section="model_config",
+    "default: block (streamed)",
+    section=MODEL,
     choices=("full", "block"),
     touches=_STREAMED_PARTS,
     official="block",
@@ -205,7 +201,7 @@ OFFLOAD = Knob(
     "offload",
     False,
     "components leave the GPU after use (default: True on one GPU)",
-    section="model_config",
+    section=MODEL,
     touches=(RUN,),
     official=True,
     smaller=_only(True),
@@ -215,16 +211,12 @@ T5_CPU = Knob(
     "t5_cpu",
     False,
     "keep T5 on the CPU (default: False)",
-    section="model_config",
+    section=MODEL,
     touches=("text_encoder",),
     smaller=_only(True),
 )
 ATTENTION_SLICING = Knob(
-    "attention_slicing",
-    False,
-    "attend in groups of heads (default: False)",
-    touches=("dit",),
-    smaller=_only(True),
+    "attention_slicing", False, "attend in groups of heads (default: False)", touches=("dit",), smaller=_only(True)
 )
 ROWS_PER_CHUNK: Knob[int | None] = Knob(
     "rows_per_chunk",

@@ -87,7 +87,7 @@ def add_knob_flags(group: argparse._ArgumentGroup, table: Sequence[knobs.Knob[An
     for knob in table:
         if not knob.has_flag:
             continue
-        if bool in knob.kinds:
+        if isinstance(knob.default, bool):
             _add_boolean(group, knob.flag, knob.help, dest=knob.name)
         else:
             kind = str if knob.choices else int
