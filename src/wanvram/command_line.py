@@ -51,7 +51,7 @@ def request_flags(request: Request) -> list[str]:
 
 def strategy_flags(strategy: Strategy, among: Sequence[knobs.Knob[Any]] | None = None) -> list[str]:
     """Where the command line assumes something else, and where the strategy differs from the plain resident run."""
-    said = (knob for knob in (knobs.TABLE if among is None else among) if knobs.said(knob, strategy))
+    said = (knob for knob in (knobs.TABLE if among is None else among) if knob.is_said(strategy))
     return _flags({knob.name: knob.of(strategy) for knob in said})
 
 

@@ -98,6 +98,10 @@ class Knob(Generic[T]):
         """From the plain resident run."""
         return self.of(strategy) != self.default
 
+    def is_said(self, strategy: object) -> bool:
+        """Whether a command has to say it: where the command line assumes something else, and where it is not the default."""
+        return self.official is not None or self.differs(strategy)
+
     def check(self, strategy: object) -> None:
         """Raises InputError that begins with the name and says why the strategy's value is refused."""
         value = self.of(strategy)
@@ -172,130 +176,62 @@ def chunk_rows(tokens: int, asked: int | None) -> int:
     return math.ceil(tokens / max(1, round(tokens / TARGET_ROWS)))
 
 
-# --- the table ---------------------------------------------------------------------------------------------------------------
+# --- the table: two lines a row ----------------------------------------------------------------------------------------------
 
 _STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
+_VAE = ("vae_encoder", "vae_decoder")
+_MORE_GPUS = "default: 1; more needs several GPUs, which is not implemented"
+_SEVERAL_GPUS = "needs several GPUs, which is not implemented"
 
+# fmt: off
 PRECISION = Knob(
-    "precision",
-    "bf16",
-    "of the transformer's matrices (default: fp16, fp32 on the CPU)",
-    section=MODEL,
-    choices=("fp32", "fp16", "bf16"),
-    touches=("vae_encoder", "dit"),
-    lossless=False,
-    official="fp16",
-    smaller=_half,
-)
+    "precision", "bf16", "of the transformer's matrices (default: fp16, fp32 on the CPU)", MODEL, ("fp32", "fp16", "bf16"),
+    touches=("vae_encoder", "dit"), lossless=False, official="fp16", smaller=_half)
 LOAD_STRATEGY = Knob(
-    "load_strategy",
-    "full",
-    "default: block (streamed)",
-    section=MODEL,
-    choices=("full", "block"),
-    touches=_STREAMED_PARTS,
-    official="block",
-    smaller=_only("block"),
-)
+    "load_strategy", "full", "full: resident while in use; default: block (streamed)", MODEL, ("full", "block"),
+    touches=_STREAMED_PARTS, official="block", smaller=_only("block"))
 OFFLOAD = Knob(
-    "offload",
-    False,
-    "components leave the GPU after use (default: True on one GPU)",
-    section=MODEL,
-    touches=(RUN,),
-    official=True,
-    smaller=_only(True),
-    other_flag="offload_model",
-)
+    "offload", False, "components leave the GPU after use (default: True on one GPU)", MODEL,
+    touches=(RUN,), official=True, smaller=_only(True), other_flag="offload_model")
 T5_CPU = Knob(
-    "t5_cpu",
-    False,
-    "keep T5 on the CPU (default: False)",
-    section=MODEL,
-    touches=("text_encoder",),
-    smaller=_only(True),
-)
+    "t5_cpu", False, "keep T5 on the CPU (default: False)", MODEL,
+    touches=("text_encoder",), smaller=_only(True))
 ATTENTION_SLICING = Knob(
-    "attention_slicing", False, "attend in groups of heads (default: False)", touches=("dit",), smaller=_only(True)
-)
+    "attention_slicing", False, "attend in groups of heads (default: False)",
+    touches=("dit",), smaller=_only(True))
 ROWS_PER_CHUNK: Knob[int | None] = Knob(
-    "rows_per_chunk",
-    None,
-    f"rows of the sequence per chunk (default: near {TARGET_ROWS})",
-    touches=("dit",),
-    smaller=_half_the_rows,
-    rules=(_at_least(1, " (or absent: chosen by size)"),),
-    absent="chosen by size",
-)
+    "rows_per_chunk", None, f"rows of the sequence per chunk (default: near {TARGET_ROWS})", absent="chosen by size",
+    touches=("dit",), smaller=_half_the_rows, rules=(_at_least(1, " (or absent: chosen by size)"),))
 CFG = Knob(
-    "cfg",
-    "sequential",
-    "how both guidance passes run (default: sequential)",
-    choices=("sequential", "joint"),
-    touches=("dit",),
-    smaller=_only("sequential"),
-)
+    "cfg", "sequential", "how both guidance passes run (default: sequential)", choices=("sequential", "joint"),
+    touches=("dit",), smaller=_only("sequential"))
 WEIGHTS_IN = Knob(
-    "weights_in",
-    "pinned",
-    "where streamed blocks wait (default: pinned)",
-    choices=WEIGHT_HOMES,
-    touches=_STREAMED_PARTS,
-    rules=(_streamed_only("pinned"),),
-)
+    "weights_in", "pinned", "where streamed blocks wait (default: pinned)", choices=WEIGHT_HOMES,
+    touches=_STREAMED_PARTS, rules=(_streamed_only("pinned"),))
 RESIDENT_BLOCKS = Knob(
-    "resident_blocks",
-    0,
-    "blocks of the transformer that stay on the GPU (default: 0)",
-    touches=("dit",),
-    smaller=_half_as_many,
-    rules=(_at_least(0), _streamed_only(0)),
-)
+    "resident_blocks", 0, "blocks of the transformer that stay on the GPU (default: 0)",
+    touches=("dit",), smaller=_half_as_many, rules=(_at_least(0), _streamed_only(0)))
 WEIGHT_STORAGE = Knob(
-    "weight_storage",
-    "same",
-    "fp8: half the transformer's weights, lossy",
-    choices=("same", "fp8"),
-    touches=("dit",),
-    lossless=False,
-    smaller=_only("fp8"),
-    rules=(_NO_FP8_OF_FP32,),
-)
+    "weight_storage", "same", "fp8: half the transformer's weights, lossy", choices=("same", "fp8"),
+    touches=("dit",), lossless=False, smaller=_only("fp8"), rules=(_NO_FP8_OF_FP32,))
 VAE_TILE: Knob[int | None] = Knob(
-    "vae_tile",
-    None,
-    "edge of the VAE's tiles in latent pixels, lossless (default: none)",
-    touches=("vae_encoder", "vae_decoder"),
-    smaller=_smaller_tiles,
-    rules=(_at_least(8, " (or absent)"),),
-    absent="none (whole frames)",
-)
+    "vae_tile", None, "edge of the VAE's tiles in latent pixels, lossless (default: none)", absent="none (whole frames)",
+    touches=_VAE, smaller=_smaller_tiles, rules=(_at_least(8, " (or absent)"),))
 VAE_PRECISION = Knob(
-    "vae_precision",
-    "fp32",
-    "default: fp32; others are lossy",
-    choices=("fp32", "bf16", "fp16"),
-    touches=("vae_encoder", "vae_decoder"),
-    lossless=False,
-    smaller=_half,
-)
+    "vae_precision", "fp32", "default: fp32; others are lossy", choices=("fp32", "bf16", "fp16"),
+    touches=_VAE, lossless=False, smaller=_half)
 EXPANDABLE_SEGMENTS = Knob(
-    "expandable_segments",
-    False,
-    "the allocator's expandable segments (default: False)",
-    touches=(RUN,),
-    smaller=_only(True),
-)
+    "expandable_segments", False, "the allocator's expandable segments (default: False)",
+    touches=(RUN,), smaller=_only(True))
 GRADIENT_CHECKPOINTING = Knob("gradient_checkpointing", False, "accepted; has no effect without gradients")
 BATCH_SIZE = Knob("batch_size", 1, "", rules=(_nothing_but(1, _NO_BATCHES),), has_flag=False)
 MICRO_BATCH_SIZE = Knob("micro_batch_size", 1, "", rules=(_nothing_but(1, _NO_BATCHES),), has_flag=False)
 PARALLEL_DEGREE = Knob("parallel_degree", 1, "", rules=(_nothing_but(1, _ONE_GPU),), has_flag=False)
-_MORE_GPUS = "default: 1; more needs several GPUs, which is not implemented"
 ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
 RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
-_SEVERAL_GPUS = "needs several GPUs, which is not implemented"
 T5_FSDP = Knob("t5_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
 DIT_FSDP = Knob("dit_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
+# fmt: on
 
 # In the order of Strategy's fields, which is that of flags, keys and commands.
 TABLE: tuple[Knob[Any], ...] = (
@@ -322,11 +258,6 @@ def planned() -> tuple[Knob[Any], ...]:
 def lossy() -> tuple[Knob[Any], ...]:
     """What only the user decides."""
     return tuple(knob for knob in TABLE if not knob.lossless)
-
-
-def said(knob: Knob[Any], strategy: object) -> bool:
-    """Whether a command has to say it: where the command line assumes something else, and where it is not the default."""
-    return knob.official is not None or knob.differs(strategy)
 
 
 def smaller_values(strategy: S, situation: Situation) -> Iterator[tuple[Knob[Any], Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from wanvram import knobs
 from wanvram.config import Strategy
 from wanvram.knobs import RESIDENT_BLOCKS, VAE_TILE, WEIGHTS_IN
-from wanvram.planner.forecasts import Trials, components_of, total_seconds
+from wanvram.planner.forecasts import Trials, components_of, seconds_gained
 from wanvram.planner.placement import TIE, Placements
 from wanvram.planner.result import Trade, changed_knobs
 from wanvram.planner.tiles import tiles_for
@@ -129,22 +129,22 @@ def trades(trials: Trials, found: Iterable[Strategy], chosen: Strategy, *, offer
     result: dict[tuple[object, ...], Trade] = {}
     for other in others:
         trade = _trade(trials, chosen, other)
-        if trade is not None and trade.seconds_gained > 0:
+        if trade is not None:
             result[tuple(trade.change.items())] = trade
     return sorted(result.values(), key=lambda trade: -trade.seconds_gained)
 
 
 def _trade(trials: Trials, chosen: Strategy, other: Strategy) -> Trade | None:
-    """A component that was not forecast as `other` has it counts as it is."""
+    """None: not faster. A component that was not forecast as `other` has it counts as it is."""
     now = trials.stages(chosen)
     then = [trials.known(stage.component, other) or stage for stage in now]
-    times = total_seconds(trials.request, now), total_seconds(trials.request, then)
+    gained = seconds_gained(trials.request, now, then)
     change = dict(sorted(changed_knobs(other, chosen).items()))
-    if times[0] is None or times[1] is None or not change:
+    if gained is None or gained <= 0 or not change:
         return None
     return Trade(
         change,
-        times[0] - times[1],
+        gained,
         max(stage.host_bytes for stage in then) - max(stage.host_bytes for stage in now),
         max(stage.peak_device_bytes for stage in then) - max(stage.peak_device_bytes for stage in now),
     )

@@ -20,6 +20,7 @@ __all__ = [
     "Trials",
     "choices",
     "components_of",
+    "seconds_gained",
     "situation",
     "stage_seconds",
     "total_seconds",
@@ -74,6 +75,12 @@ def total_seconds(request: Request, stages: Iterable[StageForecast]) -> float | 
             return None
         total += seconds
     return total
+
+
+def seconds_gained(request: Request, now: Iterable[StageForecast], then: Iterable[StageForecast]) -> float | None:
+    """Of the whole run; None if either time is unknown."""
+    before, after = total_seconds(request, now), total_seconds(request, then)
+    return None if before is None or after is None else before - after
 
 
 def stage_seconds(request: Request, stage: StageForecast) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,10 +16,16 @@ __all__ = ["Alternative", "Offer", "Plan", "Refusal", "Rejected", "Trade", "chan
 SCHEMA = 1
 
 
-def changed_knobs(strategy: Strategy, from_: Strategy | None = None) -> dict[str, Any]:
-    """The knobs in which `strategy` differs from another one, by default the plain resident run."""
+def changed_knobs(
+    strategy: Strategy, from_: Strategy | None = None, among: Container[knobs.Knob[Any]] | None = None
+) -> dict[str, Any]:
+    """The knobs (`among`: of these) in which `strategy` differs from another one, by default the plain resident run."""
     before = Strategy() if from_ is None else from_
-    return {knob.name: knob.of(strategy) for knob in knobs.TABLE if knob.of(strategy) != knob.of(before)}
+    return {
+        knob.name: knob.of(strategy)
+        for knob in knobs.TABLE
+        if (among is None or knob in among) and knob.of(strategy) != knob.of(before)
+    }
 
 
 @dataclass(frozen=True)

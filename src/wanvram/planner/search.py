@@ -19,10 +19,10 @@ from wanvram import knobs
 from wanvram.config import Request, Strategy
 from wanvram.planner.budget import Budget, beyond_card
 from wanvram.planner.economy import thriftiest, trades
-from wanvram.planner.forecasts import Forecast, StageForecast, Trial, Trials, situation, total_seconds
+from wanvram.planner.forecasts import Forecast, StageForecast, Trial, Trials, seconds_gained, situation
 from wanvram.planner.placement import placements
 from wanvram.planner.refusal import refuse
-from wanvram.planner.result import Offer, Plan, Refusal, Rejected
+from wanvram.planner.result import Offer, Plan, Refusal, Rejected, changed_knobs
 from wanvram.planner.tiles import largest_tile
 from wanvram.simulate.host import HOST
 from wanvram.units import gib
@@ -90,12 +90,10 @@ def _change(trial: Trial, chosen: Strategy) -> dict[str, object]:
     """Knobs of the component that differ from the plan. The number of resident blocks is no choice of its own."""
     if trial.forecast is None:
         return {knobs.WEIGHTS_IN.name: knobs.WEIGHTS_IN.of(trial.strategy)}
-    ignored = (
-        [knobs.RESIDENT_BLOCKS] if knobs.is_streamed(trial.strategy) else [knobs.RESIDENT_BLOCKS, knobs.WEIGHTS_IN]
-    )
-    choices = [knob for knob in knobs.touching(trial.component) if knob not in ignored]
-    values = {knob: knob.of(trial.strategy) for knob in choices}
-    return {knob.name: value for knob, value in values.items() if value != knob.of(chosen)}
+    own = {*knobs.touching(trial.component)} - {knobs.RESIDENT_BLOCKS}
+    if not knobs.is_streamed(trial.strategy):
+        own -= {knobs.WEIGHTS_IN}
+    return changed_knobs(trial.strategy, chosen, own)
 
 
 def _gained(trials: Trials, trial: Trial, chosen: Strategy) -> float | None:
@@ -111,8 +109,7 @@ def _gained(trials: Trials, trial: Trial, chosen: Strategy) -> float | None:
         trial.forecast if stage.component == trial.component else trials.known(stage.component, other) or stage
         for stage in stages
     ]
-    now, then = total_seconds(trials.request, stages), total_seconds(trials.request, changed)
-    return None if now is None or then is None else now - then
+    return seconds_gained(trials.request, stages, changed)
 
 
 def _offers(trials: Trials, chosen: Strategy) -> list[Offer]:
@@ -127,14 +124,13 @@ def _offer(trials: Trials, chosen: Strategy, knob: knobs.Knob[Any], value: Any) 
     now, then = trials.stages(chosen), trials.stages(knob.set(chosen, value))
     pairs = [(a, b) for a, b in zip(now, then, strict=True) if a.component in knob.touches]
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
-    times = total_seconds(trials.request, now), total_seconds(trials.request, then)
     return Offer(
         trials.request.facts.family.component_of(knob.touches[-1]).name,
         {knob.name: value},
         _peak(before) - _peak(after),
         _peak(now) - _peak(then),
         max(s.host_bytes for s in before) - max(s.host_bytes for s in after),
-        None if times[0] is None or times[1] is None else times[0] - times[1],
+        seconds_gained(trials.request, now, then),
     )
 
 
