@@ -10,19 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from wanvram import knobs
 from wanvram.config import RunConfig, Strategy
 from wanvram.request import Request
 from wanvram.units import exact
 
-__all__ = ["FLAG_OF", "MAX_COMMAND", "generate_command", "plan_command", "request_flags", "strategy_flags"]
+__all__ = ["MAX_COMMAND", "flag_of", "generate_command", "plan_command", "request_flags", "strategy_flags"]
 
 MAX_COMMAND = 25_000  # characters: a prompt has at most 20,000
 # Fields whose flag has another name.
-FLAG_OF = {"prompts": "prompt_file", "offload": "offload_model", "weights": "ckpt_dir", "memory_limit_bytes": "vram"}
-# What the command line assumes when a flag is absent differs from Strategy(): these are always said.
-ALWAYS = ("precision", "load_strategy", "offload")
-# Choices that the planner leaves to the user.
-FIXED = ("precision", "weight_storage", "vae_precision")
+_OTHER_FLAGS = {"prompts": "prompt_file", "weights": "ckpt_dir", "memory_limit_bytes": "vram"}
 
 
 def generate_command(config: RunConfig) -> str:
@@ -40,8 +37,7 @@ def generate_command(config: RunConfig) -> str:
 
 def plan_command(request: Request, strategy: Strategy, *, vram: str | None, ram: str | None, gpu: str | None) -> str:
     """`wanvram plan` of this request; of the strategy only what the planner leaves to the user."""
-    fixed = [name for name in FIXED if name == "precision" or getattr(strategy, name) != getattr(Strategy(), name)]
-    parts = ["wanvram", "plan", *request_flags(request), *_flags({name: getattr(strategy, name) for name in fixed})]
+    parts = ["wanvram", "plan", *request_flags(request), *strategy_flags(strategy, knobs.lossy())]
     return shlex.join([*parts, *_flags({"vram": vram, "ram": ram, "gpu": gpu})])
 
 
@@ -53,11 +49,16 @@ def request_flags(request: Request) -> list[str]:
     return _flags({name: _text(name, getattr(request, name)) for name in said})
 
 
-def strategy_flags(strategy: Strategy) -> list[str]:
-    """precision, load_strategy and offload, and every knob in which the strategy differs from the plain resident run."""
-    names = [field.name for field in fields(Strategy)]
-    said = [*ALWAYS, *(n for n in names if n not in ALWAYS and getattr(strategy, n) != getattr(Strategy(), n))]
-    return _flags({name: getattr(strategy, name) for name in said})
+def strategy_flags(strategy: Strategy, among: Sequence[knobs.Knob[Any]] | None = None) -> list[str]:
+    """Where the command line assumes something else, and where the strategy differs from the plain resident run."""
+    said = (knob for knob in (knobs.TABLE if among is None else among) if knob.is_said(strategy))
+    return _flags({knob.name: knob.of(strategy) for knob in said})
+
+
+def flag_of(name: str) -> str:
+    """The flag of a configuration's field."""
+    knob = knobs.named(name)
+    return knob.flag if knob is not None else f"--{_OTHER_FLAGS.get(name, name)}"
 
 
 def _text(name: str, value: object) -> object:
@@ -74,7 +75,7 @@ def _flags(values: Mapping[str, Any]) -> Sequence[str]:
     """`--name value` of what is not None; joined by `=` where the value would look like a flag itself."""
     result: list[str] = []
     for name, value in values.items():
-        flag, text = f"--{FLAG_OF.get(name, name)}", str(value)
+        flag, text = flag_of(name), str(value)
         if value is not None:
             result += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return result

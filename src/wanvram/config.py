@@ -10,8 +10,10 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
+from wanvram import knobs
 from wanvram.errors import InputError, require
 from wanvram.request import Request, is_unicode
 from wanvram.specs import DIT
@@ -19,17 +21,11 @@ from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
 from wanvram.units import MIB
 
-__all__ = ["MAX_NAME_BYTES", "WEIGHT_HOMES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
+__all__ = ["MAX_NAME_BYTES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
 
 MAX_NAME_BYTES = 200  # file systems take 255; a suffix, a number or the mark of an unfinished file must still fit
+_SECTIONS = (knobs.MODEL, knobs.OPTIMIZATION)  # of knobs
 DEVICES = ("auto", "cuda", "cpu", "simulated")
-
-WEIGHT_HOMES = ("pinned", "pageable", "disk")
-_MULTI_GPU = "running on several GPUs is not implemented; it must be {}"
-
-
-def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    require(value in allowed, f"{name}: '{value}'; choose {', '.join(allowed[:-1])} or {allowed[-1]}")
 
 
 @dataclass(frozen=True)
@@ -41,60 +37,31 @@ class Strategy:
     in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32: lossy.
     """
 
-    precision: str = "bf16"
-    load_strategy: str = "full"
-    offload: bool = False
-    t5_cpu: bool = False
-    attention_slicing: bool = False
-    rows_per_chunk: int | None = None
-    cfg: str = "sequential"
-    weights_in: str = "pinned"
-    resident_blocks: int = 0
-    weight_storage: str = "same"
-    vae_tile: int | None = None
-    vae_precision: str = "fp32"
-    expandable_segments: bool = False
-    gradient_checkpointing: bool = False
-    batch_size: int = 1
-    micro_batch_size: int = 1
-    parallel_degree: int = 1
-    ulysses_size: int = 1
-    ring_size: int = 1
-    t5_fsdp: bool = False
-    dit_fsdp: bool = False
+    precision: str = knobs.PRECISION.default
+    load_strategy: str = knobs.LOAD_STRATEGY.default
+    offload: bool = knobs.OFFLOAD.default
+    t5_cpu: bool = knobs.T5_CPU.default
+    attention_slicing: bool = knobs.ATTENTION_SLICING.default
+    rows_per_chunk: int | None = knobs.ROWS_PER_CHUNK.default
+    cfg: str = knobs.CFG.default
+    weights_in: str = knobs.WEIGHTS_IN.default
+    resident_blocks: int = knobs.RESIDENT_BLOCKS.default
+    weight_storage: str = knobs.WEIGHT_STORAGE.default
+    vae_tile: int | None = knobs.VAE_TILE.default
+    vae_precision: str = knobs.VAE_PRECISION.default
+    expandable_segments: bool = knobs.EXPANDABLE_SEGMENTS.default
+    gradient_checkpointing: bool = knobs.GRADIENT_CHECKPOINTING.default
+    batch_size: int = knobs.BATCH_SIZE.default
+    micro_batch_size: int = knobs.MICRO_BATCH_SIZE.default
+    parallel_degree: int = knobs.PARALLEL_DEGREE.default
+    ulysses_size: int = knobs.ULYSSES_SIZE.default
+    ring_size: int = knobs.RING_SIZE.default
+    t5_fsdp: bool = knobs.T5_FSDP.default
+    dit_fsdp: bool = knobs.DIT_FSDP.default
 
     def __post_init__(self) -> None:
-        _choose("precision", self.precision, ("fp32", "fp16", "bf16"))
-        _choose("load_strategy", self.load_strategy, ("full", "block"))
-        _choose("cfg", self.cfg, ("sequential", "joint"))
-        require(
-            self.rows_per_chunk is None or self.rows_per_chunk >= 1,
-            f"rows_per_chunk: {self.rows_per_chunk} must be at least 1 (or absent: chosen by size)",
-        )
-        _choose("weights_in", self.weights_in, WEIGHT_HOMES)
-        _choose("weight_storage", self.weight_storage, ("same", "fp8"))
-        require(
-            self.weight_storage == "same" or self.precision != "fp32",
-            "weight_storage: fp8 is for bf16 and fp16; precision fp32 asks for full precision",
-        )
-        _choose("vae_precision", self.vae_precision, ("fp32", "bf16", "fp16"))
-        require(self.resident_blocks >= 0, f"resident_blocks: {self.resident_blocks} must be at least 0")
-        require(
-            self.vae_tile is None or self.vae_tile >= 8, f"vae_tile: {self.vae_tile} must be at least 8 (or absent)"
-        )
-        for name in ("weights_in", "resident_blocks"):
-            require(
-                self.load_strategy == "block" or getattr(self, name) == getattr(Strategy, name),
-                f"{name}: has no meaning with load_strategy full; use load_strategy block",
-            )
-        for name in ("parallel_degree", "ulysses_size", "ring_size"):
-            require(getattr(self, name) == 1, f"{name}: {getattr(self, name)}; " + _MULTI_GPU.format(1))
-        for name in ("t5_fsdp", "dit_fsdp"):
-            require(not getattr(self, name), f"{name}: true; " + _MULTI_GPU.format("false"))
-        for name in ("batch_size", "micro_batch_size"):
-            require(
-                getattr(self, name) == 1, f"{name}: {getattr(self, name)}; batches are not implemented; it must be 1"
-            )
+        for knob in knobs.TABLE:
+            knob.check(self)
 
 
 @dataclass(frozen=True)
@@ -183,16 +150,18 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML's sections as plain values; `from_dict` is its inverse."""
-        s, m, r = (dataclasses.asdict(part) for part in (self.strategy, self.measurement, self.request))
-        model = {k: s.pop(k) for k in ("load_strategy", "precision", "offload", "t5_cpu")}
+        chosen: dict[str, dict[str, Any]] = {
+            name: {k.name: k.of(self.strategy) for k in knobs.TABLE if k.section == name} for name in _SECTIONS
+        }
+        chosen[knobs.MODEL]["device"] = self.device
+        request = dataclasses.asdict(self.request)  # tuples are lists in YAML
         return {
             "name": self.name,
             "description": self.description,
-            "model_config": model | {"device": self.device},
-            "optimization": s,
-            "logging": m,
-            "request": _listed(r)
-            | {"weights": self.weights, "gpu": self.gpu, "memory_limit_bytes": self.memory_limit_bytes},
+            **chosen,
+            "logging": dataclasses.asdict(self.measurement),
+            "request": {key: list(value) if isinstance(value, tuple) else value for key, value in request.items()}
+            | {key: getattr(self, key) for key in _OWN},
         }
 
     @classmethod
@@ -200,13 +169,12 @@ class RunConfig:
         """Strict: unknown keys and wrong types are InputErrors naming the dotted key."""
         require(isinstance(data, Mapping), "the configuration is not a mapping of sections")
         sections = _checked(data, _TOP, "")
-        model = _checked(sections.get("model_config") or {}, _MODEL, "model_config")
-        optimization = _checked(sections.get("optimization") or {}, _OPTIMIZATION, "optimization")
-        logging = _checked(sections.get("logging") or {}, _LOGGING, "logging")
-        request = _checked(sections.get("request") or {}, _REQUEST, "request")
+        model, optimization, logging, request = (
+            _checked(sections.get(name) or {}, keys, name) for name, keys in _sections().items()
+        )
         require("name" in sections, "name: is missing; it names the run directory")
         device = model.pop("device", "auto")
-        top = {key: request.pop(key) for key in ("weights", "gpu", "memory_limit_bytes") if key in request}
+        top = {key: request.pop(key) for key in _OWN if key in request}
         try:
             return cls(
                 name=sections["name"],
@@ -221,70 +189,8 @@ class RunConfig:
             raise InputError(_dotted(str(error))) from error
 
 
-_NUMBER = (int, float)
-_OPTIONAL_INT = (int, type(None))
-_OPTIONAL_TEXT = (str, type(None))
-_TOP = {"name": str, "description": str, "model_config": dict, "optimization": dict, "logging": dict, "request": dict}
-_MODEL = {"load_strategy": str, "precision": str, "device": str, "offload": bool, "t5_cpu": bool}
-_OPTIMIZATION = {
-    "attention_slicing": bool,
-    "gradient_checkpointing": bool,
-    "batch_size": int,
-    "micro_batch_size": int,
-    "parallel_degree": int,
-    "rows_per_chunk": _OPTIONAL_INT,
-    "cfg": str,
-    "weights_in": str,
-    "resident_blocks": int,
-    "weight_storage": str,
-    "vae_tile": _OPTIONAL_INT,
-    "vae_precision": str,
-    "expandable_segments": bool,
-    "ulysses_size": int,
-    "ring_size": int,
-    "t5_fsdp": bool,
-    "dit_fsdp": bool,
-}
-_LOGGING = {
-    "profile_memory": bool,
-    "log_interval": int,
-    "trace": bool,
-    "trace_path": (str, type(None)),
-    "snapshot": bool,
-}
-_REQUEST = {
-    "task": str,
-    "size": str,
-    "frame_num": int,
-    "sample_steps": int,
-    "sample_shift": _NUMBER,
-    "sample_guide_scale": _NUMBER,
-    "sample_solver": str,
-    "base_seed": int,
-    "prompt": str,
-    "negative_prompt": str,
-    "prompts": list,
-    "image": _OPTIONAL_TEXT,
-    "first_frame": _OPTIONAL_TEXT,
-    "last_frame": _OPTIONAL_TEXT,
-    "src_video": _OPTIONAL_TEXT,
-    "src_mask": _OPTIONAL_TEXT,
-    "src_ref_images": list,
-    "use_prompt_extend": bool,
-    "prompt_extend_method": str,
-    "prompt_extend_model": _OPTIONAL_TEXT,
-    "prompt_extend_target_lang": str,
-    "prompt_extend_optional": bool,
-    "weights": str,
-    "gpu": (str, type(None)),
-    "memory_limit_bytes": _OPTIONAL_INT,
-}
-_SECTIONS: dict[str, dict[str, Any]] = {
-    "model_config": _MODEL,
-    "optimization": _OPTIMIZATION,
-    "logging": _LOGGING,
-    "request": _REQUEST,
-}
+_TOP = {"name": (str,), "description": (str,)} | dict.fromkeys((*_SECTIONS, "logging", "request"), (dict,))
+_OWN = ("weights", "gpu", "memory_limit_bytes")  # of RunConfig, beside what is asked for
 _TYPE_NAMES: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -296,14 +202,40 @@ _TYPE_NAMES: dict[type, str] = {
 }
 
 
-def _checked(data: Any, allowed: Mapping[str, Any], section: str) -> dict[str, Any]:
+def _sections() -> dict[str, dict[str, tuple[type, ...]]]:
+    """Keys and types of every section, as the dataclasses have them."""
+    chosen, own = _types(Strategy), _types(RunConfig)
+    of_knobs = {name: {k.name: chosen[k.name] for k in knobs.TABLE if k.section == name} for name in _SECTIONS}
+    of_knobs[knobs.MODEL]["device"] = own["device"]
+    return of_knobs | {"logging": _types(Measurement), "request": _types(Request) | {key: own[key] for key in _OWN}}
+
+
+def _types(cls: type) -> dict[str, tuple[type, ...]]:
+    return {name: _kinds(hint) for name, hint in get_type_hints(cls).items()}
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """As YAML has them: a tuple is a list, and a whole number is a number, too."""
+    if isinstance(hint, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in _kinds(part))
+    if get_origin(hint) is tuple:
+        return (list,)
+    return (int, float) if hint is float else (hint,)
+
+
+def _owner(key: str) -> str | None:
+    """The section that a key belongs to."""
+    return next((section for section, keys in _sections().items() if key in keys), None)
+
+
+def _checked(data: Any, allowed: Mapping[str, tuple[type, ...]], section: str) -> dict[str, Any]:
     """The mapping with every key known and every value of its type."""
     prefix = f"{section}." if section else ""
     require(isinstance(data, Mapping), f"{section}: must be a section of keys, not {data!r}")
     for key, value in data.items():
         if key not in allowed:
             raise InputError(f"{prefix}{key}: unknown key; {_hint(str(key), allowed)}allowed: {', '.join(allowed)}")
-        kinds = allowed[key] if isinstance(allowed[key], tuple) else (allowed[key],)
+        kinds = allowed[key]
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
         if wrong:
             names = " or ".join(_TYPE_NAMES[kind] for kind in kinds)
@@ -312,26 +244,18 @@ def _checked(data: Any, allowed: Mapping[str, Any], section: str) -> dict[str, A
     return dict(data)
 
 
-_LISTS = ("prompts", "src_ref_images")
-
-
-def _listed(request: dict[str, Any]) -> dict[str, Any]:
-    """Tuples are lists in YAML."""
-    return {key: list(value) if key in _LISTS else value for key, value in request.items()}
-
-
 def _tupled(request: dict[str, Any]) -> dict[str, Any]:
-    for key in _LISTS:
-        for item in request.get(key, ()):
+    for key, value in request.items():
+        for item in value if isinstance(value, list) else ():
             require(isinstance(item, str), f"{key}: {_shortened(item)} is not text")
-    return {key: tuple(value) if key in _LISTS else value for key, value in request.items()}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in request.items()}
 
 
 def _hint(key: str, allowed: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, list(allowed), n=1)
     if close:
         return f"did you mean {close[0]}? "
-    owner = next((section for section, keys in _SECTIONS.items() if key in keys), None)
+    owner = _owner(key)
     return f"it belongs under {owner}; " if owner else ""
 
 
@@ -342,8 +266,7 @@ def _shortened(value: object) -> str:
 
 def _dotted(message: str) -> str:
     """`precision: ...` -> `model_config.precision: ...`: the flags and the YAML share the checks, not the sections."""
-    key = message.partition(":")[0]
-    owner = next((section for section, keys in _SECTIONS.items() if key in keys), None)
+    owner = _owner(message.partition(":")[0])
     return f"{owner}.{message}" if owner else message
 
 

@@ -16,7 +16,7 @@ from wanvram.advice import Advice, write_advice
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError
-from wanvram.planner.forecasts import KNOBS, components_of
+from wanvram.planner.forecasts import choices, components_of
 from wanvram.predict.advice import _Estimate, _ranked, advise, predict
 from wanvram.predict.simulate import simulate
 from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span
@@ -145,7 +145,7 @@ def test_only_components_that_a_change_touches_and_that_own_the_peak_are_forecas
     advices = asked_of(run_of(), Whole(), card)
     assert advices[0].knobs == {"load_strategy": "block"}
     assert {component for component, *_ in card.calls} == {"dit", "text_encoder"}
-    keys = [(name, *(getattr(s, knob) for knob in KNOBS[name])) for name, s, _ in card.calls]
+    keys = [choices(name, s) for name, s, _ in card.calls]
     assert len(keys) == len(set(keys))
 
 

@@ -14,7 +14,7 @@ from planner_card import Card, plan
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError
 from wanvram.planner.budget import PROCESS_BYTES, Budget, desktop_bytes, system_ram
-from wanvram.planner.forecasts import KNOBS, StageForecast, Trials
+from wanvram.planner.forecasts import StageForecast, Trials, choices
 from wanvram.planner.longest import most_frames
 from wanvram.planner.placement import TIE
 from wanvram.planner.result import Plan, Refusal
@@ -154,7 +154,7 @@ def test_a_resident_transformer_beside_t5_on_the_host_wins_when_streaming_t5_is_
 def test_an_ordinary_plan_needs_at_most_twelve_forecasts_and_asks_nothing_twice(gibibytes: float) -> None:
     card = Card()
     planned(gibibytes=gibibytes, ram=64, card=card)
-    asked = [(name, *(getattr(s, knob) for knob in KNOBS[name])) for name, s, _ in card.calls]
+    asked = [choices(name, s) for name, s, _ in card.calls]
     assert len(asked) <= 12
     assert len(set(asked)) == len(asked)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from wanvram.config import RunConfig
 from wanvram.errors import DeviceError, InputError
 from wanvram.foreign_text import shown
+from wanvram.knobs import EXPANDABLE_SEGMENTS
 from wanvram.machine.allocator_settings import check_plain, put_in_force
 from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
@@ -72,7 +73,8 @@ def settle_allocator(config: RunConfig, *, to_be_planned: bool) -> None:
         first_gpu()
         if to_be_planned:
             check_plain()
-        put_in_force((planned_base(config.strategy) if to_be_planned else config.strategy).expandable_segments)
+        strategy = planned_base(config.strategy) if to_be_planned else config.strategy
+        put_in_force(EXPANDABLE_SEGMENTS.of(strategy))
 
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanvram.command_line import FLAG_OF
-from wanvram.config import WEIGHT_HOMES, Request, RunConfig, Strategy, load_config
+from wanvram import knobs
+from wanvram.command_line import flag_of
+from wanvram.config import Request, RunConfig, load_config
 from wanvram.errors import InputError
 from wanvram.input_files import read_text
 from wanvram.tasks import TASKS, normal_size
 
-__all__ = ["add_request_flags", "add_strategy_flags", "boolean", "config_from_flags"]
+__all__ = ["add_knob_flags", "add_request_flags", "add_strategy_flags", "boolean", "config_from_flags"]
 
 # What the official script assumes when a flag is absent; with --config the file says it.
 REQUEST_DEFAULTS: dict[str, Any] = {"task": "t2v-14B", "size": "1280*720"}
-STRATEGY_DEFAULTS: dict[str, Any] = {"precision": "fp16", "load_strategy": "block", "offload": True}
 # fp16 is refused there; 2 steps of a tiny model take 1.11 s in fp32, 1.27 s in bf16 (2 cores)
 CPU_PRECISION = "fp32"
 MAX_PROMPT_FILE_BYTES = 8 * 1024 * 1024
@@ -33,8 +34,8 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is not a boolean; write True or False")
 
 
-def _add_boolean(group: argparse._ArgumentGroup, name: str, help: str, dest: str | None = None) -> None:
-    group.add_argument(f"--{name}", dest=dest or name, type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
+def _add_boolean(group: argparse._ArgumentGroup, flag: str, help: str, dest: str | None = None) -> None:
+    group.add_argument(flag, dest=dest, type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,41 +68,30 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     )
     media.add_argument("--src_ref_images", metavar="FILE,FILE", help="vace: pictures of what is to appear")
     extend = parser.add_argument_group("prompt extension")
-    _add_boolean(extend, "use_prompt_extend", "let a language model rewrite the prompt (default: False)")
+    _add_boolean(extend, "--use_prompt_extend", "let a language model rewrite the prompt (default: False)")
     extend.add_argument("--prompt_extend_method", choices=("local_qwen", "dashscope"), help="default: local_qwen")
     extend.add_argument(
         "--prompt_extend_model", help="model directory or name (default: Qwen2.5_14B; qwen-plus for dashscope)"
     )
     extend.add_argument("--prompt_extend_target_lang", choices=("zh", "en"), help="default: zh")
-    _add_boolean(extend, "prompt_extend_optional", "go on with the prompt as it is if extending fails (default: False)")
+    _add_boolean(
+        extend, "--prompt_extend_optional", "go on with the prompt as it is if extending fails (default: False)"
+    )
 
 
 def add_strategy_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("strategy")
-    group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16, fp32 on the CPU")
-    group.add_argument("--load_strategy", choices=("block", "full"), help="default: block (streamed)")
-    _add_boolean(
-        group, "offload_model", "components leave the GPU after use (default: True on one GPU)", dest="offload"
-    )
-    _add_boolean(group, "t5_cpu", "keep T5 on the CPU (default: False)")
-    _add_boolean(group, "attention_slicing", "attend in groups of heads (default: False)")
-    _add_boolean(group, "gradient_checkpointing", "accepted; has no effect without gradients")
-    group.add_argument("--rows_per_chunk", type=int, help="rows of the sequence per chunk (default: near 8192)")
-    group.add_argument("--cfg", choices=("sequential", "joint"), help="how both guidance passes run")
-    group.add_argument("--weights_in", choices=WEIGHT_HOMES, help="where streamed blocks wait (default: pinned)")
-    group.add_argument(
-        "--resident_blocks", type=int, help="blocks of the transformer that stay on the GPU (default: 0)"
-    )
-    group.add_argument("--weight_storage", choices=("same", "fp8"), help="fp8: half the transformer's weights, lossy")
-    group.add_argument(
-        "--vae_tile", type=int, help="edge of the VAE's tiles in latent pixels, lossless (default: none)"
-    )
-    group.add_argument("--vae_precision", choices=("fp32", "bf16", "fp16"), help="default: fp32; others are lossy")
-    _add_boolean(group, "expandable_segments", "the allocator's expandable segments (default: False)")
-    group.add_argument("--ulysses_size", type=int, help="default: 1; more needs several GPUs, which is not implemented")
-    group.add_argument("--ring_size", type=int, help="default: 1; more needs several GPUs, which is not implemented")
-    _add_boolean(group, "t5_fsdp", "needs several GPUs, which is not implemented")
-    _add_boolean(group, "dit_fsdp", "needs several GPUs, which is not implemented")
+    add_knob_flags(parser.add_argument_group("strategy"), knobs.TABLE)
+
+
+def add_knob_flags(group: argparse._ArgumentGroup, table: Sequence[knobs.Knob[Any]]) -> None:
+    for knob in table:
+        if not knob.has_flag:
+            continue
+        if isinstance(knob.default, bool):
+            _add_boolean(group, knob.flag, knob.help, dest=knob.name)
+        else:
+            kind = str if knob.choices else int
+            group.add_argument(knob.flag, dest=knob.name, type=kind, choices=knob.choices or None, help=knob.help)
 
 
 def config_from_flags(
@@ -113,7 +103,7 @@ def config_from_flags(
     memory_limit_bytes: int | None,
 ) -> RunConfig:
     """Checked RunConfig from --config and the flags that override it; raises InputError naming the flag or key."""
-    request, strategy = _given_request(args), _given(args, Strategy)
+    request, strategy = _given_request(args), _given(args, [knob.name for knob in knobs.TABLE])
     others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes}
     data: dict[str, Any]
     if args.config is None:
@@ -139,7 +129,9 @@ def config_from_flags(
 
 
 def _strategy_defaults(device: str | None) -> dict[str, Any]:
-    return STRATEGY_DEFAULTS | ({"precision": CPU_PRECISION} if device == "cpu" else {})
+    """What the official script assumes when a flag is absent; with --config the file says it."""
+    assumed = {knob.name: knob.official for knob in knobs.TABLE if knob.official is not None}
+    return assumed | ({knobs.PRECISION.name: CPU_PRECISION} if device == "cpu" else {})
 
 
 def _from_dict(data: dict[str, Any]) -> RunConfig:
@@ -151,16 +143,15 @@ def _from_dict(data: dict[str, Any]) -> RunConfig:
         if not dot or section not in data:
             raise
         key, colon, sentence = rest.partition(":")
-        raise InputError(f"--{FLAG_OF.get(key, key)}{colon}{sentence}") from error
+        raise InputError(f"{flag_of(key)}{colon}{sentence}") from error
 
 
 def _sections(strategy: dict[str, Any], device: str | None) -> dict[str, dict[str, Any]]:
-    model_keys = ("precision", "load_strategy", "offload", "t5_cpu")
-    model = {key: value for key, value in strategy.items() if key in model_keys}
-    if device is not None:
-        model["device"] = device
-    rest = {key: value for key, value in strategy.items() if key not in model_keys}
-    return {"model_config": model, "optimization": rest}
+    data: dict[str, dict[str, Any]] = {"model_config": {} if device is None else {"device": device}}
+    for knob in knobs.TABLE:
+        if knob.name in strategy:
+            data.setdefault(knob.section, {})[knob.name] = strategy[knob.name]
+    return data
 
 
 def _forget_defaults(request: dict[str, Any]) -> None:
@@ -178,14 +169,13 @@ def _forget_defaults(request: dict[str, Any]) -> None:
             del request[key]
 
 
-def _given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The flags that were given and are fields of `cls`."""
-    names = [field.name for field in dataclasses.fields(cls)]
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the flags that were given."""
     return {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
 
 
 def _given_request(args: argparse.Namespace) -> dict[str, Any]:
-    given = _given(args, Request)
+    given = _given(args, [field.name for field in dataclasses.fields(Request)])
     if args.src_ref_images is not None:
         given["src_ref_images"] = args.src_ref_images.split(",")
     if args.prompt_file is not None:

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import yaml
 
+from wanvram import knobs
 from wanvram.cli.budget import budget_of
 from wanvram.cli.common import progress_printer
-from wanvram.cli.flags import add_request_flags, config_from_flags
+from wanvram.cli.flags import add_knob_flags, add_request_flags, config_from_flags
 from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
@@ -52,9 +53,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)"
     )
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
-    fixed.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16")
-    fixed.add_argument("--weight_storage", choices=("same", "fp8"), help="fp8: half the transformer's weights, lossy")
-    fixed.add_argument("--vae_precision", choices=("fp32", "bf16", "fp16"), help="default: fp32; others are lossy")
+    add_knob_flags(fixed, knobs.lossy())
     parser.add_argument("--longest", action="store_true", help="find the most frames that fit; --size may name several")
     parser.add_argument(
         "--ckpt_dir", "--weights", dest="weights", help="written into the command and -o (default: random)"

@@ -12,6 +12,7 @@ from torch import nn
 from wanvram.config import RunConfig
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
+from wanvram.knobs import PRECISION
 from wanvram.models.clip import CLIPVision
 from wanvram.models.dit import WanDiT
 from wanvram.models.precision import PRECISIONS
@@ -152,7 +153,7 @@ class Parts:
         return _Built(module, module.walk_order(), tuple(module.unused_keys()))
 
     def _dit(self) -> _Built:
-        module = WanDiT(self.specs.dit, PRECISIONS[self.config.strategy.precision])
+        module = WanDiT(self.specs.dit, PRECISIONS[PRECISION.of(self.config.strategy)])
         return _Built(module, module.walk_order(), embedders=module.embedders())
 
     def _vae(self, *, encoder: bool = True, decoder: bool = True) -> _Built:

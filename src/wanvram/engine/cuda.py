@@ -16,6 +16,7 @@ import torch
 
 from wanvram.engine.devices import Device
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
+from wanvram.knobs import WEIGHTS_IN
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.host import available_ram_bytes
 from wanvram.record import Copies
@@ -136,7 +137,7 @@ class CudaDevice(Device):
         if code != 0:
             raise DeviceError(
                 f"{human(nbytes)} of RAM could not be pinned (CUDA error {code}; {human(self.meter.pinned_bytes)} are "
-                "pinned already); use --weights_in pageable or disk"
+                f"pinned already); use {WEIGHTS_IN.asked('pageable')} or disk"
             )
         self.meter.pinned(nbytes)
         weakref.finalize(tensor.untyped_storage(), self._unpin, address, nbytes).atexit = False

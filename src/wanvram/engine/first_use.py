@@ -9,6 +9,7 @@ from wanvram.engine.devices import Device
 from wanvram.kernels.conv import conv3d
 from wanvram.kernels.elementwise import rms_norm_
 from wanvram.kernels.scaled_attention import attention
+from wanvram.knobs import PRECISION
 from wanvram.models.precision import PRECISIONS
 
 __all__ = ["use_libraries"]
@@ -19,7 +20,7 @@ CHANNELS, EDGE = 16, 16
 
 def use_libraries(device: Device, strategy: Strategy) -> None:
     """One smallest operation of each: PyTorch's own kernels, products, attention, convolution, ours. Values do not matter."""
-    matmul, vae = PRECISIONS[strategy.precision].matmul, PRECISIONS[strategy.vae_precision].matmul
+    matmul, vae = PRECISIONS[PRECISION.of(strategy)].matmul, PRECISIONS[strategy.vae_precision].matmul
     x = device.empty((ROWS, COLUMNS), matmul)
     weight = device.empty((COLUMNS, COLUMNS), matmul)
     x.fill_(1.0)

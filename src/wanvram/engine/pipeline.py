@@ -6,7 +6,6 @@ first and stay, as the official script does with `--offload_model False`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from wanvram.engine.first_use import use_libraries
 from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
+from wanvram.knobs import PRECISION, chunk_rows
 from wanvram.models.dit import Condition, Prepared, Time, WanDiT
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
@@ -32,10 +32,8 @@ from wanvram.recorder.recorder import Recorder
 from wanvram.request import Request
 from wanvram.sampling import Solver, solve, timesteps_and_sigmas
 
-__all__ = ["FrameSink", "OpenSink", "Pipeline", "rows_per_chunk"]
+__all__ = ["FrameSink", "OpenSink", "Pipeline"]
 
-# 8192 rows x 5120 already fill an H200's matrix units: 1.93 ms for 9450 rows against 1.86 expected from 75600.
-TARGET_ROWS = 8192
 HEAD_GROUPS = 4  # attention_slicing: on an H200 4 groups of 10 heads cost 2 % more time than one of 40 (h200.md)
 SIMULATED_STEPS = 4  # first, second, one of the steady state, last: all others repeat the last but one
 # What denoising leaves in the allocator, and so what decoding reserves, repeats every 4 steps (UniPC; 2 for DPM++): with 6
@@ -52,14 +50,6 @@ class PromptExtension(Protocol):
     notes: list[str]
 
     def __call__(self, device: Device, recorder: Recorder) -> Sequence[str]: ...
-
-
-def rows_per_chunk(tokens: int, asked: int | None) -> int:
-    """Rows of the sequence that go through a block's row-wise work at once: `asked`, or equal chunks near TARGET_ROWS."""
-    if asked is not None:
-        return asked
-    chunks = max(1, round(tokens / TARGET_ROWS))
-    return math.ceil(tokens / chunks)
 
 
 @dataclass
@@ -247,7 +237,7 @@ class Pipeline:
     def stand_in_pictures(self, parts: Parts) -> _Extra:
         """Uninitialised tensors in place of what `_encode_pictures` gives: for forecasts of the transformer alone."""
         facts, specs, shape = self.config.request.facts, parts.specs, self.inputs.noise_shape[1:]
-        dtype = PRECISIONS[self.config.strategy.precision].matmul
+        dtype = PRECISIONS[PRECISION.of(self.config.strategy)].matmul
         if facts.takes_source:
             return _Extra(vace_context=self.device.empty((specs.dit.vace_in_dim, *shape), dtype))
         if not facts.pictures:
@@ -267,7 +257,7 @@ class Pipeline:
     def encode_video(self, parts: Parts) -> torch.Tensor:
         condition = vace_context if self.config.request.facts.takes_source else image_condition
         component = self._use("vae_encoder", parts)
-        dtype = PRECISIONS[self.config.strategy.precision].matmul
+        dtype = PRECISIONS[PRECISION.of(self.config.strategy)].matmul
         with self.recorder.span("encode_video", kind="stage", component="vae"):
             count = Count(self.tell, "encode_video", self._frames_to_encode(), "frames")
             encoded = condition(partial(self._encode_frames, component, count), self.device, self.inputs, dtype)
@@ -362,7 +352,7 @@ class Pipeline:
         """
         request, strategy = self.config.request, self.config.strategy
         dit = _transformer(component)
-        rows = rows_per_chunk(self.inputs.geometry.tokens(self.inputs.noise_shape), strategy.rows_per_chunk)
+        rows = chunk_rows(self.inputs.geometry.tokens(self.inputs.noise_shape), strategy.rows_per_chunk)
         heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
         groups = [conditions] if strategy.cfg == "joint" else [[c] for c in conditions]
         coming = iter(times)

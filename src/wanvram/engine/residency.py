@@ -20,6 +20,7 @@ from wanvram.engine.layout import Layout
 from wanvram.engine.packing import Packing
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
+from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
 from wanvram.units import human
 from wanvram.weights.random import RandomSource
@@ -192,8 +193,8 @@ class Component:
         needed, room = sum(part.nbytes for part in parts), self.device.host_room()
         if room is not None and needed > room:
             raise DeviceError(
-                f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use --weights_in disk, "
-                "--weight_storage fp8, or plan with --vram_budget, which knows the RAM"
+                f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use "
+                f"{WEIGHTS_IN.asked('disk')}, {WEIGHT_STORAGE.asked('fp8')}, or plan with --vram_budget, which knows the RAM"
             )
         masters = {}
         for part in parts:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
+from wanvram import knobs
 from wanvram.config import Strategy
-from wanvram.planner.forecasts import KNOBS, Trials, components_of, total_seconds
+from wanvram.knobs import RESIDENT_BLOCKS, VAE_TILE, WEIGHTS_IN
+from wanvram.planner.forecasts import Trials, components_of, seconds_gained
 from wanvram.planner.placement import TIE, Placements
-from wanvram.planner.result import Trade
+from wanvram.planner.result import Trade, changed_knobs
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import most_resident
 from wanvram.units import MIB
@@ -61,8 +62,8 @@ def _with_smaller_tiles(trials: Trials, chosen: Strategy, limit: float) -> Strat
     vae = tuple(part.name for part in trials.request.facts.parts() if part.component == "vae")
     rest = max(_peak_beside(trials, chosen, "dit", *vae), _reachable(trials, chosen, limit))
     tiles = tiles_for(trials.request)
-    for tile in tiles[tiles.index(chosen.vae_tile) + 1 :]:
-        smaller = replace(chosen, vae_tile=tile)
+    for tile in tiles[tiles.index(VAE_TILE.of(chosen)) + 1 :]:
+        smaller = VAE_TILE.set(chosen, tile)
         peak = max(trials.of(name, chosen).peak_device_bytes for name in vae)
         if peak <= rest + LEAST_SAVED or _seconds(trials, smaller) > limit or not _fit(trials, smaller, vae):
             break
@@ -76,7 +77,7 @@ def _fit(trials: Trials, strategy: Strategy, names: Iterable[str]) -> bool:
 
 def _reachable(trials: Trials, chosen: Strategy, limit: float) -> int:
     """Device memory of the transformer with the fewest resident blocks that keep time and RAM; linear in them."""
-    most, blocks = trials.of("dit", chosen).peak_device_bytes, chosen.resident_blocks
+    most, blocks = trials.of("dit", chosen).peak_device_bytes, RESIDENT_BLOCKS.of(chosen)
     empty = _emptied(trials, chosen)
     if empty == chosen:
         return most
@@ -86,29 +87,30 @@ def _reachable(trials: Trials, chosen: Strategy, limit: float) -> int:
 
 def _emptied(trials: Trials, chosen: Strategy) -> Strategy:
     """Without resident blocks, if that was forecast."""
-    empty = replace(chosen, resident_blocks=0)
+    empty = RESIDENT_BLOCKS.set(chosen, 0)
     return empty if trials.known("dit", empty) else chosen
 
 
 def _with_fewer_blocks(trials: Trials, chosen: Strategy, limit: float) -> Strategy:
     """As few resident blocks as keep time and RAM, but as many as stay below the peak of other stages, where they cost nothing."""
     empty = _emptied(trials, chosen)
-    if chosen.load_strategy == "full" or (empty == chosen and chosen.resident_blocks):
+    now = RESIDENT_BLOCKS.of(chosen)
+    if not knobs.is_streamed(chosen) or (empty == chosen and now):
         return chosen
     other = _peak_beside(trials, chosen, "dit")
     least = trials.of("dit", empty).peak_device_bytes
     free = most_resident(trials, empty, min(other, trials.budget.device_limit)) if least < other else empty
-    if chosen.resident_blocks <= free.resident_blocks:
+    if now <= RESIDENT_BLOCKS.of(free):
         return free
-    count = max(free.resident_blocks, _needed_blocks(trials, chosen, empty, limit))
-    fewer = replace(chosen, resident_blocks=min(count, chosen.resident_blocks))
+    count = max(RESIDENT_BLOCKS.of(free), _needed_blocks(trials, chosen, empty, limit))
+    fewer = RESIDENT_BLOCKS.set(chosen, min(count, now))
     kept = _seconds(trials, fewer) <= limit and trials.fits("dit", fewer)
     return fewer if kept else chosen
 
 
 def _needed_blocks(trials: Trials, chosen: Strategy, empty: Strategy, limit: float) -> int:
     """Resident blocks that the time limit and the RAM of `chosen` ask for; both are linear in them."""
-    blocks = chosen.resident_blocks
+    blocks = RESIDENT_BLOCKS.of(chosen)
     slow, fast = _seconds(trials, empty), _seconds(trials, chosen)
     for_time = 0 if slow <= limit else math.ceil(blocks * (slow - limit) / (slow - fast))
     most, least = trials.of("dit", empty).host_bytes, trials.of("dit", chosen).host_bytes
@@ -120,30 +122,29 @@ def _needed_blocks(trials: Trials, chosen: Strategy, empty: Strategy, limit: flo
 def trades(trials: Trials, found: Iterable[Strategy], chosen: Strategy, *, offers: bool) -> list[Trade]:
     """What fits, too, and is faster, the largest gain first. offers: also forecast blocks in RAM instead of on disk."""
     others = [*found]
-    pinned = replace(chosen, weights_in="pinned") if chosen.weights_in == "disk" else chosen
+    pinned = WEIGHTS_IN.set(chosen, "pinned") if WEIGHTS_IN.of(chosen) == "disk" else chosen
     streamed = [part.name for part in trials.request.facts.parts() if part.component != "vae"]
     if offers and pinned != chosen and trials.seconds(chosen) is not None and _fit(trials, pinned, streamed):
         others.append(pinned)
     result: dict[tuple[object, ...], Trade] = {}
     for other in others:
         trade = _trade(trials, chosen, other)
-        if trade is not None and trade.seconds_gained > 0:
+        if trade is not None:
             result[tuple(trade.change.items())] = trade
     return sorted(result.values(), key=lambda trade: -trade.seconds_gained)
 
 
 def _trade(trials: Trials, chosen: Strategy, other: Strategy) -> Trade | None:
-    """A component that was not forecast as `other` has it counts as it is."""
+    """None: not faster. A component that was not forecast as `other` has it counts as it is."""
     now = trials.stages(chosen)
     then = [trials.known(stage.component, other) or stage for stage in now]
-    times = total_seconds(trials.request, now), total_seconds(trials.request, then)
-    knobs = sorted({knob for names in KNOBS.values() for knob in names})
-    change = {knob: getattr(other, knob) for knob in knobs if getattr(other, knob) != getattr(chosen, knob)}
-    if times[0] is None or times[1] is None or not change:
+    gained = seconds_gained(trials.request, now, then)
+    change = dict(sorted(changed_knobs(other, chosen).items()))
+    if gained is None or gained <= 0 or not change:
         return None
     return Trade(
         change,
-        times[0] - times[1],
+        gained,
         max(stage.host_bytes for stage in then) - max(stage.host_bytes for stage in now),
         max(stage.peak_device_bytes for stage in then) - max(stage.peak_device_bytes for stage in now),
     )

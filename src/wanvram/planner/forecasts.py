@@ -8,10 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from wanvram import knobs
 from wanvram.config import Measurement, Request, RunConfig, Strategy
+from wanvram.knobs import Situation
 from wanvram.planner.budget import Budget
 
-__all__ = ["KNOBS", "Forecast", "StageForecast", "Trial", "Trials", "components_of", "stage_seconds", "total_seconds"]
+__all__ = [
+    "Forecast",
+    "StageForecast",
+    "Trial",
+    "Trials",
+    "choices",
+    "components_of",
+    "seconds_gained",
+    "situation",
+    "stage_seconds",
+    "total_seconds",
+]
 
 
 @dataclass(frozen=True)
@@ -36,23 +49,16 @@ class StageForecast:
 # (config, component) -> its forecast. The device has as much memory as it takes: a forecast never runs out of memory.
 Forecast = Callable[[RunConfig, str], StageForecast]
 
-# Which choices change a component's memory or time; everything else may differ without asking again.
-KNOBS: dict[str, tuple[str, ...]] = {
-    "text_encoder": ("load_strategy", "weights_in", "t5_cpu"),
-    "image_encoder": ("load_strategy", "weights_in"),
-    "vae_encoder": ("precision", "vae_tile", "vae_precision"),
-    "dit": (
-        "precision",
-        "weight_storage",
-        "load_strategy",
-        "attention_slicing",
-        "rows_per_chunk",
-        "cfg",
-        "weights_in",
-        "resident_blocks",
-    ),
-    "vae_decoder": ("vae_tile", "vae_precision"),
-}
+
+def situation(request: Request, half: str = "bf16") -> Situation:
+    """half: of the card; of no account to knobs that lose nothing."""
+    shape = request.geometry.latent_shape(request.frame_num, request.height, request.width)
+    return Situation(request.geometry.tokens(shape), max(shape[2:]), half)
+
+
+def choices(component: str, strategy: Strategy) -> tuple[object, ...]:
+    """What decides a component's forecast: its name and the values of the knobs that touch it."""
+    return component, *(knob.of(strategy) for knob in knobs.touching(component))
 
 
 def components_of(request: Request) -> tuple[str, ...]:
@@ -69,6 +75,12 @@ def total_seconds(request: Request, stages: Iterable[StageForecast]) -> float | 
             return None
         total += seconds
     return total
+
+
+def seconds_gained(request: Request, now: Iterable[StageForecast], then: Iterable[StageForecast]) -> float | None:
+    """Of the whole run; None if either time is unknown."""
+    before, after = total_seconds(request, now), total_seconds(request, then)
+    return None if before is None or after is None else before - after
 
 
 def stage_seconds(request: Request, stage: StageForecast) -> float | None:
@@ -106,14 +118,14 @@ class Trials:
     _known: dict[tuple[object, ...], StageForecast] = field(default_factory=dict)
 
     def of(self, component: str, strategy: Strategy) -> StageForecast:
-        key = (component, *(getattr(strategy, knob) for knob in KNOBS[component]))
+        key = choices(component, strategy)
         if key not in self._known:
             self._known[key] = self.forecast(self._config(strategy), component)
         return self._known[key]
 
     def known(self, component: str, strategy: Strategy) -> StageForecast | None:
         """What was already forecast."""
-        return self._known.get((component, *(getattr(strategy, knob) for knob in KNOBS[component])))
+        return self._known.get(choices(component, strategy))
 
     def fits_device(self, component: str, strategy: Strategy) -> bool:
         forecast = self.of(component, strategy)
@@ -124,8 +136,9 @@ class Trials:
 
     def fits_host(self, component: str, strategy: Strategy) -> bool:
         forecast = self.of(component, strategy)
-        pinned = strategy.load_strategy == "block" and not (strategy.t5_cpu and component == "text_encoder")
-        needed, limit = forecast.host_bytes, self.budget.host_limit(strategy.weights_in if pinned else "pageable")
+        streamed = knobs.is_streamed(strategy) and not (knobs.T5_CPU.of(strategy) and component == "text_encoder")
+        limit = self.budget.host_limit(knobs.WEIGHTS_IN.of(strategy) if streamed else "pageable")
+        needed = forecast.host_bytes
         if needed > limit:
             self.failed.append(Trial(component, strategy, "host", needed, int(limit), forecast))
         return needed <= limit

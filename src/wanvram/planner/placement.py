@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from wanvram.config import WEIGHT_HOMES, Strategy
+from wanvram import knobs
+from wanvram.config import Strategy
 from wanvram.planner.forecasts import Trials, components_of, stage_seconds
 from wanvram.planner.transformer import block_count, cannot_fit, fastest_streamed, variants, whole_transformer
 
@@ -32,12 +33,12 @@ def placements(trials: Trials, base: Strategy) -> Placements | None:
         return Placements((base,), trials.seconds(base))
     bound = _bound(trials, base)
     probe = _probe_disk(trials, base)
-    if probe is None and cannot_fit(trials, replace(base, load_strategy="block", weights_in="disk")):
+    if probe is None and cannot_fit(trials, knobs.FROM["disk"].on(base)):
         return None
     if bound is not None and probe is not None and _within(trials.seconds(probe), bound):
         return Placements((probe,), bound)
     found = [_streamed(trials, base)]
-    on_host = replace(base, t5_cpu=True)
+    on_host = knobs.T5_CPU.set(base, True)
     if dit_fits and _encoders_fit(trials, on_host):
         found.append(on_host)
     ways = [way for way in found if way is not None] or ([probe] if probe is not None else [])
@@ -69,8 +70,8 @@ def _encoders_fit(trials: Trials, strategy: Strategy) -> bool:
 
 def _start(trials: Trials, base: Strategy, home: str) -> Strategy | None:
     """Blocks streamed from `home`, with T5 where it fits."""
-    block = replace(base, load_strategy="block", weights_in=home)
-    return next((s for s in (block, replace(block, t5_cpu=True)) if _encoders_fit(trials, s)), None)
+    block = knobs.FROM[home].on(base)
+    return next((s for s in (block, knobs.T5_CPU.set(block, True)) if _encoders_fit(trials, s)), None)
 
 
 def _probe_disk(trials: Trials, base: Strategy) -> Strategy | None:
@@ -78,13 +79,13 @@ def _probe_disk(trials: Trials, base: Strategy) -> Strategy | None:
     start = _start(trials, base, "disk")
     if start is None:
         return None
-    ways = (replace(start, **knobs) for knobs in variants(trials.request))
+    ways = (change.on(start) for change in variants(trials.request))
     return next((way for way in ways if trials.fits("dit", way)), None)
 
 
 def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
     """Blocks streamed from the fastest place that holds them. Pinned RAM costs the device page tables, 64 MiB for 31 GiB."""
-    for home in WEIGHT_HOMES:
+    for home in knobs.WEIGHT_HOMES:
         fitting = _start(trials, base, home)
         found = fastest_streamed(trials, fitting) if fitting is not None else None
         if found is not None:
@@ -97,15 +98,15 @@ def _from_disk(trials: Trials, fastest: Strategy, probe: Strategy | None, second
 
     What a step waits for the disk falls with every resident block, and to half if both guidance passes share a block.
     """
-    if probe is None or fastest.weights_in == "disk":
+    if probe is None or not knobs.is_streamed(fastest) or knobs.WEIGHTS_IN.of(fastest) == "disk":
         return None
     step, resident = (trials.of("dit", probe).seconds_per_step, whole_transformer(trials, probe).seconds_per_step)
     if step is None or resident is None:
         return None
-    streamed = 0.0 if fastest.load_strategy == "full" else 1 - fastest.resident_blocks / block_count(trials.request)
-    passes = 0.5 if fastest.cfg == "joint" else 1.0
+    streamed = 1 - knobs.RESIDENT_BLOCKS.of(fastest) / block_count(trials.request)
+    passes = 0.5 if knobs.CFG.of(fastest) == "joint" else 1.0
     waiting = (step - resident) * streamed * passes * trials.request.sample_steps * len(trials.request.all_prompts())
-    if fastest.load_strategy == "full" or waiting > 2 * TIE * seconds:
+    if waiting > 2 * TIE * seconds:
         return None
-    way = replace(fastest, weights_in="disk", t5_cpu=probe.t5_cpu)
+    way = knobs.T5_CPU.set(knobs.WEIGHTS_IN.set(fastest, "disk"), knobs.T5_CPU.of(probe))
     return way if trials.fits("dit", way) and _encoders_fit(trials, way) else None

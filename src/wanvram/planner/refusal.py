@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from wanvram import knobs
 from wanvram.command_line import plan_command
 from wanvram.config import Request, Strategy
 from wanvram.planner.forecasts import Trials, components_of
@@ -59,14 +60,14 @@ def _host_bytes(trials: Trials, base: Strategy, component: str) -> list[int]:
 
 def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
     """The lossless strategies among which a component's smallest peak is, on the device and in RAM."""
-    block = replace(base, load_strategy="block", weights_in="disk")
+    block = knobs.FROM["disk"].on(base)
     if request.facts.family.component_of(component).name == "vae":
-        return [replace(base, vae_tile=tiles_for(request)[-1])]
+        return [knobs.VAE_TILE.set(base, tiles_for(request)[-1])]
     if component == "text_encoder":
-        return [block, replace(base, t5_cpu=True)]
+        return [block, knobs.T5_CPU.set(base, True)]
     if component == "image_encoder":
         return [block]
-    return [replace(block, **variants(request)[-1])]
+    return [variants(request)[-1].on(block)]
 
 
 def least_peak(trials: Trials, base: Strategy, component: str) -> int:

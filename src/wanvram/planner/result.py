@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Container
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from wanvram import knobs
 from wanvram.config import Request, Strategy
 from wanvram.planner.budget import PROCESS_BYTES, Budget
 from wanvram.planner.forecasts import StageForecast, stage_seconds, total_seconds
@@ -14,11 +16,16 @@ __all__ = ["Alternative", "Offer", "Plan", "Refusal", "Rejected", "Trade", "chan
 SCHEMA = 1
 
 
-def changed_knobs(strategy: Strategy, from_: Strategy | None = None) -> dict[str, Any]:
-    """The knobs in which `strategy` differs from another one, by default the plain resident run."""
+def changed_knobs(
+    strategy: Strategy, from_: Strategy | None = None, among: Container[knobs.Knob[Any]] | None = None
+) -> dict[str, Any]:
+    """The knobs (`among`: of these) in which `strategy` differs from another one, by default the plain resident run."""
     before = Strategy() if from_ is None else from_
-    names = (field.name for field in fields(Strategy))
-    return {name: getattr(strategy, name) for name in names if getattr(strategy, name) != getattr(before, name)}
+    return {
+        knob.name: knob.of(strategy)
+        for knob in knobs.TABLE
+        if (among is None or knob in among) and knob.of(strategy) != knob.of(before)
+    }
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 The simulation is injected as `forecast`.
 
 Components come one after the other (offload), so each is searched alone and the run's peak is the highest of theirs. Keeping
-all of them on the device would save no time: each is loaded once per run either way. What couples them is load_strategy and
-weights_in, one knob each for all. Orders that the search relies on: resident blocks are never slower than streamed ones, larger
-tiles never slower than smaller ones, pinned RAM never slower than pageable, that never slower than disk.
+all of them on the device would save no time: each is loaded once per run either way. What couples them is whether and from where
+they are streamed, one knob each for all. Orders that the search relies on: resident blocks are never slower than streamed ones,
+larger tiles never slower than smaller ones, pinned RAM never slower than pageable, that never slower than disk.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from wanvram import knobs
 from wanvram.config import Request, Strategy
 from wanvram.planner.budget import Budget, beyond_card
 from wanvram.planner.economy import thriftiest, trades
-from wanvram.planner.forecasts import KNOBS, Forecast, StageForecast, Trial, Trials, total_seconds
+from wanvram.planner.forecasts import Forecast, StageForecast, Trial, Trials, seconds_gained, situation
 from wanvram.planner.placement import placements
 from wanvram.planner.refusal import refuse
-from wanvram.planner.result import Offer, Plan, Refusal, Rejected
+from wanvram.planner.result import Offer, Plan, Refusal, Rejected, changed_knobs
 from wanvram.planner.tiles import largest_tile
 from wanvram.simulate.host import HOST
 from wanvram.units import gib
@@ -60,14 +62,12 @@ def search(request: Request, budget: Budget, options: Options, forecast: Forecas
 
 def planned_base(strategy: Strategy) -> Strategy:
     """With the allocator's expandable segments where PyTorch has them, which is on Linux: they cost nothing and leave no holes."""
-    return replace(strategy, expandable_segments=sys.platform == "linux")
+    return knobs.EXPANDABLE_SEGMENTS.set(strategy, sys.platform == "linux")
 
 
 def cleared(base: Strategy) -> Strategy:
     """Every knob that the planner decides at the value of the plain run; offload costs nothing."""
-    plain = Strategy()
-    knobs = {knob for names in KNOBS.values() for knob in names} - {"precision", "weight_storage", "vae_precision"}
-    return replace(base, offload=True, **{knob: getattr(plain, knob) for knob in knobs})
+    return replace(base, offload=True, **{knob.name: knob.default for knob in knobs.planned()})
 
 
 # --- explanations ------------------------------------------------------------------------------------------------------------
@@ -89,60 +89,48 @@ def _rejected(trials: Trials, chosen: Strategy) -> list[Rejected]:
 def _change(trial: Trial, chosen: Strategy) -> dict[str, object]:
     """Knobs of the component that differ from the plan. The number of resident blocks is no choice of its own."""
     if trial.forecast is None:
-        return {"weights_in": trial.strategy.weights_in}
-    names = [knob for knob in KNOBS[trial.component] if knob != "resident_blocks"]
-    if trial.strategy.load_strategy == "full":
-        names = [knob for knob in names if knob != "weights_in"]
-    values = {name: getattr(trial.strategy, name) for name in names}
-    return {name: value for name, value in values.items() if value != getattr(chosen, name)}
+        return {knobs.WEIGHTS_IN.name: knobs.WEIGHTS_IN.of(trial.strategy)}
+    own = {*knobs.touching(trial.component)} - {knobs.RESIDENT_BLOCKS}
+    if not knobs.is_streamed(trial.strategy):
+        own -= {knobs.WEIGHTS_IN}
+    return changed_knobs(trial.strategy, chosen, own)
 
 
 def _gained(trials: Trials, trial: Trial, chosen: Strategy) -> float | None:
-    """Of the whole run. A component not forecast with the other load_strategy or home counts with the time it has."""
+    """Of the whole run. A component not forecast streamed, or from the other home, counts with the time it has."""
     if trial.forecast is None:
         return None
     other = chosen
     if trial.component not in ("vae_encoder", "vae_decoder"):
-        other = replace(
-            chosen,
-            load_strategy=trial.strategy.load_strategy,
-            weights_in=trial.strategy.weights_in,
-            resident_blocks=trial.strategy.resident_blocks,
-        )
+        moved = (knobs.LOAD_STRATEGY, knobs.WEIGHTS_IN, knobs.RESIDENT_BLOCKS)
+        other = knobs.Change({knob: knob.of(trial.strategy) for knob in moved}).on(chosen)
     stages = trials.stages(chosen)
     changed = [
         trial.forecast if stage.component == trial.component else trials.known(stage.component, other) or stage
         for stage in stages
     ]
-    now, then = total_seconds(trials.request, stages), total_seconds(trials.request, changed)
-    return None if now is None or then is None else now - then
+    return seconds_gained(trials.request, stages, changed)
 
 
 def _offers(trials: Trials, chosen: Strategy) -> list[Offer]:
-    half = "bf16" if trials.budget.card.compute_capability >= (8, 0) else "fp16"
-    offers = []
-    if chosen.precision == "fp32":
-        offers.append(_offer(trials, chosen, "precision", half))
-    if chosen.weight_storage == "same" and chosen.precision != "fp32":
-        offers.append(_offer(trials, chosen, "weight_storage", "fp8"))
-    if chosen.vae_precision == "fp32":
-        offers.append(_offer(trials, chosen, "vae_precision", half))
-    return offers
+    """Every lossy change, none of which the planner makes."""
+    around = situation(trials.request, trials.budget.card.half)
+    return [
+        _offer(trials, chosen, *change) for change in knobs.smaller_values(chosen, around) if not change[0].lossless
+    ]
 
 
-def _offer(trials: Trials, chosen: Strategy, knob: str, value: str) -> Offer:
-    lossy = replace(chosen, **{knob: value})  # type: ignore[arg-type]
-    now, then = trials.stages(chosen), trials.stages(lossy)
-    pairs = [(a, b) for a, b in zip(now, then, strict=True) if knob in KNOBS[a.component]]
+def _offer(trials: Trials, chosen: Strategy, knob: knobs.Knob[Any], value: Any) -> Offer:
+    now, then = trials.stages(chosen), trials.stages(knob.set(chosen, value))
+    pairs = [(a, b) for a, b in zip(now, then, strict=True) if a.component in knob.touches]
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
-    times = total_seconds(trials.request, now), total_seconds(trials.request, then)
     return Offer(
-        "vae" if knob == "vae_precision" else "dit",
-        {knob: value},
+        trials.request.facts.family.component_of(knob.touches[-1]).name,
+        {knob.name: value},
         _peak(before) - _peak(after),
         _peak(now) - _peak(then),
         max(s.host_bytes for s in before) - max(s.host_bytes for s in after),
-        None if times[0] is None or times[1] is None else times[0] - times[1],
+        seconds_gained(trials.request, now, then),
     )
 
 
@@ -164,11 +152,11 @@ def _notes(trials: Trials, chosen: Strategy) -> list[str]:
         notes.append("times are unknown: choices were ordered by how much they usually cost, not by prediction")
     if budget.ram_bytes is None:
         notes.append("host RAM was not limited; --ram 16GiB makes the plan respect it")
-    if chosen.load_strategy == "block" and chosen.weights_in == "disk":
+    if knobs.is_streamed(chosen) and knobs.WEIGHTS_IN.of(chosen) == "disk":
         rate = HOST.disk_bytes / 1e9
         notes.append(
             f"blocks are read from disk in every pass: times assume {rate:.1f} GB/s, the rate of a drive that was measured"
         )
-    lossy = [k for k in ("weight_storage", "vae_precision") if getattr(chosen, k) != getattr(Strategy(), k)]
-    notes += [f"{knob} {getattr(chosen, knob)} is lossy and was asked for" for knob in lossy]
+    lossy = [knob for knob in knobs.lossy() if knob.official is None and knob.differs(chosen)]
+    notes += [f"{knob.name} {knob.of(chosen)} is lossy and was asked for" for knob in lossy]
     return notes

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from wanvram.config import Request, Strategy
-from wanvram.planner.forecasts import Trials
+from wanvram.knobs import VAE_TILE
+from wanvram.planner.forecasts import Trials, situation
 
 __all__ = ["largest_tile", "tiles_for"]
-
-TILES = (
-    80,
-    52,
-    40,
-    30,
-    20,
-)  # latent pixels, those whose cuDNN workspaces were measured; smaller tiles have larger halos in proportion: less memory, more time
 
 
 def tiles_for(request: Request) -> list[int | None]:
     """Whole frames first, then what is smaller than a frame, the fastest first."""
-    longest = max(request.width, request.height) // request.geometry.strides[1]
-    return [None, *(tile for tile in TILES if tile < longest)]
+    return [None, *VAE_TILE.smaller(None, situation(request))]
 
 
 def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
@@ -34,9 +24,9 @@ def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
     too_large, fitting = -1, len(tiles)
     while fitting - too_large > 1:
         middle = too_large + 1 if too_large < 1 else (too_large + fitting) // 2
-        strategy = replace(base, vae_tile=tiles[middle])
+        strategy = VAE_TILE.set(base, tiles[middle])
         if all(trials.fits(part, strategy) for part in parts):
             fitting = middle
         else:
             too_large = middle
-    return None if fitting == len(tiles) else replace(base, vae_tile=tiles[fitting])
+    return None if fitting == len(tiles) else VAE_TILE.set(base, tiles[fitting])

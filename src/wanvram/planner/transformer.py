@@ -1,15 +1,13 @@
 """The transformer's part of the search: how it is sliced, and how many of its blocks stay on the device. No torch.
 
-Where the weights of a streamed block come from (`weights_in`) is given; the caller tries pinned, pageable and disk in turn.
+Where the weights of a streamed block come from is given; the caller tries pinned, pageable and disk in turn.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from wanvram.config import Request, Strategy
-from wanvram.planner.forecasts import StageForecast, Trial, Trials, stage_seconds
+from wanvram.knobs import JOINT, LEANER, RESIDENT, RESIDENT_BLOCKS, ROWS_PER_CHUNK, UNSLICED, WEIGHTS_IN, Change
+from wanvram.planner.forecasts import StageForecast, Trial, Trials, situation, stage_seconds
 from wanvram.specs import DIT
 
 __all__ = [
@@ -18,15 +16,11 @@ __all__ = [
     "cannot_fit",
     "fastest_streamed",
     "most_resident",
-    "plain",
     "variants",
     "whole_transformer",
 ]
 
 NEGLIGIBLE = 0.01  # of a step: within it of the resident transformer, the search stops looking for faster ways
-ROWS = (
-    4096,
-)  # half of what is chosen by size; a quarter saves 1 % more memory at 14B 720P, idles the matrix units and is slow to simulate
 VERIFICATIONS = 4  # forecasts spent on the number of resident blocks; blocks of one size need one
 
 
@@ -35,16 +29,14 @@ def block_count(request: Request) -> int:
     return DIT[request.facts.dit].block_count
 
 
-def variants(request: Request) -> list[dict[str, Any]]:
+def variants(request: Request) -> list[Change]:
     """Lossless ways to hold fewer activations, the fastest and largest first; chunks of more rows than there are change nothing."""
-    geometry = request.geometry
-    tokens = geometry.tokens(geometry.latent_shape(request.frame_num, request.height, request.width))
-    sliced: dict[str, Any] = {"attention_slicing": True}
-    return [{}, sliced, *(sliced | {"rows_per_chunk": rows} for rows in ROWS if rows < tokens)]
+    tokens = situation(request).tokens
+    return [change for change in LEANER if change.values.get(ROWS_PER_CHUNK, 0) < tokens]
 
 
 def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
-    """The fastest block-streamed strategy that fits, `base` (load_strategy block) with more knobs set; None: none fits.
+    """The fastest block-streamed strategy that fits, `base` (streamed) with more knobs set; None: none fits.
 
     Nothing streamed is faster than the resident transformer, so the search ends once a step is within 1 % of that. Blocks stay
     resident where that saves time, or RAM that holds them otherwise. Unknown times: the first variant that fits, with as many
@@ -54,40 +46,34 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
         return None
     best: Strategy | None = None
     on_device = False
-    for number, knobs in enumerate(variants(trials.request)):
+    for number, change in enumerate(variants(trials.request)):
         if on_device and (number > 1 or (best is not None and not _waits(trials, best))):
             break  # chunks of few rows cost more than the little that they leave for resident blocks
-        found = _filled(trials, replace(base, **knobs))
+        found = _filled(trials, change.on(base))
         on_device = on_device or found is not None
         best = _faster(trials, best, found)
     if best is not None and _waits(trials, best):
-        # Half the copies, for a second residual stream: slicing makes the room for that.
-        joint = replace(best, cfg="joint", attention_slicing=True, resident_blocks=0)
-        best = _faster(trials, best, _filled(trials, joint))
+        best = _faster(trials, best, _filled(trials, JOINT.on(best)))
     return best
 
 
 def cannot_fit(trials: Trials, base: Strategy) -> bool:
     """Whether the leanest variant is known to be too large for the device."""
-    leanest = trials.known("dit", replace(base, **variants(trials.request)[-1]))
+    leanest = trials.known("dit", variants(trials.request)[-1].on(base))
     return leanest is not None and leanest.peak_device_bytes > trials.budget.device_limit
-
-
-def plain(strategy: Strategy) -> Strategy:
-    """Without any lossless saving of activations, and without resident blocks."""
-    return replace(strategy, attention_slicing=False, rows_per_chunk=None, cfg="sequential", resident_blocks=0)
 
 
 def whole_transformer(trials: Trials, strategy: Strategy) -> StageForecast:
     """The resident transformer: what `strategy` is compared with."""
-    return trials.of("dit", replace(plain(strategy), load_strategy="full", weights_in="pinned"))
+    return trials.of("dit", RESIDENT.on(strategy))
 
 
 def _host_can_hold(trials: Trials, base: Strategy) -> bool:
     """False, without another simulation, if the weights that cannot be on the device do not go into host RAM either."""
     least = whole_transformer(trials, base).base_bytes - trials.budget.device_limit
-    limit = trials.budget.host_limit(base.weights_in)
-    if base.weights_in == "disk" or least <= limit:
+    home = WEIGHTS_IN.of(base)
+    limit = trials.budget.host_limit(home)
+    if home == "disk" or least <= limit:
         return True
     trials.failed.append(Trial("dit", base, "host", least, int(limit), None))
     return False
@@ -97,7 +83,7 @@ def _filled(trials: Trials, start: Strategy) -> Strategy | None:
     """`start` with as many resident blocks as fit the device; none where a step does not wait and the disk holds the others."""
     if not trials.fits_device("dit", start):
         return None
-    if start.weights_in == "disk" and _waits(trials, start) is False:
+    if WEIGHTS_IN.of(start) == "disk" and _waits(trials, start) is False:
         return start
     return most_resident(trials, start, trials.budget.device_limit)
 
@@ -110,17 +96,17 @@ def most_resident(trials: Trials, start: Strategy, limit: int) -> Strategy:
     blocks = block_count(trials.request)
     least = trials.of("dit", start).peak_device_bytes
     # Streaming keeps buffers of about two blocks, so the resident transformer holds two fewer than `blocks` more.
-    more = whole_transformer(trials, start).peak_device_bytes - trials.of("dit", plain(start)).peak_device_bytes
+    more = whole_transformer(trials, start).peak_device_bytes - trials.of("dit", UNSLICED.on(start)).peak_device_bytes
     per_block = max(1.0, more / max(1, blocks - 2))
     fitting, too_many = 0, blocks + 1
     for _ in range(VERIFICATIONS):
         count = min(int((limit - least) / per_block), too_many - 1)
         if count <= fitting:
             break
-        tried = trials.of("dit", replace(start, resident_blocks=count)).peak_device_bytes
+        tried = trials.of("dit", RESIDENT_BLOCKS.set(start, count)).peak_device_bytes
         fitting, too_many = (count, too_many) if tried <= limit else (fitting, count)
         per_block = max(1.0, (tried - least) / count)
-    return replace(start, resident_blocks=fitting)
+    return RESIDENT_BLOCKS.set(start, fitting)
 
 
 def _waits(trials: Trials, strategy: Strategy) -> bool | None:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from wanvram import knobs
 from wanvram.advice import Advice
-from wanvram.command_line import FLAG_OF
+from wanvram.command_line import flag_of
 from wanvram.config import Measurement, RunConfig, Strategy
-from wanvram.engine.pipeline import rows_per_chunk
 from wanvram.planner import StageForecast
-from wanvram.planner.forecasts import KNOBS, Forecast, components_of, stage_seconds
-from wanvram.planner.tiles import tiles_for
+from wanvram.planner.forecasts import Forecast, choices, components_of, situation, stage_seconds
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
 from wanvram.record import RunRecord, dotted
@@ -24,7 +23,6 @@ from wanvram.simulate.gpus import DEFAULT_GPU, GPU, card_of_run, find_gpu
 
 __all__ = ["advise", "predict"]
 
-LOSSY = ("precision", "weight_storage", "vae_precision")
 NEARLY = 0.95
 
 
@@ -61,7 +59,7 @@ def advise(
     if unlimited:
         base = predict(config, True)
     runs = _Runs(config, base, unlimited, predict, forecast)
-    estimates = [estimate for knobs in _changes(config) if (estimate := _estimate(runs, knobs)).saved_bytes > 0]
+    estimates = [estimate for change in _changes(config) if (estimate := _estimate(runs, change)).saved_bytes > 0]
     advices = _best(runs, _ranked(estimates), count, show)
     return [replace(advice, fits=_fits(runs, advice)) for advice in advices] if unlimited else advices
 
@@ -97,38 +95,12 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
     """Every single change that can lower a peak and is not made yet."""
-    s, r = config.strategy, config.request
-    if s.load_strategy == "full":
-        yield {"load_strategy": "block"}
-    yield from ({"resident_blocks": blocks} for blocks in {0, s.resident_blocks // 2} if blocks < s.resident_blocks)
-    wanted = {
-        "attention_slicing": True,
-        "offload": True,
-        "t5_cpu": True,
-        "expandable_segments": True,
-        "cfg": "sequential",
-    }
-    yield from ({knob: value} for knob, value in wanted.items() if getattr(s, knob) != value)
-    shape = r.geometry.latent_shape(r.frame_num, r.height, r.width)
-    rows = rows_per_chunk(r.geometry.tokens(shape), s.rows_per_chunk)
-    if rows > 1:
-        yield {"rows_per_chunk": rows // 2}
-    edge = s.vae_tile or max(shape[2:])
-    yield from ({"vae_tile": tile} for tile in tiles_for(r) if tile is not None and tile < edge)
-    yield from _lossy_changes(s, "bf16" if find_gpu(config.gpu or DEFAULT_GPU).compute_capability >= (8, 0) else "fp16")
+    around = situation(config.request, find_gpu(config.gpu or DEFAULT_GPU).half)
+    return ({knob.name: value} for knob, value in knobs.smaller_values(config.strategy, around))
 
 
-def _lossy_changes(s: Strategy, half: str) -> Iterator[dict[str, Any]]:
-    if s.precision == "fp32":
-        yield {"precision": half}
-    elif s.weight_storage == "same":
-        yield {"weight_storage": "fp8"}
-    if s.vae_precision == "fp32":
-        yield {"vae_precision": half}
-
-
-def _is_lossy(knobs: dict[str, Any]) -> bool:
-    return bool(knobs.keys() & set(LOSSY))
+def _is_lossy(change: dict[str, Any]) -> bool:
+    return any(knob.name in change for knob in knobs.lossy())
 
 
 # --- how much it could save --------------------------------------------------------------------------------------------------
@@ -161,7 +133,7 @@ class _Runs:
         return self._wholes[strategy]
 
     def stage(self, strategy: Strategy, component: str) -> StageForecast:
-        key = _key(strategy, component)
+        key = choices(component, strategy)
         if key not in self._forecasts:
             asked = replace(self.config, strategy=strategy, memory_limit_bytes=None)
             self._forecasts[key] = self.forecast(asked, component)
@@ -177,20 +149,16 @@ class _Runs:
         return dict(sorted(result.items(), key=lambda item: -item[1]))
 
 
-def _key(strategy: Strategy, component: str) -> tuple[object, ...]:
-    return component, *(getattr(strategy, knob) for knob in KNOBS.get(component, ()))
-
-
-def _estimate(runs: _Runs, knobs: dict[str, Any]) -> _Estimate:
-    strategy = replace(runs.config.strategy, **knobs)
+def _estimate(runs: _Runs, change: dict[str, Any]) -> _Estimate:
+    strategy = replace(runs.config.strategy, **change)
     if runs.config.weights == "tiny":  # forecasts are of full-size models; a tiny run takes no longer than one of them
         whole = runs.whole(strategy)
-        return _Estimate(knobs, 0 if whole.failure else _device_bytes(runs.base) - _device_bytes(whole), 0.0)
-    if "expandable_segments" in knobs:
-        return _Estimate(knobs, _highest(runs.peaks(holes=True)) - _highest(runs.peaks(holes=False)), 0.0)
-    if "offload" in knobs:
-        return _Estimate(knobs, _highest(runs.peaks(holes=False)) - _highest(_alone(runs)), 0.0)
-    return _staged(runs, knobs, strategy)
+        return _Estimate(change, 0 if whole.failure else _device_bytes(runs.base) - _device_bytes(whole), 0.0)
+    if knobs.EXPANDABLE_SEGMENTS.name in change:
+        return _Estimate(change, _highest(runs.peaks(holes=True)) - _highest(runs.peaks(holes=False)), 0.0)
+    if knobs.OFFLOAD.name in change:
+        return _Estimate(change, _highest(runs.peaks(holes=False)) - _highest(_alone(runs)), 0.0)
+    return _staged(runs, change, strategy)
 
 
 def _highest(peaks: dict[str, int]) -> int:
@@ -208,7 +176,7 @@ def _whole_name(component: str) -> str:
     return "vae" if component.startswith("vae") else component
 
 
-def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate:
+def _staged(runs: _Runs, change: dict[str, Any], strategy: Strategy) -> _Estimate:
     """From base peaks and what the forecasts of the touched components differ by.
 
     Without offload the weights of all count everywhere, and what one stage reserved is still reserved in the next, so that only
@@ -216,7 +184,7 @@ def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate
     """
     base = runs.config.strategy
     peaks = runs.peaks(holes=base.offload)
-    touched = [c for c in components_of(runs.config.request) if _key(base, c) != _key(strategy, c)]
+    touched = [c for c in components_of(runs.config.request) if choices(c, base) != choices(c, strategy)]
     grown: dict[str, int] = {}
     if not base.offload:
         grown = {c: runs.stage(strategy, c).base_bytes - runs.stage(base, c).base_bytes for c in touched}
@@ -224,14 +192,14 @@ def _staged(runs: _Runs, knobs: dict[str, Any], strategy: Strategy) -> _Estimate
     for name, peak in peaks.items():
         if peak <= highest:
             break  # no change here raises a peak: the others stay below, whatever they save
-        peak += sum(nbytes for other, nbytes in grown.items() if other != name and name in KNOBS)
+        peak += sum(nbytes for other, nbytes in grown.items() if other != name and knobs.touching(name))
         if name in touched:
             before, after = runs.stage(base, name), runs.stage(strategy, name)
             peak += _peak(after, base.offload) - _peak(before, base.offload)
             times = [stage_seconds(runs.config.request, stage) or 0.0 for stage in (before, after)]
             seconds += times[1] - times[0]
         highest = max(highest, peak)
-    return _Estimate(knobs, _highest(peaks) - highest, seconds)
+    return _Estimate(change, _highest(peaks) - highest, seconds)
 
 
 def _peak(stage: StageForecast, holes: bool) -> int:
@@ -264,7 +232,7 @@ def _best(runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[s
         if advice is not None:
             found.append(advice)
             if show is not None:
-                show(f"{advice.change}: {advice.saved_bytes / 2**30:.2f} GiB less")
+                show(f"{advice.knobs}: {advice.saved_bytes / 2**30:.2f} GiB less")
         found.sort(key=lambda a: (-a.saved_bytes, not a.lossless, a.seconds or 0.0))
     return found[:count]
 
@@ -275,20 +243,20 @@ def _fits(runs: _Runs, advice: Advice) -> bool:
     return runs.predict(replace(runs.config, strategy=strategy), False).failure is None
 
 
-def _advice(runs: _Runs, knobs: dict[str, Any]) -> Advice | None:
+def _advice(runs: _Runs, change: dict[str, Any]) -> Advice | None:
     """None if the whole run saves nothing."""
-    base, after = runs.base, runs.whole(replace(runs.config.strategy, **knobs))
+    base, after = runs.base, runs.whole(replace(runs.config.strategy, **change))
     if after.failure is not None or _device_bytes(after) >= _device_bytes(base):
         return None
     times, where = (_stage_seconds(base), _stage_seconds(after)), after.peak_span()
     return Advice(
-        change=" ".join(f"--{FLAG_OF.get(knob, knob)} {value}" for knob, value in knobs.items()),
+        change=" ".join(f"{flag_of(name)} {value}" for name, value in change.items()),
         saved_bytes=_device_bytes(base) - _device_bytes(after),
         seconds=None if times[0] is None or times[1] is None else round(times[1] - times[0], 3),
-        lossless=not _is_lossy(knobs),
+        lossless=not _is_lossy(change),
         base_device_bytes=_device_bytes(base),
         peak_device_bytes=_device_bytes(after),
-        knobs=knobs,
+        knobs=change,
         saved_allocated_bytes=_allocated_bytes(base) - _allocated_bytes(after),
         peak_stage_after=where.name if where else None,
     )

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 
 import torch
 
+from wanvram import knobs
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.planner import Budget, StageForecast
 from wanvram.planner.forecasts import Trials
@@ -61,16 +61,14 @@ def _likely(request: Request, budget: Budget, base: Strategy) -> list[Question]:
 
     trials = Trials(request, budget, note)
     plain = cleared(base)
-    block = replace(plain, load_strategy="block", weights_in="pinned")
-    disk = replace(block, weights_in="disk")
-    ways = [plain, *(replace(block, **knobs) for knobs in variants(request)), disk]
-    ways.append(replace(block, cfg="joint", attention_slicing=True))
+    block, disk = knobs.FROM["pinned"].on(plain), knobs.FROM["disk"].on(plain)
+    ways = [plain, *(change.on(block) for change in variants(request)), disk, knobs.JOINT.on(block)]
     for strategy in ways:
         trials.of("dit", strategy)
     for part in request.facts.parts():
         if part.component == "vae":
             for tile in tiles_for(request):
-                trials.of(part.name, replace(plain, vae_tile=tile))
+                trials.of(part.name, knobs.VAE_TILE.set(plain, tile))
         elif part.component != "dit":
             for strategy in (plain, block, disk):
                 trials.of(part.name, strategy)

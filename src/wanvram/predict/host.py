@@ -10,6 +10,7 @@ import torch
 
 from wanvram.config import RunConfig
 from wanvram.errors import DeviceError, InputError
+from wanvram.knobs import PRECISION
 from wanvram.machine.caches import cached_share, cold_libraries
 from wanvram.machine.host import available_ram_bytes, operation_us
 from wanvram.machine.nvml import first_gpu
@@ -66,5 +67,5 @@ def _stored(config: RunConfig) -> dict[str, float]:
     """The transformer, if its files are of another type of number than the run."""
     if config.weights in GENERATED:
         return {}
-    stored, wanted = _stored_dtype(config.weights), PRECISIONS[config.strategy.precision].matmul
+    stored, wanted = _stored_dtype(config.weights), PRECISIONS[PRECISION.of(config.strategy)].matmul
     return {} if stored is None or stored == wanted else {"dit": stored.itemsize / wanted.itemsize}

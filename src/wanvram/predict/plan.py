@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from wanvram import knobs
 from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.errors import BudgetError, WanvramError
 from wanvram.machine.garbage import settled
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
-from wanvram.planner.forecasts import KNOBS, components_of
+from wanvram.planner.forecasts import choices, components_of
 from wanvram.planner.search import planned_base
 from wanvram.predict.ahead import forecasts_ahead, processes_here
 from wanvram.predict.simulate import simulate
@@ -62,8 +63,8 @@ class Forecasts:
 
 def _key(asked: RunConfig, component: str) -> tuple[object, ...]:
     """What decides a forecast: choices that are another component's may differ."""
-    knobs = (getattr(asked.strategy, knob) for knob in (*KNOBS[component], "expandable_segments"))
-    return component, asked.request, asked.gpu, asked.weights, *knobs
+    whole_run = (knob.of(asked.strategy) for knob in knobs.touching(knobs.RUN))
+    return asked.request, asked.gpu, asked.weights, *choices(component, asked.strategy), *whole_run
 
 
 @settled()

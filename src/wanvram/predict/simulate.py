@@ -9,6 +9,7 @@ from dataclasses import replace
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import InputError
+from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.environment import describe_environment
 from wanvram.planner.budget import beyond_card, usable_memory
@@ -34,11 +35,11 @@ def simulated_device(config: RunConfig, *, keep_events: bool = False, unlimited:
     unlimited: a card of 1 PiB and no cap, to learn what a run would take.
     """
     gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
-    if config.strategy.precision == "bf16" and gpu.compute_capability < (8, 0):
+    if PRECISION.of(config.strategy) == "bf16" and gpu.compute_capability < (8, 0):
         raise InputError(
             f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
         )
-    settings = AllocatorSettings(expandable_segments=config.strategy.expandable_segments)
+    settings = AllocatorSettings(EXPANDABLE_SEGMENTS.of(config.strategy))
     outside = gpu.context_bytes + sum(gpu.module_bytes.values())
     # A card with more memory than its name had: what is stated counts.
     stated = usable_memory(config.memory_limit_bytes or 0, gpu)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from wanvram import knobs
+from wanvram.command_line import flag_of
 from wanvram.planner.forecasts import StageForecast, stage_seconds
 from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.report.terminal import table
@@ -13,7 +15,6 @@ from wanvram.units import gib, human, mib_cell, seconds
 __all__ = ["longest_table", "summarize_plan"]
 
 LEAST_SECONDS = 0.1  # of a whole run; below that a time is not worth a word
-ABSENT = {"vae_tile": "none (whole frames)", "rows_per_chunk": "chosen by size"}
 FRAMES_PER_SECOND = 16  # of every Wan2.1 video
 
 
@@ -95,7 +96,7 @@ def _offer(o: Offer) -> str:
     ]
     if o.seconds_saved is not None and abs(o.seconds_saved) >= LEAST_SECONDS:
         effects.append(f"{'saves' if o.seconds_saved >= 0 else 'costs'} {seconds(abs(o.seconds_saved))}")
-    flags = " ".join(f"--{name} {value}" for name, value in o.change.items())
+    flags = " ".join(f"{flag_of(name)} {value}" for name, value in o.change.items())
     return f"{flags}: " + ", ".join(effect for effect in effects if effect)
 
 
@@ -104,7 +105,12 @@ def _effect(saved: int, what: str) -> str:
 
 
 def _change(change: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {ABSENT[name] if value is None else value}" for name, value in change.items())
+    return ", ".join(f"{name} {_value(name, value)}" for name, value in change.items())
+
+
+def _value(name: str, value: object) -> str:
+    knob = knobs.named(name)
+    return str(value) if knob is None else knob.shown(value)
 
 
 def longest_table(plans: Sequence[tuple[str, Plan | None]], most: int) -> str:

@@ -20,6 +20,7 @@ from wanvram.engine.devices import CpuDevice, Device
 from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError
 from wanvram.foreign_text import unforeseen
+from wanvram.knobs import EXPANDABLE_SEGMENTS, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.checks import run_checks
 from wanvram.machine.environment import describe_environment
@@ -211,9 +212,8 @@ def make_device(config: RunConfig) -> Device:
     """The real device a configuration asks for."""
     kind = device_kind(config)
     if kind == "cuda":
-        put_in_force(
-            config.strategy.expandable_segments
-        )  # the commands did it before importing torch; a program may not have
+        # The commands did it before importing torch; a program may not have.
+        put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
         return CudaDevice(limit_bytes=config.memory_limit_bytes)
     if kind == "cpu":
         if config.weights == "random":
@@ -336,7 +336,7 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
             f"the checkpoint {config.weights} is not read on the simulated device; text is tokenised byte by byte"
         )
     if (
-        config.strategy.weights_in == "disk"
+        WEIGHTS_IN.of(config.strategy) == "disk"
         and config.weights in ("random", "tiny")
         and pipeline.device.kind != "simulated"
     ):

@@ -11,6 +11,7 @@ from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import DeviceError, InputError
 from wanvram.kernels.attention_backends import chosen, named
+from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
 from wanvram.models.precision import PRECISIONS
 from wanvram.simulate.gpus import find_gpu
 from wanvram.simulate.libraries import KNOWN_TORCH
@@ -28,7 +29,7 @@ def in_force(config: RunConfig, device: CudaDevice) -> dict[str, Any]:
     settings = torch.cuda.memory._snapshot(device.torch_device).get("allocator_settings", {})
     return {
         "allocator": torch.cuda.get_allocator_backend(),
-        "expandable_segments": bool(settings.get("expandable_segments", False)),
+        EXPANDABLE_SEGMENTS.name: bool(settings.get(EXPANDABLE_SEGMENTS.name, False)),
         "allocator_settings": {name: settings[name] for name in _DEFAULTS if name in settings},
         "allocator_limit_bytes": device.allocator_limit(),
         "attention": _attention(config, device),
@@ -43,7 +44,7 @@ def _attention(config: RunConfig, device: CudaDevice) -> str | None:
     choose = getattr(torch, "_fused_sdp_choice", None)
     if choose is None:
         return None
-    dtype = PRECISIONS[config.strategy.precision].matmul
+    dtype = PRECISIONS[PRECISION.of(config.strategy)].matmul
     q = torch.empty((1, 1, 64, _head_dim(config)), dtype=dtype, device=device.torch_device)
     choice = int(choose(q, q, q))
     del q
@@ -57,10 +58,10 @@ def _head_dim(config: RunConfig) -> int:
 
 def check_in_force(config: RunConfig, found: dict[str, Any], device: CudaDevice) -> None:
     """Raises DeviceError that names both sides where the strategy, the limit or the plan's card say otherwise."""
-    wanted = config.strategy.expandable_segments
+    actual, wanted = found[EXPANDABLE_SEGMENTS.name], EXPANDABLE_SEGMENTS.of(config.strategy)
     _must(
-        found["expandable_segments"] == wanted,
-        f"expandable_segments is {found['expandable_segments']} in PyTorch's allocator but {wanted} in the configuration: "
+        actual == wanted,
+        f"{EXPANDABLE_SEGMENTS.name} is {actual} in PyTorch's allocator but {wanted} in the configuration: "
         "it was started before it could be told; start a fresh process",
     )
     if config.memory_limit_bytes is None:
@@ -82,7 +83,7 @@ def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) ->
     with suppress(InputError):  # a card that no table knows was given the nearest name
         same = card.path is not None or find_gpu(here, total).key == card.key
         _must(same, f"the plan is for {card.name}, but the card here is {here}; plan again")
-    itemsize = PRECISIONS[config.strategy.precision].matmul.itemsize
+    itemsize = PRECISIONS[PRECISION.of(config.strategy)].matmul.itemsize
     backend = chosen(card.compute_capability, itemsize, _head_dim(config)).name
     _must(
         found["attention"] in (backend, None),

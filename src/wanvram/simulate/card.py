@@ -105,6 +105,11 @@ class GPU:
         return self.bf16_flops / 2 if self.compute_capability >= (8, 0) else self.fp32_flops
 
     @property
+    def half(self) -> str:
+        """The 16-bit precision in which it computes fast."""
+        return "bf16" if self.compute_capability >= (8, 0) else "fp16"
+
+    @property
     def clock_ratio(self) -> float:
         """Sustained over boost clock, relative to the H200's, at which the shares in EFFICIENCY were fitted."""
         return (self.sustained_mhz / self.boost_mhz) / (H200_SUSTAINED_MHZ / H200_BOOST_MHZ)

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from wanvram.errors import CheckpointError
+from wanvram.knobs import PRECISION
 from wanvram.weights.sources import SafetensorsSource, shown
 
 __all__ = ["PREFIXES", "check_kind", "comfy_component", "comfy_files", "explain", "prefix_of"]
@@ -125,7 +126,7 @@ def _kind_of(keys: Iterable[str]) -> str:
     if scales:
         return (
             f"is quantised (scaled fp8 or the like: {len(scales)} tensors such as {shown(scales[0])}), which is not read. Take the file "
-            f"in fp16 or bf16; `wanvram convert --precision fp8` makes small weights of it"
+            f"in fp16 or bf16; `wanvram convert {PRECISION.asked('fp8')}` makes small weights of it"
         )
     return ""
 
@@ -208,7 +209,7 @@ def _is_gguf(ckpt_dir: Path) -> str:
         return ""
     return (
         f"{ckpt_dir} holds GGUF files ({found[0].name}), which are not read; give {_WANTED}. "
-        "`wanvram convert --precision fp8` makes small weights of those"
+        f"`wanvram convert {PRECISION.asked('fp8')}` makes small weights of those"
     )
 
 

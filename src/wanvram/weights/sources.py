@@ -190,7 +190,7 @@ class Stored:
         return self.nbytes // max(1, self.rows)
 
     @property
-    def rows_per_chunk(self) -> int:
+    def rows_at_once(self) -> int:
         return max(1, min(self.rows, CHUNK_BYTES // max(1, self.row_bytes)))
 
     def read(self, file: FileIO, dest: Tensor, row: int = 0) -> None:
@@ -205,7 +205,7 @@ class Stored:
 
     def chunks(self, file: FileIO, staging: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(rows, their values) piece by piece, each valid until the next is asked for. staging: uint8, large enough."""
-        scale, step = self.scales(), self.rows_per_chunk
+        scale, step = self.scales(), self.rows_at_once
         for first in range(0, self.rows, step):
             count = min(step, self.rows - first)
             chunk = staging[: count * self.row_bytes].view(self.dtype).view(count, *self.shape[1:])
@@ -275,7 +275,7 @@ class FileSource:
         self._tensors.clear()
 
     def _buffer(self, stored: Stored) -> Tensor:
-        needed = stored.rows_per_chunk * stored.row_bytes
+        needed = stored.rows_at_once * stored.row_bytes
         if self._staging.numel() < needed:
             self._staging = torch.empty(max(needed, CHUNK_BYTES), dtype=torch.uint8)
         return self._staging

@@ -1,0 +1,290 @@
+"""THE table of knobs: one row for every choice of how to run. No torch.
+
+A row says what a knob is called, which values it takes and why others are refused, what it changes, whether the result stays the
+same, and what to try when memory is short. Flags, keys and types of the YAML, checks, what the planner asks for again, advice and
+docs/strategy.md follow from it; `config.Strategy` has a field for each row. Code reads and changes a strategy by the row itself:
+`VAE_TILE.of(strategy)`, `VAE_TILE.set(strategy, 52)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from wanvram.errors import InputError, require
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
+S = TypeVar("S", bound="DataclassInstance")
+
+# 8192 rows x 5120 already fill an H200's matrix units: 1.93 ms for 9450 rows against 1.86 expected from 75600.
+TARGET_ROWS = 8192
+# Latent pixels, those whose cuDNN workspaces were measured; smaller tiles have larger halos in proportion: less memory, more time.
+TILES = (80, 52, 40, 30, 20)
+WEIGHT_HOMES = ("pinned", "pageable", "disk")  # the fastest first
+MODEL, OPTIMIZATION = "model_config", "optimization"  # sections of the YAML
+RUN = "run"  # among what a knob touches: every component and what is between them
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides which smaller values there are. tokens: of the video. edge: the frame's longer side, in latent pixels.
+
+    half: the 16-bit precision in which the card computes fast.
+    """
+
+    tokens: int
+    edge: int
+    half: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What must hold of (value, strategy), and why other values are refused: `{value}` stands for the one that was given."""
+
+    holds: Callable[[Any, Any], bool]
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Knob(Generic[T]):
+    """One choice. name: Strategy's field, the key of the YAML and, unless other_flag says otherwise, the flag.
+
+    choices: all values, of a knob that is text. touches: components whose memory or time it changes, the halves of the VAE
+    apart, last the one it is for. lossless: the result is that of the plain resident run of the same precision, up to the
+    rounding of reordered sums; a knob that is not is left to the user. official: what the official command line assumes
+    where the flag is absent; a command always says such a knob. smaller: (value now, situation) -> values worth trying when
+    memory is short. absent: what None means, in words.
+    """
+
+    name: str
+    default: T
+    help: str
+    section: str = OPTIMIZATION
+    choices: tuple[str, ...] = ()
+    touches: tuple[str, ...] = ()
+    lossless: bool = True
+    official: T | None = None
+    smaller: Callable[[T, Situation], tuple[T, ...]] = lambda now, situation: ()
+    rules: tuple[Rule, ...] = ()
+    absent: str = ""
+    other_flag: str = ""
+    has_flag: bool = True
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.other_flag or self.name}"
+
+    def of(self, strategy: object) -> T:
+        value: T = getattr(strategy, self.name)
+        return value
+
+    def set(self, strategy: S, value: T) -> S:
+        """The same strategy with that value. Raises InputError where it is refused."""
+        return replace(strategy, **{self.name: value})
+
+    def asked(self, value: T) -> str:
+        """As flags."""
+        return f"{self.flag} {value}"
+
+    def shown(self, value: T) -> str:
+        return self.absent if value is None else str(value)
+
+    def differs(self, strategy: object) -> bool:
+        """From the plain resident run."""
+        return self.of(strategy) != self.default
+
+    def is_said(self, strategy: object) -> bool:
+        """Whether a command has to say it: where the command line assumes something else, and where it is not the default."""
+        return self.official is not None or self.differs(strategy)
+
+    def check(self, strategy: object) -> None:
+        """Raises InputError that begins with the name and says why the strategy's value is refused."""
+        value = self.of(strategy)
+        if self.choices:
+            allowed = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
+            require(value in self.choices, f"{self.name}: '{value}'; choose {allowed}")
+        said = str(value).lower() if isinstance(value, bool) else value
+        for rule in self.rules:
+            require(rule.holds(value, strategy), f"{self.name}: {rule.why.format(value=said)}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """Values that are set together."""
+
+    values: Mapping[Knob[Any], Any]
+
+    def on(self, strategy: S) -> S:
+        return replace(strategy, **{knob.name: value for knob, value in self.values.items()})
+
+
+# --- why values are refused, and what is smaller -----------------------------------------------------------------------------
+
+
+def _at_least(least: int, absent: str = "") -> Rule:
+    return Rule(lambda value, _: value is None or value >= least, f"{{value}} must be at least {least}{absent}")
+
+
+def _nothing_but(only: object, why: str) -> Rule:
+    said = str(only).lower()
+    return Rule(lambda value, _: value == only, f"{{value}}; {why}; it must be {said}")
+
+
+def _streamed_only(plain: object) -> Rule:
+    why = "has no meaning with load_strategy full; use load_strategy block"
+    return Rule(lambda value, strategy: value == plain or is_streamed(strategy), why)
+
+
+_ONE_GPU = "running on several GPUs is not implemented"
+_NO_BATCHES = "batches are not implemented"
+_NO_FP8_OF_FP32 = Rule(
+    lambda value, strategy: value == "same" or PRECISION.of(strategy) != "fp32",
+    "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
+)
+
+
+def _only(value: T) -> Callable[[T, Situation], tuple[T, ...]]:
+    return lambda now, situation: () if now == value else (value,)
+
+
+def _half(now: str, situation: Situation) -> tuple[str, ...]:
+    return (situation.half,) if now == "fp32" else ()
+
+
+def _half_as_many(now: int, _: Situation) -> tuple[int, ...]:
+    return tuple(count for count in dict.fromkeys((0, now // 2)) if count < now)
+
+
+def _half_the_rows(now: int | None, situation: Situation) -> tuple[int, ...]:
+    rows = chunk_rows(situation.tokens, now)
+    return (rows // 2,) if rows > 1 else ()
+
+
+def _smaller_tiles(now: int | None, situation: Situation) -> tuple[int, ...]:
+    return tuple(tile for tile in TILES if tile < min(now or situation.edge, situation.edge))
+
+
+def chunk_rows(tokens: int, asked: int | None) -> int:
+    """Rows of the sequence that go through a block's row-wise work at once: `asked`, or equal chunks near TARGET_ROWS."""
+    if asked is not None:
+        return asked
+    return math.ceil(tokens / max(1, round(tokens / TARGET_ROWS)))
+
+
+# --- the table: two lines a row ----------------------------------------------------------------------------------------------
+
+_STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
+_VAE = ("vae_encoder", "vae_decoder")
+_MORE_GPUS = "default: 1; more needs several GPUs, which is not implemented"
+_SEVERAL_GPUS = "needs several GPUs, which is not implemented"
+
+# fmt: off
+PRECISION = Knob(
+    "precision", "bf16", "of the transformer's matrices (default: fp16, fp32 on the CPU)", MODEL, ("fp32", "fp16", "bf16"),
+    touches=("vae_encoder", "dit"), lossless=False, official="fp16", smaller=_half)
+LOAD_STRATEGY = Knob(
+    "load_strategy", "full", "full: resident while in use; default: block (streamed)", MODEL, ("full", "block"),
+    touches=_STREAMED_PARTS, official="block", smaller=_only("block"))
+OFFLOAD = Knob(
+    "offload", False, "components leave the GPU after use (default: True on one GPU)", MODEL,
+    touches=(RUN,), official=True, smaller=_only(True), other_flag="offload_model")
+T5_CPU = Knob(
+    "t5_cpu", False, "keep T5 on the CPU (default: False)", MODEL,
+    touches=("text_encoder",), smaller=_only(True))
+ATTENTION_SLICING = Knob(
+    "attention_slicing", False, "attend in groups of heads (default: False)",
+    touches=("dit",), smaller=_only(True))
+ROWS_PER_CHUNK: Knob[int | None] = Knob(
+    "rows_per_chunk", None, f"rows of the sequence per chunk (default: near {TARGET_ROWS})", absent="chosen by size",
+    touches=("dit",), smaller=_half_the_rows, rules=(_at_least(1, " (or absent: chosen by size)"),))
+CFG = Knob(
+    "cfg", "sequential", "how both guidance passes run (default: sequential)", choices=("sequential", "joint"),
+    touches=("dit",), smaller=_only("sequential"))
+WEIGHTS_IN = Knob(
+    "weights_in", "pinned", "where streamed blocks wait (default: pinned)", choices=WEIGHT_HOMES,
+    touches=_STREAMED_PARTS, rules=(_streamed_only("pinned"),))
+RESIDENT_BLOCKS = Knob(
+    "resident_blocks", 0, "blocks of the transformer that stay on the GPU (default: 0)",
+    touches=("dit",), smaller=_half_as_many, rules=(_at_least(0), _streamed_only(0)))
+WEIGHT_STORAGE = Knob(
+    "weight_storage", "same", "fp8: half the transformer's weights, lossy", choices=("same", "fp8"),
+    touches=("dit",), lossless=False, smaller=_only("fp8"), rules=(_NO_FP8_OF_FP32,))
+VAE_TILE: Knob[int | None] = Knob(
+    "vae_tile", None, "edge of the VAE's tiles in latent pixels, lossless (default: none)", absent="none (whole frames)",
+    touches=_VAE, smaller=_smaller_tiles, rules=(_at_least(8, " (or absent)"),))
+VAE_PRECISION = Knob(
+    "vae_precision", "fp32", "default: fp32; others are lossy", choices=("fp32", "bf16", "fp16"),
+    touches=_VAE, lossless=False, smaller=_half)
+EXPANDABLE_SEGMENTS = Knob(
+    "expandable_segments", False, "the allocator's expandable segments (default: False)",
+    touches=(RUN,), smaller=_only(True))
+GRADIENT_CHECKPOINTING = Knob("gradient_checkpointing", False, "accepted; has no effect without gradients")
+BATCH_SIZE = Knob("batch_size", 1, "", rules=(_nothing_but(1, _NO_BATCHES),), has_flag=False)
+MICRO_BATCH_SIZE = Knob("micro_batch_size", 1, "", rules=(_nothing_but(1, _NO_BATCHES),), has_flag=False)
+PARALLEL_DEGREE = Knob("parallel_degree", 1, "", rules=(_nothing_but(1, _ONE_GPU),), has_flag=False)
+ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
+RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
+T5_FSDP = Knob("t5_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
+DIT_FSDP = Knob("dit_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
+# fmt: on
+
+# In the order of Strategy's fields, which is that of flags, keys and commands.
+TABLE: tuple[Knob[Any], ...] = (
+    *(PRECISION, LOAD_STRATEGY, OFFLOAD, T5_CPU, ATTENTION_SLICING, ROWS_PER_CHUNK, CFG, WEIGHTS_IN, RESIDENT_BLOCKS),
+    *(WEIGHT_STORAGE, VAE_TILE, VAE_PRECISION, EXPANDABLE_SEGMENTS, GRADIENT_CHECKPOINTING, BATCH_SIZE),
+    *(MICRO_BATCH_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
+)
+
+
+def named(name: str) -> Knob[Any] | None:
+    return next((knob for knob in TABLE if knob.name == name), None)
+
+
+def touching(component: str) -> tuple[Knob[Any], ...]:
+    """Which choices change a component's memory or time; everything else may differ without asking again."""
+    return tuple(knob for knob in TABLE if component in knob.touches)
+
+
+def planned() -> tuple[Knob[Any], ...]:
+    """What the planner decides: all that loses nothing and is a component's. What touches the whole run costs nothing."""
+    return tuple(knob for knob in TABLE if knob.lossless and knob.touches and RUN not in knob.touches)
+
+
+def lossy() -> tuple[Knob[Any], ...]:
+    """What only the user decides."""
+    return tuple(knob for knob in TABLE if not knob.lossless)
+
+
+def smaller_values(strategy: S, situation: Situation) -> Iterator[tuple[Knob[Any], Any]]:
+    """Every single change that can lower a peak, is not made yet and not refused."""
+    for knob in TABLE:
+        for value in knob.smaller(knob.of(strategy), situation):
+            try:
+                knob.set(strategy, value)
+            except InputError:
+                continue
+            yield knob, value
+
+
+# --- changes that are made together ------------------------------------------------------------------------------------------
+
+
+def is_streamed(strategy: object) -> bool:
+    return LOAD_STRATEGY.of(strategy) == "block"
+
+
+FROM = {home: Change({LOAD_STRATEGY: "block", WEIGHTS_IN: home}) for home in WEIGHT_HOMES}  # blocks streamed from there
+# The transformer without any saving of activations, streamed or resident.
+UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, CFG: "sequential", RESIDENT_BLOCKS: 0})
+RESIDENT = Change({**UNSLICED.values, LOAD_STRATEGY: "full", WEIGHTS_IN: "pinned"})
+# Half the copies, for a second residual stream: slicing makes the room for that.
+JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0})
+# Half the rows that are chosen by size; a quarter saves 1 % more memory at 14B 720P, idles the matrix units and is slow to simulate.
+FEW_ROWS = TARGET_ROWS // 2
+# Lossless ways to hold fewer activations, the fastest and largest first.
+LEANER = (Change({}), Change({ATTENTION_SLICING: True}), Change({ATTENTION_SLICING: True, ROWS_PER_CHUNK: FEW_ROWS}))
