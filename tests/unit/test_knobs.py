@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,27 +43,59 @@ def flagged(*flags: str) -> RunConfig:
     return config_from_flags(args, device=None, weights=None, gpu=None, memory_limit_bytes=None)
 
 
+def _as_word(name: str) -> str:
+    """The quoted key, a strategy's attribute whatever the strategy is called there, and an argument that changes it."""
+    attribute = rf"(?:strategy|\bs|base|chosen|plain|asked|other)\.{name}\b"
+    return rf"[\"']{name}[\"']|{attribute}|(?:replace|Strategy)\([^()\n]*\b{name}="
+
+
+def listed_knobs(tree: ast.AST) -> Iterator[set[str]]:
+    """The knobs that one tuple, list, set, mapping or call's keywords spell."""
+    for node in ast.walk(tree):
+        items: list[ast.expr | None] = []
+        if isinstance(node, ast.Tuple | ast.List | ast.Set):
+            items = [*node.elts]
+        elif isinstance(node, ast.Dict):
+            items = [*node.keys, *node.values]
+        keywords = [keyword.arg for keyword in node.keywords] if isinstance(node, ast.Call) else []
+        yield {*keywords, *(item.value for item in items if isinstance(item, ast.Constant))} & NAMES
+
+
 # --- nothing else lists them -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_knob_s_name_is_in_four_files_of_the_source_at_most(name: str) -> None:
-    mention = rf"[\"']{name}[\"']|--{name}\b|strategy\.{name}\b" if name in WORDS else rf"\b{name}\b"
+    knob = knobs.named(name)
+    assert knob is not None
+    mention = rf"{_as_word(name)}|{knob.flag}\b" if name in WORDS else rf"\b{name}\b"
     files = [path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     found = [str(path.relative_to(SOURCE)) for path in files if re.search(mention, path.read_text(errors="ignore"))]
     assert len(found) <= MOST_FILES, found
 
 
 def test_no_other_file_holds_a_list_of_knobs() -> None:
-    lists = []
-    for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            items = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else []
-            items = node.keys if isinstance(node, ast.Dict) else items
-            named = {item.value for item in items if isinstance(item, ast.Constant)} & NAMES
-            if len(named) > 2 and path.name not in LISTS_ALLOWED:
-                lists.append((path.name, named))
+    lists = [
+        (path.name, named)
+        for path in SOURCE.rglob("*.py")
+        if path.name not in LISTS_ALLOWED
+        for named in listed_knobs(ast.parse(path.read_text(encoding="utf-8")))
+        if len(named) > 2
+    ]
     assert lists == []
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        'LOSSY = ("precision", "weight_storage", "vae_precision")',
+        '{"cfg": "sequential", "offload": True, "t5_cpu": True}',
+        '{1: "cfg", 2: "weights_in", 3: "vae_tile"}',
+        "replace(strategy, cfg=1, weights_in=2, vae_tile=3)",
+    ],
+)
+def test_a_second_list_of_knobs_would_be_found(written: str) -> None:
+    assert any(len(named) > 2 for named in listed_knobs(ast.parse(written)))
 
 
 def test_the_table_has_a_row_for_every_field_of_strategy_in_its_order() -> None:

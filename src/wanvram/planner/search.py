@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from wanvram import knobs
@@ -67,7 +67,7 @@ def planned_base(strategy: Strategy) -> Strategy:
 
 def cleared(base: Strategy) -> Strategy:
     """Every knob that the planner decides at the value of the plain run; offload costs nothing."""
-    return replace(base, offload=True, **{knob.name: knob.default for knob in knobs.planned()})
+    return knobs.Change({knob: knob.default for knob in knobs.planned()} | {knobs.OFFLOAD: True}).on(base)
 
 
 # --- explanations ------------------------------------------------------------------------------------------------------------

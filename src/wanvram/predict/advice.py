@@ -183,10 +183,11 @@ def _staged(runs: _Runs, change: dict[str, Any], strategy: Strategy) -> _Estimat
     allocated memory tells the stages apart.
     """
     base = runs.config.strategy
-    peaks = runs.peaks(holes=base.offload)
+    offload = knobs.OFFLOAD.of(base)
+    peaks = runs.peaks(holes=offload)
     touched = [c for c in components_of(runs.config.request) if choices(c, base) != choices(c, strategy)]
     grown: dict[str, int] = {}
-    if not base.offload:
+    if not offload:
         grown = {c: runs.stage(strategy, c).base_bytes - runs.stage(base, c).base_bytes for c in touched}
     highest, seconds = 0, 0.0
     for name, peak in peaks.items():
@@ -195,7 +196,7 @@ def _staged(runs: _Runs, change: dict[str, Any], strategy: Strategy) -> _Estimat
         peak += sum(nbytes for other, nbytes in grown.items() if other != name and knobs.touching(name))
         if name in touched:
             before, after = runs.stage(base, name), runs.stage(strategy, name)
-            peak += _peak(after, base.offload) - _peak(before, base.offload)
+            peak += _peak(after, offload) - _peak(before, offload)
             times = [stage_seconds(runs.config.request, stage) or 0.0 for stage in (before, after)]
             seconds += times[1] - times[0]
         highest = max(highest, peak)

@@ -13,6 +13,7 @@ from wanvram.engine.components import Parts
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
+from wanvram.knobs import OFFLOAD
 from wanvram.planner.forecasts import StageForecast
 from wanvram.predict.simulate import simulated_device
 from wanvram.record import Span
@@ -31,7 +32,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     Shortened where a run repeats itself: two denoising steps, and for the VAE three latent frames, whose time is scaled and
     to whose memory the rest of the latent is added. What a plan settles on is simulated whole (predict.plan).
     """
-    strategy = replace(config.strategy, offload=True)
+    strategy = OFFLOAD.set(config.strategy, True)
     request = replace(config.request, sample_steps=min(config.request.sample_steps, 2))
     config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy, request=request)
     device = simulated_device(config, unlimited=True)
