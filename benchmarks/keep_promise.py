@@ -3,11 +3,12 @@
     python benchmarks/keep_promise.py draw --seed 1 --count 20 --card_gib 80              prints the commands; no GPU
     python benchmarks/keep_promise.py run --seed 1 --count 20 --out a.json                on the GPU
     python benchmarks/keep_promise.py run --seed 1 --first 20 --count 20 --lanes 2 --out b.json     on two, a queue for both
+    python benchmarks/keep_promise.py run --seed 1 --count 5 --budget_gib 1 1.9 --out small.json      budgets of which most are refused
     python benchmarks/keep_promise.py add a.json b.json -o benchmarks/2026-11-28_h100_keep_promise.json
 
 Tasks take turns, each once in seven cases. Drawn: size, frames (4n+1 up to 81), a budget between 2 GiB and the card's memory
-(log-uniform), precision, prompt, pictures and videos of any aspect ratio. Requests are short: frames are drawn again where
-arithmetic expects more than --limit GPU seconds (one case in eight: 15); rows and summary say which.
+(log-uniform; --budget_gib gives another range), precision, prompt, pictures and videos of any aspect ratio. Requests are short:
+frames are drawn again where arithmetic expects more than --limit GPU seconds (one case in eight: 15); rows and summary say which.
 
 Every case is one `wanvram generate` that plans and runs, in a process of its own; nvml_watch.py, another process, polls the GPU.
 A case is kept if the command ends with 0, the whole GPU's memory less what was used before stays within the budget, and the
@@ -369,7 +370,7 @@ def run(args: argparse.Namespace) -> int:
     cards = [gpu_of(pynvml, environment_of_a_person(gpu).get("CUDA_VISIBLE_DEVICES")) for gpu in lanes]
     facts = [gpu_facts(pynvml, card) for card in cards]
     card_bytes = min(fact["total_bytes"] for fact in facts)
-    cases = [draw(args.seed, args.first + number, card_bytes, args.limit) for number in range(args.count)]
+    cases = drawn(args, card_bytes)
     header = {
         "benchmark": "keep_promise",
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -378,6 +379,7 @@ def run(args: argparse.Namespace) -> int:
         "calls": [{"first": args.first, "count": args.count, "seconds": args.seconds}],
         "lanes": args.lanes,
         "limit_seconds": args.limit,
+        "budget_gib": args.budget_gib,
         "card": facts[0]["name"],
         "card_bytes": card_bytes,
         "driver": facts[0]["driver"],
@@ -406,8 +408,19 @@ def _prepare(case: Case, directory: Path) -> None:
 def add(args: argparse.Namespace) -> int:
     """One document of several calls; everything that must be the same is."""
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in args.files]
-    for key in ("benchmark", "seed", "source_sha256", "limit_seconds", "card", "card_bytes", "driver", "torch"):
-        values = {json.dumps(document[key]) for document in documents}
+    same = (
+        "benchmark",
+        "seed",
+        "source_sha256",
+        "limit_seconds",
+        "budget_gib",
+        "card",
+        "card_bytes",
+        "driver",
+        "torch",
+    )
+    for key in same:
+        values = {json.dumps(document.get(key)) for document in documents}
         if len(values) > 1:
             raise SystemExit(f"these calls cannot be added up: {key} is {' and '.join(sorted(values))}")
     rows = [row for document in documents for row in document["rows"]]
@@ -430,9 +443,13 @@ def add(args: argparse.Namespace) -> int:
     return conclude(judge(rows, card_bytes, args.least))
 
 
+def drawn(args: argparse.Namespace, card_bytes: int) -> list[Case]:
+    numbers = range(args.first, args.first + args.count)
+    return [draw(args.seed, number, card_bytes, args.limit, args.budget_gib) for number in numbers]
+
+
 def show(args: argparse.Namespace) -> int:
-    for number in range(args.count):
-        case = draw(args.seed, args.first + number, int(args.card_gib * GIB), args.limit)
+    for case in drawn(args, int(args.card_gib * GIB)):
         print(f"# {case.index}: {case.expected_seconds:.1f} s expected" + (
             "" if case.drawn_frames is None else f", drawn with {case.drawn_frames} frames"))  # fmt: skip
         print(shlex.join(typed(case)))
@@ -449,6 +466,13 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--first", type=int, default=0, help="number of the first case")
         verb.add_argument("--count", type=int, default=20)
         verb.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="expected GPU seconds of a case at most")
+        verb.add_argument(
+            "--budget_gib",
+            type=float,
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            help="lowest and highest budget in GiB (default: 2 and the card's memory)",
+        )
     verbs.choices["draw"].add_argument("--card_gib", type=float, required=True, help="memory of the card")
     verb = verbs.choices["run"]
     verb.add_argument("--seconds", type=float, default=1e9, help="start no further case after this many seconds")

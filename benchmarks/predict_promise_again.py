@@ -24,20 +24,27 @@ from promise_requests import draw, write_media
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
 from wanvram.predict.simulate import simulate
+from wanvram.simulate.gpus import find_gpu
 
 MIB = 2**20
 
 
 def predict(row: dict[str, Any], document: dict[str, Any], directory: Path) -> dict[str, Any]:
-    case = draw(document["seed"], row["index"], document["card_bytes"], document["limit_seconds"])
+    case = draw(
+        document["seed"],
+        row["index"],
+        document["card_bytes"],
+        document["limit_seconds"],
+        document.get("budget_gib"),  # not in files of before it could be given
+    )
     write_media(case, directory)
-    words = typed(case)[1:]
+    words, card = typed(case)[1:], find_gpu(document["card"]).key
     here = Path.cwd()
     os.chdir(directory)  # as it was typed: pictures are named without a folder
     try:
         args = build_parser().parse_args(words)
         config = config_from_flags(
-            args, device="simulated", weights="random", gpu="h200", memory_limit_bytes=row["own_budget_bytes"]
+            args, device="simulated", weights="random", gpu=card, memory_limit_bytes=row["own_budget_bytes"]
         )
         strategy = {name: value for name, value in row["strategy"].items() if name != "device"}
         record, _ = simulate(replace(config, strategy=replace(config.strategy, **strategy)), video=True)

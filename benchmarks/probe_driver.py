@@ -21,6 +21,7 @@ from typing import Any
 
 import pynvml
 import torch
+from nvml_watch import gpu_of
 
 from wanvram.machine.driver import DRIVER_BYTES, page_table_bytes
 
@@ -31,7 +32,7 @@ PINS_MIB = (16, 64, 512, 512, 1024, 2048, 100, 100, 4096, 670, 670)
 class Card:
     def __init__(self) -> None:
         pynvml.nvmlInit()
-        self.handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self.handle = gpu_of(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         self.before = self.used()
 
     def used(self) -> int:

@@ -63,7 +63,8 @@ def probe(name: str, call, timed: bool = False) -> None:
 
 
 @torch.no_grad()
-def main() -> None:
+def probe_device() -> None:
+    """Names, versions and what is in use before and after CUDA has started."""
     import os
 
     import pynvml
@@ -87,7 +88,10 @@ def main() -> None:
         "cudnn": torch.backends.cudnn.version(),
     }
     print(ROWS["device"], file=sys.stderr)
-    dev = "cuda"
+
+
+def probe_products(dev: str) -> None:
+    """Matrix products and attention in the three dtypes."""
     for dtype, tag in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         a = torch.randn(1024, 1536, device=dev, dtype=dtype)
         w = torch.randn(1536, 1536, device=dev, dtype=dtype)
@@ -109,6 +113,10 @@ def main() -> None:
                 continue
             probe(f"sdpa_{tag}_{lq}x{lk}x{h}", attend, timed=True)
         ROWS[f"sdpa_strides_{tag}"] = list(attend().stride())
+
+
+def probe_convolutions(dev: str) -> None:
+    """The VAE's convolutions in channels_last_3d."""
     for c, hh, ww, t in ((96, 480, 832, 3), (192, 240, 416, 6), (384, 120, 208, 4), (384, 60, 104, 3)):
         x = torch.randn(1, c, t, hh, ww, device=dev).contiguous(memory_format=torch.channels_last_3d)
         wt = torch.randn(c, c, 3, 3, 3, device=dev).contiguous(memory_format=torch.channels_last_3d)
@@ -134,6 +142,10 @@ def main() -> None:
     x3 = torch.randn(1, 3, 3, 480, 832, device=dev).contiguous(memory_format=torch.channels_last_3d)
     w4 = torch.randn(96, 3, 3, 3, 3, device=dev).contiguous(memory_format=torch.channels_last_3d)
     probe("conv3d_from_rgb", lambda: F.conv3d(x3, w4, padding=(0, 1, 1)), timed=True)
+
+
+def probe_full_size(dev: str) -> None:
+    """Attention and the first product of the FFN of the 14B model at 720P, whole and in row chunks."""
     q = torch.randn(75600, 40, 128, device=dev, dtype=torch.bfloat16)
     for rows in (75600, 18900, 9450, 4725):
         qq = q[:rows].transpose(0, 1).unsqueeze(0)
@@ -144,6 +156,13 @@ def main() -> None:
     for rows in (75600, 18900, 9450, 4725, 2400):
         a = q.view(75600, 5120)[:rows]
         probe(f"up_14B_{rows}", lambda a=a: torch.addmm(bb, a, ww.t()), timed=True)
+
+
+def main() -> None:
+    probe_device()
+    probe_products("cuda")
+    probe_convolutions("cuda")
+    probe_full_size("cuda")
     json.dump(ROWS, sys.stdout, indent=1)
 
 

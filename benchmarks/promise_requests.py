@@ -1,12 +1,13 @@
 """Requests and budgets at random for keep_promise.py, as the words that a person types, and the pictures and videos they name.
 
-Case i depends on the seed, on i and on the card's memory alone, so several calls add up to one series.
+Case i depends on the seed, on i and on the range of budgets alone, so several calls add up to one series.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from wanvram.tasks import TASKS
 __all__ = ["Case", "Media", "draw", "expected_seconds", "typed", "write_media"]
 
 GIB = 2**30
-LEAST_BUDGET = 2 * GIB
+LEAST_BUDGET_GIB = 2.0
 MOST_FRAMES = 81
 LIMIT_SECONDS = 4.0
 LONG_SECONDS = 15.0
@@ -74,20 +75,30 @@ class Case:
         return int(float(self.budget.removesuffix("GiB")) * GIB)
 
 
-def draw(seed: int, index: int, card_bytes: int, limit: float = LIMIT_SECONDS) -> Case:
-    """Tasks come in shuffled rounds of all seven. Only frames give way to the limit: they are drawn again among those within it."""
+def draw(
+    seed: int,
+    index: int,
+    card_bytes: int,
+    limit: float = LIMIT_SECONDS,
+    budget_gib: Sequence[float] | None = None,
+) -> Case:
+    """Tasks come in shuffled rounds of all seven. Only frames give way to the limit: they are drawn again among those within it.
+
+    budget_gib: [lowest, highest] budget, drawn log-uniformly; None: from 2 GiB to what the card has.
+    """
     rng = random.Random(f"{seed}/{index}")
     tasks = sorted(TASKS)
     random.Random(f"{seed}/round {index // len(tasks)}").shuffle(tasks)
     task = tasks[index % len(tasks)]
     width, height = map(int, rng.choice(TASKS[task].sizes).split("*"))
-    budget = LEAST_BUDGET * (card_bytes / LEAST_BUDGET) ** rng.random()
+    lowest, highest = budget_gib or (LEAST_BUDGET_GIB, card_bytes / GIB)
+    budget = lowest * (highest / lowest) ** rng.random()
     case = Case(
         index=index,
         task=task,
         size=f"{width}*{height}",
         frames=None,
-        budget=f"{math.floor(budget / GIB * 10) / 10:.1f}GiB",
+        budget=f"{math.floor(budget * 10) / 10:.1f}GiB",
         precision=rng.choice((None, "bf16", "fp16")),
         base_seed=rng.randrange(2**31),
         prompt=rng.choice(PROMPTS).strip(),

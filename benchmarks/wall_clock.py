@@ -267,7 +267,8 @@ def run(args: argparse.Namespace) -> int:
     unknown = sorted(set(names) - {configuration.name for configuration in CONFIGURATIONS})
     if unknown:
         raise SystemExit(f"--only {', '.join(unknown)}: unknown; `list` shows the names")
-    chosen = [configuration for configuration in CONFIGURATIONS if configuration.name in names]
+    by_name = {configuration.name: configuration for configuration in CONFIGURATIONS}
+    chosen = [by_name[name] for name in dict.fromkeys(names)]
     pynvml.nvmlInit()
     card = gpu_of(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
     facts = gpu_facts(pynvml, card)
@@ -331,7 +332,9 @@ def parser() -> argparse.ArgumentParser:
     verbs = result.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("run")
     verb.set_defaults(function=run)
-    verb.add_argument("--only", default="", help="names of configurations, comma separated")
+    verb.add_argument(
+        "--only", default="", help="names of configurations, comma separated, in the order in which they run"
+    )
     verb.add_argument("--checkpoint", type=Path, help="directory of the 40 GB checkpoint")
     verb.add_argument("--seconds", type=float, default=1e9, help="start no further command after this many seconds")
     verb.add_argument("--least", type=int, help="configurations that must run cold and warm (default: all asked for)")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
-import pytest
 import tokenizers
 import torch
 from safetensors.torch import save_file
@@ -275,12 +275,14 @@ def write_tokenizer(path: Path) -> None:
 @contextmanager
 def tiny_models() -> Iterator[None]:
     """All seven tasks with tiny models behind their own names, and 96*64 among their sizes: nothing else differs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, task in TASKS.items():
-            patch.setitem(specs.DIT, name, specs.DIT["tiny-" + specs.DIT[name].model_type])
-            patch.setitem(TASKS, name, replace(task, sizes=(*task.sizes, TINY_SIZE)))
-        patch.setitem(specs.T5, "umt5-xxl", specs.T5["tiny"])
-        patch.setitem(specs.VAE, "wan2.1", specs.VAE["tiny"])
-        patch.setitem(specs.CLIP, "vit-h-14", specs.CLIP["tiny"])
-        patch.setitem(media.SEQUENCE_LENGTHS, 96 * 64, 24 * 3)  # three latent frames, nine of video
+    with ExitStack() as patches:
+        for table, changed in (
+            (specs.DIT, {name: specs.DIT["tiny-" + specs.DIT[name].model_type] for name in TASKS}),
+            (TASKS, {name: replace(task, sizes=(*task.sizes, TINY_SIZE)) for name, task in TASKS.items()}),
+            (specs.T5, {"umt5-xxl": specs.T5["tiny"]}),
+            (specs.VAE, {"wan2.1": specs.VAE["tiny"]}),
+            (specs.CLIP, {"vit-h-14": specs.CLIP["tiny"]}),
+            (media.SEQUENCE_LENGTHS, {96 * 64: 24 * 3}),  # three latent frames, nine of video
+        ):
+            patches.enter_context(patch.dict(table, changed))  # type: ignore[arg-type]
         yield

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from wanvram.errors import InputError
 
-__all__ = ["LOCK_FILE", "alone_in", "lock_folder"]
+__all__ = ["LOCK_FILE", "alone_in"]
 
 LOCK_FILE = ".wanvram-lock"  # where folders cannot be locked themselves: on Windows
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, program: str = "wanvram") -> Iterator[None]:
     """Raises InputError if another process is writing to `folder`, which exists. Where nothing can be locked (some network
     file systems, folders that cannot be read) the work goes on without."""
     handle = None
     try:
         handle = lock_folder(folder)
     except BlockingIOError as error:
-        raise InputError(f"another wanvram is writing to {folder}; wait for it or give -o DIR") from error
+        raise InputError(f"another {program} is writing to {folder}; wait for it or give -o DIR") from error
     except OSError:
         pass
     try:

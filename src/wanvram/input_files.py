@@ -9,13 +9,17 @@ import gzip
 import os
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 
-__all__ = ["open_regular", "read_text", "state_of"]
+__all__ = ["DAMAGED_GZIP", "open_regular", "read_text", "state_of", "unpacked"]
+
+DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading one raises
 
 
 def state_of(path: Path) -> os.stat_result | None:
@@ -28,7 +32,7 @@ def state_of(path: Path) -> os.stat_result | None:
         raise InputError(f"{shown(path)} cannot be read: {_reason(error)}") from error
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """The file, opened for reading. Raises InputError unless it is a regular file; it is never waited for."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -42,19 +46,28 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_text(path: Path, limit: int) -> str:
-    """UTF-8 text, also gzipped; a byte order mark is left out. Raises InputError naming the path for what is over `limit`
-    bytes, cannot be read or is no text.
+@contextmanager
+def unpacked(path: Path) -> Iterator[BufferedIOBase]:
+    """The bytes of the file, or of what was gzipped into it. Raises InputError naming the path, also for what cannot be read
+    inside.
     """
     with open_regular(path) as raw:
         try:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            data = (gzip.GzipFile(fileobj=raw) if packed else raw).read(limit + 1)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield gzip.GzipFile(fileobj=raw) if packed else raw
+        except DAMAGED_GZIP as error:
             raise InputError(f"{shown(path)} is a truncated or damaged gzip file") from error
         except OSError as error:
             raise InputError(f"{shown(path)} cannot be read: {_reason(error)}") from error
+
+
+def read_text(path: Path, limit: int) -> str:
+    """UTF-8 text, also gzipped; a byte order mark is left out. Raises InputError naming the path for what is over `limit`
+    bytes, cannot be read or is no text.
+    """
+    with unpacked(path) as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise InputError(f"{shown(path)} has over {limit:,} bytes, which is the most that is read of such a file")
     try:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from wanvram.errors import DamagedError, InputError, OutputError
 from wanvram.foreign_text import quoted, why
 from wanvram.input_files import read_text
+from wanvram.output_files import whole_file, writing
 from wanvram.strict_json import check_types, strict_json
 
 __all__ = [
@@ -93,7 +94,9 @@ class Copies:
 class Span:
     """A stretch of the run. kind: load, stage, step or block.
 
-    `repeats` > 1: this span stands for that many with the same memory; `seconds` is then the mean of one.
+    part: the stage's name whatever the number of the prompt, `denoise` of `denoise 2`; of a load what is loaded, the halves of
+    the VAE apart; the name where nothing else is given. `repeats` > 1: this span stands for that many with the same memory;
+    `seconds` is then the mean of one.
     """
 
     name: str
@@ -108,6 +111,17 @@ class Span:
     children: list[Span] = field(default_factory=list)
     repeats: int = 1
     notes: list[str] = field(default_factory=list)
+    part: str = ""
+
+    def __post_init__(self) -> None:
+        self.part = self.part or self.name
+
+    @property
+    def planned(self) -> str:
+        """The component as a plan names it: the halves of the VAE apart; loaded as one, both count as the first that is used."""
+        if self.component != "vae":
+            return self.component or self.name
+        return "vae_encoder" if self.part in ("encode_video", "vae", "vae_encoder") else "vae_decoder"
 
     @property
     def activation_bytes(self) -> int:
@@ -127,6 +141,7 @@ class Span:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "part": self.part,
             "kind": self.kind,
             "component": self.component,
             "start_allocated_bytes": self.start.allocated_bytes,
@@ -168,6 +183,7 @@ class Span:
             children=[cls.from_json(child, depth + 1) for child in data["children"]],
             repeats=data["repeats"],
             notes=list(data.get("notes", ())),
+            part=data.get("part", ""),
         )
 
 
@@ -291,7 +307,7 @@ class RunRecord:
 
     def step_seconds(self) -> float | None:
         """A denoising step, the median: the first ones also load kernels and tune. None: unknown."""
-        steps = [step for stage in self.stages if stage.name == "denoise" for step in stage.children]
+        steps = [step for stage in self.stages if stage.part == "denoise" for step in stage.children]
         times = [step.seconds for step in steps if step.seconds is not None for _ in range(step.repeats)]
         return median(times) if times else None
 
@@ -424,19 +440,10 @@ def write_atomically(path: Path, text: str) -> None:
     """The whole file or none of it. Raises OutputError naming the path."""
     try:
         # Not mkstemp: its files are readable by their owner only, also after the rename.
-        name = path.with_name(f".{path.name}.{os.getpid()}")
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            name.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        with writing(path), whole_file(path) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except UnicodeEncodeError as error:
         raise OutputError(
             f"cannot write {str(path)!a}: what belongs there holds a name that is not UTF-8 text"

@@ -1,131 +1,167 @@
-"""Gives mutated files to the verbs, in a process whose memory and time are limited: `python child.py SOURCES OUT SEED SECONDS`.
+"""Gives inputs to the verbs, in a process whose memory and time are limited:
 
-Prints one JSON line: how many files were tried, and of the first failures the kept file and what was wrong.
+    python child.py SOURCES OUT SEED --seconds S --count N --kinds yaml,flags [--hypothesis]
+
+OUT/state.json says after every input what was tried and what went wrong; the last line on stdout says the same.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import argparse
 import json
+import os
 import random
 import re
-import resource
 import shutil
-import signal
 import sys
 import time
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.mutations import mutated
-from wanvram.cli.main import main
-from wanvram.config import load_config
-from wanvram.errors import WanvramError
+from fuzz.judge import CPU_SECONDS, MEMORY, Used, judged, limit_memory
+from fuzz.kinds import KINDS, without_long_work
 
-CPU_SECONDS = 10
-MEMORY = 1 << 30
-PYTHON = re.compile(
-    r"Traceback \(most"
-    r"|\b[A-Z]\w*(Error|Exception|Warning)\b|NoneType|unhashable|\b(dict|tuple|bytes|str|int|float)'? object|<\w+ object|codec can't"
-    r"|\bobject of type\b|does not foresee|subscriptable|not iterable|unexpected keyword|positional argument|required argument"
-)
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+LARGEST_KEPT = 20  # failures
+VARYING = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\d""")  # of two sentences of one kind
 
 
-class _HangError(BaseException):
-    pass
+class _TimeUpError(KeyboardInterrupt):
+    """The one way to end hypothesis early: an input that draws less than the last time is an error for it."""
 
 
-def _hang(*_: object) -> None:
-    raise _HangError
+class Child:
+    def __init__(self, sources: Path, out: Path) -> None:
+        self.sources, self.out = sources, out
+        self.home = Path.cwd()
+        self.state: dict[str, Any] = {"count": 0, "by_kind": {}, "seen": {}, "failures": []}
+        (out / "now").mkdir(parents=True, exist_ok=True)
+
+    def once(self, kind: str, rng: random.Random) -> list[str]:
+        """What is wrong with the answers to one input."""
+        now, used = self.out / "now", Used()
+        os.chdir(self.home)
+        shutil.rmtree(now)
+        now.mkdir()
+        (self.out / "last").write_text(f"{kind}, input {self.state['count']}")
+        with used.measured():
+            wrong = judged(KINDS[kind](rng, self.sources, now))
+        if used.cpu_seconds > 2 * CPU_SECONDS:  # several commands, each within its limit, and their children
+            wrong.append(f"{used.cpu_seconds:.0f} s of CPU with the processes it started")
+        if used.memory_bytes > MEMORY:
+            wrong.append(f"{used.memory_bytes >> 20} MiB")
+        self._count(kind, used)
+        return wrong
+
+    def _count(self, kind: str, used: Used) -> None:
+        row = self.state["by_kind"].setdefault(
+            kind, {"inputs": 0, "cpu_seconds": 0.0, "worst_cpu_seconds": 0.0, "worst_bytes": 0}
+        )
+        row["inputs"] += 1
+        row["cpu_seconds"] = round(row["cpu_seconds"] + used.cpu_seconds, 3)
+        row["worst_cpu_seconds"] = round(max(row["worst_cpu_seconds"], used.cpu_seconds), 3)
+        row["worst_bytes"] = max(row["worst_bytes"], used.memory_bytes)
+        self.state["count"] += 1
+
+    def keep(self, kind: str, wrong: list[str]) -> None:
+        """The folder of the failed input moves to a place of its own; of the same failure only the first is kept."""
+        os.chdir(self.home)
+        sign = f"{kind} {VARYING.sub('', wrong[0].partition(': ')[2])[:120]}" if wrong else kind
+        self.state["seen"][sign] = self.state["seen"].get(sign, 0) + 1
+        if self.state["seen"][sign] > 1:
+            return
+        kept = self.out / f"failure-{len(self.state['failures'])}"
+        shutil.rmtree(kept, ignore_errors=True)
+        (self.out / "now").rename(kept)
+        (self.out / "now").mkdir()
+        self.state["failures"].append(
+            {"kind": kind, "sign": sign, "kept": str(kept), "wrong": ascii(" | ".join(wrong))[:4000]}
+        )
+
+    def save(self) -> None:
+        (self.out / "state.part").write_text(json.dumps(self.state))
+        os.replace(self.out / "state.part", self.out / "state.json")
 
 
-def said(arguments: list[str]) -> tuple[int, str, str]:
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-        out.flush()
-        err.flush()
-    return code, *(stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+def by_chance(child: Child, kinds: Sequence[str], seed: int, end: float, count: int) -> None:
+    rng = random.Random(seed)
+    for number in range(count):
+        if time.monotonic() > end or len(child.state["failures"]) >= LARGEST_KEPT:
+            break
+        kind = kinds[number % len(kinds)]
+        wrong = child.once(kind, rng)
+        if wrong:
+            child.keep(kind, wrong)
+        child.save()
 
 
-def problems(arguments: list[str]) -> list[str]:
-    """What is wrong with the answer to a file."""
-    code, out, err = said(arguments)
-    found = []
-    if code not in (0, 2):
-        found.append(f"exit code {code}")
-    if PYTHON.search(err) or ("--json" not in arguments and PYTHON.search(out)):
-        found.append("words of Python")
-    if CONTROLS.search(err) or ("--json" not in arguments and CONTROLS.search(out)):
-        found.append("a control character")
-    if "--json" in arguments and code == 0:
-        json.loads(out)
-    if code == 2 and not 20 < len(err) < 1200:
-        found.append(f"a sentence of {len(err)} characters")
-    return [f"{what}: {err[:300] or out[:200]}" for what in found]
+def by_hypothesis(child: Child, kinds: Sequence[str], seed: int, end: float, count: int) -> None:
+    """hypothesis chooses what the generators draw, and shrinks what fails to the smallest input that does."""
+    for number, kind in enumerate(kinds):
+        share = (end - time.monotonic()) / (len(kinds) - number)
+        wrong = _smallest(child, kind, seed, time.monotonic() + share, count)
+        if wrong:
+            child.keep(kind, wrong)
+    child.save()
 
 
-def configured(path: Path) -> list[str]:
+def _smallest(child: Child, kind: str, seed: int, end: float, count: int) -> list[str]:
+    """What is wrong with the smallest input that fails, which is the last one tried; empty if none does."""
+    import hypothesis
+    from hypothesis import strategies
+
+    last: list[str] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=min(count, 100_000),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(strategies.randoms(use_true_random=False))
+    def once(rng: random.Random) -> None:
+        if time.monotonic() > end and not last:
+            raise _TimeUpError
+        wrong = child.once(kind, rng)
+        if wrong:
+            last[:] = wrong
+        child.save()
+        assert not wrong
+
     try:
-        load_config(path)
-    except WanvramError as error:
-        return [f"words of Python: {error}"] if PYTHON.search(str(error)) else []
+        once()
+    except _TimeUpError:
+        return []
+    except Exception as error:  # also "flaky", where the same input went well the second time
+        return last or [f"hypothesis: {error!r}"]
     return []
 
 
-def commands(kind: str, place: Path) -> list[list[str]]:
-    if kind != "run":
-        return [["analyze", str(place)], ["analyze", str(place), "--json"]]
-    folder = str(place.parent)
-    report = ["report", folder, "--format"]
-    return [["analyze", folder], ["analyze", folder, "--json"], [*report, "md"], [*report, "text"], ["report", folder, "--json"],
-            ["compare", folder, folder], ["compare", folder, "--json"]]  # fmt: skip
-
-
-def tried(kind: str, place: Path) -> list[str]:
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    try:
-        if kind == "config":
-            return configured(place)
-        return [f"{' '.join(c[:1] + c[2:])}: {p}" for c in commands(kind, place) for p in problems(c)]
-    except _HangError:
-        return [f"over {CPU_SECONDS} s of CPU"]
-    except BaseException:
-        return [traceback.format_exc()[-1500:]]
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def run(sources: Path, out: Path, seed: int, seconds: float) -> dict[str, Any]:
-    """sources: one folder for each kind of file (run, file, config)."""
-    rng = random.Random(seed)
-    files = sorted(path for path in sources.glob("*/*") if path.is_file())
-    failures: list[dict[str, str]] = []
-    count, end = 0, time.monotonic() + seconds
-    while time.monotonic() < end and len(failures) < 20:
-        source = rng.choice(files)
-        kind = source.parent.name
-        folder = out / "now"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(source.parent, folder) if kind == "run" else folder.mkdir(parents=True)
-        (folder / source.name).write_bytes(mutated(source.name, source.read_bytes(), rng))
-        (out / "last").write_text(f"{seed} {count} {source.name}")
-        wrong = tried(kind, folder / source.name)
-        count += 1
-        if wrong:
-            kept = out / f"failure-{len(failures)}"
-            shutil.copytree(folder, kept, dirs_exist_ok=True)
-            failures.append({"file": str(kept / source.name), "wrong": " | ".join(wrong)})
-    return {"count": count, "failures": failures}
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    child = Child(arguments.sources.absolute(), arguments.out.absolute())
+    end = time.monotonic() + arguments.seconds
+    how = by_hypothesis if arguments.hypothesis else by_chance
+    with without_long_work():
+        how(child, arguments.kinds.split(","), arguments.seed, end, arguments.count)
+    os.chdir(child.home)
+    return child.state
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPROF, _hang)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
-    print(json.dumps(run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sources", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--count", type=int, default=10**9)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--hypothesis", action="store_true")
+    given = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    limit_memory()
+    print(json.dumps(run(given)))

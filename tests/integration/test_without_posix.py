@@ -144,6 +144,8 @@ def test_a_folder_is_locked_by_a_byte_of_a_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(BlockingIOError):
         folder_lock._locked_file(tmp_path / folder_lock.LOCK_FILE)
     os.close(first)
-    monkeypatch.setattr(runner, "lock_folder", lambda folder: folder_lock._locked_file(folder / folder_lock.LOCK_FILE))
+    monkeypatch.setattr(
+        folder_lock, "lock_folder", lambda folder: folder_lock._locked_file(folder / folder_lock.LOCK_FILE)
+    )
     with pytest.raises(InputError, match="another wanvram profile is writing to"), runner._only_one_in({tmp_path}):
         pass

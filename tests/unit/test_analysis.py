@@ -181,9 +181,10 @@ def test_the_three_moments_of_the_specification_come_from_their_spans() -> None:
 
 def test_of_several_prompts_the_first_start_the_highest_block_and_the_last_decode_count() -> None:
     run = record([step(0, 43, blocks=[70])])
-    run.stages[3].name, run.stages[4].name = "denoise 0", "decode 0"
+    run.stages[3].name, run.stages[4].name = "denoise 0", "decode 0"  # their parts stay denoise and decode
     later = span("denoise 1", "stage", "dit", [(42, 92), (80, 92), (44, 92)], [step(0, 43, blocks=[75, 74])])
     run.stages += [later, span("decode 1", "stage", "vae", [(44, 92), (61, 92), (45, 93)])]
+    run.stages[5].part, run.stages[6].part = "denoise", "decode"
     moments = analyze_run(run, None).moments
     assert (moments.before_forward, moments.after_decode) == (run.stages[3].start, run.stages[6].end)
     assert (moments.highest_block, moments.block_activation_bytes) == ("block 0", 33 * MIB)

@@ -15,8 +15,9 @@ import torch
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
-from wanvram.kernels import attention, gated_add_
 from wanvram.kernels.conv import conv3d
+from wanvram.kernels.elementwise import gated_add_
+from wanvram.kernels.scaled_attention import attention
 from wanvram.predict.simulate import simulate
 from wanvram.record import Copies, RunRecord, Span
 from wanvram.recorder.recorder import Recorder

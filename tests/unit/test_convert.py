@@ -16,7 +16,7 @@ from unit.test_checkpoint_layouts import filled, write_diffusers, write_official
 from wanvram.cli.convert import prepare_parser, run
 from wanvram.errors import CheckpointError, InputError, OutputError
 from wanvram.weights import convert as module
-from wanvram.weights.convert import Job, convert, verify
+from wanvram.weights.convert import Conversion, convert, verify
 from wanvram.weights.official import COMPONENTS, blueprint, check_checkpoint, open_checkpoint, tokenizer_file
 from wanvram.weights.sources import MANIFEST
 
@@ -40,7 +40,7 @@ def _dtypes(component: str, model: str, precision: str) -> dict[str, torch.dtype
 def test_a_converted_folder_loads_as_its_source_does(tmp_path: Path, dit: str, precision: str) -> None:
     (tmp_path / "in").mkdir()
     write_diffusers(tmp_path / "in", dit)
-    manifest = convert(Job(tmp_path / "in", precision), tmp_path / "out")
+    manifest = convert(Conversion(tmp_path / "in", precision), tmp_path / "out")
     components = [c for c in COMPONENTS if c != "image_encoder" or dit == "tiny-flf2v"]
     assert manifest["models"] == {c: dit if c == "dit" else "tiny" for c in components}
     check_checkpoint(tmp_path / "out", components, dit)
@@ -54,7 +54,7 @@ def test_a_converted_folder_loads_as_its_source_does(tmp_path: Path, dit: str, p
 
 
 def test_every_block_is_a_file_of_its_own_in_the_dtypes_of_the_model(source: Path, tmp_path: Path) -> None:
-    manifest = convert(Job(source, "bf16"), tmp_path)
+    manifest = convert(Conversion(source, "bf16"), tmp_path)
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert files == set(manifest["files"]) | {MANIFEST}
     assert {name for name in files if name.startswith("dit/")} == {
@@ -75,7 +75,7 @@ def test_every_block_is_a_file_of_its_own_in_the_dtypes_of_the_model(source: Pat
 
 
 def test_fp8_keeps_every_weight_within_half_a_step_and_states_the_largest_error(source: Path, tmp_path: Path) -> None:
-    manifest = convert(Job(source, "fp8", components=("dit",)), tmp_path)
+    manifest = convert(Conversion(source, "fp8", components=("dit",)), tmp_path)
     before, after = open_checkpoint(source, "dit"), open_checkpoint(tmp_path, "dit")
     assert sorted(after.keys()) == sorted(_dtypes("dit", "tiny-vace", "bf16"))
     worst = 0.0
@@ -94,7 +94,7 @@ def test_fp8_keeps_every_weight_within_half_a_step_and_states_the_largest_error(
 
 
 def test_fp8_stores_one_byte_per_weight_and_one_float_per_row(source: Path, tmp_path: Path) -> None:
-    convert(Job(source, "fp8", components=("dit", "text_encoder"), fp8_text_encoder=True), tmp_path)
+    convert(Conversion(source, "fp8", components=("dit", "text_encoder"), fp8_text_encoder=True), tmp_path)
     with safe_open(str(tmp_path / "text_encoder/blocks.1.safetensors"), "pt") as file:
         kinds = {key.removeprefix("blocks.1."): file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
     assert kinds["ffn.fc1.weight"] == torch.float8_e4m3fn
@@ -118,7 +118,7 @@ class _Killed(Exception):
 
 @pytest.mark.parametrize("after", [1, 5])
 def test_an_interrupted_conversion_goes_on_after_its_last_whole_file(source: Path, tmp_path: Path, after: int) -> None:
-    job, seen, out = Job(source, "bf16"), [], tmp_path / "out"
+    job, seen, out = Conversion(source, "bf16"), [], tmp_path / "out"
 
     def kill(message: str) -> None:
         seen.append(message)
@@ -144,7 +144,7 @@ def test_an_interrupted_conversion_goes_on_after_its_last_whole_file(source: Pat
 
 
 def test_a_finished_conversion_is_not_repeated_but_a_lost_file_is(source: Path, tmp_path: Path) -> None:
-    job, seen = Job(source, "bf16", components=("dit",)), []
+    job, seen = Conversion(source, "bf16", components=("dit",)), []
     convert(job, tmp_path)
     convert(job, tmp_path, progress=seen.append)
     assert seen == []
@@ -155,7 +155,7 @@ def test_a_finished_conversion_is_not_repeated_but_a_lost_file_is(source: Path, 
 
 
 def test_verify_names_a_file_whose_content_changed(source: Path, tmp_path: Path) -> None:
-    manifest = convert(Job(source, "bf16", components=("vae",)), tmp_path)
+    manifest = convert(Conversion(source, "bf16", components=("vae",)), tmp_path)
     path = tmp_path / "vae/shell.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -167,22 +167,22 @@ def test_verify_names_a_file_whose_content_changed(source: Path, tmp_path: Path)
 def test_an_output_that_holds_something_else_is_refused_and_kept(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="holds something that is no conversion"):
-        convert(Job(source, "bf16"), tmp_path)
+        convert(Conversion(source, "bf16"), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(InputError, match="holds something that is no conversion"):
-        convert(Job(source, "bf16"), source)
+        convert(Conversion(source, "bf16"), source)
 
 
 @pytest.mark.parametrize("change", ["precision", "components", "source"])
 def test_an_output_of_another_conversion_is_refused(tmp_path: Path, change: str) -> None:
     (tmp_path / "in").mkdir()
     write_official(tmp_path / "in")
-    convert(Job(tmp_path / "in", "bf16", components=("vae",)), tmp_path / "out")
-    job = Job(tmp_path / "in", "bf16", components=("vae",))
+    convert(Conversion(tmp_path / "in", "bf16", components=("vae",)), tmp_path / "out")
+    job = Conversion(tmp_path / "in", "bf16", components=("vae",))
     if change == "precision":
-        job = Job(tmp_path / "in", "fp16", components=("vae",))
+        job = Conversion(tmp_path / "in", "fp16", components=("vae",))
     elif change == "components":
-        job = Job(tmp_path / "in", "bf16", components=("vae", "text_encoder"))
+        job = Conversion(tmp_path / "in", "bf16", components=("vae", "text_encoder"))
     else:
         os.utime(tmp_path / "in/Wan2.1_VAE.pth", (1, 1))
     with pytest.raises(InputError, match=r"out holds another conversion \((precision|models|source) .* instead of"):
@@ -192,12 +192,12 @@ def test_an_output_of_another_conversion_is_refused(tmp_path: Path, change: str)
 def test_a_disk_without_the_space_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(OutputError, match=r"needs [\d.]+ MiB in .*out; the disk has 0\.1 MiB free"):
-        convert(Job(source, "bf16"), out, free=lambda _: 100_000)
+        convert(Conversion(source, "bf16"), out, free=lambda _: 100_000)
     assert not out.exists()
-    manifest = convert(Job(source, "bf16", components=("dit",)), out)
+    manifest = convert(Conversion(source, "bf16", components=("dit",)), out)
     needed = sum(entry["bytes"] for entry in manifest["files"].values())
-    convert(Job(source, "bf16", components=("dit",)), tmp_path / "exact", free=lambda _: needed)
-    convert(Job(source, "bf16", components=("dit",)), out, free=lambda _: 0)  # nothing is left to write
+    convert(Conversion(source, "bf16", components=("dit",)), tmp_path / "exact", free=lambda _: needed)
+    convert(Conversion(source, "bf16", components=("dit",)), out, free=lambda _: 0)  # nothing is left to write
 
 
 def test_values_that_the_precision_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -210,31 +210,31 @@ def test_values_that_the_precision_cannot_hold_are_refused(tmp_path: Path) -> No
     with pytest.raises(
         CheckpointError, match=r"blocks\.2\.ffn\.0\.weight is not finite in torch\.float16; choose bf16"
     ):
-        convert(Job(tmp_path / "in", "fp16", components=("dit",)), tmp_path / "out")
-    convert(Job(tmp_path / "in", "bf16", components=("dit",)), tmp_path / "other")
+        convert(Conversion(tmp_path / "in", "fp16", components=("dit",)), tmp_path / "out")
+    convert(Conversion(tmp_path / "in", "bf16", components=("dit",)), tmp_path / "other")
 
 
 def test_the_wrong_transformer_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\(tiny-vace\) instead of 40 blocks of width 5120 .* \(t2v-14B\)"):
-        convert(Job(source, "bf16", dit="t2v-14B"), tmp_path / "out")
+        convert(Conversion(source, "bf16", dit="t2v-14B"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_converted_folder_is_not_converted_again(source: Path, tmp_path: Path) -> None:
-    convert(Job(source, "bf16", components=("vae",)), tmp_path / "once")
+    convert(Conversion(source, "bf16", components=("vae",)), tmp_path / "once")
     with pytest.raises(CheckpointError, match="was already converted"):
-        convert(Job(tmp_path / "once", "fp16"), tmp_path / "twice")
+        convert(Conversion(tmp_path / "once", "fp16"), tmp_path / "twice")
 
 
 def test_a_component_that_was_not_converted_is_named(source: Path, tmp_path: Path) -> None:
-    convert(Job(source, "bf16", components=("vae",)), tmp_path)
+    convert(Conversion(source, "bf16", components=("vae",)), tmp_path)
     with pytest.raises(CheckpointError, match="was converted without dit; it holds vae"):
         open_checkpoint(tmp_path, "dit")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "empty"])
 def test_a_damaged_converted_file_is_named(source: Path, tmp_path: Path, damage: str) -> None:
-    convert(Job(source, "bf16", components=("dit",)), tmp_path)
+    convert(Conversion(source, "bf16", components=("dit",)), tmp_path)
     path = tmp_path / "dit/blocks.3.safetensors"
     size = path.stat().st_size
     if damage == "missing":
@@ -263,7 +263,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, source: Path, text: str) ->
     with pytest.raises(CheckpointError, match=r"wanvram\.json is (damaged|empty)"):
         open_checkpoint(tmp_path, "dit")
     with pytest.raises(InputError, match=r"wanvram\.json is damaged; name another folder"):
-        convert(Job(source, "bf16", components=("vae",)), tmp_path)
+        convert(Conversion(source, "bf16", components=("vae",)), tmp_path)
 
 
 def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_scale_without_its_matrix_is_refused(source: Path, tmp_path: Path) -> None:
-    convert(Job(source, "fp8", components=("dit",)), tmp_path)
+    convert(Conversion(source, "fp8", components=("dit",)), tmp_path)
     path = tmp_path / "dit/blocks.0.safetensors"
     key = "blocks.0.ffn.0.weight.scale"
     size = path.stat().st_size
@@ -331,9 +331,9 @@ def test_one_conversion_at_a_time_writes_to_a_folder(source: Path, tmp_path: Pat
 
     def second(_: str) -> None:
         with pytest.raises(InputError, match=f"another wanvram is writing to {out}"):
-            convert(Job(source, "bf16"), out)
+            convert(Conversion(source, "bf16"), out)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(Job(source, "bf16"), out, progress=second)
-    assert convert(Job(source, "bf16"), out)["complete"]
+        convert(Conversion(source, "bf16"), out, progress=second)
+    assert convert(Conversion(source, "bf16"), out)["complete"]

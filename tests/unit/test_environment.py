@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from wanvram.errors import DeviceError
-from wanvram.machine.environment import free_device_bytes
+from wanvram.machine.nvml import first_gpu
 
 CARDS = ("GPU-aa11", "GPU-ab22", "GPU-cc33")
 
@@ -43,7 +43,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_setting_the_first_card_is_asked() -> None:
-    assert free_device_bytes() == (0, 10, "GPU-aa11")
+    assert (*first_gpu().memory(), first_gpu().name) == (0, 10, "GPU-aa11")
 
 
 @pytest.mark.parametrize(
@@ -61,17 +61,17 @@ def test_without_a_setting_the_first_card_is_asked() -> None:
 )
 def test_the_first_visible_card_is_asked(visible: str, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert free_device_bytes()[0] == free
+    assert first_gpu().memory()[0] == free
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "-1,0", "3", "GPU-a", "GPU-dd", "NoDevFiles"])
 def test_no_visible_card_is_one_sentence(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(DeviceError, match=r"which shows none of the 3 GPUs here; .* --vram 8GiB"):
-        free_device_bytes()
+        first_gpu()
 
 
 def test_a_slice_that_does_not_exist_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     with pytest.raises(DeviceError, match="not found"):
-        free_device_bytes()
+        first_gpu()

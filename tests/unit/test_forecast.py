@@ -41,7 +41,7 @@ def test_the_length_of_a_source_video_counts_and_not_the_one_asked_for(monkeypat
         return lambda: (torch.empty(channels, n, 480, 832, device="meta") for n in sizes)
 
     given = Inputs(FRAMES, 480, 832, source=pieces(3), mask=pieces(1))
-    monkeypatch.setattr(stage, "prepare_inputs", lambda request, **_: (given, []))
+    monkeypatch.setattr("wanvram.run.execute.prepare_inputs", lambda request, **_: (given, []))
     asked = config("vace-1.3B")
     same = simulate_stage(asked, "vae_encoder")
     other = simulate_stage(replace(asked, request=replace(asked.request, frame_num=81)), "vae_encoder")

@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoints import tensors, write_official, write_tokenizer
 from wanvram.errors import CheckpointError, InputError
 from wanvram.weights import tokenizer, torch_files
-from wanvram.weights.convert import Job, convert
+from wanvram.weights.convert import Conversion, convert
 from wanvram.weights.official import (
     COMPONENTS,
     DIT_FILE,
@@ -247,7 +247,7 @@ def test_links_to_nowhere_beside_a_whole_checkpoint_are_no_hindrance(tmp_path: P
     (source / "x.pth").symlink_to("nowhere")
     (source / "loop.safetensors").symlink_to("loop.safetensors")
     (source / os.fsdecode(b"\xff.pth")).write_bytes(b"")
-    manifest = convert(Job(source, "bf16"), tmp_path / "out")
+    manifest = convert(Conversion(source, "bf16"), tmp_path / "out")
     assert manifest["complete"]
 
 
@@ -258,13 +258,13 @@ def test_a_resumed_conversion_hashes_what_it_takes_over(tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     write_official(source)
-    first = convert(Job(source, "bf16"), output)
+    first = convert(Conversion(source, "bf16"), output)
     whole = {name: (output / name).read_bytes() for name in first["files"]}
     changed = sorted(first["files"])[3]
     data = bytearray(whole[changed])
     data[-1] ^= 1
     (output / changed).write_bytes(data)
-    again = convert(Job(source, "bf16"), output)
+    again = convert(Conversion(source, "bf16"), output)
     assert {name: (output / name).read_bytes() for name in again["files"]} == whole
     assert again == first
 
@@ -272,7 +272,7 @@ def test_a_resumed_conversion_hashes_what_it_takes_over(tmp_path: Path) -> None:
 def test_an_output_inside_the_checkpoint_is_refused(tmp_path: Path) -> None:
     write_official(tmp_path)
     with pytest.raises(InputError, match="lies in the checkpoint itself; name a folder outside"):
-        convert(Job(tmp_path, "bf16"), tmp_path / "sub" / "deeper")
+        convert(Conversion(tmp_path, "bf16"), tmp_path / "sub" / "deeper")
 
 
 def test_a_tokenizer_that_is_none_is_not_converted(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_tokenizer_that_is_none_is_not_converted(tmp_path: Path) -> None:
     write_official(source)
     (source / TOKENIZER_FILE).write_text("hello")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
-        convert(Job(source, "bf16"), tmp_path / "out")
+        convert(Conversion(source, "bf16"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanvram.kernels import (
-    attention,
+from wanvram.kernels.elementwise import (
     gated_add_,
     gelu_tanh_,
     inverse_rms,
@@ -18,6 +17,7 @@ from wanvram.kernels import (
     rms_norm_rope_,
     scaled_rope_,
 )
+from wanvram.kernels.scaled_attention import attention
 
 EPS = 1e-6
 HEADS = 4

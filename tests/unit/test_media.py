@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import struct
 import zlib
 from fractions import Fraction
@@ -18,7 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional
 
+from given_files import write_video
 from parity.golden import load_json
+from wanvram.cli.main import main
 from wanvram.errors import InputError
 from wanvram.media.sources import (
     SEQUENCE_LENGTHS,
@@ -433,3 +436,37 @@ def test_damage_in_the_middle_is_an_input_error_when_it_is_reached(tmp_path: Pat
 def test_a_source_that_vanished_is_an_input_error_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--src_mask .*gone.mp4 does not exist"):
         next(SourceVideo(tmp_path / "gone.mp4", FramePlan((0,), HEIGHT, WIDTH), mask=True).chunks())
+
+
+def test_what_would_make_a_run_after_a_source_video_fit_holds_its_whole_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As cases/inputs/v_tall.mp4 in the field: the remedy was that of another video."""
+    path = tmp_path / "v_tall.mp4"
+    write_video(path, 17, 96, 160)
+    flags = ["--task", "vace-14B", "--size", "1280*720", "--load_strategy", "full", "--gpu", "rtx4090"]
+    flags += ["--precision", "bf16", "--sample_steps", "7", "--src_video", str(path)]
+    assert main(["estimate", *flags]) == 1  # out of memory; 3 is for a budget that was given
+    (remedy,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  wanvram plan")]
+    given = dict(zip(shlex.split(remedy)[2::2], shlex.split(remedy)[3::2], strict=True))
+    assert {
+        name: given[name] for name in ("--task", "--size", "--precision", "--sample_steps", "--src_video", "--gpu")
+    } == {
+        "--task": "vace-14B",
+        "--size": "1280*720",
+        "--precision": "bf16",
+        "--sample_steps": "7",
+        "--src_video": str(path),
+        "--gpu": "rtx4090",
+    }
+
+
+def test_a_video_that_a_phone_filmed_upright_is_read_upright() -> None:
+    """Stored as 160x96 with black on the left; a quarter turn clockwise brings that to the top."""
+    path = Path(__file__).parents[1] / "data" / "field" / "v_rot90.mp4"
+    info = probe_video(path, "--src_video")
+    assert (info.width, info.height) == (96, 160)
+    plan = plan_frames(info, 96 * 160)
+    first = next(iter(SourceVideo(path, plan).chunks()))[:, 0]
+    assert first.shape[1:] == (160, 96)
+    assert first[:, :8].mean() < first[:, 40:].mean() - 0.3

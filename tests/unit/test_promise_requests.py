@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import promise_requests
@@ -43,6 +44,12 @@ def test_budgets_go_from_two_gib_to_what_the_card_has() -> None:
     assert max(budgets) > 72 * GIB
     below = sum(budget < math.sqrt(2 * GIB * CARD) for budget in budgets)
     assert 160 < below < 240  # log-uniform: half of them below the geometric mean
+
+
+def test_another_range_of_budgets_changes_the_budget_alone() -> None:
+    small = [promise_requests.draw(1, index, CARD, budget_gib=(1.0, 1.9)) for index in range(100)]
+    assert {case.budget for case in small} == {f"1.{tenth}GiB" for tenth in range(9)}
+    assert [replace(case, budget="") for case in small] == [replace(case, budget="") for case in drawn(100)]
 
 
 def test_every_size_of_every_task_and_every_kind_of_file_is_drawn() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints import as_diffusers, tensors, write_diffusers, write_official, write_tokenizer
 from wanvram.errors import CheckpointError
 from wanvram.run.weights import choose_weights
-from wanvram.weights.convert import Job, convert
+from wanvram.weights.convert import Conversion, convert
 from wanvram.weights.official import COMPONENTS, DIT_FILE, TOKENIZER_FILE, check_checkpoint, layout, open_checkpoint
 
 Files = dict[str, dict[str, Tensor]]
@@ -66,7 +66,7 @@ def test_a_single_file_under_the_official_name_is_read_without_its_prefix(tmp_pa
     write_official(tmp_path)
     write(tmp_path, {DIT_FILE: prefixed("model.diffusion_model.", tensors("dit", "tiny-t2v"))})
     check_checkpoint(tmp_path, COMPONENTS, "tiny-t2v")
-    manifest = convert(Job(tmp_path, "bf16"), tmp_path.parent / "converted")
+    manifest = convert(Conversion(tmp_path, "bf16"), tmp_path.parent / "converted")
     assert manifest["complete"]
 
 
@@ -115,7 +115,7 @@ def test_a_single_file_of_a_strange_size_says_that_it_is_comfyui_s(tmp_path: Pat
     write(tmp_path, {DIT_FILE: prefixed("model.diffusion_model.", values)})
     assert "ComfyUI's single files" in refusal(tmp_path)
     with pytest.raises(CheckpointError, match=r"the transformer is none of .*ComfyUI's single files"):
-        convert(Job(tmp_path, "bf16"), tmp_path.parent / "converted")
+        convert(Conversion(tmp_path, "bf16"), tmp_path.parent / "converted")
 
 
 LORAS = [
@@ -137,7 +137,7 @@ def test_a_lora_is_named(tmp_path: Path, keys: tuple[str, str], name: str) -> No
     assert f"{name} is a LoRA (2 tensors such as" in said
     assert "give the checkpoint folder" in said
     with pytest.raises(CheckpointError, match="is a LoRA"):
-        convert(Job(tmp_path, "bf16"), tmp_path.parent / "converted")
+        convert(Conversion(tmp_path, "bf16"), tmp_path.parent / "converted")
 
 
 QUANTISED = ["scaled_fp8", "blocks.0.ffn.0.scale_weight", "blocks.0.ffn.0.comfy_quant", "blocks.0.ffn.0.weight.absmax"]
@@ -237,7 +237,7 @@ def test_what_a_folder_is_and_what_to_do_is_said_on_a_gpu_and_on_the_simulated_d
     assert said in message
     assert do in message
     with pytest.raises(CheckpointError) as caught:
-        convert(Job(tmp_path, "bf16"), tmp_path.parent / "converted")
+        convert(Conversion(tmp_path, "bf16"), tmp_path.parent / "converted")
     assert said in str(caught.value)
     for simulated in (False, True):
         if make is _gguf_named_otherwise and simulated:

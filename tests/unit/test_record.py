@@ -59,6 +59,19 @@ def test_the_json_has_the_keys_and_figures_of_the_design() -> None:
     assert (stage["activation_bytes"], stage["seconds"], stage["end_allocated_bytes"]) == (30, 9.0, 10)
 
 
+def test_a_step_takes_what_the_steps_of_all_prompts_take_also_in_a_record_without_parts() -> None:
+    nothing = Memory(0, 0, None)
+    steps = [Span("step 0", "step", "dit", nothing, nothing, nothing, seconds=seconds) for seconds in (1.0, 3.0, 5.0)]
+    first = Span("denoise", "stage", "dit", nothing, nothing, nothing, children=steps[:1])
+    second = Span("denoise 2", "stage", "dit", nothing, nothing, nothing, children=steps[1:], part="denoise")
+    record = RunRecord("cpu", False, {}, None, None, [], [first, second], {}, {})
+    assert record.step_seconds() == 3.0
+    old = record.to_json()
+    for stage in old["stages"]:
+        del stage["part"]
+    assert RunRecord.from_json(old).step_seconds() == 1.0
+
+
 def test_the_json_has_no_other_keys_than_these() -> None:
     data = a_record().to_json()
     design = {
@@ -80,7 +93,7 @@ def test_the_json_has_no_other_keys_than_these() -> None:
         f"{when}_{what}_bytes" for when in ("start", "peak", "end") for what in ("allocated", "reserved", "device")
     }
     stage_keys = memory_keys | {
-        "name", "kind", "component", "activation_bytes", "seconds", "host_rss_bytes", "pinned_bytes", "repeats", "notes",
+        "name", "part", "kind", "component", "activation_bytes", "seconds", "host_rss_bytes", "pinned_bytes", "repeats", "notes",
         "children",
     }  # fmt: skip
     assert all(set(stage) == stage_keys for stage in (*data["stages"], *data["stages"][1]["children"]))

@@ -9,9 +9,9 @@ from torch import nn
 from wanvram.config import Request, RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import OutOfMemory
-from wanvram.kernels.attention import attention
+from wanvram.kernels.scaled_attention import attention
 from wanvram.machine.driver import LATER_BYTES
-from wanvram.predict.simulate import simulated_memory
+from wanvram.predict.simulate import simulated_device
 from wanvram.simulate.gpus import GPUS
 from wanvram.units import GIB, MIB
 
@@ -21,7 +21,7 @@ MEBI_FLOATS = (512, 512)  # fp32: exactly 1 MiB
 def simulated(gpu: str = "h200", limit_bytes: int | None = None) -> SimulatedDevice:
     request = Request.for_task("t2v-1.3B")
     config = RunConfig("x", "", "simulated", request, gpu=gpu, memory_limit_bytes=limit_bytes)
-    return SimulatedDevice(simulated_memory(config, keep_events=True))
+    return simulated_device(config, keep_events=True)
 
 
 def allocated(device: SimulatedDevice) -> int:

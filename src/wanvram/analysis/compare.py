@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.foreign_text import quoted, shown, why
 from wanvram.record import Failure, RunRecord, Span, dotted
 from wanvram.units import human, parse_bytes
 
@@ -28,6 +27,7 @@ __all__ = [
     "judge",
     "metrics",
     "parse_condition",
+    "working_seconds",
 ]
 
 Number = int | float
@@ -52,38 +52,38 @@ _PREDICTED = (
 def metrics(record: RunRecord) -> dict[Key, Number | None]:
     """Every figure; None where it is unknown. A stage that ran twice gives its higher bytes and the sum of its seconds.
 
-    `seconds` leaves loading out, which has no time on the simulated device. Raises InputError for a value of a wrong type.
+    `seconds` leaves loading out, which has no time on the simulated device.
     """
     result: dict[Key, Number | None] = {}
     for key, value in _figures(record):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise InputError(f"the record is damaged: {shown('.'.join(key), 100)} is {quoted(value)}")
         result[key] = _joined(key, result.get(key), value)
     return result
 
 
-def _figures(record: RunRecord) -> Iterator[tuple[Key, Any]]:
-    try:
-        peak, where = record.peak(), record.peak_span()
-        if peak is not None and where is not None:
-            for name in ("allocated_bytes", "reserved_bytes", "device_bytes"):
-                yield ("peak", name), getattr(peak, name)
-            yield ("fragmentation", "at_peak"), where.peak.fragmentation
-        for span in record.stages:
-            for name, value in _stage(span):
-                yield ("stages", span.name, name), value
-        for component in record.components:
-            for name in _COMPONENT_FIGURES:
-                yield ("components", component.name, name), getattr(component, name)
-        for name, value in record.host.items():
-            yield ("host", name), value
-        timed = [s.seconds for s in record.stages if s.kind == "stage" and s.seconds is not None]
-        yield ("seconds",), sum(timed) if timed else None
-    except (AttributeError, TypeError) as error:
-        raise InputError(f"the record is damaged: {why(error)}") from error
+def _figures(record: RunRecord) -> Iterator[tuple[Key, Number | None]]:
+    peak, where = record.peak(), record.peak_span()
+    if peak is not None and where is not None:
+        for name in ("allocated_bytes", "reserved_bytes", "device_bytes"):
+            yield ("peak", name), getattr(peak, name)
+        yield ("fragmentation", "at_peak"), where.peak.fragmentation
+    for span in record.stages:
+        for name, value in _stage(span):
+            yield ("stages", span.name, name), value
+    for component in record.components:
+        for name in _COMPONENT_FIGURES:
+            yield ("components", component.name, name), getattr(component, name)
+    for name, value in record.host.items():
+        yield ("host", name), value
+    yield ("seconds",), working_seconds(record)
 
 
-def _stage(span: Span) -> Iterator[tuple[str, Any]]:
+def working_seconds(record: RunRecord) -> float | None:
+    """Of the stages without loading, which predictions do not time; None where none was timed."""
+    timed = [span.seconds for span in record.stages if span.kind == "stage" and span.seconds is not None]
+    return sum(timed) if timed else None
+
+
+def _stage(span: Span) -> Iterator[tuple[str, Number | None]]:
     yield "start_allocated_bytes", span.start.allocated_bytes
     yield "peak_allocated_bytes", span.peak.allocated_bytes
     yield "peak_reserved_bytes", span.peak.reserved_bytes

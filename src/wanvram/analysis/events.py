@@ -19,7 +19,7 @@ from wanvram.input_files import read_text
 from wanvram.strict_json import strict_json
 from wanvram.units import MIB
 
-__all__ = ["EventGroup", "EventSummary", "Growth", "read_events"]
+__all__ = ["EventGroup", "EventGrowth", "EventSummary", "read_events"]
 
 MAX_FILE_BYTES = 256 * MIB  # an event has about 300 bytes
 START = ": start"
@@ -44,7 +44,7 @@ class EventGroup:
 
 
 @dataclass(frozen=True)
-class Growth:
+class EventGrowth:
     """From one event to the next, allocated bytes."""
 
     after: str
@@ -60,7 +60,7 @@ class EventSummary:
     seconds: float
     peak: EventGroup | None
     groups: tuple[EventGroup, ...]
-    growth: tuple[Growth, ...]
+    growth: tuple[EventGrowth, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _summary(events: list[_Event], strange: Sequence[str]) -> EventSummary:
     groups = tuple(_group(name, same, first) for name, same in by_name.items())
     known = [group for group in groups if group.allocated_bytes is not None]
     growth = [
-        Growth(before.name, after.name, after.allocated - before.allocated)
+        EventGrowth(before.name, after.name, after.allocated - before.allocated)
         for before, after in pairwise(events)
         if before.allocated is not None and after.allocated is not None and after.allocated > before.allocated
     ]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from io import BufferedIOBase
+from typing import Any
 
 from wanvram.errors import DamagedError, InputError
 from wanvram.foreign_text import why
@@ -31,13 +32,8 @@ class Odd:
 
 ODD = Odd()
 
+_GET = re.compile(rb"h(.)|j(....)", re.DOTALL)  # BINGET and LONG_BINGET
 _GETS = re.compile(rb"(?:h.|j....)*e", re.DOTALL)  # a list of nothing but values seen before, to its end
-# A value of one opcode, or text, a pair or a list that is put into the memo: what the dicts that come in millions hold.
-_VALUE = (
-    rb"(h.|j.{4}|K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6}|\x8a\x07.{7}|\x8a\x08.{8}"
-    rb"|\x8c\x03.{3}\x94|\x8c\x00\x94|K.K.\x86\x94|\]\x94\((?:h.|j.{4})+e)"
-)
-_MEMOIZED = b"\x8c\x5dK"  # how the last four of them begin; K is also a number on its own
 _SIZED = {
     0x43: ("<B", ODD),
     0x42: ("<I", ODD),
@@ -61,7 +57,7 @@ class PlainUnpickler:
     finish_dict and finish_list are called when a container got its (first 1,000) items and may return what takes its place.
     """
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: BufferedIOBase, name: str) -> None:
         self._file = file
         self._name = name
         self._stack: list[Any] = []
@@ -71,7 +67,6 @@ class PlainUnpickler:
         self._texts: dict[bytes, str] = {}
         self._tuples: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._lists: dict[bytes, Any] = {}  # what finish_list made of a run of GETs
-        self._shapes: list[tuple[re.Pattern[bytes], tuple[bool, ...]]] = []
         self._text_size = self._kept = 0
         self._read = self._skip = 0  # _skip: bytes to pass over when reading on
         self._plain: dict[int, Callable[[], None]] = {
@@ -93,23 +88,6 @@ class PlainUnpickler:
         target.extend(items)
         self._keep(len(items))
         return target
-
-    def finish_shape(self, values: list[Any]) -> Any:
-        """What takes the place of a dict of a shape given to `learn`; it is not kept in the memo."""
-        raise NotImplementedError
-
-    def learn(self, keys: Sequence[str], wanted: Sequence[str]) -> None:
-        """From now on a dict of exactly these keys is matched at once; finish_shape gets the wanted values, in this order.
-
-        Twice as fast as opcode by opcode, where keys are memoized once, as a pickler does with the same objects.
-        """
-        if [key for key in keys if key in wanted] != list(wanted):
-            return
-        places = {text: i for i, text in enumerate(self._memo) if text.__class__ is str and text in keys}
-        if len(places) == len(keys):
-            gets = (b"h%c" % i if i < 256 else b"j" + struct.pack("<I", i) for i in map(places.__getitem__, keys))
-            pattern = rb"}\x94\(" + b"".join(re.escape(get) + _VALUE for get in gets) + b"u"
-            self._shapes.insert(0, (re.compile(pattern, re.DOTALL), tuple(key in wanted for key in keys)))
 
     # --- the interpreter ---------------------------------------------------------------------------------------------------
 
@@ -152,8 +130,6 @@ class PlainUnpickler:
                 pos += 5
             elif op == 0x28:  # MARK
                 pos = self._mark(data, pos + 1)
-            elif op == 0x7D and (end := self._shape(data, pos)):
-                pos = end
             elif op == 0x7D or op == 0x5D:  # EMPTY_DICT, EMPTY_LIST
                 value: Any = {} if op == 0x7D else []
                 push(value)
@@ -249,71 +225,13 @@ class PlainUnpickler:
                 if found in self._lists and not stack[-1]:
                     self._replace(self._lists[found])
                 elif len(found) > 1:
-                    self._replace(self.finish_list(stack[-1], self._gets(found)))
-                    self._remember(found, stack[-1])
+                    known = [self._memo[int.from_bytes(a or b, "little")] for a, b in _GET.findall(found)]
+                    self._replace(self.finish_list(stack[-1], known))
+                    if stack[-1].__class__ is not list and len(self._lists) < 1 << 16:
+                        self._lists[found] = stack[-1]
                 return run.end()
         self._marks.append(len(stack))
         return pos
-
-    def _shape(self, data: bytes, pos: int) -> int:
-        """Builds a whole dict of a learned shape; the position after it, 0 when there is none here."""
-        for pattern, wanted in self._shapes:
-            found = pattern.match(data, pos)
-            if found:
-                self._memo.append(None)
-                values = []
-                for code, is_wanted in zip(found.groups(), wanted, strict=True):
-                    if is_wanted:
-                        values.append(self._simple(code))
-                    elif code[0] in _MEMOIZED:
-                        self._simple(code)
-                self._stack.append(self.finish_shape(values))
-                return found.end()
-        return 0
-
-    def _simple(self, code: bytes) -> Any:
-        """The value of what _VALUE matched; what ends in MEMOIZE goes into the memo."""
-        op = code[0]
-        if op == 0x68:
-            return self._memo[code[1]]
-        if op == 0x8A:
-            return int.from_bytes(code[2:], "little", signed=True)
-        if op == 0x4B and len(code) == 2:
-            return code[1]
-        if op == 0x4A:
-            return int.from_bytes(code[1:], "little", signed=True)
-        if op == 0x4D:
-            return int.from_bytes(code[1:], "little")
-        if op == 0x6A:
-            return self._memo[int.from_bytes(code[1:], "little")]
-        value: Any
-        if op == 0x5D:
-            place = len(self._memo)
-            self._memo.append(None)
-            value = self._lists.get(code[3:])
-            if value is None:
-                value = self.finish_list([], self._gets(code[3:]))
-                self._remember(code[3:], value)
-            self._memo[place] = value
-            return value
-        value = self._text(code[2:-1]) if op == 0x8C else (code[1], code[3])
-        self._memo.append(self._tuples.setdefault(value, value) if op == 0x4B else value)
-        return value
-
-    def _remember(self, run: bytes, value: Any) -> None:
-        if value.__class__ is not list and len(self._lists) < 1 << 16:
-            self._lists[run] = value
-
-    def _gets(self, run: bytes) -> list[Any]:
-        memo, found, pos = self._memo, [], 0
-        while run[pos] != 0x65:
-            if run[pos] == 0x68:
-                found.append(memo[run[pos + 1]])
-                pos += 2
-            else:
-                found.append(memo[int.from_bytes(run[pos + 1 : pos + 5], "little")])
-                pos += 5
-        return found
 
     # --- building ----------------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 __all__ = ["Point", "Points"]
 
 MAX_BUCKETS = 1332  # of up to three points each
 
 Point = tuple[float, int, int]  # seconds, allocated bytes, reserved bytes
+_ALLOCATED, _RESERVED = itemgetter(1), itemgetter(2)
 
 
 class Points:
@@ -15,6 +18,9 @@ class Points:
     def __init__(self) -> None:
         self._buckets: list[tuple[Point, Point, Point]] = []
         self._stride = 1
+        self._begin()
+
+    def _begin(self) -> None:
         self._count = 0
         self._low: Point = (0.0, 1 << 80, 0)
         self._high: Point = (0.0, -1 << 80, 0)
@@ -41,24 +47,11 @@ class Points:
 
     def _close(self) -> None:
         self._buckets.append((self._low, self._high, self._held))
-        self._low, self._high, self._held = (0.0, 1 << 80, 0), (0.0, -1 << 80, 0), (0.0, 0, -1 << 80)
-        self._count = 0
+        self._begin()
         if len(self._buckets) > MAX_BUCKETS:
             pairs = [self._buckets[i : i + 2] for i in range(0, len(self._buckets), 2)]
             self._buckets = [
-                (
-                    min((b[0] for b in p), key=_allocated),
-                    max((b[1] for b in p), key=_allocated),
-                    max((b[2] for b in p), key=_reserved),
-                )
-                for p in pairs
+                (min(low, key=_ALLOCATED), max(high, key=_ALLOCATED), max(held, key=_RESERVED))
+                for low, high, held in (zip(*pair, strict=True) for pair in pairs)
             ]
             self._stride *= 2
-
-
-def _allocated(point: Point) -> int:
-    return point[1]
-
-
-def _reserved(point: Point) -> int:
-    return point[2]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wanvram.analysis.points import Point, Points
@@ -22,7 +22,7 @@ __all__ = [
     "Block",
     "Frame",
     "Live",
-    "Refusal",
+    "OutOfMemoryEvent",
     "Replay",
     "Rules",
     "Segment",
@@ -89,7 +89,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class OutOfMemoryEvent:
     """An out-of-memory event: the bytes asked for and what the driver had free."""
 
     seconds: float
@@ -127,17 +127,6 @@ class Rules:
                 step = max((1 << (size.bit_length() - 1)) // parts, 1)
                 return -(-size // step) * step
         return -(-max(size, 1) // MIN_BLOCK) * MIN_BLOCK
-
-
-@dataclass(frozen=True)
-class Range:
-    """Reserved addresses [start, start + size)."""
-
-    start: int
-    size: int
-    stream: int
-    small: bool
-    expandable: bool
 
 
 Live = tuple[int, int, Stack, int, int]  # block bytes, requested bytes, stack, event of alloc, event of free_requested
@@ -178,11 +167,11 @@ class Replay:
     pending: dict[int, Live] = field(default_factory=dict)
     gone: dict[int, Live] = field(default_factory=dict)  # completed since the peak, allocated before it
     large: list[int] = field(default_factory=list)  # sorted addresses of blocks whose size depends on their neighbour
-    ranges: dict[int, Range] = field(default_factory=dict)
+    ranges: dict[int, Segment] = field(default_factory=dict)  # reserved, by address; without blocks
     starts: list[int] = field(default_factory=list)  # sorted keys of ranges
-    peak_ranges: dict[int, Range] | None = None  # None: the same as ranges
+    peak_ranges: dict[int, Segment] | None = None  # None: the same as ranges
     points: Points = field(default_factory=Points)
-    refusals: list[Refusal] = field(default_factory=list)
+    refusals: list[OutOfMemoryEvent] = field(default_factory=list)
     strange: int = 0  # events that cannot be, which are left out
     first_strange: str = ""
 
@@ -206,7 +195,7 @@ class Replay:
             elif action == "free_completed":
                 self._complete(addr, size)
             elif action == "oom":
-                self.refusals.append(Refusal(x, size, addr))
+                self.refusals.append(OutOfMemoryEvent(x, size, addr))
             else:
                 self._segment_event(action, addr, size, stream)
             self.points.add(x, self.allocated, self.reserved)
@@ -242,7 +231,7 @@ class Replay:
             return block
         held = self.ranges[self.starts[place]]
         after = bisect_left(self.large, addr)
-        end = min(held.start + held.size, self.large[after] if after < len(self.large) else NEVER)
+        end = min(held.address + held.size, self.large[after] if after < len(self.large) else NEVER)
         room = end - addr
         splits = self.rules.max_split is None or block < self.rules.max_split
         return block if held.expandable or room < block or (splits and room - block > SMALL_SIZE) else room
@@ -278,37 +267,37 @@ class Replay:
         if action in ("segment_alloc", "segment_map"):
             self.reserved += size
             self.peak_reserved = max(self.peak_reserved, self.reserved)
-            self._reserve(Range(addr, size, stream, size <= SMALL_BUFFER, action == "segment_map"))
+            self._reserve(Segment(addr, size, stream, size <= SMALL_BUFFER, action == "segment_map", ()))
         else:
             self.reserved -= size
             self._release(addr, size)
 
-    def _reserve(self, new: Range) -> None:
+    def _reserve(self, new: Segment) -> None:
         """Mapped pages join their neighbours of the same pool; cudaMalloc's segments never do."""
         if new.expandable:
-            place = bisect_left(self.starts, new.start)
+            place = bisect_left(self.starts, new.address)
             near = [self.ranges[start] for start in self.starts[max(place - 1, 0) : place + 1]]
             for other in near:
-                touches = other.start + other.size == new.start or new.start + new.size == other.start
+                touches = other.address + other.size == new.address or new.address + new.size == other.address
                 if touches and other.expandable and (other.stream, other.small) == (new.stream, new.small):
-                    self._drop(other.start)
-                    start = min(other.start, new.start)
-                    new = Range(start, other.size + new.size, new.stream, new.small, True)
-        if new.start not in self.ranges:
-            insort(self.starts, new.start)
-        self.ranges[new.start] = new
+                    self._drop(other.address)
+                    start = min(other.address, new.address)
+                    new = replace(new, address=start, size=other.size + new.size)
+        if new.address not in self.ranges:
+            insort(self.starts, new.address)
+        self.ranges[new.address] = new
 
     def _release(self, addr: int, size: int) -> None:
         place = bisect_right(self.starts, addr) - 1
         held = self.ranges[self.starts[place]] if place >= 0 else None
-        if held is None or addr + size > held.start + held.size:
+        if held is None or addr + size > held.address + held.size:
             return  # reserved before the recording
-        self._drop(held.start)
-        rest = ((held.start, addr), (addr + size, held.start + held.size))
+        self._drop(held.address)
+        rest = ((held.address, addr), (addr + size, held.address + held.size))
         for start, end in rest:
             if end > start:
                 insort(self.starts, start)
-                self.ranges[start] = Range(start, end - start, held.stream, held.small, held.expandable)
+                self.ranges[start] = replace(held, address=start, size=end - start)
 
     def _drop(self, start: int) -> None:
         del self.ranges[start]

@@ -6,11 +6,9 @@ Of every recorded stack only the innermost frame outside of PyTorch is kept.
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from wanvram.analysis.replay import (
     Block,
     Frame,
     Live,
-    Refusal,
+    OutOfMemoryEvent,
     Replay,
     Rules,
     Segment,
@@ -31,19 +29,19 @@ from wanvram.analysis.replay import (
 )
 from wanvram.analysis.snapshot_unpickler import Mark, SnapshotUnpickler
 from wanvram.errors import InputError
-from wanvram.foreign_text import shown, why
-from wanvram.input_files import open_regular
+from wanvram.foreign_text import shown
+from wanvram.input_files import unpacked
 from wanvram.units import human
 
 __all__ = [
     "AliveGroup",
+    "AllocatorMoment",
     "Block",
     "DeviceHistory",
     "Frame",
     "Hole",
     "HostMemory",
-    "Moment",
-    "Refusal",
+    "OutOfMemoryEvent",
     "Segment",
     "Snapshot",
     "TraceEntry",
@@ -76,7 +74,7 @@ class Hole:
 
 
 @dataclass(frozen=True)
-class Moment:
+class AllocatorMoment:
     """The allocator at one time. sum of alive == allocated_bytes; segments and holes are empty where the history is incomplete."""
 
     seconds: float
@@ -98,12 +96,12 @@ class DeviceHistory:
     events: int
     complete: bool
     points: tuple[Point, ...]
-    peak: Moment
+    peak: AllocatorMoment
     peak_active_bytes: int
     peak_reserved_bytes: int
     allocated_bytes: int
     reserved_bytes: int
-    out_of_memory: tuple[Refusal, ...]
+    out_of_memory: tuple[OutOfMemoryEvent, ...]
     stages: tuple[tuple[str, int, float, float], ...]
 
     @property
@@ -183,17 +181,9 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def _load(path: Path, rules: Rules) -> tuple[Any, SnapshotUnpickler]:
-    try:
-        with open_regular(path) as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-            reader = SnapshotUnpickler(file, shown(path), rules)
-            root = reader.load()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{shown(path)} is a truncated or damaged gzip file") from error
-    except OSError as error:
-        raise InputError(f"{shown(path)} cannot be read: {why(error)}") from error
+    with unpacked(path) as file:
+        reader = SnapshotUnpickler(file, shown(path), rules)
+        root = reader.load()
     parts = [root.get(key) for key in ("segments", "device_traces")] if isinstance(root, dict) else [root]
     if not any(isinstance(part, list) for part in parts):
         raise InputError(f"{shown(path)} is no CUDA allocator snapshot: it has neither segments nor device_traces")
@@ -294,7 +284,7 @@ def _history(
 
 def _peak(
     replay: Replay, older: Sequence[Block], base: int, base_reserved: int, known: Sequence[Segment] | None
-) -> Moment:
+) -> AllocatorMoment:
     """known: the segments then; None if the replay knows them."""
     alive, pending = replay.at_peak()
     groups: Counter[tuple[int, str]] = Counter((live[0], live[2].where) for live in alive.values())
@@ -302,7 +292,7 @@ def _peak(
     ranked = sorted(((size * n, n, where) for (size, where), n in groups.items()), key=lambda g: (-g[0], g[2]))
     x, allocated, reserved = replay.peak
     segments = _map(replay, alive, pending) if known is None else tuple(known)
-    return Moment(
+    return AllocatorMoment(
         seconds=x,
         allocated_bytes=allocated + base,
         reserved_bytes=reserved + base_reserved,
@@ -329,7 +319,7 @@ def _map(replay: Replay, alive: dict[int, Live], pending: dict[int, Live]) -> tu
             free, at = address + live[0], at + 1
         if free < end:
             blocks.append(Block(free, end - free, 0, INACTIVE))
-        result.append(Segment(start, held.size, held.stream, held.small, held.expandable, tuple(blocks)))
+        result.append(replace(held, blocks=tuple(blocks)))
     return tuple(result)
 
 

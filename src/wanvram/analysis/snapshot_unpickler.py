@@ -6,7 +6,8 @@ A value that cannot be costs what it belongs to: an event, a block, a segment.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 from wanvram.analysis.pickles import ODD, PlainUnpickler
 from wanvram.analysis.places import is_own, place_of
@@ -19,7 +20,7 @@ FRAME_COST = 4  # what a stack frame takes in memory, in values that are kept
 REPLAY_COST = 16
 
 
-class _Entry(tuple[Any, ...]):
+class _AllocatorEvent(tuple[Any, ...]):
     """action, address, size, stream, time in microseconds, stack: as Replay.feed takes it."""
 
     __slots__ = ()
@@ -40,14 +41,13 @@ class Mark(tuple[Any, ...]):
 class SnapshotUnpickler(PlainUnpickler):
     """Feeds trace entries to a replay per trace as they complete, and shrinks frames, blocks and segments."""
 
-    def __init__(self, file: BinaryIO, name: str, rules: Rules) -> None:
+    def __init__(self, file: BufferedIOBase, name: str, rules: Rules) -> None:
         super().__init__(file, name)
         self._rules = rules
         self._frames: dict[Frame, _Framed] = {}
         self._named: dict[Frame, Stack] = {}
         self.odd: Counter[str] = Counter()  # what was left out: block, segment, annotation
         self.first_odd: dict[str, str] = {}
-        self._seen: set[tuple[str, ...]] = set()
         self._replays: dict[int, tuple[Any, Replay]] = {}  # id of the trace's list -> (the list, its replay)
         self._held: dict[int, int] = {}  # id of the trace's list -> the values that its replay holds
 
@@ -81,20 +81,16 @@ class SnapshotUnpickler(PlainUnpickler):
 
     def finish_list(self, target: Any, items: list[Any]) -> Any:
         kinds = {item.__class__ for item in items}
-        if _Entry in kinds:
+        if _AllocatorEvent in kinds:
             if len(kinds) > 1:
-                for _ in range(sum(item.__class__ is not _Entry for item in items)):
+                for _ in range(sum(item.__class__ is not _AllocatorEvent for item in items)):
                     self.replay_of(target).leave_out("is no event")
-                items = [item for item in items if item.__class__ is _Entry]
+                items = [item for item in items if item.__class__ is _AllocatorEvent]
             self._feed(target, items)
             return target
         if _Framed in kinds and target.__class__ is list and not target:
             return self._place([item for item in items if item.__class__ is _Framed])
         return super().finish_list(target, items) if target.__class__ is list and _Framed not in kinds else target
-
-    def finish_shape(self, values: list[Any]) -> Any:
-        values[5] = _stack(values[5])
-        return _Entry(values)
 
     def _odd(self, what: str, key: str, value: Any) -> Any:
         """What stands for something that cannot be; it is counted, and the first of its kind named."""
@@ -102,11 +98,7 @@ class SnapshotUnpickler(PlainUnpickler):
         self.first_odd.setdefault(what, f"{key} {quoted(value)}")
         return ODD
 
-    def _entry(self, value: dict[Any, Any]) -> _Entry:
-        keys = tuple(value)
-        if keys not in self._seen and len(self._seen) < 8:
-            self._seen.add(keys)
-            self.learn(keys, ("action", "addr", "size", "stream", "time_us", "frames"))
+    def _entry(self, value: dict[Any, Any]) -> _AllocatorEvent:
         self.forget(value, None)
         for item in value.values():
             if item.__class__ is list or item.__class__ is dict:
@@ -114,7 +106,9 @@ class SnapshotUnpickler(PlainUnpickler):
         get = value.get
         action = get("action")
         addr = get("device_free" if action == "oom" else "addr", 0)
-        return _Entry((action, addr, get("size", 0), get("stream", 0), get("time_us", 0), _stack(get("frames"))))
+        return _AllocatorEvent(
+            (action, addr, get("size", 0), get("stream", 0), get("time_us", 0), _stack(get("frames")))
+        )
 
     def _frame(self, value: dict[Any, Any]) -> _Framed:
         filename, line, name = value["filename"], value["line"], value.get("name")

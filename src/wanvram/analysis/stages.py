@@ -32,10 +32,10 @@ __all__ = [
     "Analysis",
     "Bottleneck",
     "Fragmentation",
-    "Growth",
     "Loading",
     "SpecMoments",
     "StageUse",
+    "StepGrowth",
     "Switch",
     "analyze_run",
     "steady_growth",
@@ -116,7 +116,7 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Growth:
+class StepGrowth:
     """Allocated at the end of every recorded step of a stage. leak None: too few steps to tell.
 
     bytes_per_step is the slope after the warm-up and before the last step, and 0 when there is no steady growth.
@@ -154,7 +154,7 @@ class Analysis:
     loading: tuple[Loading, ...]
     inference: tuple[str, ...]
     switches: tuple[Switch, ...]
-    growth: tuple[Growth, ...]
+    growth: tuple[StepGrowth, ...]
     fragmentation_at_peak: float
     fragmentation_highest: float
     peaks: tuple[Moment, ...]
@@ -269,8 +269,8 @@ def _fragmentation(span: Span, window: _Window | None) -> Fragmentation:
 
 def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
     """With several prompts: before the first forward of all, the highest of all blocks, after the last decode."""
-    denoise = [s for s in stages if s.kind == "stage" and s.name.partition(" ")[0] == "denoise"]
-    decode = [s for s in stages if s.kind == "stage" and s.name.partition(" ")[0] == "decode"]
+    denoise = [s for s in stages if s.kind == "stage" and s.part == "denoise"]
+    decode = [s for s in stages if s.kind == "stage" and s.part == "decode"]
     blocks = [(stage, s) for stage in denoise for s in stage.walk() if s.kind == "block"]
     stage, highest = max(blocks, key=lambda pair: pair[1].peak.allocated_bytes, default=(None, None))
     return SpecMoments(
@@ -318,7 +318,7 @@ def _switches(
 # --- growth --------------------------------------------------------------------------------------------------------------
 
 
-def _growths(record: RunRecord) -> Iterator[Growth]:
+def _growths(record: RunRecord) -> Iterator[StepGrowth]:
     for stage in record.stages:
         ends: list[int] = []
         steps = [child for child in stage.children if child.kind == "step"]
@@ -327,7 +327,7 @@ def _growths(record: RunRecord) -> Iterator[Growth]:
             repeats = 1 if record.simulated else min(step.repeats, MAX_STEPS - len(ends))
             ends += [step.end.allocated_bytes] * repeats
         if len(ends) > 1:
-            yield Growth(stage.name, tuple(ends), *steady_growth(ends), steps=sum(step.repeats for step in steps))
+            yield StepGrowth(stage.name, tuple(ends), *steady_growth(ends), steps=sum(step.repeats for step in steps))
 
 
 def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:

@@ -6,10 +6,9 @@ Of every event that matters 20 to 44 bytes stay in memory, so that a 2 GiB trace
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from collections import Counter
+from gzip import GzipFile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from wanvram.analysis.trace_summary import (
     summarize,
 )
 from wanvram.errors import InputError
-from wanvram.foreign_text import quoted, shown, why
-from wanvram.input_files import open_regular
+from wanvram.foreign_text import quoted, shown
+from wanvram.input_files import DAMAGED_GZIP, unpacked
 
 __all__ = ["OUTSIDE", "Kernel", "MemoryCurve", "Operator", "TraceSpan", "TraceSummary", "read_trace"]
 
@@ -280,20 +279,16 @@ def read_trace(path: Path) -> TraceSummary:
     (a killed process) is read as far as it goes, events that cannot be read are left out, and `notes` says so.
     """
     collector, cut = _Collector(shown(path)), False
-    with open_regular(path) as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-        scanner = EventScanner(file.read1 if packed else file.read, shown(path))
+    with unpacked(path) as file:
+        # GzipFile.read would keep what precedes a damaged place to itself.
+        scanner = EventScanner(file.read1 if isinstance(file, GzipFile) else file.read, shown(path))
         try:
             for event in scanner.events():
                 collector.take(event)
-        except (TruncatedError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (TruncatedError, *DAMAGED_GZIP) as error:
             if not collector.events:
                 raise InputError(f"{shown(path)} breaks off or is damaged before its first event") from error
             cut = True
-        except OSError as error:
-            raise InputError(f"{shown(path)} cannot be read: {why(error)}") from error
     if not collector.events:
         raise InputError(f"{shown(path)} holds no events: nothing was recorded while the profiler ran")
     read = collector.events - sum(collector.left_out.values())

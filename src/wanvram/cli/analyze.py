@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import gzip
 import json
 import re
 import stat
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -34,8 +33,8 @@ from wanvram.analysis.trace import TraceSummary, read_trace
 from wanvram.cli.common import progress_printer
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
-from wanvram.foreign_text import shown, why
-from wanvram.input_files import open_regular, read_text, state_of
+from wanvram.foreign_text import shown
+from wanvram.input_files import DAMAGED_GZIP, read_text, state_of, unpacked
 from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
 from wanvram.report.findings import advice_first
@@ -58,6 +57,15 @@ _NAMED = (
     ("snapshot", _PICKLE),
     ("unnamed snapshot", re.compile(r"snapshot[^.]*$", re.IGNORECASE)),
 )
+_SNAPSHOT_FIGURES: tuple[str, ...] = (
+    "device",
+    "events",
+    "recorded",
+    "complete",
+    "peak_allocated_bytes",
+    "peak_active_bytes",
+)
+_SNAPSHOT_FIGURES += ("peak_reserved_bytes", "allocated_bytes", "reserved_bytes")
 MAX_FILES = 10_000  # looked at in a folder
 MAX_LOOKED_INTO = 100  # JSON files that are opened to see what they are
 MOST_DIFFERENT = 0.01  # of the record's peak, for a trace's peak to be the same
@@ -115,7 +123,7 @@ def _kind(path: Path) -> tuple[str, Path]:
 
 
 def _kind_of_file(path: Path) -> str:
-    head = _head(path).removeprefix(codecs.BOM_UTF8)
+    head = _head(path)
     if head[:1] == b"\x80" or _PICKLE.search(path.name):  # what a pickle of protocol 2 or later begins with
         return "snapshot"
     if _EVENTS.match(head):
@@ -153,9 +161,7 @@ def _found(files: Sequence[Path]) -> tuple[str, list[Path]] | None:
         if named[kind]:
             return kind, named[kind]
     others = sorted(p for p in files if _JSON.search(p.name) and p.name != "timeline.json")[:MAX_LOOKED_INTO]
-    traces = [
-        p for p in others if _kind_of_file(p) == "trace" and _TRACE_HEAD.match(_head(p).removeprefix(codecs.BOM_UTF8))
-    ]
+    traces = [p for p in others if _kind_of_file(p) == "trace" and _TRACE_HEAD.match(_head(p))]
     if traces:
         return "trace", traces
     return ("snapshot", named["unnamed snapshot"]) if named["unnamed snapshot"] else None
@@ -169,15 +175,9 @@ def _is_regular(path: Path) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    with open_regular(path) as raw:
-        try:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            return gzip.GzipFile(fileobj=raw).read(HEAD_BYTES) if packed else raw.read(HEAD_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            return b""  # the reader of traces says that it breaks off
-        except OSError as error:
-            raise InputError(f"{shown(path)} cannot be read: {why(error)}") from error
+    with unpacked(path) as file, suppress(*DAMAGED_GZIP):  # the reader of traces says that it breaks off
+        return file.read(HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+    return b""
 
 
 def _nearby(path: Path) -> str:
@@ -241,20 +241,9 @@ def _beside_record(path: Path, trace: TraceSummary) -> Iterator[str]:
 def _analyze_snapshot(path: Path) -> Result:
     snapshot = read_snapshot(path)
     main = snapshot.main
-    figures = {
-        "peak_allocated_bytes": main.peak_allocated_bytes,
-        "peak_active_bytes": main.peak_active_bytes,
-        "peak_reserved_bytes": main.peak_reserved_bytes,
-        "allocated_bytes": main.allocated_bytes,
-        "reserved_bytes": main.reserved_bytes,
-    }
     document = {
         "schema": 1,
-        "device": main.device,
-        "events": main.events,
-        "recorded": main.recorded,
-        "complete": main.complete,
-        **figures,
+        **{figure: getattr(main, figure) for figure in _SNAPSHOT_FIGURES},
         "peak": {
             "seconds": main.peak.seconds,
             "alive": [asdict(group) for group in main.peak.alive],

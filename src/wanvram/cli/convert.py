@@ -45,12 +45,12 @@ def _components(text: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> int:
     from wanvram.errors import InputError
-    from wanvram.weights.convert import Job, convert, verify
+    from wanvram.weights.convert import Conversion, convert, verify
 
     if args.fp8_text_encoder and args.precision != "fp8":
         raise InputError(f"--fp8_text_encoder has no effect with --precision {args.precision}; it goes with fp8")
     dit = TASKS[args.task].dit if args.task else None
-    job = Job(args.checkpoint, args.precision, dit, args.components, args.fp8_text_encoder)
+    job = Conversion(args.checkpoint, args.precision, dit, args.components, args.fp8_text_encoder)
     progress = progress_printer(args)
     manifest = convert(job, args.output, progress=progress)
     verified = verify(args.output, manifest, progress) if args.verify else None

@@ -55,9 +55,11 @@ def _export(args: argparse.Namespace, config: RunConfig) -> int:
         raise InputError("--memory_viz and -o: give one of them; a run directory has its timeline.json")
     if args.memory_viz.exists() and not args.force:
         raise InputError(f"--memory_viz {args.memory_viz} exists; give --force to replace it")
-    from wanvram.predict.simulate import simulate_with_timeline
+    from wanvram.predict.simulate import simulate
     from wanvram.report.memory_viz import export_timeline
+    from wanvram.simulate.timeline import Timeline
 
-    record, timeline = simulate_with_timeline(config, video=True)
-    export_timeline(args.memory_viz, timeline)
+    record, memory = simulate(config, video=True, timeline=True)
+    assert isinstance(memory.observer, Timeline)
+    export_timeline(args.memory_viz, memory.observer)
     return finish(record, args, None)

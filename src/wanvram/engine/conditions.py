@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def clip_features(
     """[1 or 2, 257, clip_dim]. The pictures shrink to CLIP's square on the host."""
     with device.computing_on_host():
         pixels = clip.preprocess([picture[:, None] for picture in inputs.boundary_pictures()])
-    return clip(device.upload(pixels), walk=walk)
+    return clip.forward(device.upload(pixels), walk=walk)
 
 
 def image_condition(encode: Encode, device: Device, inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -99,7 +100,7 @@ def vace_context(encode: Encode, device: Device, inputs: Inputs, dtype: torch.dt
     for index, reference in enumerate(inputs.references):
         with device.computing_on_host():
             canvas = letterbox(unit(reference), inputs.height, inputs.width)[:, None]
-        context[:channels, index : index + 1].copy_(encode(lambda canvas=canvas: iter([device.upload(canvas)])))
+        context[:channels, index : index + 1].copy_(encode(partial(_alone, device, canvas)))
     kept = encode(lambda: _part(device, inputs, remade=False))
     context[:channels, start:].copy_(kept)
     if inputs.source is not None:  # without a source both parts are the same zeros
@@ -109,6 +110,10 @@ def vace_context(encode: Encode, device: Device, inputs: Inputs, dtype: torch.dt
     del kept
     _write_mask(context[2 * channels :, start:], device, inputs)
     return context
+
+
+def _alone(device: Device, frame: Tensor) -> Iterator[Tensor]:
+    return iter([device.upload(frame)])
 
 
 def _part(device: Device, inputs: Inputs, *, remade: bool) -> Iterator[Tensor]:

@@ -17,25 +17,15 @@ from wanvram.record import Copies
 from wanvram.recorder.meters import CpuMeter, Meter
 from wanvram.simulate.memory import SimulatedMemory
 
-__all__ = ["CpuDevice", "Device", "SimulatedDevice"]
+__all__ = ["Copying", "CpuDevice", "Device", "Measuring", "Placing", "SimulatedDevice"]
+
+MEMORY_IS = "the caller's"  # read by simulate.timeline
 
 
-class Device:
-    """What a pipeline needs of a device. `torch_device` is where tensors are created, `meter` measures it."""
+class Placing:
+    """Where tensors are: on the device, at `torch_device`, or on the host, pinned or not."""
 
-    kind: str
-    name: str
     torch_device: torch.device
-    meter: Meter
-    computes_half = True  # float16 products are as good as any
-    repeats_itself = False  # equal steps take equally long and leave the same: one of them stands for all
-    copies_beside = False  # copies run beside the computation, so that a thread may read ahead
-
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """Everything that touches the device happens inside; meters that need a dispatch mode enter it here."""
-        with torch.no_grad():
-            yield
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
@@ -46,6 +36,29 @@ class Device:
     def host_room(self) -> int | None:
         """Bytes of RAM that can be taken without swapping; None where the host is not this machine's."""
         return None
+
+    def building(self) -> AbstractContextManager[None]:
+        """Around the construction of a model on meta, whose parameters are not memory yet."""
+        return nullcontext()
+
+    def computing_on_host(self) -> AbstractContextManager[None]:
+        """Around computation on host tensors, so that a simulated device books them there."""
+        return nullcontext()
+
+    def generator(self, seed: int) -> torch.Generator | None:
+        return torch.Generator(self.torch_device).manual_seed(seed)
+
+    def empty_cache(self) -> None:
+        """Gives cached, unused memory back to the driver."""
+
+    def hold_to_limit(self) -> None:
+        """The libraries are loaded: what is left of the limit is the allocator's."""
+
+
+class Copying:
+    """Every movement between host and device, and who waits for it. A mark is a moment in the order of one of them."""
+
+    copies_beside = False  # copies run beside the computation, so that a thread may read ahead
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         """Host tensor -> new device tensor."""
@@ -59,16 +72,6 @@ class Device:
         """Copies between host and device, ordered with the computation."""
         destination.copy_(source)
 
-    def generated_weights(self) -> None:
-        """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
-
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
-        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked."""
-
-    def video_sink(self) -> Any:
-        """Stands for the writer of a video where nothing is written; None where one has to be given."""
-        return None
-
     def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
         """Starts a host-to-device copy once `after` (a mark) has passed; returns the mark of its completion."""
         self.copy(destination, source)
@@ -80,10 +83,6 @@ class Device:
 
     def wait(self, mark: Any) -> None:
         """Lets later computation wait for a mark returned by `prefetch`."""
-
-    def copies(self) -> Copies:
-        """Prefetching since the start: bytes, how long it took and how long computation waited for it."""
-        return Copies()
 
     def reader_waits(self, mark: Any) -> None:
         """Stops the calling thread until a mark returned by `prefetch` has passed."""
@@ -105,28 +104,50 @@ class Device:
         """Copies between host tensors."""
         destination.copy_(source)
 
+
+class Measuring:
+    """What a run took. `meter` measures memory."""
+
+    meter: Meter
+    repeats_itself = False  # equal steps take equally long and leave the same: one of them stands for all
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Everything that touches the device happens inside; meters that need a dispatch mode enter it here."""
+        with torch.no_grad():
+            yield
+
+    def copies(self) -> Copies:
+        """Prefetching since the start: bytes, how long it took and how long computation waited for it."""
+        return Copies()
+
+
+class Booking:
+    """What a real run does beside the device, for where it is not done: then its time is booked."""
+
+    def generated_weights(self) -> None:
+        """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
+
+    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
+        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked."""
+
     def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
         """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked.
 
         kept_bytes: they were read before, with so many others since; None: for the first time.
         """
 
-    def generator(self, seed: int) -> torch.Generator | None:
-        return torch.Generator(self.torch_device).manual_seed(seed)
+    def video_sink(self) -> Any:
+        """Stands for the writer of a video where nothing is written; None where one has to be given."""
+        return None
 
-    def building(self) -> AbstractContextManager[None]:
-        """Around the construction of a model on meta, whose parameters are not memory yet."""
-        return nullcontext()
 
-    def computing_on_host(self) -> AbstractContextManager[None]:
-        """Around computation on host tensors, so that a simulated device books them there."""
-        return nullcontext()
+class Device(Placing, Copying, Measuring, Booking):
+    """What a pipeline needs of a device. `kind` and `name` say in records which it was; nothing in engine/ asks for them."""
 
-    def empty_cache(self) -> None:
-        """Gives cached, unused memory back to the driver."""
-
-    def hold_to_limit(self) -> None:
-        """The libraries are loaded: what is left of the limit is the allocator's."""
+    kind: str
+    name: str
+    computes_half = True  # float16 products are as good as any
 
 
 class CpuDevice(Device):
@@ -135,6 +156,7 @@ class CpuDevice(Device):
     kind = "cpu"
     name = "cpu"
     torch_device = torch.device("cpu")
+    meter: CpuMeter
     computes_half = False
 
     def __init__(self) -> None:

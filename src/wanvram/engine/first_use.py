@@ -6,8 +6,9 @@ import torch
 
 from wanvram.config import Strategy
 from wanvram.engine.devices import Device
-from wanvram.kernels import attention, rms_norm_
 from wanvram.kernels.conv import conv3d
+from wanvram.kernels.elementwise import rms_norm_
+from wanvram.kernels.scaled_attention import attention
 from wanvram.knobs import PRECISION
 from wanvram.models.precision import PRECISIONS
 

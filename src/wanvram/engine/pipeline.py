@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -29,7 +29,8 @@ from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
 from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
-from wanvram.sampling import solve, timesteps_and_sigmas
+from wanvram.request import Request
+from wanvram.sampling import Solver, solve, timesteps_and_sigmas
 
 __all__ = ["FrameSink", "OpenSink", "Pipeline"]
 
@@ -46,6 +47,7 @@ class PromptExtension(Protocol):
     """Rewrites the prompts before anything is loaded; `record` describes the component it used on the device, if any."""
 
     record: ComponentRecord | None
+    notes: list[str]
 
     def __call__(self, device: Device, recorder: Recorder) -> Sequence[str]: ...
 
@@ -190,7 +192,7 @@ class Pipeline:
 
     def _load(self, which: str, parts: Parts) -> None:
         name = self._name(which)
-        with self.recorder.span(f"load {name}", kind="load", component=name) as span:
+        with self.recorder.span(f"load {name}", kind="load", component=name, part=which) as span:
             component = parts.load(which)
         base = span.end.allocated_bytes - span.start.allocated_bytes
         self._loaded[name] = _Loaded(component, base)
@@ -287,7 +289,7 @@ class Pipeline:
 
     def _timesteps(self) -> list[int]:
         request = self.config.request
-        schedule = timesteps_and_sigmas(request.sample_solver, request.sample_steps, request.sample_shift)
+        schedule = timesteps_and_sigmas(_solver(request), request.sample_steps, request.sample_shift)
         return [int(t) for t in schedule.timesteps]
 
     def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra, turn: _Turn | None = None) -> _Plan:
@@ -317,8 +319,8 @@ class Pipeline:
     def _denoise(self, parts: Parts, index: int, conditions: Sequence[Prepared], plan: _Plan) -> torch.Tensor:
         """Noise, or where the transformer before left off -> latent [channels, F, h, w] float32 after the turn's steps."""
         component, name = self._use(plan.turn.model, parts), _numbered("denoise", index)
-        with self.recorder.span(name, kind="stage", component=component.name):
-            guide, trajectory = self._waiting.pop(index, None) or self._begun()
+        with self.recorder.span(name, kind="stage", component=component.name, part="denoise"):
+            guide, trajectory = self._waiting.pop(index) if index in self._waiting else self._begun()
             guide.velocity = self._velocity(component, conditions, plan.times)
             latent = self._steps(trajectory, component, plan.turn, name)
             if not plan.turn.is_last:
@@ -329,8 +331,8 @@ class Pipeline:
 
     def _begun(self) -> tuple[_Guide, Iterator[torch.Tensor]]:
         request, guide = self.config.request, _Guide()
-        schedule = timesteps_and_sigmas(request.sample_solver, self._steps_to_run(), request.sample_shift)
-        return guide, solve(request.sample_solver, guide, self._noise(), schedule)
+        schedule = timesteps_and_sigmas(_solver(request), self._steps_to_run(), request.sample_shift)
+        return guide, solve(_solver(request), guide, self._noise(), schedule)
 
     def _steps_to_run(self) -> int:
         steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
@@ -397,7 +399,7 @@ class Pipeline:
         for index in range(count):
             with open_sink(index) as sink:
                 name = _numbered("decode", index)
-                with self.recorder.span(name, kind="stage", component="vae"):
+                with self.recorder.span(name, kind="stage", component="vae", part="decode"):
                     latent = latents.pop(0)
                     latent = latent if count == 1 else self.device.upload(latent)
                     self._decode(component, latent, sink, name)
@@ -405,7 +407,7 @@ class Pipeline:
                 if index == count - 1:
                     self._done_with("vae")
                 if sink is not None:
-                    with self.recorder.span(_numbered("save", index), kind="stage"):
+                    with self.recorder.span(_numbered("save", index), kind="stage", part="save"):
                         sink.finish()
 
     def _decode(self, component: Component, latent: torch.Tensor, sink: FrameSink | None, stage: str) -> None:
@@ -415,6 +417,10 @@ class Pipeline:
         for frames in decode(component, self.device, self.recorder, latent, tile, count):
             if sink is not None:
                 sink.write(frames)
+
+
+def _solver(request: Request) -> Solver:
+    return cast(Solver, request.sample_solver)  # which Request has checked
 
 
 def _transformer(component: Component) -> WanDiT:

@@ -7,7 +7,7 @@ per embedder. A flat buffer is one allocation, one copy and one free.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -255,7 +255,7 @@ class Component:
             # Lets the visit end by itself: closed at its last unit, it would not fill that unit's slot again.
             next(visit, None)
 
-    def _visit(self, parts: Sequence[_Part]) -> Iterator[nn.Module]:
+    def _visit(self, parts: Sequence[_Part]) -> Generator[nn.Module, None, None]:
         streamed = [part for part in parts if part.flat is None]
         coming = self._ring.walk(streamed) if self._ring is not None else iter(())
         try:
@@ -272,7 +272,7 @@ class Component:
                     part.unbind()
             next(coming, None)  # the last unit is done: its slot may be filled for the next pass
         finally:
-            if self._ring is not None:
+            if isinstance(coming, Generator):
                 coming.close()
 
     def _unpack(self, part: _Part, stored: torch.Tensor) -> torch.Tensor:

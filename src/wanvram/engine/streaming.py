@@ -7,7 +7,7 @@ thread into two pinned buffers first, because a copy from anything else would st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,7 +108,7 @@ class SlotRing:
         self._coming: deque[_Coming] = deque()
         self._turn = 0
 
-    def walk(self, pieces: Sequence[Any]) -> Iterator[torch.Tensor]:
+    def walk(self, pieces: Sequence[Any]) -> Generator[torch.Tensor, None, None]:
         """Yields each piece's bytes on the device, [nbytes]; valid until the next is asked for."""
         if not pieces:
             return

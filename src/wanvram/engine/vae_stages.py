@@ -88,7 +88,7 @@ def _whole(
 
 
 def _frames(vae: WanVAE, latent: torch.Tensor) -> int:
-    return 1 + vae.group * (latent.shape[1] - 1)
+    return vae.group * (latent.shape[1] - 1) + 1
 
 
 def _tiled(
@@ -103,7 +103,7 @@ def _tiled(
     video = device.host_empty((_frames(vae, latent), height, width, 3), torch.uint8)
     features, ferry = Ferry(device), Ferry(device)  # two: fetching features must not wait for the pieces on their way
     pieces = vae.decode_tiles(latent, (tile, tile), park=features.park, fetch=features.fetch)
-    tiles = len(list(grid(*latent.shape[2:], (tile, tile))))
+    tiles = len(list(grid(latent.shape[2], latent.shape[3], (tile, tile))))
     count = counter(tiles, "tiles")
     for number in range(tiles):
         with recorder.span(f"tile {number}", kind="step", component="vae"):

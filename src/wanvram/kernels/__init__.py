@@ -1,28 +1,18 @@
 """The operations `wanvram::*` that models call: exact output memory, one definition for CPU, CUDA and meta tensors.
 
-Convolution lives in `kernels.conv` and is imported from there.
+Which backend computes attention is in `kernels.attention_backends`, readable without torch; so nothing is imported here at once.
 """
 
 from __future__ import annotations
 
-from wanvram.kernels.attention import attention
-from wanvram.kernels.elementwise import (
-    gated_add_,
-    gelu_tanh_,
-    inverse_rms,
-    layer_norm_modulate,
-    rms_norm_,
-    rms_norm_rope_,
-    scaled_rope_,
-)
+from typing import Any
 
-__all__ = [
-    "attention",
-    "gated_add_",
-    "gelu_tanh_",
-    "inverse_rms",
-    "layer_norm_modulate",
-    "rms_norm_",
-    "rms_norm_rope_",
-    "scaled_rope_",
-]
+MEMORY_IS = "the caller's"  # read by simulate.timeline
+
+
+def __getattr__(name: str) -> Any:
+    if name != "attention":
+        raise AttributeError(name)
+    from wanvram.kernels.scaled_attention import attention
+
+    return attention

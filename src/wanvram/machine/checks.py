@@ -80,7 +80,9 @@ def run_checks(directory: Path | None = None, nvml: ModuleType | Any = None) -> 
 def _gpus(nvml: Any) -> tuple[str | None, list[dict[str, Any]]]:
     """(version of the driver, every GPU it knows); (None, []) without one."""
     if nvml is None:
-        import pynvml as nvml
+        import pynvml
+
+        nvml = pynvml
     try:
         nvml.nvmlInit()
         driver = str(nvml.nvmlSystemGetDriverVersion())

@@ -9,10 +9,9 @@ from typing import Any
 import psutil
 import torch
 
-from wanvram.machine.nvml import first_gpu
 from wanvram.version import __version__
 
-__all__ = ["cuda_usable", "describe_environment", "free_device_bytes"]
+__all__ = ["cuda_usable", "describe_environment"]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -43,13 +42,6 @@ def describe_environment() -> dict[str, Any]:
             "driver": _driver_version(),
         }
     return result
-
-
-def free_device_bytes() -> tuple[int, int, str]:
-    """(free, total, name) of the first CUDA device. Raises DeviceError without one."""
-    gpu = first_gpu()
-    free, total = gpu.memory()
-    return free, total, gpu.name
 
 
 def cuda_usable() -> bool:

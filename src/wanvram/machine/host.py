@@ -29,7 +29,7 @@ def operation_us() -> float:
 
 def since_process_start(pid: int | None = None) -> float:
     """Seconds; imports and a plan made before the run are in it. pid: another process than this one."""
-    return time.time() - psutil.Process(pid).create_time()
+    return time.time() - float(psutil.Process(pid).create_time())
 
 
 # Limit, use and the statistics' name of file pages that the kernel takes back before it kills: cgroup v2, then v1.

@@ -81,7 +81,9 @@ def what_hides_the_gpu(nvml: ModuleType | Any = None) -> Obstacle | None:
 
 def _driver(nvml: Any) -> _Driver | None:
     if nvml is None:
-        import pynvml as nvml
+        import pynvml
+
+        nvml = pynvml
     try:
         nvml.nvmlInit()
         version, number = str(nvml.nvmlSystemGetDriverVersion()), int(nvml.nvmlSystemGetCudaDriverVersion())

@@ -32,7 +32,7 @@ def describe(outcome: Outcome) -> str:
 
 
 class Lines:
-    """One line per event, with the time since the start."""
+    """One line per event, with the time since the start; of no stream none."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = ProgressStream(stream)
@@ -65,20 +65,12 @@ class _Bar:
         )
 
 
-class _Silent:
-    def started(self, number: int, count: int, name: str) -> None: ...
-
-    def message(self, name: str, text: str) -> None: ...
-
-    def finished(self, number: int, count: int, outcome: Outcome) -> None: ...
-
-
 @contextmanager
 def display(*, quiet: bool) -> Iterator[Display]:
     """quiet: nothing at all unless stderr is a terminal."""
     stream = ProgressStream(sys.stderr)
     if not stream.isatty():
-        yield _Silent() if quiet else Lines(sys.stderr)
+        yield Lines(None if quiet else sys.stderr)
         return
     columns = (
         SpinnerColumn(),

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +25,9 @@ import yaml
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
-from wanvram.folder_lock import alone_in, lock_folder
+from wanvram.folder_lock import alone_in
 from wanvram.matrix.jobs import Job, exit_code, expected, finished
+from wanvram.output_files import writing
 from wanvram.record import Failure, RunRecord, write_atomically
 from wanvram.recorder.interrupts import INTERRUPTED, Interrupted
 
@@ -107,38 +108,27 @@ def _known(jobs: Sequence[Job], **how: bool) -> list[RunRecord | None]:
 @contextmanager
 def _only_one_in(folders: set[Path]) -> Iterator[None]:
     """Two series in one folder would take each other's directories, and two runs on one card each other's memory."""
-    handles = []
-    try:
+    with ExitStack() as locks:
         for folder in sorted(folders):
-            try:
+            with writing(f"to {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
-                handles.append(lock_folder(folder))
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another wanvram profile is writing to {folder}; wait for it or give -o DIR"
-                ) from error
-            except OSError as error:
-                raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+            locks.enter_context(alone_in(folder, "wanvram profile"))
         yield
-    finally:
-        for handle in handles:
-            os.close(handle)
 
 
 def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcome:
     start = time.monotonic()
     log = job.directory / LOG
     try:
-        job.directory.mkdir(parents=True, exist_ok=True)
-        with alone_in(job.directory):
-            for name in ("record.json", "config.yaml"):  # of an earlier run: what is there next is this run's
-                (job.directory / name).unlink(missing_ok=True)
-            log.write_bytes(b"")
+        with writing(f"to {job.directory}"):
+            job.directory.mkdir(parents=True, exist_ok=True)
+            with alone_in(job.directory):
+                for name in ("record.json", "config.yaml"):  # of an earlier run: what is there next is this run's
+                    (job.directory / name).unlink(missing_ok=True)
+                log.write_bytes(b"")
     except InputError as error:  # somebody's single run: nothing of it is touched
         record = replace(_empty_record(job.config), failure=Failure("error", str(error)), notes=[])
         return Outcome(job, record, time.monotonic() - start)
-    except OSError as error:
-        raise OutputError(f"cannot write to {job.directory}: {error.strerror or error}") from error
     with tempfile.TemporaryDirectory(prefix="wanvram-") as scratch:
         path = Path(scratch) / "config.yaml"
         path.write_text(_yaml(job.config), encoding="utf-8")
@@ -194,8 +184,9 @@ def _stop(process: subprocess.Popen[bytes], number: int = signal.SIGINT) -> None
     """An interrupt, on which a run records what it has; then a kill. number: the signal that ends the series."""
     if process.poll() is not None:
         return
-    # Windows sends another group Ctrl-Break only; the child takes it for Ctrl-C.
-    process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else number)
+    if sys.platform == "win32":  # it sends another group Ctrl-Break only; the child takes it for Ctrl-C
+        number = signal.CTRL_BREAK_EVENT
+    process.send_signal(number)
     try:
         process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -153,7 +153,7 @@ class FramePlan:
 def probe_video(path: Path, flag: str) -> VideoInfo:
     """Size, frames and rate of a video: its packets are counted, only the first frame is decoded.
 
-    A rotation in the metadata is ignored. Raises InputError: no such file, not a video, no video stream, no frame, truncated,
+    Upright, as players show it. Raises InputError: no such file, not a video, no video stream, no frame, truncated,
     a side below 16 or above 8192 pixels. Damage inside a later frame shows only when SourceVideo decodes it.
     """
     with _opened_video(path, flag) as (container, stream):
@@ -165,9 +165,15 @@ def probe_video(path: Path, flag: str) -> VideoInfo:
         if first is None:
             raise InputError(f"{flag} {path} has no frame that can be decoded")
         _check_video_size(first.width, first.height, path, flag)
+        width, height = (first.height, first.width) if _quarter_turns(first) % 2 else (first.width, first.height)
     with _opened_video(path, flag) as (container, stream):
         frames = _count_frames(container, stream, path, flag)
-    return VideoInfo(first.width, first.height, frames, float(rate))
+    return VideoInfo(width, height, frames, float(rate))
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Counterclockwise, by which the file's metadata has a frame turned; phones film upright and write it so."""
+    return round(getattr(frame, "rotation", 0) / 90)
 
 
 def _count_frames(container: Any, stream: Any, path: Path, flag: str) -> int:
@@ -301,7 +307,8 @@ class SourceVideo:
         with _opened_video(self.path, self.flag) as (container, stream):
             for frame in container.decode(stream):
                 if frame_ids[done] == decoded:
-                    picture = self._resized(frame.to_ndarray(format="rgb24")).contiguous()
+                    pixels = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+                    picture = self._resized(np.ascontiguousarray(pixels)).contiguous()
                 while done < len(frame_ids) and frame_ids[done] == decoded:
                     yield picture
                     done += 1

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from wanvram.errors import OutputError
+from wanvram.output_files import whole_file
 
 __all__ = ["FRAMES_PER_SECOND", "PictureWriter", "VideoWriter", "check_encoder"]
 
@@ -28,6 +32,17 @@ def check_encoder() -> None:
         raise OutputError("this PyAV was built without libx264; install the wheel from PyPI: `pip install av`")
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the encoder or the disk refuses inside is an OutputError."""
+    import av
+
+    try:
+        yield
+    except (OSError, av.FFmpegError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+
+
 class PictureWriter:
     """Writes the first frame it gets as PNG; the file gets its name only when it is complete."""
 
@@ -37,14 +52,8 @@ class PictureWriter:
     def write(self, frames: torch.Tensor) -> None:
         from PIL import Image
 
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        try:
+        with _writing(self.path), whole_file(self.path) as partial:
             Image.fromarray(frames[0].numpy()).save(partial, format="PNG")
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """It was written at once."""
@@ -66,15 +75,13 @@ class VideoWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-        self._stream = None
+        self._stream: Any = None
         self.frames = 0
         self._finished = False
         import av
 
-        try:
+        with _writing(path):
             self._container = av.open(str(self._partial), "w")
-        except (OSError, av.FFmpegError) as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
         self._thread = ThreadPoolExecutor(1, "wanvram-video")
         self._waiting: deque[Future[None]] = deque()
 
@@ -93,12 +100,8 @@ class VideoWriter:
             self._next()
 
     def _next(self) -> None:
-        import av
-
-        try:
+        with _writing(self.path):
             self._waiting.popleft().result()
-        except (OSError, av.FFmpegError) as error:
-            raise OutputError(f"cannot write {self.path}: {error}") from error
 
     def _encode(self, frames: torch.Tensor) -> None:
         import av
@@ -123,17 +126,14 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
-        import av
-
         try:
-            if kind is None:
-                self.finish()
-            self._thread.shutdown(cancel_futures=True)
-            self._container.close()
-            if kind is None:
-                os.replace(self._partial, self.path)
-        except (OSError, av.FFmpegError) as error:
-            raise OutputError(f"cannot write {self.path}: {error}") from error
+            with _writing(self.path):
+                if kind is None:
+                    self.finish()
+                self._thread.shutdown(cancel_futures=True)
+                self._container.close()
+                if kind is None:
+                    os.replace(self._partial, self.path)
         finally:
             self._thread.shutdown(cancel_futures=True)
             self._partial.unlink(missing_ok=True)

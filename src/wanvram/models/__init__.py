@@ -1,1 +1,1 @@
-
+MEMORY_IS = "a model's"  # read by simulate.timeline

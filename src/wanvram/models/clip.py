@@ -22,7 +22,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Attention(nn.Module):
+class CLIPAttention(nn.Module):
     """Plain self-attention. At 257 tokens and 16 heads the float16 scores are 2 MB, not worth a fused kernel."""
 
     def __init__(self, spec: CLIPSpec, dtype: torch.dtype) -> None:
@@ -49,7 +49,7 @@ class CLIPBlock(nn.Module):
         super().__init__()
         hidden = spec.dim * spec.mlp_ratio
         self.norm1 = nn.LayerNorm(spec.dim, eps=EPS, dtype=dtype)
-        self.attn = Attention(spec, dtype)
+        self.attn = CLIPAttention(spec, dtype)
         self.norm2 = nn.LayerNorm(spec.dim, eps=EPS, dtype=dtype)
         self.mlp = nn.Sequential(
             nn.Linear(spec.dim, hidden, dtype=dtype), nn.GELU(), nn.Linear(hidden, spec.dim, dtype=dtype)
@@ -60,7 +60,7 @@ class CLIPBlock(nn.Module):
         return x.add_(self.mlp(self.norm2(x)))
 
 
-class PatchEmbedding(nn.Module):
+class CLIPPatches(nn.Module):
     """The official convolution over separate patches as one product, whose memory needs no cuDNN plan to be known."""
 
     def __init__(self, spec: CLIPSpec, dtype: torch.dtype) -> None:
@@ -85,7 +85,7 @@ class VisionTower(nn.Module):
         patches = (spec.image_size // spec.patch_size) ** 2
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, spec.dim, dtype=dtype))
         self.pos_embedding = nn.Parameter(torch.zeros(1, 1 + patches, spec.dim, dtype=dtype))
-        self.patch_embedding = PatchEmbedding(spec, dtype)
+        self.patch_embedding = CLIPPatches(spec, dtype)
         self.pre_norm = nn.LayerNorm(spec.dim, eps=EPS, dtype=dtype)
         self.transformer = nn.ModuleList(CLIPBlock(spec, dtype) for _ in range(spec.num_layers - 1))
 

@@ -114,9 +114,12 @@ class WanDiT(nn.Module):
         """VACE block n comes before main block vace_layers[n], its output projection directly after it."""
         visits: list[_Visit] = []
         for index, block in enumerate(self.blocks):
-            vace = None
+            assert isinstance(block, Block)
+            vace: VaceBlock | None = None
             if index in self.spec.vace_layers:
-                vace = self.vace_blocks[self.spec.vace_layers.index(index)]
+                found = self.vace_blocks[self.spec.vace_layers.index(index)]
+                assert isinstance(found, VaceBlock)
+                vace = found
                 visits += _vace_visits(vace)
             visits += [_Visit(unit, _on_main(block, unit)) for unit in block.units()]
             if vace is not None:

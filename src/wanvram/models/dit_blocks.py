@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wanvram.kernels import (
-    attention,
+from wanvram.kernels.elementwise import (
     gated_add_,
     gelu_tanh_,
     inverse_rms,
@@ -22,6 +21,7 @@ from wanvram.kernels import (
     rms_norm_rope_,
     scaled_rope_,
 )
+from wanvram.kernels.scaled_attention import attention
 from wanvram.models.precision import Precision
 from wanvram.specs import DiTSpec
 
@@ -142,7 +142,7 @@ class GeluTanh(nn.Module):
         return h
 
 
-class _Attention(nn.Module):
+class _Projections(nn.Module):
     """The projections both attentions have, and the norms of their queries and keys over the full width."""
 
     def __init__(self, spec: DiTSpec, precision: Precision) -> None:
@@ -156,7 +156,7 @@ class _Attention(nn.Module):
         self.norm_k = RMSNorm(spec.dim, precision.small)
 
 
-class SelfAttention(_Attention):
+class SelfAttention(_Projections):
     """Attention among all rows. One unit of weights: everything here is needed at once."""
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
@@ -206,10 +206,8 @@ class SelfAttention(_Attention):
             inverse_rms(k, inverse[c], self.eps)
             del k
         heads = self._by_head(q)
-        for start in range(0, self.num_heads, inputs.heads_per_group):
-            self._attend_group(
-                heads, slice(start, start + inputs.heads_per_group), x, modulation, inputs, inverse, rows
-            )
+        for group in chunks(self.num_heads, inputs.heads_per_group):
+            self._attend_group(heads, group, x, modulation, inputs, inverse, rows)
         for c in chunks(x.shape[0], rows):
             y = self.o(q[c])
             gated_add_(x[c], y, modulation[2])
@@ -249,7 +247,7 @@ class SelfAttention(_Attention):
         return t.view(t.shape[0], self.num_heads, -1)
 
 
-class CrossAttention(_Attention):
+class CrossAttention(_Projections):
     """Attention of rows to text tokens and, for i2v and flf2v, to image tokens with keys and values of their own."""
 
     def __init__(self, spec: DiTSpec, precision: Precision) -> None:

@@ -47,7 +47,7 @@ def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
     return nn.Embedding(rows, width, _weight=torch.empty((rows, width), dtype=dtype))
 
 
-class RMSNorm(nn.Module):
+class T5Norm(nn.Module):
     """x / rms(x) in float32, rounded to the weight's dtype, times the weight."""
 
     def __init__(self, dim: int, dtype: torch.dtype) -> None:
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         return projected
 
 
-class FeedForward(nn.Module):
+class T5FeedForward(nn.Module):
     """fc2(fc1(x) * gelu(gate(x))), GELU in its tanh form."""
 
     def __init__(self, spec: T5Spec, dtype: torch.dtype) -> None:
@@ -114,10 +114,10 @@ class T5Block(nn.Module):
 
     def __init__(self, spec: T5Spec, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(spec.dim, dtype)
+        self.norm1 = T5Norm(spec.dim, dtype)
         self.attn = Attention(spec, dtype)
-        self.norm2 = RMSNorm(spec.dim, dtype)
-        self.ffn = FeedForward(spec, dtype)
+        self.norm2 = T5Norm(spec.dim, dtype)
+        self.ffn = T5FeedForward(spec, dtype)
         self.pos_embedding = RelativePosition(spec, dtype)
 
     def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class T5Encoder(nn.Module):
         self.spec = spec
         self.token_embedding = _table(spec.vocab_size, spec.dim, dtype)
         self.blocks = nn.ModuleList(T5Block(spec, dtype) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(spec.dim, dtype)
+        self.norm = T5Norm(spec.dim, dtype)
 
     def walk_order(self) -> list[nn.Module]:
         """Every block in the order of use."""

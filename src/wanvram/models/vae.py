@@ -25,7 +25,7 @@ from wanvram.models.vae_blocks import (
     AttentionBlock,
     Conv,
     Downsample,
-    Head,
+    LastConv,
     ResidualBlock,
     Stream,
     Upsample,
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         self.downsamples = nn.ModuleList(blocks)
         self.lowest = max((i for i, block in enumerate(blocks, 1) if isinstance(block, Downsample)), default=0)
         self.middle = _middle(widths[-1], dtype)
-        self.head = Head(widths[-1], 2 * spec.z_dim, dtype)
+        self.head = LastConv(widths[-1], 2 * spec.z_dim, dtype)
 
     def forward(self, pixels: Tensor, stream: Stream) -> Tensor | None:
         """One frame [1,3,1,H,W] -> [1,2*z_dim,1,h,w], or None until a group of frames is complete."""
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
                 blocks.append(Upsample(outputs, temporal[level], dtype))
         self.upsamples = nn.ModuleList(blocks)
         self.lowest = next((i for i, block in enumerate(blocks) if isinstance(block, Upsample)), len(blocks))
-        self.head = Head(widths[-1], 3, dtype)
+        self.head = LastConv(widths[-1], 3, dtype)
 
     def features(self, latent: Tensor, stream: Stream) -> Iterator[Tensor]:
         """Last features [1,C,1,H,W] of every video frame of one latent frame [1,z_dim,1,h,w], in order."""

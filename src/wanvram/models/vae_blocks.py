@@ -27,7 +27,7 @@ __all__ = [
     "Cut",
     "Downsample",
     "Gamma",
-    "Head",
+    "LastConv",
     "ResidualBlock",
     "Stream",
     "Upsample",
@@ -194,7 +194,9 @@ class Conv(nn.Module):
             window = new_frames(x, x.shape[1], len(history) + 1, last - first, x.shape[4])
             # Rows above the next window are needed from the oldest frame no more: the newest takes their place.
             committed = (height if bottom == stop else bottom - halo) - first if commit else 0
-            fill_window(x, history, norm and norm.gamma, window, first * x.shape[4], committed * x.shape[4])
+            fill_window(
+                x, history, None if norm is None else norm.gamma, window, first * x.shape[4], committed * x.shape[4]
+            )
             band = stream.convolve(window, weight, bias, cut._replace(top=top - first, bottom=last - bottom))
             del window
             if whole and add_to is None:
@@ -213,6 +215,16 @@ class Conv(nn.Module):
         # The last tap alone is the one case that copies: 5 MiB for 384 channels, and it has a third of the arithmetic.
         weight = self.weight[outputs, :, 2 - past :].contiguous(memory_format=torch.channels_last_3d)
         return weight, self.bias[outputs]
+
+
+def _conv(module: nn.Module) -> Conv:
+    assert isinstance(module, Conv)
+    return module
+
+
+def _gamma(module: nn.Module) -> Gamma:
+    assert isinstance(module, Gamma)
+    return module
 
 
 def _store(target: Tensor, band: Tensor, add: bool) -> None:
@@ -240,11 +252,11 @@ class ResidualBlock(nn.Module):
         self.shortcut = Conv(inputs, outputs, (1, 1, 1), dtype) if inputs != outputs else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        inner = self.residual["2"].causal(x, stream, norm=self.residual["0"])
+        inner = _conv(self.residual["2"]).causal(x, stream, norm=_gamma(self.residual["0"]))
         if self.shortcut is not None:
             x = self.shortcut.pointwise(x)
         cut = stream.cut(self)
-        self.residual["6"].causal(inner, stream, norm=self.residual["3"], add_to=cut.of(x))
+        _conv(self.residual["6"]).causal(inner, stream, norm=_gamma(self.residual["3"]), add_to=cut.of(x))
         if cut == NO_CUT:
             return x
         del inner
@@ -297,7 +309,7 @@ class Upsample(nn.Module):
 
     def _double(self, x: Tensor, stream: Stream) -> Tensor:
         """Nearest neighbour and convolution, a band of rows at a time."""
-        conv = self.resample["1"]
+        conv = _conv(self.resample["1"])
         _, channels, _, height, width = x.shape
         cut = stream.cut(conv)
         start, stop = cut.top, 2 * height - cut.bottom
@@ -349,7 +361,7 @@ class Downsample(nn.Module):
 
         An odd extent is a tile that goes on: its last row or column stands where the padding would be.
         """
-        conv = self.resample["1"]
+        conv = _conv(self.resample["1"])
         _, channels, _, height, width = x.shape
         out = new_frames(x, channels, 1, height // 2, width // 2)
         for top, bottom in stream.bands(0, height // 2, frame_bytes(x)):
@@ -365,7 +377,7 @@ class Downsample(nn.Module):
         return out
 
 
-class Head(nn.Module):
+class LastConv(nn.Module):
     """norm, SiLU and the last temporal convolution, which remembers products instead of inputs.
 
     Output at t = W2 a[t] + W1 a[t-1] + W0 a[t-2]. With few outputs the three products of one frame (9 channels for RGB)
@@ -396,7 +408,7 @@ class Head(nn.Module):
 
         Padded to a multiple of 4: cuDNN leaves channels_last (a 439 MiB workspace for RGB) for odd channel counts.
         """
-        conv = self.get_submodule("2")
+        conv = _conv(self.get_submodule("2"))
         count, rows = self.outputs, -(-3 * self.outputs // 4) * 4
         shape = (rows, conv.weight.shape[1], 1, 3, 3)
         weight = torch.empty(
@@ -416,7 +428,7 @@ class Head(nn.Module):
         for top, bottom in stream.bands(start, stop, frame_bytes(x)):
             first, last = max(top - 1, 0), min(bottom + 1, height)
             activated = new_frames(x, x.shape[1], 1, last - first, x.shape[4])
-            self.get_submodule("0").write(x[..., first:last, :], activated, silu=True)
+            _gamma(self.get_submodule("0")).write(x[..., first:last, :], activated, silu=True)
             sides = cut._replace(top=top - first, bottom=last - bottom)
             band = stream.convolve(activated, weight, bias, sides)
             del activated

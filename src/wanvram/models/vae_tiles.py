@@ -35,7 +35,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from wanvram.errors import InputError
-from wanvram.models.vae_blocks import Conv, Cut, Downsample, Head, ResidualBlock, Upsample
+from wanvram.models.vae_blocks import Conv, Cut, Downsample, LastConv, ResidualBlock, Upsample
 
 __all__ = ["Area", "Halos", "Move", "TilePiece", "as_frame", "as_rows", "grid", "stay"]
 
@@ -143,7 +143,7 @@ class Halos:
                 self.cuts[module.resample["1"]] = wanted.within(self.area.scaled(2))
             elif isinstance(module, Downsample):
                 self.area = wanted.each(Span.strided)
-            elif isinstance(module, (Conv, Head)):
+            elif isinstance(module, (Conv, LastConv)):
                 self.area = wanted.each(Span.grown)
                 self.cuts[module] = wanted.within(self.area)
             else:

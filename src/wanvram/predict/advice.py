@@ -18,7 +18,7 @@ from wanvram.planner import StageForecast
 from wanvram.planner.forecasts import Forecast, choices, components_of, situation, stage_seconds
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
-from wanvram.record import RunRecord, Span, dotted
+from wanvram.record import RunRecord, dotted
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, card_of_run, find_gpu
 
 __all__ = ["advise", "predict"]
@@ -144,16 +144,9 @@ class _Runs:
         result: dict[str, int] = {}
         for span in self.base.stages:
             unused = 0 if holes else span.peak.reserved_bytes - span.peak.allocated_bytes
-            name = _component(span)
+            name = span.planned
             result[name] = max(result.get(name, 0), (span.peak.device_bytes or 0) - unused)
         return dict(sorted(result.items(), key=lambda item: -item[1]))
-
-
-def _component(span: Span) -> str:
-    """As planner.forecasts names them: the halves of the VAE apart."""
-    if span.component != "vae":
-        return span.component or span.name
-    return "vae_encoder" if span.name.startswith("encode") else "vae_decoder"
 
 
 def _estimate(runs: _Runs, change: dict[str, Any]) -> _Estimate:

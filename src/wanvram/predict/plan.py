@@ -141,25 +141,14 @@ def _confirmed(plan: Plan, record: RunRecord) -> Plan:
 def _stages(plan: Plan, record: RunRecord) -> tuple[StageForecast, ...]:
     """The plan's stages with the figures of the whole run, so that every verb says the same; what it has not stays as forecast."""
     spans: dict[str, list[Span]] = {}
-    for name, span in zip(_component_names(record.stages), record.stages, strict=True):
-        spans.setdefault(name, []).append(span)
+    for span in record.stages:
+        spans.setdefault(span.planned, []).append(span)
     forecast = {stage.component: stage for stage in plan.stages}
     step = record.step_seconds()
     return (
         tuple(_stage(plan.request, name, found, step, forecast.get(name)) for name, found in spans.items())
         or plan.stages
     )
-
-
-def _component_names(stages: list[Span]) -> list[str]:
-    """As the planner names them: the halves of the VAE apart, each with its loading before it."""
-    names: list[str] = []
-    half = "vae_decoder"
-    for span in reversed(stages):
-        if span.component == "vae" and span.kind == "stage":
-            half = "vae_encoder" if span.name.startswith("encode") else "vae_decoder"
-        names.append(half if span.component == "vae" else span.component or span.name)
-    return names[::-1]
 
 
 def _stage(

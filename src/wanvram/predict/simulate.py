@@ -24,13 +24,13 @@ from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.simulate.timeline import Timeline
 
-__all__ = ["predicted", "run_or_simulate", "simulate", "simulate_with_timeline", "simulated_memory"]
+__all__ = ["predicted", "run_or_simulate", "simulate", "simulated_device"]
 
 UNLIMITED_BYTES = 2**50
 
 
-def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited: bool = False) -> SimulatedMemory:
-    """Raises InputError for an unknown GPU, or one that cannot compute in the precision.
+def simulated_device(config: RunConfig, *, keep_events: bool = False, unlimited: bool = False) -> SimulatedDevice:
+    """The card that the configuration names. Raises InputError for an unknown GPU, or one that cannot compute in the precision.
 
     unlimited: a card of 1 PiB and no cap, to learn what a run would take.
     """
@@ -48,7 +48,8 @@ def simulated_memory(config: RunConfig, *, keep_events: bool = False, unlimited:
     limit = max(0, (config.memory_limit_bytes or 0) - outside - LATER_BYTES) if capped else None
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
     buffers = LibraryBuffers(gpu, Libraries(gpu))
-    return SimulatedMemory(gpu, allocator, buffers, clock=clock_of(config, gpu), keep_events=keep_events)
+    clock = clock_of(config, gpu)
+    return SimulatedDevice(SimulatedMemory(gpu, allocator, buffers, clock=clock, keep_events=keep_events))
 
 
 def run_or_simulate(
@@ -61,40 +62,35 @@ def run_or_simulate(
     if device_kind(config) != "simulated":
         return execute(config, output, progress, watch, predict=predicted)
     check_measurement(config)
-    device = SimulatedDevice(simulated_memory(config))
+    device = simulated_device(config)
     timeline = Timeline.attach(device.memory) if output.directory is not None else None
     around = Around(describe_environment(), lambda record: _complete(record, config, device), progress, watch, timeline)
     return run_on(device, config, output, around)
 
 
 def simulate(
-    config: RunConfig, *, keep_events: bool = False, unlimited: bool = False, video: bool = False
+    config: RunConfig,
+    *,
+    keep_events: bool = False,
+    unlimited: bool = False,
+    video: bool = False,
+    timeline: bool = False,
 ) -> tuple[RunRecord, SimulatedMemory]:
     """Predicts without touching any file; also returns the simulated memory, whose events can be compared with a GPU's.
 
     unlimited: on a card without end, so that the peak is what the whole run takes. video: it is encoded and saved, too.
+    timeline: the memory's observer is then a Timeline of everything the allocator did and for whom.
     """
-    memory = simulated_memory(config, keep_events=keep_events, unlimited=unlimited)
-    return _simulate(config, memory, None, video), memory
-
-
-def simulate_with_timeline(config: RunConfig, *, video: bool = False) -> tuple[RunRecord, Timeline]:
-    """As `simulate`, with everything the allocator did and for whom."""
-    memory = simulated_memory(config)
-    timeline = Timeline.attach(memory)
-    return _simulate(config, memory, timeline, video), timeline
+    device = simulated_device(config, keep_events=keep_events, unlimited=unlimited)
+    watched = Timeline.attach(device.memory) if timeline else None
+    config = replace(config, device="simulated")
+    around = Around({}, lambda record: _complete(record, config, device), timeline=watched)
+    return run_on(device, config, Output(None, video=video), around), device.memory
 
 
 def predicted(config: RunConfig) -> Predicted | None:
     """The figures of a video, from the start of the run."""
     return simulate(config, video=True)[0].prediction(0.0)
-
-
-def _simulate(config: RunConfig, memory: SimulatedMemory, timeline: Timeline | None, video: bool) -> RunRecord:
-    device = SimulatedDevice(memory)
-    config = replace(config, device="simulated")
-    around = Around({}, lambda record: _complete(record, config, device), timeline=timeline)
-    return run_on(device, config, Output(None, video=video), around)
 
 
 def _complete(record: RunRecord, config: RunConfig, device: SimulatedDevice) -> None:

@@ -13,12 +13,11 @@ from wanvram.engine.components import Parts
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
-from wanvram.media.inputs import prepare_inputs
 from wanvram.planner.forecasts import StageForecast
-from wanvram.predict.simulate import simulated_memory
+from wanvram.predict.simulate import simulated_device
 from wanvram.record import Span
 from wanvram.recorder.recorder import Recorder
-from wanvram.run.weights import NoWeights
+from wanvram.run.execute import assembled
 
 __all__ = ["simulate_stage"]
 
@@ -35,12 +34,13 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     strategy = replace(config.strategy, offload=True)
     request = replace(config.request, sample_steps=min(config.request.sample_steps, 2))
     config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy, request=request)
-    memory = simulated_memory(config, unlimited=True)
-    device = SimulatedDevice(memory)
-    inputs, _ = prepare_inputs(request, simulated=True, real_weights=False)
+    device = simulated_device(config, unlimited=True)
+    memory = device.memory
+    pipeline = assembled(device, config, Recorder(memory, None, None)).pipeline
+    pipeline.alone = True
+    inputs = pipeline.inputs
     name = request.facts.family.component_of(component).name
-    short = _shortened(inputs) if name == "vae" else inputs
-    pipeline = Pipeline(config, device, Recorder(memory, None, None), NoWeights(), short, alone=True)
+    short = pipeline.inputs = _shortened(inputs) if name == "vae" else inputs
     with device.session():
         memory.load_everything()
         _run(component, pipeline, Parts(config, device, pipeline.weights), device)
@@ -49,7 +49,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     full, part = inputs.noise_shape[1], short.noise_shape[1]
     channels, _, rows, columns = inputs.noise_shape
     missing = (full - part) * channels * rows * columns * torch.float32.itemsize
-    stages = [span for span in spans if not span.name.startswith("denoise")]
+    stages = [span for span in spans if span.part != "denoise"]
     return StageForecast(
         component=component,
         peak_device_bytes=max(span.peak.device_bytes or 0 for span in spans) + missing,
@@ -57,7 +57,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
         peak_allocated_bytes=max(span.peak.allocated_bytes for span in spans) + missing,
         base_bytes=record.base_bytes,
         host_bytes=memory.host_peak_bytes,
-        seconds_per_step=_mean([step for s in spans if s.name == "denoise" for step in s.children][-1:]),
+        seconds_per_step=_mean([step for s in spans if s.part == "denoise" for step in s.children][-1:]),
         seconds=_sum(stages, full / part),
     )
 

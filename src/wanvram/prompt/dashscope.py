@@ -14,14 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from wanvram.errors import InputError, WanvramError
-from wanvram.prompt.deadline import Cutter, handlers, within
+from wanvram.prompt.deadline import Cutter, handler, within
 from wanvram.prompt.instructions import checked_answer, system_prompt
 
 __all__ = ["DEFAULT_URL", "Endpoint", "api_key", "api_url", "default_model", "encode_picture", "extend_by_dashscope"]
@@ -167,7 +167,7 @@ class _Passing(Exception):
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Leaves every redirect an error, its address unread: one that is none would end in a ValueError."""
 
-    def http_error_302(self, *args: Any) -> None:
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> None:
         return None
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -194,7 +194,7 @@ class _Call:
     def _exchange(self, cutter: Cutter) -> bytes:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url, self.body, headers, method="POST")
-        opener = urllib.request.build_opener(_NoRedirect(), *self._proxies(), *handlers(cutter))
+        opener = urllib.request.build_opener(_NoRedirect(), *self._proxies(), handler(cutter))
         try:
             with opener.open(request, timeout=self.timeout_s) as response:
                 return bytes(response.read(LARGEST_REPLY + 1))
@@ -248,8 +248,12 @@ class _Call:
 
 
 def _reason(error: object) -> str:
-    """The system's short text of an error, or its class: never a text that could repeat the request."""
-    return str(getattr(error, "strerror", None) or type(error).__name__)
+    """The system's short text of an error, or what it means: never a text that could repeat the request."""
+    if isinstance(error, IncompleteRead):
+        return "its answer stopped half-way"
+    if isinstance(error, HTTPException) and not isinstance(error, OSError):
+        return "its answer is no HTTP"
+    return str(getattr(error, "strerror", None) or "it was closed without an answer")
 
 
 # --- answer ----------------------------------------------------------------------------------------------------------

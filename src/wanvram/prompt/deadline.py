@@ -13,9 +13,9 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
-from typing import Any, TypeVar
+from typing import TypeVar
 
-__all__ = ["Cutter", "handlers", "within"]
+__all__ = ["Cutter", "handler", "within"]
 
 T = TypeVar("T")
 
@@ -70,45 +70,22 @@ def within(timeout_s: float, request: Callable[[Cutter], T]) -> T:
         cutter.end()
 
 
-def handlers(cutter: Cutter) -> list[urllib.request.BaseHandler]:
+def handler(cutter: Cutter) -> urllib.request.BaseHandler:
     """For urllib's opener: plain and encrypted connections that `cutter` can end, from the TCP connection on."""
-    return [_Http(cutter), _Https(cutter)]
 
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            cutter.keep(self.sock)
 
-class _Plain(HTTPConnection):
-    cutter: Cutter
+    class Encrypted(HTTPSConnection, Plain):
+        """HTTPSConnection.connect calls Plain's before its handshake, which a server can draw out as well."""
 
-    def connect(self) -> None:
-        super().connect()
-        self.cutter.keep(self.sock)
+    class Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> HTTPResponse:
+            return self.do_open(Plain, req)
 
+        def https_open(self, req: urllib.request.Request) -> HTTPResponse:
+            return self.do_open(Encrypted, req)
 
-class _Encrypted(HTTPSConnection, _Plain):
-    """HTTPSConnection.connect calls _Plain's before its handshake, which a server can draw out as well."""
-
-
-class _Http(urllib.request.HTTPHandler):
-    def __init__(self, cutter: Cutter) -> None:
-        super().__init__()
-        self._cutter = cutter
-
-    def http_open(self, req: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(_made(_Plain, self._cutter), req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, cutter: Cutter) -> None:
-        super().__init__()
-        self._cutter = cutter
-
-    def https_open(self, req: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(_made(_Encrypted, self._cutter), req)
-
-
-def _made(kind: type[_Plain], cutter: Cutter) -> Callable[..., HTTPConnection]:
-    def connection(host: str, **options: Any) -> HTTPConnection:
-        made = kind(host, **options)
-        made.cutter = cutter
-        return made
-
-    return connection
+    return Handler()

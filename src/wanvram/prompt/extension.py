@@ -46,6 +46,8 @@ def prompt_extension(request: Request, *, simulated: bool) -> Extension | None:
         return None
     pictures = [Path(path) for path in (request.image, request.first_frame, request.last_frame) if path]
     if request.prompt_extend_method == "dashscope":
+        if simulated:
+            return None  # it takes nothing of the card, and a prediction asks no service
         endpoint = dashscope.Endpoint(dashscope.api_key(os.environ), dashscope.api_url(os.environ))
         return Extension(request, lambda e, device, recorder: _by_dashscope(e, recorder, pictures, endpoint))
     check_extender(request.prompt_extend_model or default_model(vision=bool(pictures)), simulated=simulated)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from wanvram.engine.devices import Device
 from wanvram.errors import CheckpointError, InputError
-from wanvram.kernels.attention import attention
+from wanvram.kernels.scaled_attention import attention
 from wanvram.prompt.instructions import checked_answer, system_prompt, without_controls
 from wanvram.weights.sources import SafetensorsSource, check_file
 
@@ -64,9 +64,10 @@ def _text(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab
 
 def _vision(text: dict[str, Any]) -> dict[str, Any]:
     """The text model's numbers with the vision tower that both Qwen2.5-VL models have."""
-    tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14}
-    tower |= {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": text["hidden_size"]}
-    return text | {"model_type": VISION_TYPE, "vision_config": tower | {"model_type": VISION_TYPE}}
+    tower: dict[str, Any] = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+    tower |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+    tower |= {"model_type": VISION_TYPE, "out_hidden_size": text["hidden_size"]}
+    return text | {"model_type": VISION_TYPE, "vision_config": tower}
 
 
 _3B = _text(2048, 11008, 36, 16, 2, 151936)
@@ -419,7 +420,7 @@ def _grid(width: int, height: int, cell: int) -> tuple[int, int]:
     return rows, columns
 
 
-class _FusedAttention(TorchFunctionMode):
+class _FusedAttention(TorchFunctionMode):  # type: ignore[misc]  # mypy does not look into torch
     """On meta, PyTorch would take attention apart into its N x N matrix; the GPU's kernels never hold one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

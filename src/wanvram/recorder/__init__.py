@@ -1,1 +1,1 @@
-
+MEMORY_IS = "the caller's"  # read by simulate.timeline

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from wanvram.errors import OutputError
+from wanvram.output_files import writing
 from wanvram.record import Memory
 from wanvram.recorder.event_file import ListFile, claim
 from wanvram.units import MIB
@@ -38,9 +38,6 @@ class ProcessLock:
         return self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
 
 
-BINARY = getattr(os, "O_BINARY", 0)  # Windows would write \r\n for \n
-
-
 class EventLog:
     """Appends `{name, timestamp, memory_log, metadata}` and the exact byte counts. Any thread may.
 
@@ -52,10 +49,8 @@ class EventLog:
         """keep_existing: a file that is there stays, and this log takes the next free number; else it is replaced."""
         self._lock = ProcessLock()
         self._pid = os.getpid()
-        try:
+        with writing(path):
             self._files = {self._pid: ListFile(claim(path) if keep_existing else path)}
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
     @property
     def path(self) -> Path:
@@ -84,10 +79,8 @@ class EventLog:
             "device_bytes": memory.device_bytes,
         }
         written = _dumps(event)
-        try:
+        with writing(self.path):
             self._own_file().append(written)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
         return event
 
     def _own_file(self) -> ListFile:
@@ -103,12 +96,9 @@ class EventLog:
     def close(self) -> None:
         """Gives the file back; a later event opens it again."""
         file = self._files.get(os.getpid())
-        if file is None:
-            return
-        try:
-            file.close()
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+        if file is not None:
+            with writing(self.path):
+                file.close()
 
     def __enter__(self) -> EventLog:
         return self

@@ -142,7 +142,7 @@ class CudaMeter:
     def device_memory(self) -> int | None:
         if self._gpu is None:
             free, total = torch.cuda.mem_get_info(self._index)
-            used = total - free
+            used = int(total) - int(free)
         else:
             used = self._card_loses()
         self._outside = max(0, used - torch.cuda.memory_reserved(self._index))
@@ -168,7 +168,7 @@ class CudaMeter:
     def used_by_others(self) -> int:
         """Bytes of the card that are not ours now."""
         free, total = torch.cuda.mem_get_info(self._index)
-        return max(0, total - free - (self.device_memory() or 0))
+        return max(0, int(total) - int(free) - (self.device_memory() or 0))
 
     def pinned(self, change: int) -> None:
         """Host memory was pinned, or unpinned (negative)."""
@@ -192,7 +192,7 @@ def _nvml_gpu() -> Gpu | None:
     return None
 
 
-class CpuMeter(TorchDispatchMode):
+class CpuMeter(TorchDispatchMode):  # type: ignore[misc]  # mypy does not look into torch
     """Live storages of CPU tensors, counted while the mode is entered. Reserved equals allocated: the CPU has no cache.
 
     count_existing: tensors that live when the mode is entered count too, as on CUDA. Otherwise the first view of

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from wanvram.errors import OutputError
+from wanvram.output_files import writing
 from wanvram.record import Memory, Span, write_atomically
 from wanvram.recorder.event_file import claim
 from wanvram.recorder.events import EventLog, ProcessLock, base_memory, warn
@@ -34,10 +34,8 @@ class MemoryTracker:
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir).absolute()  # the program may change its directory
-        try:
+        with writing(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.output_dir}: {error.strerror or error}") from error
         self.meter: CudaMeter | CpuMeter
         if torch.cuda.is_available():
             self.meter = CudaMeter(torch.cuda.current_device(), poll=False)
@@ -83,10 +81,8 @@ class MemoryTracker:
             pid = os.getpid()
             if self._readings_pid != pid:
                 return self._paths.get(self._pid, first)
-            try:
+            with writing(first):
                 path = self._paths[pid] = self._paths.get(pid) or claim(first, 1 if pid == self._pid else 2)
-            except OSError as error:
-                raise OutputError(f"cannot write {first}: {error.strerror or error}") from error
             write_atomically(path, json.dumps(self.readings, indent=1) + "\n")
             return path
 
@@ -95,6 +91,7 @@ class _ForkedMeter:
     """Of a process forked from one that uses CUDA: PyTorch refuses it the GPU, so it has no memory there."""
 
     device_name = "cuda"
+    caches = False
 
     def read(self) -> Memory:
         return Memory(0, 0, None)

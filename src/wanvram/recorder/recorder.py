@@ -52,7 +52,7 @@ class Recorder:
         return tuple(self._open)
 
     @contextmanager
-    def span(self, name: str, *, kind: str, component: str | None = None) -> Iterator[Span]:
+    def span(self, name: str, *, kind: str, component: str | None = None, part: str = "") -> Iterator[Span]:
         """Records everything inside. A span left by an exception stays open until `finish_open`."""
         check()
         detailed = kind != "block"
@@ -60,7 +60,7 @@ class Recorder:
             self.meter.synchronize()
         self._carry_peak()
         start = self._read(detailed)
-        span = Span(name, kind, component, start, start, start)
+        span = Span(name, kind, component, start, start, start, part=part)
         self._open.append(span)
         self._started.append(self.meter.now(kind))
         if self.observer is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from wanvram.output_files import whole_file
 
 __all__ = ["allocator_snapshot", "setup_profiler"]
 
@@ -39,11 +40,6 @@ def allocator_snapshot(path: Path) -> Iterator[None]:
         yield
     finally:
         snapshot = torch.cuda.memory._snapshot()
-        torch.cuda.memory._record_memory_history(None)  # type: ignore[arg-type]
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with beside.open("wb") as file:
-                pickle.dump(snapshot, file, protocol=4)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        torch.cuda.memory._record_memory_history(None)
+        with whole_file(path) as beside, beside.open("wb") as file:
+            pickle.dump(snapshot, file, protocol=4)

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from wanvram.advice import Advice
 from wanvram.analysis.events import EventGroup, EventSummary
-from wanvram.analysis.peak import Moment, OwnerShare
+from wanvram.analysis.peak import OwnerShare
 from wanvram.analysis.snapshot import DeviceHistory, HostMemory, Snapshot
 from wanvram.analysis.stages import Analysis, SpecMoments, Switch
 from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummary
 from wanvram.foreign_text import shown
 from wanvram.record import Memory, RunRecord
 from wanvram.report.findings import advice_first, unlimited_base
-from wanvram.report.terminal import table
+from wanvram.report.terminal import listed, table
 from wanvram.report.translations import Texts
 from wanvram.units import human, mib, mib_cell, seconds
 
@@ -71,7 +71,7 @@ def run_text(record: RunRecord, analysis: Analysis, advice: Sequence[Advice]) ->
 def _owners(analysis: Analysis) -> str:
     if not analysis.peaks:
         return ""
-    peak: Moment = analysis.peaks[0]
+    peak = analysis.peaks[0]
     rows = [["alive at the peak, by component", "count", "MiB", "share"], *map(_owner, peak.by_component)]
     tables = [rows]
     for title, owners in (("by stage", peak.by_stage), ("by module", peak.by_module), ("by shape", peak.by_shape)):
@@ -85,11 +85,11 @@ def _owner(owner: OwnerShare) -> list[str]:
 
 
 def _components(analysis: Analysis) -> str:
-    rows = [["component", "base MiB", "host MiB", "activation MiB", "streamed MiB", "hidden"]]
+    rows = []
     for c in analysis.components:
         sizes = (c.base_bytes, c.host_bytes, c.activation_bytes, c.streamed_bytes)
         rows.append([c.name, *map(mib_cell, sizes), _share(c.hidden_share)])
-    return table(rows) if len(rows) > 1 else ""
+    return listed(["component", "base MiB", "host MiB", "activation MiB", "streamed MiB", "hidden"], rows)
 
 
 def _stages(analysis: Analysis, *, cached: bool) -> str:
@@ -109,15 +109,14 @@ def _stages(analysis: Analysis, *, cached: bool) -> str:
 
 
 def _moments(moments: SpecMoments) -> str:
-    rows = [["moment", "allocated MiB", "reserved MiB", "device MiB"]]
     inside = f"inside the transformer ({moments.highest_block})" if moments.highest_block else "inside the transformer"
     places = (
         ("before the first forward pass", moments.before_forward),
         (inside, moments.inside_blocks),
         ("after vae.decode", moments.after_decode),
     )
-    rows += [[name, *_memory(memory)] for name, memory in places if memory is not None]
-    return table(rows) if len(rows) > 1 else ""
+    rows = ([name, *_memory(memory)] for name, memory in places if memory is not None)
+    return listed(["moment", "allocated MiB", "reserved MiB", "device MiB"], rows)
 
 
 def _memory(memory: Memory) -> list[str]:
@@ -125,21 +124,20 @@ def _memory(memory: Memory) -> list[str]:
 
 
 def _loading(analysis: Analysis) -> str:
-    rows = [["loading", "added MiB", "beyond that, while loading MiB", "time"]]
-    rows += [
+    rows = (
         [load.component or "-", mib_cell(load.added_bytes), mib_cell(load.transient_bytes), _time(load.seconds)]
         for load in analysis.loading
-    ]
-    return table(rows) if len(rows) > 1 else ""
+    )
+    return listed(["loading", "added MiB", "beyond that, while loading MiB", "time"], rows)
 
 
 def _switches(switches: Sequence[Switch]) -> str:
-    rows = [["switching", "before MiB", "after MiB", "given back MiB", "reserved given back MiB"]]
+    rows = []
     for s in switches:
         given_back = (s.given_back_allocated_bytes, s.given_back_reserved_bytes)
         sizes = (s.before.allocated_bytes, s.after.allocated_bytes, *given_back)
         rows.append([f"{s.leaving or '-'} to {s.entering or '-'}", *map(mib_cell, sizes)])
-    return table(rows) if len(rows) > 1 else ""
+    return listed(["switching", "before MiB", "after MiB", "given back MiB", "reserved given back MiB"], rows)
 
 
 def _growth(analysis: Analysis) -> str:
@@ -185,11 +183,9 @@ def events_text(summary: EventSummary) -> str:
     head = f"{summary.events:,} events, recorded within {seconds(summary.seconds)}."
     if peak is not None:
         head += f" Highest allocated: {mib(peak.allocated_bytes or 0)} at '{_short(peak.name)}'."
-    rows = [["event", "count", "allocated MiB", "reserved MiB", "device MiB", "increment MiB"]]
-    rows += [_event(group) for group in summary.groups]
-    growth = [["largest growth", "MiB"]]
-    growth += [[f"{_short(g.after)} -> {_short(g.before)}", mib_cell(g.bytes)] for g in summary.growth]
-    tables = [table(rows) if len(rows) > 1 else "", table(growth) if len(growth) > 1 else ""]
+    heads = ["event", "count", "allocated MiB", "reserved MiB", "device MiB", "increment MiB"]
+    growth = ([f"{_short(g.after)} -> {_short(g.before)}", mib_cell(g.bytes)] for g in summary.growth)
+    tables = [listed(heads, map(_event, summary.groups)), listed(["largest growth", "MiB"], growth)]
     return _joined([head, *tables, _notes(summary.notes)])
 
 
@@ -210,9 +206,8 @@ def trace_text(trace: TraceSummary) -> str:
     parts = [head, "\n".join(map(_curve, trace.memory))]
     parts.append(_operators(f"operators by memory allocated{main}", trace.operators_by_memory))
     parts.append(_operators("operators by own time", trace.operators_by_time))
-    kernels = [["kernels and copies", "calls", "time"]]
-    kernels += [[_short(k.name), f"{k.calls:,}", _time(k.seconds)] for k in trace.kernels[:ROWS]]
-    parts.append(table(kernels) if len(kernels) > 1 else "")
+    kernels = ([_short(k.name), f"{k.calls:,}", _time(k.seconds)] for k in trace.kernels[:ROWS])
+    parts.append(listed(["kernels and copies", "calls", "time"], kernels))
     parts.append(_spans(f"steps{main}", trace.steps))
     parts.append(_spans(f"marked with record_function{main}", trace.annotations))
     return _joined([*parts, _notes(trace.notes)])
@@ -231,12 +226,11 @@ def _curve(curve: MemoryCurve) -> str:
 
 
 def _operators(title: str, operators: Sequence[Operator]) -> str:
-    rows = [[title, "calls", "allocated MiB", "own time", "time"]]
-    rows += [
+    rows = (
         [_short(o.name), f"{o.calls:,}", mib_cell(o.allocated_bytes), _time(o.self_seconds), _time(o.seconds)]
         for o in operators[:ROWS]
-    ]
-    return table(rows) if len(rows) > 1 else ""
+    )
+    return listed([title, "calls", "allocated MiB", "own time", "time"], rows)
 
 
 def _spans(title: str, spans: Sequence[TraceSpan]) -> str:
@@ -261,26 +255,27 @@ def snapshot_text(snapshot: Snapshot) -> str:
         lines.append(_host(snapshot.host))
     when = "at the peak" if main.recorded else "when it was taken"
     gpu = f" of GPU {main.device}" if len(snapshot.devices) > 1 else ""
-    alive = [[f"alive {when}{gpu}, by where it was allocated", "count", "MiB", "share"]]
     total = max(1, main.peak.allocated_bytes)
     places = main.by_place()
-    alive += [
-        [_short(group.where), f"{group.count:,}", mib_cell(group.bytes), _share(group.bytes / total)]
-        for group in places[:ROWS]
-    ]
+    alive = listed(
+        [f"alive {when}{gpu}, by where it was allocated", "count", "MiB", "share"],
+        (
+            [_short(group.where), f"{group.count:,}", mib_cell(group.bytes), _share(group.bytes / total)]
+            for group in places[:ROWS]
+        ),
+    )
     more = f"\n... and {len(places) - ROWS:,} more places" if len(places) > ROWS else ""
-    holes = [[f"reserved but not in use {when}{gpu}", "MiB"]]
     by_reason: dict[str, int] = {}
     for hole in main.peak.holes:
         why = "beside live blocks" if hole.why.startswith("beside live") else hole.why
         by_reason[why] = by_reason.get(why, 0) + hole.bytes
-    holes += [[why, mib_cell(size)] for why, size in sorted(by_reason.items(), key=lambda item: -item[1])[:ROWS]]
+    reasons = sorted(by_reason.items(), key=lambda item: -item[1])[:ROWS]
+    holes = listed([f"reserved but not in use {when}{gpu}", "MiB"], ([why, mib_cell(size)] for why, size in reasons))
     refused = [
         f"out of memory at {r.seconds:.3f} s: {mib(r.requested_bytes)} asked for, the driver had {mib(r.free_bytes)} free"
         for r in main.out_of_memory[:ROWS]
     ]
-    tables = [table(alive) + more if len(alive) > 1 else "", table(holes) if len(holes) > 1 else ""]
-    return _joined(["\n".join(lines), "\n".join(refused), *tables, _notes(snapshot.notes)])
+    return _joined(["\n".join(lines), "\n".join(refused), alive + more, holes, _notes(snapshot.notes)])
 
 
 def _history(history: DeviceHistory) -> str:

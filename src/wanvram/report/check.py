@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wanvram.report.terminal import table
+from wanvram.report.terminal import listed, table
 from wanvram.simulate.card import GPU
 from wanvram.units import GIB, human
 
@@ -30,7 +30,7 @@ def _versions(checks: dict[str, Any]) -> str:
 
 
 def _gpus(gpus: list[dict[str, Any]]) -> str:
-    rows = [["GPU", "free", "in use", "total", "busy", "temperature", "SM clock"]]
+    rows = []
     for gpu in gpus:
         clock = "-" if gpu["sm_clock_mhz"] is None else f"{gpu['sm_clock_mhz']} of {gpu['max_sm_clock_mhz']} MHz"
         rows.append(
@@ -42,16 +42,16 @@ def _gpus(gpus: list[dict[str, Any]]) -> str:
                 clock,
             ]
         )
-    return table(rows) if gpus else ""
+    return listed(["GPU", "free", "in use", "total", "busy", "temperature", "SM clock"], rows)
 
 
 def _processes(gpus: list[dict[str, Any]]) -> str:
-    rows = [["process on the GPU", "GPU", "user", "memory", "yours"]]
+    rows = []
     for process in (process for gpu in gpus for process in gpu["processes"]):
         used = "-" if process["used_bytes"] is None else human(process["used_bytes"])
         name, own = f"{process['pid']} {process['name']}", "yes" if process["own"] else "no"
         rows.append([name, str(process["gpu"]), process["user"] or "-", used, own])
-    return table(rows) if len(rows) > 1 else ""
+    return listed(["process on the GPU", "GPU", "user", "memory", "yours"], rows)
 
 
 def _host(host: dict[str, Any]) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from wanvram.analysis.compare import Comparison, Key, PredictionError, Violation
+from wanvram.analysis.compare import Comparison, Key, PredictionError, Violation, working_seconds
 from wanvram.foreign_text import shown
 from wanvram.input_files import state_of
 from wanvram.record import RunRecord
 from wanvram.report.runs import Run, find_runs
-from wanvram.report.terminal import table
-from wanvram.units import MIB, seconds
+from wanvram.report.terminal import listed, table
+from wanvram.units import MIB, mib_cell, seconds
 
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
 
@@ -62,14 +62,9 @@ def runs_table(runs: Sequence[tuple[str, RunRecord]]) -> str:
     rows = [["configuration", "result", "allocated MiB", "reserved MiB", "device MiB", "peak in", "step", "time"]]
     for name, record in runs:
         peak, where = record.peak(), record.peak_span()
-        cells = ["-"] * 3
-        if peak is not None:
-            figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes)
-            cells = ["-" if figure is None else f"{figure / MIB:,.1f}" for figure in figures]
-        timed = [s.seconds for s in record.stages if s.kind == "stage" and s.seconds is not None]
-        step = record.step_seconds()
-        times = ("-" if step is None else seconds(step), seconds(sum(timed)) if timed else "-")
-        rows.append([name, _result(record), *cells, where.name if where else "-", *times])
+        figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else (None, None, None)
+        times = ("-" if time is None else seconds(time) for time in (record.step_seconds(), working_seconds(record)))
+        rows.append([name, _result(record), *map(mib_cell, figures), where.name if where else "-", *times])
     failures = [f"{shown(name)}: {shown(r.failure.message)}" for name, r in runs if r.failure is not None]
     return "\n".join([table(rows), *(["", *failures] if failures else [])])
 
@@ -125,9 +120,7 @@ def _configuration(comparison: Comparison, others: Sequence[int]) -> str:
     changed = {key: values for key, values in changed.items() if any(value != values[0] for value in values)}
     if changed.keys() - {SEED, "name", "description"}:
         changed.pop(SEED, None)
-    rows = [["changed", *map(_letter, shown)]]
-    rows += [[key, *map(_cell, values)] for key, values in changed.items()]
-    return table(rows) if changed else ""
+    return listed(["changed", *map(_letter, shown)], ([key, *map(_cell, row)] for key, row in changed.items()))
 
 
 def _cell(value: Any) -> str:
@@ -157,12 +150,12 @@ def _differences(
     head = [title, "A"]
     for run in others:
         head += [_letter(run), f"{_letter(run)}-A", "%"]
-    rows = [head]
+    rows = []
     for name, key in keys:
         values = comparison.figures.get(key, ())
         if values and (always or any(values[run] != values[0] for run in others)):
             rows.append([name, *_cells(comparison, key, others)])
-    return table(rows) if len(rows) > 1 else ""
+    return listed(head, rows)
 
 
 def _cells(comparison: Comparison, key: Key, others: Sequence[int]) -> Iterator[str]:

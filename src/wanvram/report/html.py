@@ -15,6 +15,7 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+from wanvram.analysis.compare import working_seconds
 from wanvram.errors import InputError
 from wanvram.record import RunRecord, Span
 from wanvram.report.findings import CARDS_GIB, advice_first, answer, best_first, card_of, together
@@ -139,7 +140,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "component": where.component if where else None,
         "fragmentation": where.peak.fragmentation if where else None,
         "card": card_of(record),
-        "seconds": _seconds(record),
+        "seconds": working_seconds(record),
         "step_seconds": record.step_seconds(),
         "settings": {key: shortened(value, MAX_TEXT) for key, value in run.settings().items()},
         "environment": {key: shortened(value, MAX_TEXT) for key, value in record.environment.items()},
@@ -169,12 +170,6 @@ def _limit(record: RunRecord) -> dict[str, Any] | None:
 
 def _memory(allocated: int, reserved: int, device: int | None) -> dict[str, int | None]:
     return {"allocated": allocated, "reserved": reserved, "device": device}
-
-
-def _seconds(record: RunRecord) -> float | None:
-    """Without loading, which predictions do not time."""
-    times = [span.seconds for span in record.stages if span.kind == "stage" and span.seconds is not None]
-    return None if not times else sum(times)
 
 
 def _stage(span: Span) -> dict[str, Any]:

@@ -5,14 +5,13 @@ Protocol 4 of plain containers: the viewer's own unpickler knows nothing else.
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from wanvram.analysis.snapshot import Block, Frame, Segment, TraceEntry
-from wanvram.errors import OutputError
+from wanvram.output_files import whole_file, writing
 from wanvram.simulate.allocator import CachingAllocator, SegmentView
 
 __all__ = ["allocator_segments", "export_timeline", "write_memory_viz"]
@@ -38,16 +37,8 @@ def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterabl
         "allocator_settings": {},
         "external_annotations": [],
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            with beside.open("wb") as file:
-                pickle.dump(content, file, protocol=4)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path), whole_file(path) as beside, beside.open("wb") as file:
+        pickle.dump(content, file, protocol=4)
 
 
 class History(Protocol):

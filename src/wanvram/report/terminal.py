@@ -6,7 +6,7 @@ Text is made plain, then shown: on a terminal with the same words in bold and co
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TextIO
 
@@ -18,7 +18,7 @@ from wanvram.record import Memory, RunRecord, Span
 from wanvram.simulate.gpus import card_of_run
 from wanvram.units import MIB, human, mib_cell, seconds
 
-__all__ = ["show", "summarize", "table"]
+__all__ = ["listed", "show", "summarize", "table"]
 
 _BAD = r"\b(DOES NOT FIT|does not fit|FAILED|[Oo]ut of memory)\b"
 _GOOD = r"(?<!whether it )\bfits\b"
@@ -96,9 +96,8 @@ def _stages(record: RunRecord) -> str:
 
 def _peak_cells(span: Span) -> list[str]:
     m: Memory = span.peak
-    device = mib_cell(m.device_bytes) if m.device_bytes is not None else "-"
     activation = "-" if span.kind == "load" else mib_cell(span.activation_bytes)  # what loading adds are weights
-    return [mib_cell(m.allocated_bytes), activation, mib_cell(m.reserved_bytes), device]
+    return [mib_cell(m.allocated_bytes), activation, mib_cell(m.reserved_bytes), mib_cell(m.device_bytes)]
 
 
 def _largest_moments(record: RunRecord) -> str:
@@ -159,6 +158,12 @@ def show(text: str, stream: TextIO | None = None) -> None:
     drawn.highlight_regex(_GOOD, "green")
     drawn.highlight_regex(_BAD, "bold red")
     Console(file=stream).print(drawn, end="", soft_wrap=True)
+
+
+def listed(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table of the rows; nothing where there are none."""
+    found = list(rows)
+    return table([heads, *found]) if found else ""
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -28,7 +28,7 @@ from wanvram.machine.garbage import settled
 from wanvram.machine.host import since_process_start
 from wanvram.media.inputs import prepare_inputs
 from wanvram.progress_stream import ProgressStream
-from wanvram.prompt.extension import prompt_extension
+from wanvram.prompt.extension import Extension, prompt_extension
 from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import INTERRUPTED, deferred
@@ -43,7 +43,7 @@ from wanvram.run.tracing import observed
 from wanvram.run.weights import choose_weights
 from wanvram.simulate.timeline import Timeline
 
-__all__ = ["Around", "Output", "check_measurement", "device_kind", "execute", "make_device", "run_on"]
+__all__ = ["Around", "Output", "assembled", "check_measurement", "device_kind", "execute", "make_device", "run_on"]
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,33 @@ class Around:
     timeline: Timeline | None = None
 
 
-def run_on(device: Device, config: RunConfig, output: Output, around: Around) -> RunRecord:
-    """The pipeline on this device, under the recorder, into the run directory if there is one."""
+@dataclass(frozen=True)
+class Assembled:
+    """A pipeline ready to run, and what is to be noted of its inputs."""
+
+    pipeline: Pipeline
+    notes: list[str]
+    extend: Extension | None
+
+
+def assembled(device: Device, config: RunConfig, recorder: Recorder) -> Assembled:
+    """Weights, inputs and prompt extension of a configuration, checked before anything is loaded."""
     simulated = device.kind == "simulated"
     request = config.request
     weights = choose_weights(config.weights, simulated=simulated, task=request.task, seed=request.base_seed)
     real = config.weights not in ("random", "tiny") and not simulated
     inputs, notes = prepare_inputs(request, simulated=simulated, real_weights=real)
     extend = prompt_extension(request, simulated=simulated)
+    return Assembled(Pipeline(config, device, recorder, weights, inputs, extend=extend), notes, extend)
+
+
+def run_on(device: Device, config: RunConfig, output: Output, around: Around) -> RunRecord:
+    """The pipeline on this device, under the recorder, into the run directory if there is one."""
+    recorder = Recorder(device.meter, None, around.progress, around.timeline)
+    made = assembled(device, config, recorder)
+    pipeline = made.pipeline
+    if around.progress:
+        pipeline.tell = StageProgress(around.progress, simulated=device.kind == "simulated")
     outputs = _outputs(config, device, output)
     with ExitStack() as held:  # the run directory, until the results are written
         directory = (
@@ -118,19 +137,15 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             _write_circumstances(directory, config, around.environment)
         with ExitStack() as stack:
             unwritten: list[str] = []
-            events = stack.enter_context(_event_log(directory, unwritten)) if directory else None
-            recorder = Recorder(device.meter, events, around.progress, around.timeline)
+            recorder.events = stack.enter_context(_event_log(directory, unwritten)) if directory else None
             if around.watch:
                 stack.enter_context(around.watch(recorder))
-            pipeline = Pipeline(config, device, recorder, weights, inputs, extend=extend)
-            if around.progress:
-                pipeline.tell = StageProgress(around.progress, simulated=simulated)
             lost = stack.enter_context(observed(config.measurement, pipeline, directory))
             failure = _run_recorded(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
         if unwritten and failure is None:
             failure = Failure("error", unwritten[0])
         record = _record(config, device, pipeline, failure, around.environment)
-        record.notes += notes + (extend.notes if extend else []) + lost
+        record.notes += made.notes + (made.extend.notes if made.extend else []) + lost
         around.complete(record)
         if directory:
             _write_results(directory, record, around.timeline)

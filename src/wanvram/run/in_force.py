@@ -10,16 +10,16 @@ import torch
 from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import DeviceError, InputError
+from wanvram.kernels.attention_backends import chosen, named
 from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
 from wanvram.models.precision import PRECISIONS
 from wanvram.simulate.gpus import find_gpu
-from wanvram.simulate.libraries import KNOWN_TORCH, Libraries
+from wanvram.simulate.libraries import KNOWN_TORCH
+from wanvram.specs import DIT
 from wanvram.units import human
 
 __all__ = ["check_in_force", "in_force"]
 
-HEAD_DIM = 128  # of every Wan2.1 transformer
-_BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}  # torch.nn.attention.SDPBackend
 # What the allocator model knows, as PyTorch reports it.
 _DEFAULTS = {"max_split_size": -1, "garbage_collection_threshold": 0.0}
 
@@ -45,11 +45,15 @@ def _attention(config: RunConfig, device: CudaDevice) -> str | None:
     if choose is None:
         return None
     dtype = PRECISIONS[PRECISION.of(config.strategy)].matmul
-    q = torch.empty((1, 1, 64, HEAD_DIM), dtype=dtype, device=device.torch_device)
-    chosen = int(choose(q, q, q))
+    q = torch.empty((1, 1, 64, _head_dim(config)), dtype=dtype, device=device.torch_device)
+    choice = int(choose(q, q, q))
     del q
     torch.cuda.empty_cache()  # the run begins with an empty allocator
-    return _BACKENDS.get(chosen, "other")
+    return named(choice)
+
+
+def _head_dim(config: RunConfig) -> int:
+    return DIT[config.request.facts.dit].head_dim
 
 
 def check_in_force(config: RunConfig, found: dict[str, Any], device: CudaDevice) -> None:
@@ -79,7 +83,8 @@ def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) ->
     with suppress(InputError):  # a card that no table knows was given the nearest name
         same = card.path is not None or find_gpu(here, total).key == card.key
         _must(same, f"the plan is for {card.name}, but the card here is {here}; plan again")
-    backend = Libraries(card).attention_backend(PRECISIONS[PRECISION.of(config.strategy)].matmul.itemsize, HEAD_DIM)
+    itemsize = PRECISIONS[PRECISION.of(config.strategy)].matmul.itemsize
+    backend = chosen(card.compute_capability, itemsize, _head_dim(config)).name
     _must(
         found["attention"] in (backend, None),
         f"PyTorch {found['torch']} attends with {found['attention']} here, but the plan assumed {backend}: its memory and time are "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from wanvram.errors import CheckpointError
 from wanvram.specs import T5Spec
 from wanvram.tasks import TASKS
 from wanvram.weights.folder import GENERATED, existing_folder
-from wanvram.weights.official import check_checkpoint, open_checkpoint, tokenizer_file
+from wanvram.weights.official import check_checkpoint, tokenizer_file
 from wanvram.weights.random import RandomSource
 from wanvram.weights.recognise import explain
 from wanvram.weights.sources import TensorSource
@@ -19,19 +20,16 @@ __all__ = ["GeneratedWeights", "NoWeights", "OfficialWeights", "check_weights", 
 
 
 class OfficialWeights:
-    """A checkpoint directory in one of its layouts, checked; files are opened once."""
+    """A checkpoint directory in one of its layouts. sources: as they were opened to be checked."""
 
     tiny = False
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, sources: Mapping[str, TensorSource]) -> None:
         self._tokenizer = UMT5Tokenizer(tokenizer_file(directory))
-        self._open: dict[str, TensorSource] = {}
+        self._sources = sources
 
     def source(self, component: str) -> TensorSource:
-        if component not in self._open:
-            self._open[component] = open_checkpoint(self.directory, component)
-        return self._open[component]
+        return self._sources[component]
 
     def tokenizer(self, spec: T5Spec) -> Tokenizer:
         return self._tokenizer
@@ -86,22 +84,21 @@ def choose_weights(
         return NoWeights(tiny=weights == "tiny")
     if weights in GENERATED:
         return GeneratedWeights(seed, tiny=weights == "tiny")
-    check_weights(weights, task)
-    return OfficialWeights(Path(weights))
+    return OfficialWeights(Path(weights), check_weights(weights, task))
 
 
-def check_weights(weights: str, task: str) -> None:
-    """CheckpointError unless the checkpoint directory holds every file that the task needs; reads their headers only.
+def check_weights(weights: str, task: str) -> dict[str, TensorSource]:
+    """The sources of every component that the task needs, of a checkpoint directory; only headers are read. CheckpointError.
 
     Nothing to check where weights are generated.
     """
     if weights in GENERATED:
-        return
+        return {}
     try:
         directory = existing_folder(weights)
     except CheckpointError as error:
         raise explain(Path(weights), error) from error
-    check_checkpoint(directory, [model.name for model in TASKS[task].components()], TASKS[task].dit)
+    return check_checkpoint(directory, [model.name for model in TASKS[task].components()], TASKS[task].dit)
 
 
 def _refuse_what_is_no_checkpoint(weights: str, task: str) -> None:

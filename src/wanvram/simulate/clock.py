@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from wanvram.kernels.attention_backends import chosen
 from wanvram.record import Copies
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.host import HOST, Host
@@ -125,9 +126,9 @@ class Costs:
         """q [Lq,H,D], k [Lk,H,D]: two products of 2 Lq Lk H D each."""
         q, k = args[0], args[1]
         flops = 4 * prod(q.shape) * (k.shape[0] + RAMP_KEYS)
-        reached = self.gpu.efficiency
-        rate = self._half * reached.attention if q.itemsize == 2 else self._fp32 * reached.attention_fp32
-        return flops, rate, 2 * q.nbytes + 2 * k.nbytes
+        backend = chosen(self.gpu.compute_capability, q.itemsize, q.shape[2])
+        share: float = getattr(self.gpu.efficiency, backend.reached[q.itemsize])
+        return flops, (self._half if q.itemsize == 2 else self._fp32) * share, 2 * q.nbytes + 2 * k.nbytes
 
     def _convolution(self, args: Arguments, result: Any) -> Work:
         """x [N,I,...], weight [O,I,kernel...], result [N,O,...]. cuDNN may use TF32 for float32: PyTorch's default."""
@@ -326,7 +327,13 @@ class Clock:
         """
         again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
         cached = 1.0 if again else self.machine.cached_share
-        self._read_ahead(self._reading(nbytes, component, cached, False))
+        factor, machine = self.machine.stored.get(component), self.machine
+        if factor is None:
+            self._read_ahead(self._reading(nbytes, component, cached, False))
+        else:
+            self._read_ahead(
+                nbytes * factor * (cached / machine.ahead_cached_bytes + (1 - cached) / machine.ahead_bytes)
+            )
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

@@ -29,6 +29,8 @@ class Host:
     chunk_bytes: float  # the same in chunks of 4 MiB, as where values are converted or go to the device
     cached_bytes: float  # checkpoint files that are in the page cache
     convert_bytes: float  # of a file, into another type of number
+    ahead_bytes: float  # files read and converted by a thread, unit after unit into two buffers; not in the page cache
+    ahead_cached_bytes: float  # the same from the page cache
     stored: Mapping[str, float]  # components that are converted: bytes in the checkpoint's files per byte of the run
     cached_share: float  # of the checkpoint's bytes
     page_cache_bytes: float  # RAM that file pages may keep between two passes of streamed weights
@@ -46,7 +48,8 @@ class Host:
 
 # The H200's machine, 16 cores of a virtual machine, 2026-11-24 and 2026-11-28. pageable_bytes is measured, flops and memory_bytes
 # follow from T5 on the CPU (2.0 s for two prompts). copy_bytes (one thread's memcpy) is an assumption.
-# disk_bytes to convert_bytes: loading 40 GB from a virtual disk, cold and from the page cache (benchmarks/*_h200_wall_clock.json).
+# disk_bytes to convert_bytes: loading 40 GB from a virtual disk, cold and from the page cache (benchmarks/*_h200_wall_clock.json);
+# ahead_bytes and ahead_cached_bytes: two passes over 28.6 GB streamed from it (2026-11-28_h200_wall_clock_2.json).
 # pin_bytes and below: benchmarks/probe_driver.py, and runs of 1.3B and 14B through the command.
 HOST = Host(
     pageable_bytes=9.1e9,
@@ -55,6 +58,8 @@ HOST = Host(
     chunk_bytes=0.72e9,
     cached_bytes=5.4e9,
     convert_bytes=1.8e9,
+    ahead_bytes=1.15e9,
+    ahead_cached_bytes=3.0e9,
     stored={},
     cached_share=0.0,
     page_cache_bytes=0.0,

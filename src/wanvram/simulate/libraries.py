@@ -34,26 +34,6 @@ class Libraries:
         """Taken at the first product with a fused bias and kept: 1 MiB (measured)."""
         return MIB
 
-    def attention_backend(self, dtype_bytes: int, head_dim: int) -> str:
-        """What scaled_dot_product_attention picks (PyTorch's sdp_utils.cpp): cudnn, flash or efficient."""
-        capability = self.gpu.compute_capability
-        if dtype_bytes == 2 and head_dim <= 128 and capability >= (9, 0) and capability < (12, 0):
-            return "cudnn"
-        if dtype_bytes == 2 and head_dim <= 256 and capability >= (8, 0):
-            return "flash"
-        return "efficient"
-
-    def attention_extra(self, backend: str, lq: int, heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Bytes taken (before the output and freed last, after it and freed at once).
-
-        cudnn: two 8-byte seeds and 256 bytes (measured); flash: fp32 log-sum-exp and two seeds; efficient: nothing (measured).
-        """
-        if backend == "cudnn":
-            return (8, 8), (256,)
-        if backend == "flash":
-            return (), (4 * heads * lq, 16, 8)
-        return (), ()
-
     def conv_workspace(self, convolution: Convolution) -> int:
         """cuDNN's workspace in channels_last_3d, bytes. Other architectures than sm_90 are taken for it."""
         found = self._convolutions.get(convolution)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from wanvram.kernels.attention_backends import chosen
 from wanvram.simulate.convolutions import Convolution
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.libraries import Libraries
@@ -74,9 +75,9 @@ class LibraryBuffers:
 
     def _attention(self, args: tuple[Any, ...]) -> BufferPlan:
         lq, heads, head_dim = args[0].shape
-        backend = self.libraries.attention_backend(args[0].element_size(), head_dim)
-        before, during = self.libraries.attention_extra(backend, lq, heads)
-        return BufferPlan(before, during, loads=("attention",) if backend == "cudnn" else ())
+        backend = chosen(self.gpu.compute_capability, args[0].element_size(), head_dim)
+        before, during = backend.extra(lq, heads)
+        return BufferPlan(before, during, loads=(backend.library,) if backend.library else ())
 
     def _convolution(self, args: tuple[Any, ...]) -> BufferPlan:
         x, weight, _, stride, padding = args

@@ -7,7 +7,6 @@ between them there is nothing a run could see.
 
 from __future__ import annotations
 
-import os
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -32,9 +31,7 @@ SCHEMA = 1
 MAX_POINTS = 4000
 MAX_GROUPS = 200
 _FREE, _SEGMENT, _OUTSIDE = -1, -2, -3  # what an event is, when it is not a malloc by the owner of that number
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_ASKS_FOR_OTHERS = ("simulate" + os.sep, "kernels" + os.sep, "recorder" + os.sep, os.path.join("engine", "devices.py"))
-_MODELS = "models" + os.sep
+_ROOT = __name__.partition(".")[0]
 
 
 class _Owner(NamedTuple):
@@ -49,7 +46,7 @@ class _Owner(NamedTuple):
 
 
 @dataclass
-class _Entry:
+class _Interval:
     """A load, stage or step on the x axis."""
 
     name: str
@@ -95,8 +92,8 @@ class Timeline:
         self._segments: list[tuple[int, str, int, int]] = []  # x, event, address, bytes
         self._allocated = 0
         self._owners: dict[tuple[Any, ...], int] = {}
-        self._entries: list[_Entry] = []
-        self._open: list[tuple[_Entry | None, tuple[str | None, str | None]]] = []
+        self._entries: list[_Interval] = []
+        self._open: list[tuple[_Interval | None, tuple[str | None, str | None]]] = []
         self._where: tuple[str | None, str | None] = (None, None)  # stage, component
         self._places = _Places()
         self._told = allocator.on_segment
@@ -115,7 +112,7 @@ class Timeline:
         """A span begins; every begin has its `end`. Blocks name who allocates but are no entry of their own."""
         entry = None
         if kind != "block":
-            entry = _Entry(name, kind, component, len(self._kinds))
+            entry = _Interval(name, kind, component, len(self._kinds))
             self._entries.append(entry)
         self._open.append((entry, self._where))
         stage, outer = self._where
@@ -226,7 +223,7 @@ class Timeline:
     def _series(self) -> np.ndarray:
         """[3, events + 1] int64: allocated, reserved and outside bytes after each event."""
         kinds, changes = np.array(self._kinds, dtype=np.int64), np.array(self._changes, dtype=np.int64)
-        series = np.zeros((3, len(kinds) + 1), dtype=np.int64)
+        series: np.ndarray = np.zeros((3, len(kinds) + 1), dtype=np.int64)
         series[0, 1:] = np.where(kinds >= _FREE, changes, 0).cumsum()
         series[1, 1:] = self._reserved
         series[2, 1:] = np.where(kinds == _OUTSIDE, changes, 0).cumsum()
@@ -243,8 +240,8 @@ class Timeline:
         kinds, addresses = np.array(self._kinds, dtype=np.int64), np.array(self._addresses, dtype=np.int64)
         calls = np.flatnonzero(kinds >= _FREE)
         calls = calls[np.argsort(addresses[calls], kind="stable")]
-        following = np.append(calls[1:], len(kinds))
-        freed = np.append(addresses[calls[1:]] == addresses[calls[:-1]], False)
+        following: np.ndarray = np.append(calls[1:], len(kinds))
+        freed: np.ndarray = np.append(addresses[calls[1:]] == addresses[calls[:-1]], False)
         died = np.where(freed, following + 1, len(kinds) + 1)
         mallocs = kinds[calls] >= 0
         at, died = calls[mallocs], died[mallocs]
@@ -263,7 +260,7 @@ class Timeline:
             owners.append(_Owner(component, stage, module, operation, sizes, text))
         return owners
 
-    def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[_Entry, int, int]]) -> dict[int, str]:
+    def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[_Interval, int, int]]) -> dict[int, str]:
         """Index of a block -> the component whose weights it holds: born in that component's load and alive after it.
 
         A load that nothing follows broke off, and what it had loaded was freed before it ended: there, what lived with the last block.
@@ -298,9 +295,10 @@ class Timeline:
 
 
 class _Places:
-    """Names the code that asks for memory, by its two innermost functions under wanvram/models, else by wanvram's innermost.
+    """Names the code that asks for memory, by its two innermost functions of models, else by wanvram's innermost.
 
-    Reads code objects only: a frame's f_locals would keep its tensors alive.
+    Whose memory a module asks for, MEMORY_IS says in it or in its package: "a model's", "the caller's", its own where nothing is
+    said. Reads code objects only: a frame's f_locals would keep its tensors alive.
     """
 
     def __init__(self) -> None:
@@ -316,7 +314,7 @@ class _Places:
             code = frame.f_code
             known = self._codes.get(id(code))
             if known is None:
-                known = self._codes[id(code)] = (code, *_describe(code))
+                known = self._codes[id(code)] = (code, *_describe(code, frame.f_globals))
             _, name, model = known
             if name:
                 if inner is not None:
@@ -342,23 +340,24 @@ class _Places:
         return path
 
 
-def _describe(code: CodeType) -> tuple[str, bool]:
-    """(`file.Class.function`, is it a model's) of wanvram's code; no name for code that asks on behalf of others.
+def _describe(code: CodeType, names: dict[str, Any]) -> tuple[str, bool]:
+    """(`module.Class.function`, is it a model's) of wanvram's code; no name for code that asks on behalf of others.
 
     A comprehension or lambda counts as the function around it, as Python 3.12 itself has it.
     """
-    if not code.co_filename.startswith(_PACKAGE) or code.co_name.startswith("<"):
+    root, _, module = names.get("__name__", "").partition(".")
+    if root != _ROOT or code.co_name.startswith("<"):
         return "", False
-    path = code.co_filename[len(_PACKAGE) :]
-    if path.startswith(_ASKS_FOR_OTHERS):
+    whose = names.get("MEMORY_IS") or vars(sys.modules[names["__package__"]]).get("MEMORY_IS")
+    if whose == "the caller's":
         return "", False
     function = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")  # co_qualname: Python 3.11
-    return f"{os.path.basename(path).removesuffix('.py')}.{function}", path.startswith(_MODELS)
+    return f"{module.rpartition('.')[2]}.{function}", whose == "a model's"
 
 
 def _moments(
-    wholes: Sequence[tuple[_Entry, int, int]], peaks: Sequence[int], highest: int
-) -> Iterator[tuple[str, int, _Entry | None]]:
+    wholes: Sequence[tuple[_Interval, int, int]], peaks: Sequence[int], highest: int
+) -> Iterator[tuple[str, int, _Interval | None]]:
     """The global peak first, then that of every load and stage."""
     yield "peak", highest, next((e for e, start, end in wholes if start <= highest <= end), None)
     for (entry, _, _), x in zip(wholes, peaks, strict=True):
@@ -383,7 +382,8 @@ def _kept(series: np.ndarray, marks: set[int]) -> np.ndarray:
         allocated, reserved = series[0, low:high], series[1, low:high]
         places = (allocated.argmax(), allocated.argmin(), reserved.argmax(), unused[low:high].argmax())
         kept.update(low + int(i) for i in places)
-    return np.array(sorted(kept))
+    result: np.ndarray = np.array(sorted(kept))
+    return result
 
 
 def _resident(blocks: _Blocks, weights: dict[int, str]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from wanvram.errors import CheckpointError, InputError, OutputError
 from wanvram.folder_lock import LOCK_FILE, alone_in
+from wanvram.output_files import writing
 from wanvram.record import write_atomically
 from wanvram.specs import DIT
 from wanvram.units import human
@@ -41,7 +42,7 @@ from wanvram.weights.recognise import explain
 from wanvram.weights.sources import DTYPES, MANIFEST, MANIFEST_SCHEMA, TensorSource
 from wanvram.weights.tokenizer import try_tokenizer
 
-__all__ = ["Job", "convert", "free_bytes", "verify"]
+__all__ = ["Conversion", "convert", "free_bytes", "verify"]
 
 CHUNK_BYTES = 16 * 2**20
 # What a tokenizer of transformers is read from; tokenizer.json alone would do for wanvram.
@@ -51,7 +52,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """What to convert. precision: bf16, fp16 or fp8 (bf16 with the matrices of the dit's blocks in float8_e4m3fn).
 
     dit: the transformer expected, a key of specs.DIT; None: recognised by its tensors. components: None is all that the
@@ -71,7 +72,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _WeightFile:
     """One file to write: tensors in the order of the file, each with its dtype there."""
 
     component: str
@@ -109,12 +110,12 @@ class _Part:
 
 
 @dataclass
-class _Plan:
+class _ConversionPlan:
     """Everything known before the first byte is written."""
 
-    job: Job
+    job: Conversion
     models: dict[str, str]
-    parts: list[_Part]
+    parts: list[_WeightFile]
     tokenizer: list[Path] = field(default_factory=list)
 
     @property
@@ -139,7 +140,7 @@ def free_bytes(directory: Path) -> int:
 
 
 def convert(
-    job: Job,
+    job: Conversion,
     output: Path,
     *,
     free: Callable[[Path], int] = free_bytes,
@@ -157,16 +158,14 @@ def convert(
         raise explain(job.source, error) from error
     if not output.exists():
         _check_space(output, sum(part.nbytes for part in plan.parts), free)
-        try:
+        with writing(f"to {output}"):
             output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write to {output}: {error.strerror or error}") from error
     with alone_in(output):
         return _written(plan, sources, output, free, progress)
 
 
 def _written(
-    plan: _Plan,
+    plan: _ConversionPlan,
     sources: _Sources,
     output: Path,
     free: Callable[[Path], int],
@@ -175,7 +174,7 @@ def _written(
     manifest = _begun(output, plan)
     pending = [part for part in plan.parts if not _is_finished(output, manifest, part.name)]
     _check_space(output, sum(part.nbytes for part in pending), free)
-    try:
+    with writing(f"to {output}"):
         _save(output, manifest)
         for path in plan.tokenizer:
             _copy_file(path, output, manifest)
@@ -185,8 +184,6 @@ def _written(
             if progress:
                 left = sum(p.name not in manifest["files"] for p in plan.parts)
                 progress(f"{part.name}  {human(part.nbytes)}  ({len(plan.parts) - left} of {len(plan.parts)})")
-    except OSError as error:
-        raise OutputError(f"cannot write to {output}: {error.strerror or error}") from error
     _finish(output, manifest)
     return manifest
 
@@ -204,7 +201,7 @@ class _Sources:
         return self._open[component]
 
 
-def _plan(job: Job, sources: _Sources, output: Path) -> _Plan:
+def _plan(job: Conversion, sources: _Sources, output: Path) -> _ConversionPlan:
     if job.source.resolve() in output.resolve().parents:
         raise InputError(f"-o {output} lies in the checkpoint itself; name a folder outside {job.source}")
     if layout(job.source) == "converted":
@@ -214,7 +211,7 @@ def _plan(job: Job, sources: _Sources, output: Path) -> _Plan:
         dit = dit or identify("dit", sources.open("dit"))
         components = tuple(c for c in COMPONENTS if c != "image_encoder" or DIT[dit].has_image_branch)
     models: dict[str, str] = {}
-    parts: list[_Part] = []
+    parts: list[_WeightFile] = []
     for component in sorted(components, key=lambda c: c != "dit"):  # the one that is most often the wrong one
         if dit is None:
             models[component] = identify(component, sources.open(component))
@@ -222,7 +219,7 @@ def _plan(job: Job, sources: _Sources, output: Path) -> _Plan:
             models[component] = spec_beside(component, dit)
             check_model(component, sources.open(component), models[component])
         parts += _parts(job, component, models[component])
-    plan = _Plan(job, models, parts)
+    plan = _ConversionPlan(job, models, parts)
     if "text_encoder" in components:
         file = tokenizer_file(job.source)
         try_tokenizer(file)
@@ -231,7 +228,7 @@ def _plan(job: Job, sources: _Sources, output: Path) -> _Plan:
     return plan
 
 
-def _parts(job: Job, component: str, model: str) -> Iterator[_Part]:
+def _parts(job: Conversion, component: str, model: str) -> Iterator[_WeightFile]:
     """One part for each block and one, called shell, for what is outside the blocks."""
     module, blocks = blueprint(component, model, "bf16" if job.precision == "fp8" else job.precision)
     names = {id(block): name for name, block in module.named_modules()}
@@ -245,7 +242,7 @@ def _parts(job: Job, component: str, model: str) -> Iterator[_Part]:
         for key in sorted(matrices & set(group)):
             shapes[key + SCALE_SUFFIX], dtypes[key + SCALE_SUFFIX] = shapes[key][:1], torch.float32
         if shapes:
-            yield _Part(component, f"{component}/{name}.safetensors", shapes, dtypes)
+            yield _WeightFile(component, f"{component}/{name}.safetensors", shapes, dtypes)
 
 
 def _matrices(module: nn.Module) -> set[str]:
@@ -273,7 +270,7 @@ def _snapshot(ckpt_dir: Path) -> dict[str, list[int]]:
 # --- the output folder ---------------------------------------------------------------------------------------------------------
 
 
-def _begun(output: Path, plan: _Plan) -> dict[str, Any]:
+def _begun(output: Path, plan: _ConversionPlan) -> dict[str, Any]:
     """The manifest to go on with: that in `output` if it is of the same job, a fresh one if there is nothing."""
     path, wanted = output / MANIFEST, plan.manifest()
     if not path.exists():
@@ -326,6 +323,7 @@ def _finish(output: Path, manifest: dict[str, Any]) -> None:
     errors = [entry["fp8"] for entry in manifest["files"].values() if entry.get("fp8")]
     if errors:
         manifest["fp8"] = {name: max(error[name] for error in errors) for name in errors[0]}
+    manifest["files"] = dict(sorted(manifest["files"].items()))  # the same after an interruption
     manifest["complete"] = True
     _save(output, manifest)
 
@@ -368,7 +366,7 @@ def verify(output: Path, manifest: Mapping[str, Any], progress: Callable[[str], 
 # --- tensors -------------------------------------------------------------------------------------------------------------------
 
 
-def _write(part: _Part, source: TensorSource, output: Path) -> dict[str, Any]:
+def _write(part: _WeightFile, source: TensorSource, output: Path) -> dict[str, Any]:
     """The file of one part, whole and on disk when this returns its manifest entry."""
     target = output / part.name
     target.parent.mkdir(exist_ok=True)
@@ -398,7 +396,7 @@ def _write(part: _Part, source: TensorSource, output: Path) -> dict[str, Any]:
     return entry
 
 
-def _read(part: _Part, key: str, source: TensorSource) -> Tensor:
+def _read(part: _WeightFile, key: str, source: TensorSource) -> Tensor:
     dtype = torch.float32 if part.dtypes[key] == FP8 else part.dtypes[key]
     value = torch.empty(part.shapes[key], dtype=dtype)
     source.fill(key, value)
@@ -428,7 +426,7 @@ def _quantised(matrix: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
 
 
 def _put(file: FileIO, offset: int, value: Tensor) -> None:
-    view = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    view = value.reshape(-1).view(torch.uint8).numpy().data
     file.seek(offset)
     while view:
         view = view[file.write(view) :]

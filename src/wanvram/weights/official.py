@@ -227,28 +227,31 @@ def _described(shape: _DiTShape) -> str:
     return text + (f" ({name})" if name else "")
 
 
-def check_checkpoint(ckpt_dir: Path, components: Sequence[str], dit: str | None = None) -> None:
-    """CheckpointError unless every file that `components` need is there with a whole header; reads no tensor.
+def check_checkpoint(ckpt_dir: Path, components: Sequence[str], dit: str | None = None) -> dict[str, TensorSource]:
+    """The components' sources, opened, every file of which is there with a whole header; no tensor is read. CheckpointError.
 
     dit: key of specs.DIT; then every component must also have the tensors of that model. The first problem is told in
     full, other components with problems by name.
     """
     problems: dict[str, str] = {}
+    sources: dict[str, TensorSource] = {}
     for component in components:
         try:
-            source = open_checkpoint(ckpt_dir, component)
+            sources[component] = open_checkpoint(ckpt_dir, component)
             if dit is not None:
-                check_model(component, source, spec_beside(component, dit))
-            source.close()
+                check_model(component, sources[component], spec_beside(component, dit))
             if component == "text_encoder":
                 tokenizer_file(ckpt_dir)
         except CheckpointError as error:
             where = "" if str(ckpt_dir) in str(error) else f"{ckpt_dir}: "
             problems[component] = where + str(error)
     if problems:
+        for source in sources.values():
+            source.close()
         first, *others = problems
         also = f" ({', '.join(others)}: not usable either)" if others else ""
         raise explain(ckpt_dir, CheckpointError(problems[first] + also))
+    return sources
 
 
 def spec_beside(component: str, dit: str) -> str:

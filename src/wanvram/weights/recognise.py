@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -69,19 +70,18 @@ _WANTED = (
 
 def prefix_of(keys: Iterable[str], component: str) -> str:
     """What stands before every name of the component in a single file; empty if nothing does."""
-    present = set(keys)
-    found = (p for p in _SIGNS[component] if any(p + name in present for name in _NAMES[component]))
-    return next(found, "")
+    return next(_prefixes(set(keys), component), "")
 
 
 def comfy_component(keys: Iterable[str]) -> list[str]:
     """The components whose tensors these are; several in a file of all of them."""
     present = set(keys)
-    return [
-        component
-        for component, prefixes in _SIGNS.items()
-        if any(prefix + name in present for prefix in prefixes for name in _NAMES[component])
-    ]
+    return [component for component in _SIGNS if any(True for _ in _prefixes(present, component))]
+
+
+def _prefixes(present: set[str], component: str) -> Iterator[str]:
+    """Behind which a name that only this component has is there."""
+    return (p for p in _SIGNS[component] if any(p + name in present for name in _NAMES[component]))
 
 
 def comfy_files(ckpt_dir: Path) -> dict[str, list[Path]]:
@@ -98,13 +98,13 @@ def _safetensors(ckpt_dir: Path) -> list[tuple[Path, list[str]]]:
     """The readable files and their names."""
     paths = [path for name in _COMFY_FOLDERS for path in _glob(ckpt_dir / name, "*.safetensors")]
     paths += [path for name in _COMFY_FOLDERS[1:-1] for path in _glob(ckpt_dir / "split_files" / name, "*.safetensors")]
-    result = []
-    for path in (path for path in paths[:MAX_FILES] if not _SHARD.search(path.name)):
-        try:
-            result.append((path, SafetensorsSource([path]).keys()))
-        except CheckpointError:
-            continue
-    return result
+    return list(_readable(path for path in paths[:MAX_FILES] if not _SHARD.search(path.name)))
+
+
+def _readable(paths: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:
+    for path in paths:
+        with suppress(CheckpointError):
+            yield path, SafetensorsSource([path]).keys()
 
 
 def check_kind(keys: Iterable[str], path: Path) -> None:
@@ -198,14 +198,9 @@ def _is_no_model(ckpt_dir: Path) -> str:
     if "dit" in comfy_files(ckpt_dir):
         return ""
     folders = (*_COMFY_FOLDERS, "transformer")
-    for path in islice((path for name in folders for path in _glob(ckpt_dir / name, "*.safetensors")), MAX_FILES):
-        try:
-            kind = _kind_of(SafetensorsSource([path]).keys())
-        except CheckpointError:
-            continue
-        if kind:
-            return f"{path} {kind}"
-    return ""
+    paths = islice((path for name in folders for path in _glob(ckpt_dir / name, "*.safetensors")), MAX_FILES)
+    kinds = ((path, _kind_of(keys)) for path, keys in _readable(paths))
+    return next((f"{path} {kind}" for path, kind in kinds if kind), "")
 
 
 def _is_gguf(ckpt_dir: Path) -> str:
