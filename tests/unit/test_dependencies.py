@@ -43,7 +43,7 @@ def imported() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 modules.add(node.module.partition(".")[0])
     known = packages_distributions()
-    foreign = modules - set(sys.stdlib_module_names) - OF_THE_HOST - {"wanvram"}
+    foreign = modules - set(sys.stdlib_module_names) - OF_THE_HOST - {"wanvram", "_typeshed"}
     return normal(known[module][0] for module in foreign)
 
 

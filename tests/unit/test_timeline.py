@@ -383,7 +383,7 @@ def test_the_place_of_a_tensor_is_the_model_code_that_asked_and_its_caller() -> 
     timeline = Timeline.attach(memory)
     two_prompts(memory, timeline)
     places = {re.sub(r":\d+", "", owner.module or ""): owner.operation for owner in timeline._owner_list()}
-    assert places["t5.T5Block.forward > FeedForward.forward"] == "aten.mm.default"
+    assert places["t5.T5Block.forward > T5FeedForward.forward"] == "aten.mm.default"
     assert places["t5.T5Encoder.encode > T5Block.forward"] == "aten.add.Tensor"
     assert all(re.search(r":\d+$", owner.module) for owner in timeline._owner_list() if owner.module)
     assert not any("comp>" in place or "genexpr>" in place or "devices" in place for place in places)

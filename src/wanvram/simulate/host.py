@@ -49,6 +49,7 @@ class Host:
 # The H200's machine, 16 cores of a virtual machine, 2026-11-24 and 2026-11-28. pageable_bytes is measured, flops and memory_bytes
 # follow from T5 on the CPU (2.0 s for two prompts). copy_bytes (one thread's memcpy) is an assumption.
 # disk_bytes to convert_bytes: loading 40 GB from a virtual disk, cold and from the page cache (benchmarks/*_h200_wall_clock.json);
+# convert_bytes: on one core, which is what loading uses since 2026-11-28 (28.6 GB in 28.6 s from the page cache, ..._3.json);
 # ahead_bytes and ahead_cached_bytes: two passes over 28.6 GB streamed from it (2026-11-28_h200_wall_clock_2.json).
 # pin_bytes and below: benchmarks/probe_driver.py, and runs of 1.3B and 14B through the command.
 HOST = Host(
@@ -57,7 +58,7 @@ HOST = Host(
     disk_bytes=1.7e9,
     chunk_bytes=0.72e9,
     cached_bytes=5.4e9,
-    convert_bytes=1.8e9,
+    convert_bytes=1.24e9,
     ahead_bytes=1.15e9,
     ahead_cached_bytes=3.0e9,
     stored={},
