@@ -274,8 +274,8 @@ def test_a_report_of_several_runs_begins_with_the_lowest_and_highest_and_one_tab
     (a / "advice.json").write_text(json.dumps({"schema": 1, "advice": [saved]}))
     assert main(["report", str(a), str(b), "--format", "text"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Of 2 runs “small” has the lowest peak, 4,900.0 MiB")
-    assert "The highest is “lean” with 7,900.0 MiB." in text.splitlines()[0]
+    assert text.startswith("Of 2 runs the lowest peak is 4,900.0 MiB")
+    assert "The highest is 7,900.0 MiB." in text.splitlines()[0]
     order = [
         "\nconfiguration ",
         "\nlean ",
@@ -286,9 +286,29 @@ def test_a_report_of_several_runs_begins_with_the_lowest_and_highest_and_one_tab
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
+    heads, _, lean, small = text.splitlines()[2:6]
+    assert heads.split()[:2] == ["configuration", "rank"]
+    assert [lean.split()[:2], small.split()[:2]] == [["lean", "2"], ["small", "1"]]
     assert "79.0 MiB" in text
     assert "1.50 s" in text
     assert text.index("\nsmall\n=====\n") > places[-1]
+
+
+def test_a_text_report_of_unlike_runs_has_a_table_for_each_thing_that_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = CONFIG | {"name": "longer", "request": CONFIG["request"] | {"frame_num": 161}}
+    paths = [write(tmp_path / "a", simulated()), write(tmp_path / "b", replace(simulated(), config=longer))]
+    assert main(["report", *map(str, paths), "--format", "text"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "2 runs of 2 different tasks, sizes or frame counts: they are ranked only among runs of the same."
+    )
+    assert "t2v-1.3B 832*480, 161 frames\nOne run, with a peak of 7,900.0 MiB;" in text
+    assert main(["compare", *map(str, paths)]) == 0
+    assert "\nTask, size or frames differ: " in capsys.readouterr().out
+    assert main(["compare", str(paths[0]), str(paths[0] / "record.json")]) == 0
+    assert "Task, size or frames differ: " not in capsys.readouterr().out
 
 
 def test_a_report_of_one_run_begins_with_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

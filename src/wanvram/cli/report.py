@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from wanvram.foreign_text import shown
 from wanvram.input_files import state_of
 from wanvram.record import write_atomically
 from wanvram.report.compare import runs_table
-from wanvram.report.findings import answer, card_of, together
+from wanvram.report.findings import alike, answer, card_of, ranked, ranks, together
 from wanvram.report.html import html_report
 from wanvram.report.markdown import markdown_report
-from wanvram.report.runs import Run, find_runs
+from wanvram.report.runs import Run, asked, find_runs
 from wanvram.report.terminal import show, summarize
 from wanvram.report.translations import LANGUAGES, Texts
 
@@ -98,13 +98,22 @@ def _text(runs: Sequence[Run]) -> str:
     texts = Texts("en")
     parts = []
     if len(runs) > 1:
-        parts = [together(runs, texts) + "\n", runs_table([(run.label, run.record) for run in runs]) + "\n"]
+        parts = [together(runs, texts) + "\n", *_tables(alike(runs), texts)]
     for run in runs:
         label = shown(run.label)
         heading = [label, "=" * len(label)] if len(runs) > 1 else []
         said = [sentence for sentence in asdict(answer(run, texts)).values() if sentence]
         parts.append("\n".join([*heading, *said, "", summarize(run.record)]))
     return "\n".join(parts)
+
+
+def _tables(groups: Sequence[Sequence[Run]], texts: Texts) -> Iterator[str]:
+    """A table of runs for each thing that was asked for."""
+    for group in groups:
+        if len(groups) > 1:
+            task, size, frames = asked(group[0].record)
+            yield f"{texts('asked', task=task, size=size, frames=frames)}\n{ranked(group, texts)}\n"
+        yield runs_table([(run.label, run.record) for run in group], ranks(group)) + "\n"
 
 
 def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from wanvram.analysis.compare import Comparison, Key, PredictionError, Violation
 from wanvram.foreign_text import shown
 from wanvram.input_files import state_of
 from wanvram.record import RunRecord
-from wanvram.report.runs import Run, find_runs
+from wanvram.report.runs import Run, asked, find_runs
 from wanvram.report.terminal import listed, table
+from wanvram.report.translations import Texts
 from wanvram.units import MIB, mib_cell, seconds
 
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
@@ -57,14 +58,20 @@ def _read_file(path: Path) -> Run:
 # --- many runs -----------------------------------------------------------------------------------------------------------
 
 
-def runs_table(runs: Sequence[tuple[str, RunRecord]]) -> str:
-    """One line per run: what came out, the peak and where, the time of a step and of all without loading."""
+def runs_table(runs: Sequence[tuple[str, RunRecord]], places: Sequence[int | None] | None = None) -> str:
+    """One line per run: what came out, the peak and where, the time of a step and of all without loading.
+
+    places: each run's rank among those that were asked the same, in a column of its own.
+    """
     rows = [["configuration", "result", "allocated MiB", "reserved MiB", "device MiB", "peak in", "step", "time"]]
     for name, record in runs:
         peak, where = record.peak(), record.peak_span()
         figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else (None, None, None)
         times = ("-" if time is None else seconds(time) for time in (record.step_seconds(), working_seconds(record)))
         rows.append([name, _result(record), *map(mib_cell, figures), where.name if where else "-", *times])
+    if places is not None:
+        ranked = ["rank", *("-" if place is None else str(place) for place in places)]
+        rows = [[row[0], rank, *row[1:]] for row, rank in zip(rows, ranked, strict=True)]
     failures = [f"{shown(name)}: {shown(r.failure.message)}" for name, r in runs if r.failure is not None]
     return "\n".join([table(rows), *(["", *failures] if failures else [])])
 
@@ -84,7 +91,8 @@ def comparison_text(comparison: Comparison) -> str:
 
     A table has at most five runs, which is as much as a wide terminal shows; the others follow in tables of their own.
     """
-    parts = [_legend(comparison), _same_configuration(comparison)]
+    unlike = len(set(map(asked, comparison.records))) > 1
+    parts = [_legend(comparison), _same_configuration(comparison), Texts("en")("unlike_compared") if unlike else ""]
     last = len(comparison.labels)
     for first in range(1, max(last, 2), OTHERS):
         others = range(first, min(first + OTHERS, last))

@@ -18,8 +18,8 @@ from typing import Any
 from wanvram.analysis.compare import working_seconds
 from wanvram.errors import InputError
 from wanvram.record import RunRecord, Span
-from wanvram.report.findings import CARDS_GIB, advice_first, answer, best_first, card_of, together
-from wanvram.report.runs import Run, pairs
+from wanvram.report.findings import CARDS_GIB, advice_first, alike, answer, best_first, card_of, ranked, ranks, together
+from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import thinned
 from wanvram.report.translations import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.simulate.gpus import card_of_run
@@ -60,7 +60,8 @@ def html_report(runs: Sequence[Run], language: str = "en") -> str:
 
 
 def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> str:
-    order = [runs.index(run) for _, run in best_first(runs)]
+    groups = alike(runs)
+    order = [runs.index(run) for _, run in best_first(groups[0])]
     headline = together(runs, texts) if len(runs) > 1 else bodies[0]["answer"]["headline"]
     data = {
         "texts": TEXTS[texts.language],
@@ -68,6 +69,10 @@ def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> st
         "version": __version__,
         "cards": CARDS_GIB,
         "headline": headline,
+        "kinds": [{"asked": _asked(group[0].record, texts), "said": ranked(group, texts)} for group in groups]
+        if len(groups) > 1
+        else [],
+        "ranks": ranks(runs),
         "runs": bodies,
         "shown": order[0] if order else 0,
         "pinned": [order[-1], order[0]] if len(order) > 1 else [],
@@ -128,6 +133,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
     peak, where = record.peak(), record.peak_span()
     return {
         "label": run.label,
+        "asked": _asked(record, texts),
         "device": record.device,
         "simulated": record.simulated,
         "fits": record.fits,
@@ -153,6 +159,11 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "exact": run.exact,
         "borrowed": run.borrowed,
     }
+
+
+def _asked(record: RunRecord, texts: Texts) -> str:
+    task, size, frames = asked(record)
+    return texts("asked", task=task, size=size, frames=frames)
 
 
 def _limit(record: RunRecord) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from typing import Any
 from wanvram.analysis.peak import without_lines
 from wanvram.foreign_text import MAX_SHOWN, shown
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.findings import advice_first, answer, card_of, together, unlimited_base
-from wanvram.report.runs import Run, pairs
+from wanvram.report.findings import advice_first, alike, answer, card_of, ranked, ranks, together, unlimited_base
+from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts, shortened
 from wanvram.units import MIB, human, mib_cell, seconds
@@ -27,7 +27,7 @@ def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
     texts = Texts(language)
     lines = [f"# {texts('title')}", ""]
     if len(runs) > 1:
-        lines += [_text(together(runs, texts), MAX_SENTENCE), "", f"## {texts('runs')}", "", *_runs(runs, texts), ""]
+        lines += [_text(together(runs, texts), MAX_SENTENCE), "", f"## {texts('runs')}", "", *_tables(runs, texts)]
     for predicted, measured in pairs(runs):
         lines += _accuracy(runs[predicted], runs[measured], texts)
     for run in runs:
@@ -35,14 +35,39 @@ def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _tables(runs: Sequence[Run], texts: Texts) -> list[str]:
+    """A table of runs for each thing that was asked for."""
+    groups = alike(runs)
+    if len(groups) == 1:
+        return [*_runs(runs, texts), ""]
+    lines = []
+    for group in groups:
+        task, size, frames = asked(group[0].record)
+        title = _text(texts("asked", task=task, size=size, frames=frames))
+        lines += [f"### {title}", "", _text(ranked(group, texts), MAX_SENTENCE), "", *_runs(group, texts), ""]
+    return lines
+
+
 def _runs(runs: Sequence[Run], texts: Texts) -> list[str]:
-    heads = ["run", "kind", "peak_device", "peak_reserved", "peak_allocated", "step", "stage", "card", "verdict"]
+    heads = [
+        "rank",
+        "run",
+        "kind",
+        "peak_device",
+        "peak_reserved",
+        "peak_allocated",
+        "step",
+        "stage",
+        "card",
+        "verdict",
+    ]
     rows = []
     measured = {predicted: runs[index].label for predicted, index in pairs(runs)}
-    for index, run in enumerate(runs):
+    for index, (run, place) in enumerate(zip(runs, ranks(runs), strict=True)):
         peak, where, step = run.record.peak(), run.record.peak_span(), run.record.step_seconds()
         rows.append(
             [
+                None if place is None else str(place),
                 run.label,
                 _kind(run, measured.get(index), texts),
                 *_figures(peak),
@@ -52,7 +77,7 @@ def _runs(runs: Sequence[Run], texts: Texts) -> list[str]:
                 _verdict(run.record, texts),
             ]
         )
-    return _table([_head(key, texts) for key in heads], rows, numbers=(2, 3, 4, 5))
+    return _table([_head(key, texts) for key in heads], rows, numbers=(0, 3, 4, 5, 6))
 
 
 def _figures(memory: Memory | None) -> list[str | None]:

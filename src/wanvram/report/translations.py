@@ -77,21 +77,24 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "What lowers it: `wanvram analyze DIR --advice` simulates every change and says what each saves.",
         "怎样降低：`wanvram analyze DIR --advice` 会模拟每一项改动，并给出各自节省多少。",
     ),
-    "best_of": (
-        "Of {count} runs “{best}” has the lowest peak, {least}",
-        "{count} 个运行中“{best}”的峰值最低，为 {least}",
-    ),
+    "one_run": ("One run, with a peak of {least}", "一个运行，峰值为 {least}"),
+    "best_of": ("Of {count} runs the lowest peak is {least}", "{count} 个运行中最低的峰值为 {least}"),
     "best_shared": (
-        "Of {count} runs {shared} share the lowest peak, {least} ({names})",
-        "{count} 个运行中有 {shared} 个的峰值同为最低：{least}（{names}）",
+        "Of {count} runs {shared} share the lowest peak, {least}",
+        "{count} 个运行中有 {shared} 个的峰值同为最低：{least}",
     ),
-    "fastest_of": ("the fastest of them is “{best}”", "其中最快的是“{best}”"),
-    "worst_shared": (
-        "The highest is {most}, shared by {shared} runs ({names}).",
-        "最高为 {most}，共 {shared} 个运行（{names}）。",
+    "worst_shared": ("The highest is {most}, shared by {shared} runs.", "最高为 {most}，共 {shared} 个运行。"),
+    "worst_of": ("The highest is {most}.", "最高为 {most}。"),
+    "unlike": (
+        "{count} runs of {kinds} different tasks, sizes or frame counts: they are ranked only among runs of the same.",
+        "{count} 个运行涉及 {kinds} 种不同的任务、尺寸或帧数：仅在相同者之间排名。",
     ),
-    "names_more": ("{names} and {more} more", "{names}等另外 {more} 个"),
-    "worst_of": ("The highest is “{worst}” with {most}.", "最高的是“{worst}”，为 {most}。"),
+    "unlike_compared": (
+        "Task, size or frames differ: the differences say what was asked for, not which run is better.",
+        "任务、尺寸或帧数不同：差值反映的是所请求的内容，而不是哪个运行更好。",
+    ),
+    "asked": ("{task} {size}, {frames} frames", "{task} {size}，{frames} 帧"),
+    "rank": ("rank", "名次"),
     "some_failed": ("Failed runs: {count}.", "失败的运行：{count} 个。"),
     "all_failed": ("None of the {count} runs came to its end.", "{count} 个运行均未完成。"),
     # headings and words

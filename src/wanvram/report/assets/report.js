@@ -70,7 +70,9 @@ function runRow({ run, index, measured }) {
     index,
     run: run.label,
     kind: measured ? t("prediction_of", { run: measured.label }) : t(run.simulated ? "predicted" : "measured"),
-    task: ["task", "size", "frame_num"].map((key) => run.settings[`request.${key}`] ?? "").join(" "),
+    rank: data.ranks[index],
+    marked: data.ranks[index] === 1,
+    task: run.asked,
     peak_device_bytes: run.peak?.device,
     peak_reserved_bytes: run.peak?.reserved,
     peak_allocated_bytes: run.peak?.allocated,
@@ -96,6 +98,7 @@ function runsTable(show, pin) {
     dense: true,
     columns: [
       column("run", "run"),
+      column("rank", "rank", "count"),
       column("peak_device_bytes", "peak_device", "mib"),
       { ...column("show", "show"), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
       { ...column("pin", "pin"), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
@@ -108,7 +111,7 @@ function runsTable(show, pin) {
       column("peak_allocated_bytes", "peak_allocated", "mib"),
       column("fragmentation", "fragmentation", "percent"),
       column("seconds", "time_unloaded", "seconds"),
-      column("task", "task"),
+      ...(data.kinds.length ? [column("task", "task")] : []),
     ],
     rows: runsInOrder().map(runRow),
   });
@@ -150,7 +153,8 @@ function folded(title, ...children) {
 
 // Folded until the reader pins runs: its tables would push the timeline of the run shown far down.
 function comparison(a, b, open) {
-  const node = folded(comparedInShort(a, b), ...comparisonTables(a, b));
+  const unlike = a.asked === b.asked ? [] : [el("p", { class: "quiet", text: t("unlike_compared") })];
+  const node = folded(comparedInShort(a, b), ...unlike, ...comparisonTables(a, b));
   node.open = open;
   return node;
 }
@@ -208,7 +212,9 @@ function build() {
   root.append(header);
   if (several) {
     runs.append(runsTable(show, pin));
-    root.append(el("h1", { class: "headline", text: data.headline }), answered, section(t("runs"), runs));
+    const kinds = data.kinds.map(({ asked, said }) => el("li", {}, el("b", { text: asked }), ` ${said}`));
+    const list = kinds.length ? el("ul", { class: "kinds" }, ...kinds) : null;
+    root.append(el("h1", { class: "headline", text: data.headline }), ...(list ? [list] : []), answered, section(t("runs"), runs));
     root.append(section(t("compare"), compared));
     compare(false);
   } else {
