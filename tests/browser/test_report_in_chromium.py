@@ -134,6 +134,94 @@ def test_a_table_sorts_by_the_column_whose_head_is_clicked(several: Page) -> Non
     assert several.troubles() == []
 
 
+def typed(page: Page, selector: str, text: str, index: int = 0) -> None:
+    """What is searched for, into the field at that index."""
+    page.value(f"(() => {{ const i = document.querySelectorAll({selector!r})[{index}]; i.value = {text!r};"
+               " i.dispatchEvent(new Event('input')); })()")  # fmt: skip
+    page.settle()
+
+
+def test_every_head_of_every_table_is_a_button_reached_with_the_keyboard_that_sorts(several: Page) -> None:
+    several.wait("document.querySelectorAll('.tile').length > 5")
+    heads = "[...document.querySelectorAll('thead th')]"
+    assert several.value(f"{heads}.length") > 50
+    assert (
+        several.value(f"{heads}.filter((h) => !h.querySelector('button') || h.querySelector('button').tabIndex).length")
+        == 0
+    )
+    unsorted = f"{heads}.filter((h) => {{ h.querySelector('button').click(); return !h.getAttribute('aria-sort'); }})"
+    assert several.value(f"{unsorted}.length") == 0
+    several.value("document.querySelectorAll('.dense thead button')[3].focus()")
+    several.key("Enter")
+    assert several.value("document.activeElement.closest('th').ariaSort") in ("ascending", "descending")
+    assert several.troubles() == []
+
+
+def test_the_columns_of_shown_and_pinned_runs_sort_by_what_is_chosen(several: Page) -> None:
+    several.click("input[name=show]", 3)
+    several.click(".dense thead button", 3)
+    assert column(several, "Runs", 0)[0] == HOSTILE
+    several.click(".dense thead button", 4)
+    assert sorted(column(several, "Runs", 0)[:2]) == ["lean", "real"]
+
+
+def test_numbers_sort_as_numbers_also_where_they_are_texts_and_texts_come_after_them(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe())])[0]
+    config = {"k": {str(i): value for i, value in enumerate(["10", -5, "b", 9.5, "a10", "a9", "1e3", True])}}
+    path = tmp_path / "report.html"
+    path.write_text(html_report([replace(run, record=replace(run.record, config=config))]), encoding="utf-8")
+    page = browser.open(path)
+    page.value("document.querySelectorAll('details').forEach((d) => d.open = true)")
+    page.click("details thead button", 1)
+    assert column(page, "Configuration", 1) == ["-5", "9.5", "10", "1e3", "a9", "a10", "b", "true"]
+    page.click("details thead button", 1)
+    assert column(page, "Configuration", 1) == ["true", "b", "a10", "a9", "1e3", "10", "9.5", "-5"]
+    stages = "[...document.querySelectorAll('table')].find((t) => t.caption.textContent === 'Stages')"
+    activation = f"{stages}.tHead.querySelectorAll('button')[4].click()"
+    page.value(activation)  # loading has none
+    assert column(page, "Stages", 4) == ["3,858.0", "500.0", "80.0", "–", "–", "–"]
+    page.value(activation)
+    assert column(page, "Stages", 4) == ["80.0", "500.0", "3,858.0", "–", "–", "–"]
+
+
+def test_a_search_leaves_the_rows_that_have_every_word_and_says_how_many(several: Page) -> None:
+    typed(several, ".dense input[type=search]", "MEASURED real")
+    assert column(several, "Runs", 0) == ["real"]
+    assert several.text(".dense .found") == "1 of 4"
+    several.click(".dense thead button", 0)
+    assert column(several, "Runs", 0) == ["real"]
+    typed(several, ".dense input[type=search]", "no such run")
+    assert (column(several, "Runs", 0), several.text(".dense .found")) == ([], "0 of 4")
+    typed(several, ".dense input[type=search]", " ")
+    assert (len(column(several, "Runs", 0)), several.text(".dense .found")) == (4, "")
+    assert several.value("[...document.querySelectorAll('input[type=search]')].every((i) => i.ariaLabel.length > 10)")
+    assert several.troubles() == []
+
+
+def test_a_search_shows_what_lies_beyond_the_rows_that_are_shown_at_first(several: Page) -> None:
+    caption = "A: real · B: lean"
+    assert "decode: peak allocated" not in column(several, caption, 0)
+    several.value("document.querySelector('details').open = true")
+    typed(several, "details input[type=search]", "decode: peak allocated")
+    assert column(several, caption, 0) == ["decode: peak allocated"]
+    typed(several, "details input[type=search]", "")
+    assert len(column(several, caption, 0)) == 9
+
+
+def test_a_search_in_the_treemap_dims_the_tiles_that_do_not_match_and_sums_those_that_do(single: Page) -> None:
+    single.wait("document.querySelectorAll('.tile').length > 5")
+    typed(single, ".tools > .search input", "rms_norm")
+    bright = "[...document.querySelectorAll('.tile:not(.dimmed)')].map((t) => t.dataset.text)"
+    assert [("rms_norm" in text) for text in single.value(bright)] == [True]
+    assert single.text(".tools > .search .found") == "1 of 9: 241.1 MiB"
+    single.value("document.querySelector('.choice select').value = 'module'")
+    typed(single, ".tools > .search input", "")
+    assert single.value("document.querySelectorAll('.tile.dimmed').length") == 0
+    assert single.troubles() == []
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_of_several_runs_bottleneck_why_and_change_stand_above_the_runs_on_the_first_screen(
     browser: Browser, tmp_path: Path, language: str

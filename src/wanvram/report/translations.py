@@ -255,6 +255,10 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "csv_of": ("download as CSV: {name}", "下载 CSV：{name}"),
     "theme": ("light / dark", "浅色 / 深色"),
     "all_rows": ("all {count} rows", "全部 {count} 行"),
+    "search": ("search", "搜索"),
+    "search_in": ("search in: {what}", "搜索：{what}"),
+    "found": ("{count} of {all}", "{count} / {all}"),
+    "found_bytes": ("{count} of {all}: {bytes}", "{count} / {all}：{bytes}"),
     "no_script": (
         "The charts and tables of this report need JavaScript; nothing is loaded from the network.",
         "本报告的图表需要 JavaScript；不会从网络加载任何内容。",

@@ -83,6 +83,7 @@ function treemap(groups, key) {
   const map = el("div", { class: "treemap", tabindex: "0", role: "group", "aria-label": label });
   let tiles = [];
   let current = -1;
+  let sought = null;
 
   function point(index) {
     tiles[current]?.classList.remove("current");
@@ -99,12 +100,21 @@ function treemap(groups, key) {
     current = -1;
     const boxes = squarify(outer.map((o) => o.sum), { x: 0, y: 0, w, h });
     map.replaceChildren(...outer.flatMap((o, i) => family(o, boxes[i], total, tiles)));
+    dim();
     tiles.forEach((tile, i) => {
       tile.addEventListener("pointerenter", () => point(i));
       tile.addEventListener("click", () => point(i));
     });
   }
 
+  const dim = () => tiles.forEach((tile) => tile.classList.toggle("dimmed", sought !== null && !sought(tile.dataset.text)));
+  const search = searchField(t("alive"), (matches) => {
+    sought = matches;
+    dim();
+    const found = groups.filter((group) => !matches || matches(describe(group, total)));
+    const bytes = human(found.reduce((sum, group) => sum + group.bytes, 0));
+    return t("found_bytes", { count: found.length, all: groups.length, bytes });
+  });
   map.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step || !tiles.length) return;
@@ -112,7 +122,7 @@ function treemap(groups, key) {
     point((current + step + tiles.length) % tiles.length);
   });
   onResize(map, draw);
-  return el("div", {}, map, detail);
+  return el("div", {}, el("div", { class: "tools" }, search), map, detail);
 }
 
 // One outer box with its name and sum, and the tiles inside it.

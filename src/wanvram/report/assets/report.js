@@ -98,10 +98,10 @@ function runsTable(show, pin) {
     dense: true,
     columns: [
       column("run", "run"),
-      column("rank", "rank", "count"),
+      column("rank", "rank", "count", { rises: true }),
       column("peak_device_bytes", "peak_device", "mib"),
-      { ...column("show", "show"), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
-      { ...column("pin", "pin"), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
+      { ...column("show", "show", "text"), value: (row) => Number(row.index !== state.run), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
+      { ...column("pin", "pin", "text"), value: (row) => Number(!state.pins.includes(row.index)), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
       column("step_seconds", "step", "seconds"),
       column("kind", "kind", "text", { names: true }),
       column("card_gb", "card", "text"),
