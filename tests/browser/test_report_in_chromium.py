@@ -14,7 +14,7 @@ from browser.chromium import Browser, Page, required_chromium
 from report_runs import Recipe, write_run
 from wanvram.record import Failure
 from wanvram.report.html import html_report
-from wanvram.report.runs import find_runs
+from wanvram.report.runs import Run, find_runs
 from wanvram.units import GIB
 
 HOSTILE = '</script><img src=x onerror="window.broken=1">'
@@ -220,6 +220,75 @@ def test_a_search_in_the_treemap_dims_the_tiles_that_do_not_match_and_sums_those
     typed(single, ".tools > .search input", "")
     assert single.value("document.querySelectorAll('.tile.dimmed').length") == 0
     assert single.troubles() == []
+
+
+AXIS = ".axes button"
+RIBBON = "[...document.querySelectorAll('.ribbon .stage')].map((n) => [n.textContent, parseFloat(n.style.width)])"
+
+
+def timed(run: Run, seconds: dict[str, float | None]) -> Run:
+    """The run with other times of its stages."""
+    stages = [replace(span, seconds=seconds.get(span.name)) for span in run.record.stages]
+    return replace(run, record=replace(run.record, stages=stages))
+
+
+def written(runs: list[Run], path: Path, language: str = "en") -> Path:
+    path.write_text(html_report(runs, language), encoding="utf-8")
+    return path
+
+
+def test_the_chart_switches_between_events_and_the_seconds_that_were_recorded(browser: Browser, tmp_path: Path) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe())])[0]
+    slow = timed(run, {"encode_text": 1.0, "denoise": 90.0, "decode": 9.0})
+    page = browser.open(written([slow], tmp_path / "report.html"))
+    page.wait("document.querySelector('.u-over') !== null")
+    assert page.text(".axis") == "allocator event"
+    events = dict(page.value(RIBBON))
+    assert len(events) == 6
+    page.click(AXIS, 1)
+    assert page.text(".axis") == "seconds since the start (loading has no known time and takes none here)"
+    seconds = dict(page.value(RIBBON))
+    assert list(seconds) == ["encode_text", "denoise", "decode"]
+    assert seconds["denoise"] / seconds["decode"] == pytest.approx(10, rel=0.01)
+    assert events["denoise"] / events["decode"] < 5
+    assert page.value("[...document.querySelectorAll('.axes button')].map((b) => b.ariaPressed)") == ["false", "true"]
+    page.drag(".u-over", 0.93, 0.99)
+    assert page.text(PRESSED).startswith("peak ·"), "decode has the last nine per cent"
+    page.click(".ribbon .stage", 0)
+    assert page.text(PRESSED).startswith("peak of decode ·")
+    page.value("document.querySelectorAll('.axes button')[0].focus()")
+    page.key("Enter")
+    assert dict(page.value(RIBBON)) == events
+    assert page.troubles() == []
+
+
+def test_a_step_takes_its_own_time_on_the_axis_of_seconds(browser: Browser, tmp_path: Path) -> None:
+    run = timed(
+        find_runs([write_run(tmp_path / "run", Recipe())])[0], {"encode_text": 1.0, "denoise": 20.0, "decode": 9.0}
+    )
+    denoise = run.record.stages[4]
+    steps = [replace(denoise, name="step", kind="step", seconds=s, repeats=n) for s, n in ((10.0, 1), (2.0, 3))]
+    run.record.stages[4] = replace(denoise, children=steps)
+    page = browser.open(written([run], tmp_path / "report.html"))
+    page.wait("document.querySelector('.u-over') !== null")
+    page.click(AXIS, 1)
+    widths = page.value("[...document.querySelectorAll('.ribbon .step')].map((n) => parseFloat(n.style.width))")
+    assert [width / widths[1] for width in widths] == pytest.approx([5, 1, 1, 1], rel=0.01)
+    assert page.troubles() == []
+
+
+def test_where_a_time_is_unknown_or_time_is_the_axis_already_there_is_no_switch(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe())])[0]
+    measured = find_runs([write_run(tmp_path / "measured", Recipe(simulated=False))])[0]
+    for i, one in enumerate(
+        (timed(run, {"encode_text": 1.0, "denoise": None, "decode": 9.0}), timed(run, {}), measured)
+    ):
+        page = browser.open(written([one], tmp_path / f"{i}.html"))
+        page.wait("document.querySelector('.u-over') !== null")
+        assert page.value("document.querySelectorAll('.axes').length") == 0
+        assert page.troubles() == []
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -28,9 +28,10 @@ from wanvram.version import __version__
 __all__ = ["MAX_BYTES", "html_report"]
 
 MAX_BYTES = 2_000_000
+MAX_STEPS = 2000  # of a stage, whose times the page gets
 MAX_TEXT = 600  # characters of a prompt or a note that the page shows
 
-_SCRIPTS = ("base.js", "tables.js", "timeline.js", "alive.js", "report.js")
+_SCRIPTS = ("base.js", "tables.js", "clock.js", "timeline.js", "alive.js", "report.js")
 _STYLES = ("uplot.min.css", "report.css")
 
 # (points, alive groups, segment blocks) per run and moment, from everything to the least that still shows the peak.
@@ -193,7 +194,17 @@ def _stage(span: Span) -> dict[str, Any]:
         "fragmentation": span.peak.fragmentation,
         "fluctuation": span.fluctuation_bytes,
         "seconds": span.seconds,
+        "steps": _step_seconds(span),
     }
+
+
+def _step_seconds(span: Span) -> list[float]:
+    """Of every step in order; nothing where one is unknown."""
+    steps = [child for child in span.children if child.kind == "step"]
+    if sum(step.repeats for step in steps) > MAX_STEPS:
+        return []
+    times = [step.seconds for step in steps for _ in range(step.repeats)]
+    return [time for time in times if time is not None] if None not in times else []
 
 
 def _packed(timeline: dict[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,8 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "axis_events": ("allocator event", "分配器事件"),
     "axis_seconds": ("seconds since the start", "自开始的秒数"),
     "axis_order": ("order of the recorded stages", "记录阶段的顺序"),
+    "axis": ("horizontal axis", "横轴"),
+    "untimed": ("loading has no known time and takes none here", "加载的耗时未知，在此不占时间"),
     "timeline_help": (
         "Drag across the chart to zoom and to look at the highest moment inside; click to choose the nearest moment; "
         "double-click for the whole run. With the keyboard: arrows choose moments, + and - zoom, 0 shows everything.",
