@@ -102,13 +102,31 @@ def test_the_chart_and_the_treemap_are_walked_with_the_keyboard(single: Page) ->
     assert single.troubles() == []
 
 
+def test_a_tile_says_what_it_is_before_where_it_is_and_no_machine_names(browser: Browser, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", Recipe())
+    file = directory / "timeline.json"
+    text = file.read_text().replace('"operation": "conv3d"', '"operation": "aten.empty.memory_format"')
+    text = text.replace('"operation": "silu"', '"operation": "wanvram.conv3d.default workspace"')
+    file.write_text(text.replace('"operation": "cat"', '"operation": "aten::cat"'))
+    page = browser.open(written(find_runs([directory]), tmp_path / "report.html"))
+    page.wait("document.querySelectorAll('.tile').length > 5")
+    tiles = page.value("[...document.querySelectorAll('.tile')].map((t) => [...t.children].map((c) => c.textContent))")
+    assert ["[1, 96, 4, 480, 832] float16", "1,929.0 MiB", "decoder.up.0"] in tiles
+    assert ["weights of vae", "280.0 MiB", "blocks"] in tiles
+    said = page.value("[...document.querySelectorAll('.tile')].map((t) => t.dataset.text)")
+    assert "[1, 192, 4, 480, 832] float16 cat · 964.5 MiB · 18.8 % · 2 × · vae / decode / decoder.up.1" in said
+    assert any("float16 conv3d workspace · " in text for text in said)
+    assert not any("aten" in text or "wanvram" in text for text in said)
+    assert page.troubles() == []
+
+
 def test_the_areas_of_the_treemap_are_the_sizes_of_the_groups(single: Page) -> None:
     single.wait("document.querySelectorAll('.tile').length > 5")
     single.value("document.querySelector('.choice select').value = 'module'")
     single.value("document.querySelector('.choice select').dispatchEvent(new Event('change'))")
     single.wait("document.querySelectorAll('.tile').length > 5")
     inside = "[...document.querySelectorAll('.tile')].filter((t) => t.dataset.text.includes('decoder.up'))"
-    size = "parseFloat(t.dataset.text.replace(',', ''))"
+    size = "parseFloat(/([\\d,.]+) MiB/.exec(t.dataset.text)[1].replace(',', ''))"
     area = "parseFloat(t.style.width) * parseFloat(t.style.height)"
     share = [area / size for area, size in single.value(f"{inside}.map((t) => [{area}, {size}])")]
     # Heads of families take 18 pixels; apart from that the scale is one.
