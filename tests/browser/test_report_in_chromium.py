@@ -500,6 +500,17 @@ def test_dark_follows_the_system_and_the_button_overrules_it(browser: Browser, t
     assert page.value(color) == "rgb(255, 255, 255)"
 
 
+def test_on_the_cpu_nothing_is_said_of_reserved_memory_and_fragmentation(browser: Browser, tmp_path: Path) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe(timeline=False))])[0]
+    cpu = replace(run, record=replace(run.record, device="cpu", simulated=False))
+    page = browser.open(written([cpu, replace(cpu, label="b")], tmp_path / "report.html"))
+    page.wait("document.querySelectorAll('.ribbon .stage').length === 6")
+    said = "[...document.querySelectorAll('th, .legend li, .stat dt')].map((n) => n.textContent).join(' ')"
+    assert not any(word in page.value(said) for word in ("reserved", "fragmentation"))
+    assert "peak allocated" in page.value(said)
+    assert page.troubles() == []
+
+
 def test_everything_clickable_has_a_name_and_every_table_a_caption(several: Page) -> None:
     several.wait("document.querySelectorAll('.tile').length > 5")
     nameless = "(n) => !(n.textContent.trim() || n.getAttribute('aria-label') || n.closest('label'))"

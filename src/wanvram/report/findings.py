@@ -72,7 +72,7 @@ def answer(run: Run, texts: Texts) -> Answer:
 
 
 def _headline(record: RunRecord, peak: Memory, texts: Texts) -> str:
-    figure = "device" if peak.device_bytes is not None else "reserved"
+    figure = "device" if peak.device_bytes is not None else "reserved" if record.cached else "allocated"
     used = deciding_bytes(peak)
     parts = [texts(f"peak_{figure}_{'predicted' if record.simulated else 'measured'}", bytes=human(used))]
     failure = _failure(record, texts)

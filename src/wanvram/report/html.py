@@ -17,7 +17,7 @@ from typing import Any
 
 from wanvram.analysis.compare import working_seconds
 from wanvram.errors import InputError
-from wanvram.record import RunRecord, Span
+from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.findings import CARDS_GIB, advice_first, alike, answer, best_first, card_of, ranked, ranks, together
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import thinned
@@ -142,10 +142,11 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "limit": _limit(record),
         "failure": record.failure.kind if record.failure else None,
         "answer": asdict(answer(run, texts)),
-        "peak": _memory(peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else None,
+        "peak": _memory(peak, record.cached) if peak else None,
+        "cached": record.cached,
         "stage": where.name if where else None,
         "component": where.component if where else None,
-        "fragmentation": where.peak.fragmentation if where else None,
+        "fragmentation": where.peak.fragmentation if where and record.cached else None,
         "card": card_of(record),
         "seconds": working_seconds(record),
         "step_seconds": record.step_seconds(),
@@ -156,7 +157,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
             asdict(advice) | {"change": shortened(advice.label, MAX_TEXT)} for advice in advice_first(run.advice)
         ],
         "components": [asdict(component) for component in record.components],
-        "stages": [_stage(span) for span in record.stages],
+        "stages": [_stage(span, record.cached) for span in record.stages],
         "exact": run.exact,
         "borrowed": run.borrowed,
     }
@@ -180,18 +181,19 @@ def _limit(record: RunRecord) -> dict[str, Any] | None:
     return {"name": gpu.name, "bytes": gpu.total_bytes} if gpu else None
 
 
-def _memory(allocated: int, reserved: int, device: int | None) -> dict[str, int | None]:
-    return {"allocated": allocated, "reserved": reserved, "device": device}
+def _memory(memory: Memory, cached: bool) -> dict[str, int | None]:
+    reserved = memory.reserved_bytes if cached else None
+    return {"allocated": memory.allocated_bytes, "reserved": reserved, "device": memory.device_bytes}
 
 
-def _stage(span: Span) -> dict[str, Any]:
+def _stage(span: Span, cached: bool) -> dict[str, Any]:
     return {
         "name": span.name,
         "component": span.component,
         "start": span.start.allocated_bytes,
-        "peak": _memory(span.peak.allocated_bytes, span.peak.reserved_bytes, span.peak.device_bytes),
+        "peak": _memory(span.peak, cached),
         "activation": None if span.kind == "load" else span.activation_bytes,
-        "fragmentation": span.peak.fragmentation,
+        "fragmentation": span.peak.fragmentation if cached else None,
         "fluctuation": span.fluctuation_bytes,
         "seconds": span.seconds,
         "steps": _step_seconds(span),

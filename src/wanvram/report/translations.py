@@ -21,6 +21,8 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "peak_device_measured": ("This run needed {bytes} of device memory", "该运行实测占用 {bytes} 显存"),
     "peak_reserved_predicted": ("This run will need {bytes} of reserved memory", "预计该运行需要 {bytes} 预留内存"),
     "peak_reserved_measured": ("This run needed {bytes} of reserved memory", "该运行实测预留 {bytes} 内存"),
+    "peak_allocated_predicted": ("This run will need {bytes} of memory", "预计该运行需要 {bytes} 内存"),
+    "peak_allocated_measured": ("This run needed {bytes} of memory", "该运行实测占用 {bytes} 内存"),
     "fits_budget": ("it fits the budget of {budget} with {spare} to spare", "在 {budget} 的预算之内，尚余 {spare}"),
     "exceeds_budget": ("it does not fit the budget of {budget}: {spare} too much", "超出 {budget} 的预算 {spare}"),
     "smallest_card": ("the smallest standard card that holds it has {card} GB", "能容纳它的最小标准显卡为 {card} GB"),
@@ -30,6 +32,7 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "failed_interrupted": ("The run was interrupted in {stage}: {message}", "运行在 {stage} 阶段被中断：{message}"),
     "until_then_device": ("Its peak until then: {bytes} of device memory.", "在此之前的峰值：{bytes} 显存。"),
     "until_then_reserved": ("Its peak until then: {bytes} of reserved memory.", "在此之前的峰值：预留 {bytes} 内存。"),
+    "until_then_allocated": ("Its peak until then: {bytes} of memory.", "在此之前的峰值：{bytes} 内存。"),
     "no_stage": ("no stage", "（无阶段）"),
     "no_component": ("no component", "（无组件）"),
     "unknown": ("unknown", "未知"),
@@ -97,6 +100,59 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "rank": ("rank", "名次"),
     "some_failed": ("Failed runs: {count}.", "失败的运行：{count} 个。"),
     "all_failed": ("None of the {count} runs came to its end.", "{count} 个运行均未完成。"),
+    # the terminal
+    "asked_run": ("{name}: {task} {size} {frames} frames", "{name}：{task} {size} {frames} 帧"),
+    "is_simulated": ("SIMULATED, nothing was run on a GPU ({device})", "模拟运行，未使用 GPU（{device}）"),
+    "is_measured": ("MEASURED ({device})", "实测（{device}）"),
+    "peak_line": ("Peak: {figures} in {stage}", "峰值：{figures}，位于 {stage}"),
+    "why_libraries": (
+        "{activation} of libraries' workspaces, before any weights",
+        "{activation} 为库的工作区，尚未加载任何权重",
+    ),
+    "why_load": (
+        "{start} there when loading began + {activation} of weights loaded",
+        "加载开始时已有 {start} + 加载的权重 {activation}",
+    ),
+    "why_activation": (
+        "{start} there when the stage began + {activation} activation: mostly activations of the stage",
+        "阶段开始时已有 {start} + 激活 {activation}：主要是该阶段的激活",
+    ),
+    "why_weights": (
+        "{start} there when the stage began + {activation} activation: mostly weights and tensors already there",
+        "阶段开始时已有 {start} + 激活 {activation}：主要是权重和已有的张量",
+    ),
+    "in_all": ("Time: {time} in all, from the command to its end", "时间：从命令开始到结束共 {time}"),
+    "verdict_failed": ("FAILED ({kind}): {message}", "失败（{kind}）：{message}"),
+    "verdict_failed_in": ("FAILED ({kind}) in {stage}: {message}", "在 {stage} 阶段失败（{kind}）：{message}"),
+    "verdict_fits": ("Verdict: fits in {budget}", "结论：{budget} 可容纳"),
+    "verdict_exceeds": ("Verdict: DOES NOT FIT in {budget}", "结论：{budget} 放不下"),
+    "verdict_none": (
+        "Verdict: no memory limit was given (--vram 8GiB asks whether it fits)",
+        "结论：未给定显存上限（--vram 8GiB 可询问能否容纳）",
+    ),
+    "largest_moments": ("largest moments:", "最高的时刻："),
+    "alive_failed": ("alive when it failed:", "失败时存活："),
+    "note": ("note: {note}", "说明：{note}"),
+    "make_it_fit": ("what would make it fit:", "怎样才能放下："),
+    "advise_dir": (
+        "wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)",
+        "wanvram analyze DIR --advice    （DIR：该运行的目录；计算每项改动的节省量）",
+    ),
+    "base_mib": ("base MiB", "基础 MiB"),
+    "host_mib": ("host MiB", "主机 MiB"),
+    "activation_mib": ("activation MiB", "激活 MiB"),
+    "start_mib": ("start MiB", "起始 MiB"),
+    "peak_mib": ("peak MiB", "峰值 MiB"),
+    "allocated_mib": ("allocated MiB", "已分配 MiB"),
+    "reserved_mib": ("reserved MiB", "已预留 MiB"),
+    "device_mib": ("device MiB", "设备 MiB"),
+    "configured": ("configuration", "配置"),
+    "result": ("result", "结果"),
+    "peak_in": ("peak in", "峰值所在"),
+    "out_of_memory": ("out of memory", "显存不足"),
+    "did_fail": ("FAILED", "失败"),
+    "and_fits": ("{kind}, fits", "{kind}，可容纳"),
+    "and_exceeds": ("{kind}, DOES NOT FIT", "{kind}，放不下"),
     # headings and words
     "title": ("wanvram report", "wanvram 报告"),
     "runs": ("Runs", "运行"),
@@ -367,6 +423,10 @@ class Texts:
         if self.language == "zh":
             return "；".join(parts) + "。"
         return "; ".join(parts) + "."
+
+    def listed(self, parts: Sequence[str]) -> str:
+        """Parts of one clause."""
+        return ("，" if self.language == "zh" else ", ").join(parts)
 
     def join(self, *sentences: str) -> str:
         """Sentences after one another."""

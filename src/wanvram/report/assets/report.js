@@ -23,7 +23,7 @@ function tiles(run) {
   for (const kind of ["device", "reserved", "allocated"]) {
     if (run.peak[kind] !== null) items.push(tile(t(`peak_${kind}`), human(run.peak[kind])));
   }
-  items.push(tile(t("fragmentation"), percent(run.fragmentation), t("moment_peak")));
+  if (run.fragmentation !== null) items.push(tile(t("fragmentation"), percent(run.fragmentation), t("moment_peak")));
   if (run.seconds !== null) items.push(tile(t("time_unloaded"), duration(run.seconds)));
   if (run.budget !== null) items.push(tile(t("budget"), human(run.budget), verdict(run)));
   return el("dl", { class: "stats" }, ...items);
@@ -86,6 +86,7 @@ function runRow({ run, index, measured }) {
 }
 
 function runsTable(show, pin) {
+  const cached = data.runs.some((run) => run.cached);
   const control = (type, name, checked, label, change, index) => {
     const box = el("input", { type, name, "data-index": index, "aria-label": label, on: { change } });
     box.checked = checked;
@@ -104,12 +105,12 @@ function runsTable(show, pin) {
       { ...column("pin", "pin", "text"), value: (row) => Number(!state.pins.includes(row.index)), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
       column("step_seconds", "step", "seconds"),
       column("kind", "kind", "text", { names: true }),
-      column("card_gb", "card", "text"),
+      ...(cached ? [column("card_gb", "card", "text")] : []),
       column("verdict", "verdict"),
       column("stage", "stage"),
-      column("peak_reserved_bytes", "peak_reserved", "mib"),
+      ...(cached ? [column("peak_reserved_bytes", "peak_reserved", "mib")] : []),
       column("peak_allocated_bytes", "peak_allocated", "mib"),
-      column("fragmentation", "fragmentation", "percent"),
+      ...(cached ? [column("fragmentation", "fragmentation", "percent")] : []),
       column("seconds", "time_unloaded", "seconds"),
       ...(data.kinds.length ? [column("task", "task")] : []),
     ],

@@ -23,7 +23,7 @@ function layers(run) {
   });
   const own = allocated.map((value, i) => value - sums[i]);
   const top = { label: t(weights.length ? "activations" : "allocated"), color: "--activations", values: allocated, own, fill: true };
-  const lines = [{ label: t("reserved"), color: "--reserved", values: reserved }];
+  const lines = run.cached ? [{ label: t("reserved"), color: "--reserved", values: reserved }] : [];
   if (device.some((value) => value !== null)) {
     lines.push({ label: t("device_line"), color: "--device", values: device, dash: [6, 4] });
   }
