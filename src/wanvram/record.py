@@ -294,6 +294,11 @@ class RunRecord:
     predicted: Predicted | None = None
     schema: int = SCHEMA
 
+    @property
+    def cached(self) -> bool:
+        """Whether a caching allocator holds the memory. On the CPU none does: reserved is allocated, and nothing fragments."""
+        return self.device != "cpu"
+
     def peak_span(self) -> Span | None:
         """The stage with the highest device (else allocated) peak; the first of equals."""
         return max(self.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)

@@ -165,7 +165,8 @@ class Page:
         ]
 
     def key(self, key: str) -> None:
-        self.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+        pressed = {"text": "\r", "windowsVirtualKeyCode": 13} if key == "Enter" else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **pressed)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
         self.settle()
 

@@ -14,7 +14,7 @@ from browser.chromium import Browser, Page, required_chromium
 from report_runs import Recipe, write_run
 from wanvram.record import Failure
 from wanvram.report.html import html_report
-from wanvram.report.runs import find_runs
+from wanvram.report.runs import Run, find_runs
 from wanvram.units import GIB
 
 HOSTILE = '</script><img src=x onerror="window.broken=1">'
@@ -102,13 +102,31 @@ def test_the_chart_and_the_treemap_are_walked_with_the_keyboard(single: Page) ->
     assert single.troubles() == []
 
 
+def test_a_tile_says_what_it_is_before_where_it_is_and_no_machine_names(browser: Browser, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", Recipe())
+    file = directory / "timeline.json"
+    text = file.read_text().replace('"operation": "conv3d"', '"operation": "aten.empty.memory_format"')
+    text = text.replace('"operation": "silu"', '"operation": "wanvram.conv3d.default workspace"')
+    file.write_text(text.replace('"operation": "cat"', '"operation": "aten::cat"'))
+    page = browser.open(written(find_runs([directory]), tmp_path / "report.html"))
+    page.wait("document.querySelectorAll('.tile').length > 5")
+    tiles = page.value("[...document.querySelectorAll('.tile')].map((t) => [...t.children].map((c) => c.textContent))")
+    assert ["[1, 96, 4, 480, 832] float16", "1,929.0 MiB", "decoder.up.0"] in tiles
+    assert ["weights of vae", "280.0 MiB", "blocks"] in tiles
+    said = page.value("[...document.querySelectorAll('.tile')].map((t) => t.dataset.text)")
+    assert "[1, 192, 4, 480, 832] float16 cat · 964.5 MiB · 18.8 % · 2 × · vae / decode / decoder.up.1" in said
+    assert any("float16 conv3d workspace · " in text for text in said)
+    assert not any("aten" in text or "wanvram" in text for text in said)
+    assert page.troubles() == []
+
+
 def test_the_areas_of_the_treemap_are_the_sizes_of_the_groups(single: Page) -> None:
     single.wait("document.querySelectorAll('.tile').length > 5")
     single.value("document.querySelector('.choice select').value = 'module'")
     single.value("document.querySelector('.choice select').dispatchEvent(new Event('change'))")
     single.wait("document.querySelectorAll('.tile').length > 5")
     inside = "[...document.querySelectorAll('.tile')].filter((t) => t.dataset.text.includes('decoder.up'))"
-    size = "parseFloat(t.dataset.text.replace(',', ''))"
+    size = "parseFloat(/([\\d,.]+) MiB/.exec(t.dataset.text)[1].replace(',', ''))"
     area = "parseFloat(t.style.width) * parseFloat(t.style.height)"
     share = [area / size for area, size in single.value(f"{inside}.map((t) => [{area}, {size}])")]
     # Heads of families take 18 pixels; apart from that the scale is one.
@@ -123,15 +141,172 @@ def test_the_holes_of_the_segments_add_up_to_what_is_reserved_but_not_allocated(
 
 def test_a_table_sorts_by_the_column_whose_head_is_clicked(several: Page) -> None:
     names = column(several, "Runs", 0)
-    peaks = column(several, "Runs", 1)
-    several.click("thead button", 1)
-    ordered = column(several, "Runs", 1)
+    peaks = column(several, "Runs", 2)
+    several.click("thead button", 2)
+    ordered = column(several, "Runs", 2)
     assert ordered == sorted(peaks, key=lambda text: -float(text.replace(",", "")))
-    several.click("thead button", 1)
-    assert column(several, "Runs", 1) == ordered[::-1]
+    several.click("thead button", 2)
+    assert column(several, "Runs", 2) == ordered[::-1]
     assert several.value("document.querySelector('th[aria-sort]').getAttribute('aria-sort')") == "ascending"
     assert sorted(column(several, "Runs", 0)) == sorted(names)
     assert several.troubles() == []
+
+
+def typed(page: Page, selector: str, text: str, index: int = 0) -> None:
+    """What is searched for, into the field at that index."""
+    page.value(f"(() => {{ const i = document.querySelectorAll({selector!r})[{index}]; i.value = {text!r};"
+               " i.dispatchEvent(new Event('input')); })()")  # fmt: skip
+    page.settle()
+
+
+def test_every_head_of_every_table_is_a_button_reached_with_the_keyboard_that_sorts(several: Page) -> None:
+    several.wait("document.querySelectorAll('.tile').length > 5")
+    heads = "[...document.querySelectorAll('thead th')]"
+    assert several.value(f"{heads}.length") > 50
+    assert (
+        several.value(f"{heads}.filter((h) => !h.querySelector('button') || h.querySelector('button').tabIndex).length")
+        == 0
+    )
+    unsorted = f"{heads}.filter((h) => {{ h.querySelector('button').click(); return !h.getAttribute('aria-sort'); }})"
+    assert several.value(f"{unsorted}.length") == 0
+    several.value("document.querySelectorAll('.dense thead button')[3].focus()")
+    several.key("Enter")
+    assert several.value("document.activeElement.closest('th').ariaSort") in ("ascending", "descending")
+    assert several.troubles() == []
+
+
+def test_the_columns_of_shown_and_pinned_runs_sort_by_what_is_chosen(several: Page) -> None:
+    several.click("input[name=show]", 3)
+    several.click(".dense thead button", 3)
+    assert column(several, "Runs", 0)[0] == HOSTILE
+    several.click(".dense thead button", 4)
+    assert sorted(column(several, "Runs", 0)[:2]) == ["lean", "real"]
+
+
+def test_numbers_sort_as_numbers_also_where_they_are_texts_and_texts_come_after_them(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe())])[0]
+    config = {"k": {str(i): value for i, value in enumerate(["10", -5, "b", 9.5, "a10", "a9", "1e3", True])}}
+    path = tmp_path / "report.html"
+    path.write_text(html_report([replace(run, record=replace(run.record, config=config))]), encoding="utf-8")
+    page = browser.open(path)
+    page.value("document.querySelectorAll('details').forEach((d) => d.open = true)")
+    page.click("details thead button", 1)
+    assert column(page, "Configuration", 1) == ["-5", "9.5", "10", "1e3", "a9", "a10", "b", "true"]
+    page.click("details thead button", 1)
+    assert column(page, "Configuration", 1) == ["true", "b", "a10", "a9", "1e3", "10", "9.5", "-5"]
+    stages = "[...document.querySelectorAll('table')].find((t) => t.caption.textContent === 'Stages')"
+    activation = f"{stages}.tHead.querySelectorAll('button')[4].click()"
+    page.value(activation)  # loading has none
+    assert column(page, "Stages", 4) == ["3,858.0", "500.0", "80.0", "–", "–", "–"]
+    page.value(activation)
+    assert column(page, "Stages", 4) == ["80.0", "500.0", "3,858.0", "–", "–", "–"]
+
+
+def test_a_search_leaves_the_rows_that_have_every_word_and_says_how_many(several: Page) -> None:
+    typed(several, ".dense input[type=search]", "MEASURED real")
+    assert column(several, "Runs", 0) == ["real"]
+    assert several.text(".dense .found") == "1 of 4"
+    several.click(".dense thead button", 0)
+    assert column(several, "Runs", 0) == ["real"]
+    typed(several, ".dense input[type=search]", "no such run")
+    assert (column(several, "Runs", 0), several.text(".dense .found")) == ([], "0 of 4")
+    typed(several, ".dense input[type=search]", " ")
+    assert (len(column(several, "Runs", 0)), several.text(".dense .found")) == (4, "")
+    assert several.value("[...document.querySelectorAll('input[type=search]')].every((i) => i.ariaLabel.length > 10)")
+    assert several.troubles() == []
+
+
+def test_a_search_shows_what_lies_beyond_the_rows_that_are_shown_at_first(several: Page) -> None:
+    caption = "A: real · B: lean"
+    assert "decode: peak allocated" not in column(several, caption, 0)
+    several.value("document.querySelector('details').open = true")
+    typed(several, "details input[type=search]", "decode: peak allocated")
+    assert column(several, caption, 0) == ["decode: peak allocated"]
+    typed(several, "details input[type=search]", "")
+    assert len(column(several, caption, 0)) == 9
+
+
+def test_a_search_in_the_treemap_dims_the_tiles_that_do_not_match_and_sums_those_that_do(single: Page) -> None:
+    single.wait("document.querySelectorAll('.tile').length > 5")
+    typed(single, ".tools > .search input", "rms_norm")
+    bright = "[...document.querySelectorAll('.tile:not(.dimmed)')].map((t) => t.dataset.text)"
+    assert [("rms_norm" in text) for text in single.value(bright)] == [True]
+    assert single.text(".tools > .search .found") == "1 of 9: 241.1 MiB"
+    single.value("document.querySelector('.choice select').value = 'module'")
+    typed(single, ".tools > .search input", "")
+    assert single.value("document.querySelectorAll('.tile.dimmed').length") == 0
+    assert single.troubles() == []
+
+
+AXIS = ".axes button"
+RIBBON = "[...document.querySelectorAll('.ribbon .stage')].map((n) => [n.textContent, parseFloat(n.style.width)])"
+
+
+def timed(run: Run, seconds: dict[str, float | None]) -> Run:
+    """The run with other times of its stages."""
+    stages = [replace(span, seconds=seconds.get(span.name)) for span in run.record.stages]
+    return replace(run, record=replace(run.record, stages=stages))
+
+
+def written(runs: list[Run], path: Path, language: str = "en") -> Path:
+    path.write_text(html_report(runs, language), encoding="utf-8")
+    return path
+
+
+def test_the_chart_switches_between_events_and_the_seconds_that_were_recorded(browser: Browser, tmp_path: Path) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe())])[0]
+    slow = timed(run, {"encode_text": 1.0, "denoise": 90.0, "decode": 9.0})
+    page = browser.open(written([slow], tmp_path / "report.html"))
+    page.wait("document.querySelector('.u-over') !== null")
+    assert page.text(".axis") == "allocator event"
+    events = dict(page.value(RIBBON))
+    assert len(events) == 6
+    page.click(AXIS, 1)
+    assert page.text(".axis") == "seconds since the start (loading has no known time and takes none here)"
+    seconds = dict(page.value(RIBBON))
+    assert list(seconds) == ["encode_text", "denoise", "decode"]
+    assert seconds["denoise"] / seconds["decode"] == pytest.approx(10, rel=0.01)
+    assert events["denoise"] / events["decode"] < 5
+    assert page.value("[...document.querySelectorAll('.axes button')].map((b) => b.ariaPressed)") == ["false", "true"]
+    page.drag(".u-over", 0.93, 0.99)
+    assert page.text(PRESSED).startswith("peak ·"), "decode has the last nine per cent"
+    page.click(".ribbon .stage", 0)
+    assert page.text(PRESSED).startswith("peak of decode ·")
+    page.value("document.querySelectorAll('.axes button')[0].focus()")
+    page.key("Enter")
+    assert dict(page.value(RIBBON)) == events
+    assert page.troubles() == []
+
+
+def test_a_step_takes_its_own_time_on_the_axis_of_seconds(browser: Browser, tmp_path: Path) -> None:
+    run = timed(
+        find_runs([write_run(tmp_path / "run", Recipe())])[0], {"encode_text": 1.0, "denoise": 20.0, "decode": 9.0}
+    )
+    denoise = run.record.stages[4]
+    steps = [replace(denoise, name="step", kind="step", seconds=s, repeats=n) for s, n in ((10.0, 1), (2.0, 3))]
+    run.record.stages[4] = replace(denoise, children=steps)
+    page = browser.open(written([run], tmp_path / "report.html"))
+    page.wait("document.querySelector('.u-over') !== null")
+    page.click(AXIS, 1)
+    widths = page.value("[...document.querySelectorAll('.ribbon .step')].map((n) => parseFloat(n.style.width))")
+    assert [width / widths[1] for width in widths] == pytest.approx([5, 1, 1, 1], rel=0.01)
+    assert page.troubles() == []
+
+
+def test_where_a_time_is_unknown_or_time_is_the_axis_already_there_is_no_switch(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe())])[0]
+    measured = find_runs([write_run(tmp_path / "measured", Recipe(simulated=False))])[0]
+    for i, one in enumerate(
+        (timed(run, {"encode_text": 1.0, "denoise": None, "decode": 9.0}), timed(run, {}), measured)
+    ):
+        page = browser.open(written([one], tmp_path / f"{i}.html"))
+        page.wait("document.querySelector('.u-over') !== null")
+        assert page.value("document.querySelectorAll('.axes').length") == 0
+        assert page.troubles() == []
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -217,7 +392,7 @@ def test_a_prediction_stands_beside_its_measurement_with_signed_errors(several: 
 
 def test_a_prediction_follows_its_measurement_in_the_table_of_runs_and_says_whose_it_is(several: Page) -> None:
     assert column(several, "Runs", 0) == ["lean", "real", "baseline", HOSTILE]
-    assert column(several, "Runs", 5)[1:3] == ["measured", "prediction of real"]
+    assert column(several, "Runs", 6)[1:3] == ["measured", "prediction of real"]
 
 
 def test_many_pairs_are_a_line_each_and_their_figures_fold_open(browser: Browser, tmp_path: Path) -> None:
@@ -323,6 +498,17 @@ def test_dark_follows_the_system_and_the_button_overrules_it(browser: Browser, t
     assert page.value(color) == "rgb(20, 23, 27)"
     page.click(".theme")
     assert page.value(color) == "rgb(255, 255, 255)"
+
+
+def test_on_the_cpu_nothing_is_said_of_reserved_memory_and_fragmentation(browser: Browser, tmp_path: Path) -> None:
+    run = find_runs([write_run(tmp_path / "run", Recipe(timeline=False))])[0]
+    cpu = replace(run, record=replace(run.record, device="cpu", simulated=False))
+    page = browser.open(written([cpu, replace(cpu, label="b")], tmp_path / "report.html"))
+    page.wait("document.querySelectorAll('.ribbon .stage').length === 6")
+    said = "[...document.querySelectorAll('th, .legend li, .stat dt')].map((n) => n.textContent).join(' ')"
+    assert not any(word in page.value(said) for word in ("reserved", "fragmentation"))
+    assert "peak allocated" in page.value(said)
+    assert page.troubles() == []
 
 
 def test_everything_clickable_has_a_name_and_every_table_a_caption(several: Page) -> None:

@@ -19,7 +19,7 @@ from wanvram.analysis.peak import weights_at
 from wanvram.cli import report
 from wanvram.errors import InputError
 from wanvram.record import Failure, Memory
-from wanvram.report.findings import answer, best_first, smallest_card, together
+from wanvram.report.findings import alike, answer, best_first, ranks, smallest_card, together
 from wanvram.report.html import MAX_BYTES, html_report
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Run, find_runs, pairs, read_run
@@ -228,21 +228,53 @@ def with_step(run: Run, seconds: float) -> Run:
 def test_of_runs_with_the_same_peak_the_fastest_is_the_best(run: Run) -> None:
     runs = [with_step(run, 2.0), with_step(run, 1.0), run]
     assert [best.label for _, best in best_first(runs)] == ["1 s", "2 s", run.label]
-    assert together(runs, Texts("en")).startswith(
-        "Of 3 runs 3 share the lowest peak, 6,162.0 MiB (“1 s”, “2 s”, “baseline”); the fastest of them is “1 s”; "
-    )
+    assert ranks(runs) == [2, 1, 3]
+    assert together(runs, Texts("en")).startswith("Of 3 runs 3 share the lowest peak, 6,162.0 MiB; the smallest ")
     same = [replace(run, label=f"{i}") for i in range(5)]
     assert together(same, Texts("en")) == (
-        "Of 5 runs 5 share the lowest peak, 6,162.0 MiB (“0”, “1”, “2” and 2 more); "
-        "the smallest standard card that holds it has 8 GB."
+        "Of 5 runs 5 share the lowest peak, 6,162.0 MiB; the smallest standard card that holds it has 8 GB."
     )
-    assert "| 1 s | predicted | 6,162.0 | 5,562.0 | 5,134.0 | 1.00 s | decode |" in markdown_report(runs)
+    assert ranks(same) == [1] * 5
+    assert "| 1 | 1 s | predicted | 6,162.0 | 5,562.0 | 5,134.0 | 1.00 s | decode |" in markdown_report(runs)
 
 
-def test_several_runs_that_share_the_highest_peak_are_named_together(tmp_path: Path) -> None:
+def test_several_runs_that_share_the_highest_peak_are_counted_and_the_table_has_their_names(tmp_path: Path) -> None:
     recipes = Recipe("a"), Recipe("b"), Recipe("lean", offload=True)
     runs = find_runs([write_run(tmp_path / r.name, r) for r in recipes])
-    assert together(runs, Texts("en")).endswith("The highest is 6,162.0 MiB, shared by 2 runs (“a”, “b”).")
+    assert together(runs, Texts("en")).endswith("The highest is 6,162.0 MiB, shared by 2 runs.")
+    assert ranks(runs) == [2, 2, 1]
+
+
+def asked_for(run: Run, task: str, frames: int, label: str) -> Run:
+    request = run.record.config["request"] | {"task": task, "frame_num": frames}
+    return replace(run, label=label, record=replace(run.record, config=run.record.config | {"request": request}))
+
+
+def test_only_runs_of_the_same_task_size_and_frames_are_ranked_against_each_other(run: Run, tmp_path: Path) -> None:
+    lean = find_runs([write_run(tmp_path / "lean", Recipe("lean", offload=True))])[0]
+    large = asked_for(run, "t2v-14B", 81, "large")
+    short = asked_for(lean, "t2v-1.3B", 17, "short")
+    failed = replace(large, label="failed", record=replace(large.record, failure=Failure("oom", "Full.")))
+    runs = [large, failed, short, run, lean, replace(run, label="again")]
+    assert [[run.label for run in group] for group in alike(runs)] == [
+        ["baseline", "lean", "again"],
+        ["large", "failed"],
+        ["short"],
+    ]
+    assert ranks(runs) == [1, None, 1, 2, 1, 2]
+    assert together(runs, Texts("en")) == (
+        "6 runs of 3 different tasks, sizes or frame counts: they are ranked only among runs of the same. Failed runs: 1."
+    )
+    page = page_data(html_report(runs))
+    assert (page["shown"], page["pinned"], page["ranks"]) == (4, [5, 4], [1, None, 1, 2, 1, 2])
+    assert [kind["asked"] for kind in page["kinds"]] == [
+        "t2v-1.3B 832*480, 81 frames",
+        "t2v-14B 832*480, 81 frames",
+        "t2v-1.3B 832*480, 17 frames",
+    ]
+    assert page["kinds"][2]["said"].startswith("One run, with a peak of 5,084.0 MiB; ")
+    text = markdown_report(runs)
+    assert text.index("### t2v-1.3B 832\\*480, 81 frames") < text.index("| 1 | lean |") < text.index("| 1 | large |")
 
 
 def test_what_a_load_that_failed_had_loaded_is_weights(run: Run) -> None:
@@ -299,8 +331,9 @@ def test_unknown_keys_of_a_timeline_are_dropped(run: Run) -> None:
 
 def test_device_memory_that_is_unknown_is_not_made_up(run: Run) -> None:
     stages = [replace(span, peak=Memory(5 * GIB, 6 * GIB, None)) for span in run.record.stages]
-    said = answer(replace(run, record=replace(run.record, stages=stages, device="cpu")), Texts()).headline
-    assert said == "This run will need 6.00 GiB of reserved memory."
+    for device, expected in (("cuda:NVIDIA H200", "6.00 GiB of reserved memory; "), ("cpu", "6.00 GiB of memory.")):
+        said = answer(replace(run, record=replace(run.record, stages=stages, device=device)), Texts()).headline
+        assert said.startswith(f"This run will need {expected}")
 
 
 def test_both_languages_have_every_string_with_the_same_blanks() -> None:
@@ -366,7 +399,6 @@ def test_text_and_markdown_go_to_standard_output(tmp_path: Path, capsys: pytest.
     [
         (("-o", "x.pdf"), "x.pdf: a report ends in .html, .htm, .md, .markdown, .txt"),
         (("-o", "x.md", "--format", "html"), "--format html contradicts the ending of x.md"),
-        (("--format", "text", "--lang", "zh"), "--lang zh: plain text is in English only; choose --format html or md"),
         (("nowhere",), "nowhere is no run directory"),
     ],
 )

@@ -99,16 +99,16 @@ def test_several_runs_open_with_the_best_a_table_and_the_errors_of_the_predictio
         """\
 # wanvram report
 
-Of 2 runs “lean” has the lowest peak, 5,084.0 MiB; the smallest standard card that holds it has 6 GB. \
-The highest is “real” with 6,204.0 MiB.
+Of 2 runs the lowest peak is 5,084.0 MiB; the smallest standard card that holds it has 6 GB. \
+The highest is 6,204.0 MiB.
 
 ## Runs
 
-| run | kind | peak device MiB | peak reserved MiB | peak allocated MiB | step | stage | smallest card | verdict |
-| --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- |
-| baseline | prediction of real | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | 8 GB |  |
-| lean | predicted | 5,084.0 | 4,484.0 | 4,138.0 |  | decode | 6 GB |  |
-| real | measured | 6,204.0 | 5,604.0 | 5,172.6 |  | decode | 8 GB |  |
+| rank | run | kind | peak device MiB | peak reserved MiB | peak allocated MiB | step | stage | smallest card | verdict |
+| ---: | --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- |
+|  | baseline | prediction of real | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | 8 GB |  |
+| 1 | lean | predicted | 5,084.0 | 4,484.0 | 4,138.0 |  | decode | 6 GB |  |
+| 2 | real | measured | 6,204.0 | 5,604.0 | 5,172.6 |  | decode | 8 GB |  |
 
 ## Predicted against measured: baseline, real
 
@@ -153,7 +153,7 @@ def test_a_long_prompt_is_cut(tmp_path: Path) -> None:
 def test_a_failure_takes_the_place_of_the_verdict(run: Run) -> None:
     record = replace(run.record, failure=Failure("error", "The disk is full.", stage="decode"), fits=None)
     text = markdown_report([replace(run, record=record), replace(run, label="good")])
-    assert "| baseline | predicted | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | - | failed |" in text
+    assert "|  | baseline | predicted | 6,162.0 | 5,562.0 | 5,134.0 |  | decode | - | failed |" in text
     assert "The run failed in decode: The disk is full. Its peak until then: 6,162.0 MiB of device memory." in text
     assert "Failed runs: 1." in text
 

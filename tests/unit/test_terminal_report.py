@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,55 @@ FAILED (interrupted): stopped by the user
 component  parameters  base MiB  host MiB  activation MiB
 ---------------------------------------------------------
 
-stage  start MiB  peak MiB  activation MiB  reserved MiB  device MiB  time
---------------------------------------------------------------------------
+stage  start MiB  peak MiB  activation MiB  device MiB  time
+------------------------------------------------------------
 
 largest moments:
 """
     )
+
+
+def test_what_means_nothing_on_the_cpu_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = replace(simulated(), simulated=False, device="cpu", fits=None, budget_bytes=None)
+    assert "reserved" not in summarize(record)
+    assert "Peak: allocated 7,242.0 MiB, device 7,900.0 MiB in decode\n" in summarize(record)
+    other = replace(record, config=CONFIG | {"name": "other"})
+    paths = [str(write(tmp_path / "a", record)), str(write(tmp_path / "b", other))]
+    for command in (["report", "--format", "text"], ["report", "--format", "md"], ["compare"]):
+        assert main([*command, *paths]) == 0
+        text = capsys.readouterr().out
+        assert "7,242.0" in text
+        assert not re.search("reserved|fragmentation|smallest", text)
+    assert main(["report", *paths, "--format", "text"]) == 0
+    assert "allocated MiB  device MiB" in capsys.readouterr().out
+    unknown = replace(record, stages=[replace(record.stages[0], peak=memory(5, 5))])
+    assert main(["report", str(write(tmp_path / "c", unknown)), "--format", "text"]) == 0
+    assert capsys.readouterr().out.startswith("This run needed 5.0 MiB of memory.\n")
+
+
+def test_a_text_report_in_chinese_has_the_same_figures_in_aligned_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(write(tmp_path / "a", simulated()))]
+    failed = replace(simulated(), config=CONFIG | {"name": "full"}, failure=Failure("oom", "Full.", stage="decode"))
+    paths.append(str(write(tmp_path / "b", failed)))
+    said = {}
+    for language in ("en", "zh"):
+        assert main(["report", *paths, "--format", "text", "--lang", language]) == 0
+        said[language] = capsys.readouterr().out
+    figures = {
+        language: re.findall(r"[\d,]+\.\d MiB|[\d,]+\.\d+(?=  )|\d+\.\d\d s", text) for language, text in said.items()
+    }
+    assert sorted(figures["en"]) == sorted(figures["zh"])
+    assert len(figures["zh"]) > 30
+    english = r"Peak|reserved|Verdict|stage\b|largest|what would|FAILED|configuration|allocated|predicted"
+    assert not re.search(english, said["zh"])
+    lines = said["zh"].splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("阶段"))
+    widths = [sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in line) for line in lines[head : head + 5]]
+    assert widths[0] == widths[1]
+    assert widths[2] == len(lines[head + 1])
+    assert "load dit" in lines[head + 2]
 
 
 def test_a_budget_that_is_too_small_is_said_in_capitals() -> None:
@@ -274,8 +318,8 @@ def test_a_report_of_several_runs_begins_with_the_lowest_and_highest_and_one_tab
     (a / "advice.json").write_text(json.dumps({"schema": 1, "advice": [saved]}))
     assert main(["report", str(a), str(b), "--format", "text"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Of 2 runs “small” has the lowest peak, 4,900.0 MiB")
-    assert "The highest is “lean” with 7,900.0 MiB." in text.splitlines()[0]
+    assert text.startswith("Of 2 runs the lowest peak is 4,900.0 MiB")
+    assert "The highest is 7,900.0 MiB." in text.splitlines()[0]
     order = [
         "\nconfiguration ",
         "\nlean ",
@@ -286,9 +330,29 @@ def test_a_report_of_several_runs_begins_with_the_lowest_and_highest_and_one_tab
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
+    heads, _, lean, small = text.splitlines()[2:6]
+    assert heads.split()[:2] == ["configuration", "rank"]
+    assert [lean.split()[:2], small.split()[:2]] == [["lean", "2"], ["small", "1"]]
     assert "79.0 MiB" in text
     assert "1.50 s" in text
     assert text.index("\nsmall\n=====\n") > places[-1]
+
+
+def test_a_text_report_of_unlike_runs_has_a_table_for_each_thing_that_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = CONFIG | {"name": "longer", "request": CONFIG["request"] | {"frame_num": 161}}
+    paths = [write(tmp_path / "a", simulated()), write(tmp_path / "b", replace(simulated(), config=longer))]
+    assert main(["report", *map(str, paths), "--format", "text"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "2 runs of 2 different tasks, sizes or frame counts: they are ranked only among runs of the same."
+    )
+    assert "t2v-1.3B 832*480, 161 frames\nOne run, with a peak of 7,900.0 MiB;" in text
+    assert main(["compare", *map(str, paths)]) == 0
+    assert "\nTask, size or frames differ: " in capsys.readouterr().out
+    assert main(["compare", str(paths[0]), str(paths[0] / "record.json")]) == 0
+    assert "Task, size or frames differ: " not in capsys.readouterr().out
 
 
 def test_a_report_of_one_run_begins_with_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ examples:
   wanvram report profiler_logs/baseline                         writes profiler_logs/baseline/report.html
   wanvram report profiler_logs -o docs/report.html --force      every run in the directory, compared; replaces the file
   wanvram report profiler_logs/a profiler_logs/b --format md    Markdown on stdout
-  wanvram report profiler_logs/baseline --lang zh -o report.md
+  wanvram report profiler_logs/baseline --lang zh --format text Chinese, as HTML and Markdown too
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from wanvram.foreign_text import shown
 from wanvram.input_files import state_of
 from wanvram.record import write_atomically
 from wanvram.report.compare import runs_table
-from wanvram.report.findings import answer, card_of, together
+from wanvram.report.findings import alike, answer, card_of, ranked, ranks, together
 from wanvram.report.html import html_report
 from wanvram.report.markdown import markdown_report
-from wanvram.report.runs import Run, find_runs
+from wanvram.report.runs import Run, asked, find_runs
 from wanvram.report.terminal import show, summarize
 from wanvram.report.translations import LANGUAGES, Texts
 
@@ -45,8 +45,6 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     kind = _format(args.format, args.output)
-    if kind == "text" and args.lang != "en":
-        raise InputError(f"--lang {args.lang}: plain text is in English only; choose --format html or md")
     output = args.output
     if output is None and kind == "html" and not args.json:
         output = _common(args.runs) / "report.html"
@@ -90,21 +88,29 @@ def _report(runs: Sequence[Run], kind: str, language: str) -> str:
         return html_report(runs, language)
     if kind == "md":
         return markdown_report(runs, language)
-    return _text(runs)
+    return _text(runs, Texts(language))
 
 
-def _text(runs: Sequence[Run]) -> str:
+def _text(runs: Sequence[Run], texts: Texts) -> str:
     """Several runs: which is lowest, all in one table, then each by its label. The answer comes before a run's tables."""
-    texts = Texts("en")
     parts = []
     if len(runs) > 1:
-        parts = [together(runs, texts) + "\n", runs_table([(run.label, run.record) for run in runs]) + "\n"]
+        parts = [together(runs, texts) + "\n", *_tables(alike(runs), texts)]
     for run in runs:
         label = shown(run.label)
         heading = [label, "=" * len(label)] if len(runs) > 1 else []
         said = [sentence for sentence in asdict(answer(run, texts)).values() if sentence]
-        parts.append("\n".join([*heading, *said, "", summarize(run.record)]))
+        parts.append("\n".join([*heading, *said, "", summarize(run.record, texts)]))
     return "\n".join(parts)
+
+
+def _tables(groups: Sequence[Sequence[Run]], texts: Texts) -> Iterator[str]:
+    """A table of runs for each thing that was asked for."""
+    for group in groups:
+        if len(groups) > 1:
+            task, size, frames = asked(group[0].record)
+            yield f"{texts('asked', task=task, size=size, frames=frames)}\n{ranked(group, texts)}\n"
+        yield runs_table([(run.label, run.record) for run in group], ranks(group), texts) + "\n"
 
 
 def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def run_text(record: RunRecord, analysis: Analysis, advice: Sequence[Advice]) ->
     if record.failure is not None:
         head.append(f"FAILED ({record.failure.kind}): {shown(record.failure.message)}")
     head.append(analysis.bottleneck.statement if analysis.bottleneck else "Nothing was recorded.")
-    stages = _stages(analysis, cached=record.device != "cpu")
+    stages = _stages(analysis, cached=record.cached)
     parts = ["\n".join(head), _owners(analysis), _components(analysis), stages, _moments(analysis.moments)]
     parts += [
         _loading(analysis),

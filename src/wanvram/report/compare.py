@@ -12,8 +12,9 @@ from wanvram.analysis.compare import Comparison, Key, PredictionError, Violation
 from wanvram.foreign_text import shown
 from wanvram.input_files import state_of
 from wanvram.record import RunRecord
-from wanvram.report.runs import Run, find_runs
+from wanvram.report.runs import Run, asked, find_runs
 from wanvram.report.terminal import listed, table
+from wanvram.report.translations import Texts
 from wanvram.units import MIB, mib_cell, seconds
 
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
@@ -57,23 +58,37 @@ def _read_file(path: Path) -> Run:
 # --- many runs -----------------------------------------------------------------------------------------------------------
 
 
-def runs_table(runs: Sequence[tuple[str, RunRecord]]) -> str:
-    """One line per run: what came out, the peak and where, the time of a step and of all without loading."""
-    rows = [["configuration", "result", "allocated MiB", "reserved MiB", "device MiB", "peak in", "step", "time"]]
+def runs_table(
+    runs: Sequence[tuple[str, RunRecord]], places: Sequence[int | None] | None = None, texts: Texts | None = None
+) -> str:
+    """One line per run: what came out, the peak and where, the time of a step and of all without loading.
+
+    places: each run's rank among those that were asked the same, in a column of its own.
+    """
+    texts = texts or Texts()
+    cached = any(record.cached for _, record in runs)
+    figures = ["allocated", *(["reserved"] if cached else []), "device"]
+    keys = ["configured", "result", *(f"{figure}_mib" for figure in figures), "peak_in", "step", "time"]
+    rows = [[texts(key) for key in keys]]
     for name, record in runs:
         peak, where = record.peak(), record.peak_span()
-        figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else (None, None, None)
+        cells = ["-" if peak is None else mib_cell(getattr(peak, f"{figure}_bytes")) for figure in figures]
+        if cached and not record.cached:
+            cells[1] = "-"
         times = ("-" if time is None else seconds(time) for time in (record.step_seconds(), working_seconds(record)))
-        rows.append([name, _result(record), *map(mib_cell, figures), where.name if where else "-", *times])
+        rows.append([name, _result(record, texts), *cells, where.name if where else "-", *times])
+    if places is not None:
+        ranked = [texts("rank"), *("-" if place is None else str(place) for place in places)]
+        rows = [[row[0], rank, *row[1:]] for row, rank in zip(rows, ranked, strict=True)]
     failures = [f"{shown(name)}: {shown(r.failure.message)}" for name, r in runs if r.failure is not None]
     return "\n".join([table(rows), *(["", *failures] if failures else [])])
 
 
-def _result(record: RunRecord) -> str:
-    kind = "predicted" if record.simulated else "measured"
+def _result(record: RunRecord, texts: Texts) -> str:
+    kind = texts("predicted" if record.simulated else "measured")
     if record.failure is not None:
-        return "out of memory" if record.failure.kind == "oom" else "FAILED"
-    return kind if record.fits is None else f"{kind}, {'fits' if record.fits else 'DOES NOT FIT'}"
+        return texts("out_of_memory" if record.failure.kind == "oom" else "did_fail")
+    return kind if record.fits is None else texts("and_fits" if record.fits else "and_exceeds", kind=kind)
 
 
 # --- two or more, figure by figure ---------------------------------------------------------------------------------------
@@ -84,13 +99,14 @@ def comparison_text(comparison: Comparison) -> str:
 
     A table has at most five runs, which is as much as a wide terminal shows; the others follow in tables of their own.
     """
-    parts = [_legend(comparison), _same_configuration(comparison)]
+    unlike = len(set(map(asked, comparison.records))) > 1
+    parts = [_legend(comparison), _same_configuration(comparison), Texts("en")("unlike_compared") if unlike else ""]
     last = len(comparison.labels)
     for first in range(1, max(last, 2), OTHERS):
         others = range(first, min(first + OTHERS, last))
         parts += [_configuration(comparison, others), _peaks(comparison, others)]
         for group, figure, title in _STAGE_FIGURES:
-            keys = [(name, (group, name, figure)) for name in comparison.names(group)]
+            keys = [(name, (group, name, figure)) for name in comparison.names(group) if _tells(comparison, (figure,))]
             parts.append(_differences(comparison, f"{group.removesuffix('s')}, {title}", keys, others))
     parts += [_prediction(*pair) for pair in comparison.predictions]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -134,8 +150,13 @@ def _peaks(comparison: Comparison, others: Sequence[int]) -> str:
         ("reserved", ("peak", "reserved_bytes")),
         ("device", ("peak", "device_bytes")),
     ]
-    keys = [key for key in keys if key[1] in comparison.figures]
+    keys = [key for key in keys if key[1] in comparison.figures and _tells(comparison, key[1])]
     return _differences(comparison, "peak, MiB", keys, others, always=True)
+
+
+def _tells(comparison: Comparison, key: Key) -> bool:
+    """Whether the figure means something on the device of any run."""
+    return "reserved" not in key[-1] or any(record.cached for record in comparison.records)
 
 
 def _differences(

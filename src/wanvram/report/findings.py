@@ -10,7 +10,7 @@ from typing import Any
 from wanvram.advice import Advice
 from wanvram.analysis.peak import WEIGHTS, component_of, module_of, owners, shape_of
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.runs import Run, pairs
+from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts
 from wanvram.units import GIB, human, seconds
@@ -19,17 +19,19 @@ __all__ = [
     "CARDS_GIB",
     "Answer",
     "advice_first",
+    "alike",
     "answer",
     "best_first",
     "card_of",
     "deciding_bytes",
+    "ranked",
+    "ranks",
     "smallest_card",
     "together",
     "unlimited_base",
 ]
 
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
-NAMED = 3  # of the runs that share a figure
 LEAST_SECONDS = 0.005  # what is shown as 0.00 s costs no time
 USABLE_SHARE = 0.98  # of a card's nominal memory a process gets about this much: RTX 4090 24,082 of 24,576 MiB
 
@@ -70,7 +72,7 @@ def answer(run: Run, texts: Texts) -> Answer:
 
 
 def _headline(record: RunRecord, peak: Memory, texts: Texts) -> str:
-    figure = "device" if peak.device_bytes is not None else "reserved"
+    figure = "device" if peak.device_bytes is not None else "reserved" if record.cached else "allocated"
     used = deciding_bytes(peak)
     parts = [texts(f"peak_{figure}_{'predicted' if record.simulated else 'measured'}", bytes=human(used))]
     failure = _failure(record, texts)
@@ -174,8 +176,18 @@ def _cost(added: float | None, texts: Texts) -> str:
     return texts("cost_slower" if added > 0 else "cost_faster", time=seconds(abs(added)))
 
 
+def alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs by what was asked for, the largest group first: a peak says nothing beside that of another task, size or length."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(asked(run.record), []).append(run)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
 def best_first(runs: Sequence[Run]) -> list[tuple[int, Run]]:
     """Deciding bytes and run of those that came to their end: the lowest peak first, of equal ones the fastest step.
+
+    Meant for runs that are `alike`.
 
     A prediction that was measured is left out: the measurement stands for it.
     """
@@ -189,38 +201,41 @@ def _judged(runs: Sequence[Run]) -> list[Run]:
     return [run for index, run in enumerate(runs) if index not in measured]
 
 
+def ranks(runs: Sequence[Run]) -> list[int | None]:
+    """Of each run its place by `best_first` among those that were asked the same; None: it failed, or its measurement counts."""
+    places: dict[int, int] = {}
+    for group in alike(runs):
+        keys = [(used, run.record.step_seconds() or math.inf, id(run)) for used, run in best_first(group)]
+        order = [key[:2] for key in keys]
+        places |= {key[2]: 1 + order.index(key[:2]) for key in keys}
+    return [places.get(id(run)) for run in runs]
+
+
 def together(runs: Sequence[Run], texts: Texts) -> str:
-    """One sentence over several runs: the lowest and the highest peak, and how many share them."""
+    """What runs have in common, without their names, which the table has: the lowest and the highest peak, or that they are unlike."""
+    groups = alike(runs)
+    if len(groups) == 1:
+        return ranked(runs, texts)
+    failed = sum(1 for run in _judged(runs) if run.record.failure)
+    sentence = texts("unlike", count=len(_judged(runs)), kinds=len(groups))
+    return texts.join(sentence, texts("some_failed", count=failed)) if failed else sentence
+
+
+def ranked(runs: Sequence[Run], texts: Texts) -> str:
+    """One sentence over runs that were asked the same: the lowest and the highest peak, and how many share them."""
     ended, judged = best_first(runs), _judged(runs)
     failed = sum(1 for run in judged if run.record.failure)
     if not ended:
         return texts("all_failed", count=len(judged))
-    (least, _), (most, worst) = ended[0], ended[-1]
+    (least, _), (most, _) = ended[0], ended[-1]
     card = smallest_card(least)
-    parts = _best(len(judged), least, [run for used, run in ended if used == least], texts)
+    sharing, highest = (sum(1 for used, _ in ended if used == peak) for peak in (least, most))
+    key = "one_run" if len(judged) == 1 else "best_of" if sharing == 1 else "best_shared"
+    parts = [texts(key, count=len(judged), shared=sharing, least=human(least))]
     if any(run.record.device != "cpu" for _, run in ended):
         parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))
     sentence = texts.sentence(parts)
-    highest = [run.label for used, run in ended if used == most]
-    if most > least and len(highest) > 1:
-        last = texts("worst_shared", shared=len(highest), names=_named(highest, texts), most=human(most))
-        sentence = texts.join(sentence, last)
-    elif most > least:
-        sentence = texts.join(sentence, texts("worst_of", worst=worst.label, most=human(most)))
+    if most > least:
+        key = "worst_shared" if highest > 1 else "worst_of"
+        sentence = texts.join(sentence, texts(key, shared=highest, most=human(most)))
     return texts.join(sentence, texts("some_failed", count=failed)) if failed else sentence
-
-
-def _best(count: int, least: int, sharing: Sequence[Run], texts: Texts) -> list[str]:
-    """sharing: the runs with the lowest peak, the fastest first."""
-    best = sharing[0]
-    if len(sharing) == 1:
-        return [texts("best_of", count=count, best=best.label, least=human(least))]
-    names = _named([run.label for run in sharing], texts)
-    parts = [texts("best_shared", count=count, shared=len(sharing), least=human(least), names=names)]
-    times = [run.record.step_seconds() or math.inf for run in sharing]
-    return [*parts, texts("fastest_of", best=best.label)] if times[0] < times[1] else parts
-
-
-def _named(labels: Sequence[str], texts: Texts) -> str:
-    names = ", ".join(f"“{label}”" for label in labels[:NAMED])
-    return texts("names_more", names=names, more=len(labels) - NAMED) if len(labels) > NAMED else names

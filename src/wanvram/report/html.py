@@ -17,9 +17,9 @@ from typing import Any
 
 from wanvram.analysis.compare import working_seconds
 from wanvram.errors import InputError
-from wanvram.record import RunRecord, Span
-from wanvram.report.findings import CARDS_GIB, advice_first, answer, best_first, card_of, together
-from wanvram.report.runs import Run, pairs
+from wanvram.record import Memory, RunRecord, Span
+from wanvram.report.findings import CARDS_GIB, advice_first, alike, answer, best_first, card_of, ranked, ranks, together
+from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import thinned
 from wanvram.report.translations import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.simulate.gpus import card_of_run
@@ -28,9 +28,10 @@ from wanvram.version import __version__
 __all__ = ["MAX_BYTES", "html_report"]
 
 MAX_BYTES = 2_000_000
+MAX_STEPS = 2000  # of a stage, whose times the page gets
 MAX_TEXT = 600  # characters of a prompt or a note that the page shows
 
-_SCRIPTS = ("base.js", "tables.js", "timeline.js", "alive.js", "report.js")
+_SCRIPTS = ("base.js", "tables.js", "clock.js", "timeline.js", "alive.js", "report.js")
 _STYLES = ("uplot.min.css", "report.css")
 
 # (points, alive groups, segment blocks) per run and moment, from everything to the least that still shows the peak.
@@ -60,7 +61,8 @@ def html_report(runs: Sequence[Run], language: str = "en") -> str:
 
 
 def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> str:
-    order = [runs.index(run) for _, run in best_first(runs)]
+    groups = alike(runs)
+    order = [runs.index(run) for _, run in best_first(groups[0])]
     headline = together(runs, texts) if len(runs) > 1 else bodies[0]["answer"]["headline"]
     data = {
         "texts": TEXTS[texts.language],
@@ -68,6 +70,10 @@ def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> st
         "version": __version__,
         "cards": CARDS_GIB,
         "headline": headline,
+        "kinds": [{"asked": _asked(group[0].record, texts), "said": ranked(group, texts)} for group in groups]
+        if len(groups) > 1
+        else [],
+        "ranks": ranks(runs),
         "runs": bodies,
         "shown": order[0] if order else 0,
         "pinned": [order[-1], order[0]] if len(order) > 1 else [],
@@ -128,6 +134,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
     peak, where = record.peak(), record.peak_span()
     return {
         "label": run.label,
+        "asked": _asked(record, texts),
         "device": record.device,
         "simulated": record.simulated,
         "fits": record.fits,
@@ -135,10 +142,11 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         "limit": _limit(record),
         "failure": record.failure.kind if record.failure else None,
         "answer": asdict(answer(run, texts)),
-        "peak": _memory(peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes) if peak else None,
+        "peak": _memory(peak, record.cached) if peak else None,
+        "cached": record.cached,
         "stage": where.name if where else None,
         "component": where.component if where else None,
-        "fragmentation": where.peak.fragmentation if where else None,
+        "fragmentation": where.peak.fragmentation if where and record.cached else None,
         "card": card_of(record),
         "seconds": working_seconds(record),
         "step_seconds": record.step_seconds(),
@@ -149,10 +157,15 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
             asdict(advice) | {"change": shortened(advice.label, MAX_TEXT)} for advice in advice_first(run.advice)
         ],
         "components": [asdict(component) for component in record.components],
-        "stages": [_stage(span) for span in record.stages],
+        "stages": [_stage(span, record.cached) for span in record.stages],
         "exact": run.exact,
         "borrowed": run.borrowed,
     }
+
+
+def _asked(record: RunRecord, texts: Texts) -> str:
+    task, size, frames = asked(record)
+    return texts("asked", task=task, size=size, frames=frames)
 
 
 def _limit(record: RunRecord) -> dict[str, Any] | None:
@@ -168,21 +181,32 @@ def _limit(record: RunRecord) -> dict[str, Any] | None:
     return {"name": gpu.name, "bytes": gpu.total_bytes} if gpu else None
 
 
-def _memory(allocated: int, reserved: int, device: int | None) -> dict[str, int | None]:
-    return {"allocated": allocated, "reserved": reserved, "device": device}
+def _memory(memory: Memory, cached: bool) -> dict[str, int | None]:
+    reserved = memory.reserved_bytes if cached else None
+    return {"allocated": memory.allocated_bytes, "reserved": reserved, "device": memory.device_bytes}
 
 
-def _stage(span: Span) -> dict[str, Any]:
+def _stage(span: Span, cached: bool) -> dict[str, Any]:
     return {
         "name": span.name,
         "component": span.component,
         "start": span.start.allocated_bytes,
-        "peak": _memory(span.peak.allocated_bytes, span.peak.reserved_bytes, span.peak.device_bytes),
+        "peak": _memory(span.peak, cached),
         "activation": None if span.kind == "load" else span.activation_bytes,
-        "fragmentation": span.peak.fragmentation,
+        "fragmentation": span.peak.fragmentation if cached else None,
         "fluctuation": span.fluctuation_bytes,
         "seconds": span.seconds,
+        "steps": _step_seconds(span),
     }
+
+
+def _step_seconds(span: Span) -> list[float]:
+    """Of every step in order; nothing where one is unknown."""
+    steps = [child for child in span.children if child.kind == "step"]
+    if sum(step.repeats for step in steps) > MAX_STEPS:
+        return []
+    times = [step.seconds for step in steps for _ in range(step.repeats)]
+    return [time for time in times if time is not None] if None not in times else []
 
 
 def _packed(timeline: dict[str, Any]) -> dict[str, Any]:

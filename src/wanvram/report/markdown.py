@@ -9,8 +9,8 @@ from typing import Any
 from wanvram.analysis.peak import without_lines
 from wanvram.foreign_text import MAX_SHOWN, shown
 from wanvram.record import Memory, RunRecord, Span
-from wanvram.report.findings import advice_first, answer, card_of, together, unlimited_base
-from wanvram.report.runs import Run, pairs
+from wanvram.report.findings import advice_first, alike, answer, card_of, ranked, ranks, together, unlimited_base
+from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts, shortened
 from wanvram.units import MIB, human, mib_cell, seconds
@@ -27,7 +27,7 @@ def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
     texts = Texts(language)
     lines = [f"# {texts('title')}", ""]
     if len(runs) > 1:
-        lines += [_text(together(runs, texts), MAX_SENTENCE), "", f"## {texts('runs')}", "", *_runs(runs, texts), ""]
+        lines += [_text(together(runs, texts), MAX_SENTENCE), "", f"## {texts('runs')}", "", *_tables(runs, texts)]
     for predicted, measured in pairs(runs):
         lines += _accuracy(runs[predicted], runs[measured], texts)
     for run in runs:
@@ -35,32 +35,51 @@ def markdown_report(runs: Sequence[Run], language: str = "en") -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _tables(runs: Sequence[Run], texts: Texts) -> list[str]:
+    """A table of runs for each thing that was asked for."""
+    groups = alike(runs)
+    if len(groups) == 1:
+        return [*_runs(runs, texts), ""]
+    lines = []
+    for group in groups:
+        task, size, frames = asked(group[0].record)
+        title = _text(texts("asked", task=task, size=size, frames=frames))
+        lines += [f"### {title}", "", _text(ranked(group, texts), MAX_SENTENCE), "", *_runs(group, texts), ""]
+    return lines
+
+
 def _runs(runs: Sequence[Run], texts: Texts) -> list[str]:
-    heads = ["run", "kind", "peak_device", "peak_reserved", "peak_allocated", "step", "stage", "card", "verdict"]
+    cached = any(run.record.cached for run in runs)
+    heads = ["rank", "run", "kind", *_peaks(cached), "step", "stage", *(["card"] if cached else []), "verdict"]
     rows = []
     measured = {predicted: runs[index].label for predicted, index in pairs(runs)}
-    for index, run in enumerate(runs):
+    for index, (run, place) in enumerate(zip(runs, ranks(runs), strict=True)):
         peak, where, step = run.record.peak(), run.record.peak_span(), run.record.step_seconds()
         rows.append(
             [
+                None if place is None else str(place),
                 run.label,
                 _kind(run, measured.get(index), texts),
-                *_figures(peak),
+                *_figures(peak, cached),
                 None if step is None else seconds(step),
                 where.name if where else None,
-                _card(run.record, texts),
+                *([_card(run.record, texts)] if cached else []),
                 _verdict(run.record, texts),
             ]
         )
-    return _table([_head(key, texts) for key in heads], rows, numbers=(2, 3, 4, 5))
+    return _table([_head(key, texts) for key in heads], rows, numbers=(0, *range(3, heads.index("stage"))))
 
 
-def _figures(memory: Memory | None) -> list[str | None]:
-    """device, reserved, allocated in MiB."""
+def _peaks(cached: bool) -> list[str]:
+    return ["peak_device", *(["peak_reserved"] if cached else []), "peak_allocated"]
+
+
+def _figures(memory: Memory | None, cached: bool) -> list[str | None]:
+    """device, reserved where that means something, allocated in MiB."""
     if memory is None:
-        return [None, None, None]
-    device = None if memory.device_bytes is None else mib_cell(memory.device_bytes)
-    return [device, mib_cell(memory.reserved_bytes), mib_cell(memory.allocated_bytes)]
+        return [None] * len(_peaks(cached))
+    figures = [memory.device_bytes, *([memory.reserved_bytes] if cached else []), memory.allocated_bytes]
+    return [None if figure is None else mib_cell(figure) for figure in figures]
 
 
 def _kind(run: Run, measured: str | None, texts: Texts) -> str:
@@ -124,17 +143,26 @@ def _components(run: Run, texts: Texts) -> list[str]:
 
 
 def _stages(run: Run, texts: Texts) -> list[str]:
-    heads = ["stage", "component", "start", "activation", "peak_device", "peak_reserved", "peak_allocated"]
-    rows = [_stage(span) for span in run.record.stages]
-    names = [_head(key, texts) for key in heads] + [texts("fragmentation"), texts("time")]
-    return _table(names, rows, numbers=range(2, 9))
+    cached = run.record.cached
+    heads = [
+        "stage",
+        "component",
+        "start",
+        "activation",
+        *_peaks(cached),
+        *(["fragmentation"] if cached else []),
+        "time",
+    ]
+    rows = [_stage(span, cached) for span in run.record.stages]
+    return _table([_head(key, texts) for key in heads], rows, numbers=range(2, len(heads)))
 
 
-def _stage(span: Span) -> list[str | None]:
+def _stage(span: Span, cached: bool) -> list[str | None]:
     time = seconds(span.seconds) if span.seconds is not None else None
     start = mib_cell(span.start.allocated_bytes)
     activation = None if span.kind == "load" else mib_cell(span.activation_bytes)
-    return [span.name, span.component, start, activation, *_figures(span.peak), f"{span.peak.fragmentation:.1%}", time]
+    fragmentation = [f"{span.peak.fragmentation:.1%}"] if cached else []
+    return [span.name, span.component, start, activation, *_figures(span.peak, cached), *fragmentation, time]
 
 
 def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:

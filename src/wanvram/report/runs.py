@@ -20,7 +20,7 @@ from wanvram.record import MAX_RECORD_BYTES, RunRecord, dotted
 from wanvram.report.timeline import checked_timeline, coarse_timeline
 from wanvram.strict_json import strict_json
 
-__all__ = ["Run", "find_runs", "pairs", "read_run"]
+__all__ = ["Run", "asked", "find_runs", "pairs", "read_run"]
 
 MAX_FILE_BYTES = MAX_RECORD_BYTES  # a timeline has under 4 MB
 MAX_RUNS = 500
@@ -133,6 +133,13 @@ def _load(path: Path) -> Any:
         return strict_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} is no valid JSON: {why(error)}") from error
+
+
+def asked(record: RunRecord) -> tuple[str, str, str]:
+    """Task, size and frames, as text."""
+    request = record.config.get("request") or {}
+    task, size, frames = (shown(request.get(key) or "-", 60) for key in ("task", "size", "frame_num"))
+    return task, size, frames
 
 
 def pairs(runs: Sequence[Run]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ Text is made plain, then shown: on a terminal with the same words in bold and co
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TextIO
@@ -14,71 +15,78 @@ from wanvram.command_line import MAX_COMMAND, plan_command
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
-from wanvram.record import Memory, RunRecord, Span
+from wanvram.record import RunRecord, Span
+from wanvram.report.runs import asked
+from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
 from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["listed", "show", "summarize", "table"]
 
-_BAD = r"\b(DOES NOT FIT|does not fit|FAILED|[Oo]ut of memory)\b"
-_GOOD = r"(?<!whether it )\bfits\b"
+_BAD = r"\b(DOES NOT FIT|does not fit|FAILED|[Oo]ut of memory)\b|放不下|失败|显存不足"
+_GOOD = r"(?<!whether it )\bfits\b|(?<!可询问能否)可容纳"
 
 
-def summarize(record: RunRecord) -> str:
-    """Multi-line text; exact for a given record."""
-    parts = [_headline(record), "", _components(record), "", _stages(record), "", _largest_moments(record)]
+def summarize(record: RunRecord, texts: Texts | None = None) -> str:
+    """Multi-line text; exact for a given record. In English unless told otherwise."""
+    texts = texts or Texts()
+    parts = [_headline(record, texts), "", _components(record, texts), "", _stages(record, texts), ""]
+    parts.append(_largest_moments(record, texts))
     if record.failure is not None and record.failure.alive:
-        parts += ["", "alive when it failed:", *_alive(record.failure.alive)]
+        parts += ["", texts("alive_failed"), *_alive(record.failure.alive)]
     if record.failure is not None and record.failure.kind == "oom":
-        parts += ["", _remedy(record)]
+        parts += ["", _remedy(record, texts)]
     if record.notes:
-        parts += ["", *(f"note: {shown(note)}" for note in record.notes)]
+        parts += ["", *(texts("note", note=note) for note in record.notes)]
     return "\n".join(parts) + "\n"
 
 
-def _headline(record: RunRecord) -> str:
-    kind = "SIMULATED, nothing was run on a GPU" if record.simulated else "MEASURED"
-    request = record.config.get("request", {})
-    asked = [shown(request.get(key) or "-", 60) for key in ("task", "size", "frame_num")]
-    name = shown(record.config.get("name") or "run")
-    lines = [f"{name}: {' '.join(asked)} frames", f"{kind} ({shown(record.device)})"]
+def _headline(record: RunRecord, texts: Texts) -> str:
+    task, size, frames = asked(record)
+    name = record.config.get("name") or "run"
+    lines = [texts("asked_run", name=str(name), task=task, size=size, frames=frames)]
+    lines.append(texts("is_simulated" if record.simulated else "is_measured", device=record.device))
     peak = record.peak_span()
     if peak is not None:
         m = peak.peak
-        device = f", device {human(m.device_bytes)}" if m.device_bytes is not None else ""
-        lines.append(
-            f"Peak: allocated {human(m.allocated_bytes)}, reserved {human(m.reserved_bytes)}{device} in {shown(peak.name)}"
-        )
-        lines.append(_why(peak))
+        figures = [f"{texts('allocated')} {human(m.allocated_bytes)}"]
+        if record.cached:
+            figures.append(f"{texts('reserved')} {human(m.reserved_bytes)}")
+        if m.device_bytes is not None:
+            figures.append(f"{texts('device_line')} {human(m.device_bytes)}")
+        lines += [texts("peak_line", figures=texts.listed(figures), stage=peak.name), f"      {_why(peak, texts)}"]
     if record.simulated and record.times.in_all_seconds is not None and record.failure is None:
-        lines.append(f"Time: {seconds(record.times.in_all_seconds)} in all, from the command to its end")
-    lines.append(_verdict(record))
+        lines.append(texts("in_all", time=seconds(record.times.in_all_seconds)))
+    lines.append(_verdict(record, texts))
     return "\n".join(lines)
 
 
-def _why(peak: Span) -> str:
+def _why(peak: Span, texts: Texts) -> str:
     start = peak.start.allocated_bytes
     activation = peak.peak.allocated_bytes - start
-    if peak.kind == "load" and peak.component is None:
-        return f"      {human(activation)} of libraries' workspaces, before any weights"
     if peak.kind == "load":
-        return f"      {human(start)} there when loading began + {human(activation)} of weights loaded"
-    cause = "activations of the stage" if activation > start else "weights and tensors already there"
-    return f"      {human(start)} there when the stage began + {human(activation)} activation: mostly {cause}"
+        key = "why_libraries" if peak.component is None else "why_load"
+    else:
+        key = "why_activation" if activation > start else "why_weights"
+    return texts(key, start=human(start), activation=human(activation))
 
 
-def _verdict(record: RunRecord) -> str:
-    if record.failure is not None:
-        where = f" in {shown(record.failure.stage)}" if record.failure.stage else ""
-        return f"FAILED ({record.failure.kind}){where}: {shown(record.failure.message)}"
+def _verdict(record: RunRecord, texts: Texts) -> str:
+    failure = record.failure
+    if failure is not None:
+        values = {"kind": failure.kind, "message": failure.message}
+        return (
+            texts("verdict_failed_in", stage=failure.stage, **values)
+            if failure.stage
+            else texts("verdict_failed", **values)
+        )
     if record.budget_bytes is not None:
-        word = "fits" if record.fits else "DOES NOT FIT"
-        return f"Verdict: {word} in {human(record.budget_bytes)}"
-    return "Verdict: no memory limit was given (--vram 8GiB asks whether it fits)"
+        return texts("verdict_fits" if record.fits else "verdict_exceeds", budget=human(record.budget_bytes))
+    return texts("verdict_none")
 
 
-def _components(record: RunRecord) -> str:
-    rows = [["component", "parameters", "base MiB", "host MiB", "activation MiB"]]
+def _components(record: RunRecord, texts: Texts) -> str:
+    rows = [[texts(key) for key in ("component", "parameters", "base_mib", "host_mib", "activation_mib")]]
     rows += [
         [c.name, f"{c.parameters:,}", mib_cell(c.base_bytes), mib_cell(c.host_bytes), mib_cell(c.activation_bytes)]
         for c in record.components
@@ -86,24 +94,24 @@ def _components(record: RunRecord) -> str:
     return table(rows)
 
 
-def _stages(record: RunRecord) -> str:
-    rows = [["stage", "start MiB", "peak MiB", "activation MiB", "reserved MiB", "device MiB", "time"]]
+def _stages(record: RunRecord, texts: Texts) -> str:
+    reserved = ["reserved_mib"] if record.cached else []
+    rows = [
+        [texts(key) for key in ("stage", "start_mib", "peak_mib", "activation_mib", *reserved, "device_mib", "time")]
+    ]
     for span in record.stages:
-        time = seconds(span.seconds) if span.seconds is not None else "-"
-        rows.append([span.name, mib_cell(span.start.allocated_bytes), *_peak_cells(span), time])
+        m = span.peak
+        activation = "-" if span.kind == "load" else mib_cell(span.activation_bytes)  # what loading adds are weights
+        cells = [span.name, mib_cell(span.start.allocated_bytes), mib_cell(m.allocated_bytes), activation]
+        cells += [mib_cell(m.reserved_bytes)] if record.cached else []
+        rows.append([*cells, mib_cell(m.device_bytes), "-" if span.seconds is None else seconds(span.seconds)])
     return table(rows)
 
 
-def _peak_cells(span: Span) -> list[str]:
-    m: Memory = span.peak
-    activation = "-" if span.kind == "load" else mib_cell(span.activation_bytes)  # what loading adds are weights
-    return [mib_cell(m.allocated_bytes), activation, mib_cell(m.reserved_bytes), mib_cell(m.device_bytes)]
-
-
-def _largest_moments(record: RunRecord) -> str:
+def _largest_moments(record: RunRecord, texts: Texts) -> str:
     """The three highest allocated peaks of different stages, each named by the innermost span that saw it."""
     leaves = sorted(_leaves(record.stages, ""), key=lambda item: -item[1].peak.allocated_bytes)
-    lines = ["largest moments:"]
+    lines = [texts("largest_moments")]
     for path, span in leaves[:3]:
         lines.append(f"  {human(span.peak.allocated_bytes):>14}  {shown(path)}")
     return "\n".join(lines)
@@ -127,18 +135,18 @@ def _alive(alive: Sequence[tuple[str, int]]) -> Iterator[str]:
         yield f"  {human(sum(sizes)):>14}  {f'{len(sizes)} x ' if len(sizes) > 1 else ''}{shown(what)}"
 
 
-def _remedy(record: RunRecord) -> str:
+def _remedy(record: RunRecord, texts: Texts) -> str:
     """What says how it would fit, as commands to copy: the same request, planned."""
-    advice = "wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)"
+    advice = texts("advise_dir")
     try:
         config = RunConfig.from_dict(record.config)
     except InputError:  # written by another version: what was asked for cannot be said in full
-        return f"what would make it fit:\n  {advice}"
+        return f"{texts('make_it_fit')}\n  {advice}"
     gpu = card_of_run(record.device, config.gpu)
     limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
     vram = f"{limit // MIB}MiB" if limit else "auto"
     command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=gpu.argument if gpu else None)
-    return f"what would make it fit:\n  {shown(command, MAX_COMMAND)}\n  {advice}"
+    return f"{texts('make_it_fit')}\n  {shown(command, MAX_COMMAND)}\n  {advice}"
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
@@ -169,10 +177,16 @@ def listed(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Every cell in one line: names in it may come from outside."""
     rows = [[shown(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        spaces = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + spaces[0], *(space + cell for cell, space in zip(row[1:], spaces[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * len(lines[0]))
+    lines.insert(1, "-" * _width(lines[0]))
     return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: Chinese characters take two."""
+    return len(text) + sum(unicodedata.east_asian_width(char) in "WF" for char in text if not char.isascii())

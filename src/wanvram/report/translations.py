@@ -21,6 +21,8 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "peak_device_measured": ("This run needed {bytes} of device memory", "该运行实测占用 {bytes} 显存"),
     "peak_reserved_predicted": ("This run will need {bytes} of reserved memory", "预计该运行需要 {bytes} 预留内存"),
     "peak_reserved_measured": ("This run needed {bytes} of reserved memory", "该运行实测预留 {bytes} 内存"),
+    "peak_allocated_predicted": ("This run will need {bytes} of memory", "预计该运行需要 {bytes} 内存"),
+    "peak_allocated_measured": ("This run needed {bytes} of memory", "该运行实测占用 {bytes} 内存"),
     "fits_budget": ("it fits the budget of {budget} with {spare} to spare", "在 {budget} 的预算之内，尚余 {spare}"),
     "exceeds_budget": ("it does not fit the budget of {budget}: {spare} too much", "超出 {budget} 的预算 {spare}"),
     "smallest_card": ("the smallest standard card that holds it has {card} GB", "能容纳它的最小标准显卡为 {card} GB"),
@@ -30,6 +32,7 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "failed_interrupted": ("The run was interrupted in {stage}: {message}", "运行在 {stage} 阶段被中断：{message}"),
     "until_then_device": ("Its peak until then: {bytes} of device memory.", "在此之前的峰值：{bytes} 显存。"),
     "until_then_reserved": ("Its peak until then: {bytes} of reserved memory.", "在此之前的峰值：预留 {bytes} 内存。"),
+    "until_then_allocated": ("Its peak until then: {bytes} of memory.", "在此之前的峰值：{bytes} 内存。"),
     "no_stage": ("no stage", "（无阶段）"),
     "no_component": ("no component", "（无组件）"),
     "unknown": ("unknown", "未知"),
@@ -77,23 +80,79 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "What lowers it: `wanvram analyze DIR --advice` simulates every change and says what each saves.",
         "怎样降低：`wanvram analyze DIR --advice` 会模拟每一项改动，并给出各自节省多少。",
     ),
-    "best_of": (
-        "Of {count} runs “{best}” has the lowest peak, {least}",
-        "{count} 个运行中“{best}”的峰值最低，为 {least}",
-    ),
+    "one_run": ("One run, with a peak of {least}", "一个运行，峰值为 {least}"),
+    "best_of": ("Of {count} runs the lowest peak is {least}", "{count} 个运行中最低的峰值为 {least}"),
     "best_shared": (
-        "Of {count} runs {shared} share the lowest peak, {least} ({names})",
-        "{count} 个运行中有 {shared} 个的峰值同为最低：{least}（{names}）",
+        "Of {count} runs {shared} share the lowest peak, {least}",
+        "{count} 个运行中有 {shared} 个的峰值同为最低：{least}",
     ),
-    "fastest_of": ("the fastest of them is “{best}”", "其中最快的是“{best}”"),
-    "worst_shared": (
-        "The highest is {most}, shared by {shared} runs ({names}).",
-        "最高为 {most}，共 {shared} 个运行（{names}）。",
+    "worst_shared": ("The highest is {most}, shared by {shared} runs.", "最高为 {most}，共 {shared} 个运行。"),
+    "worst_of": ("The highest is {most}.", "最高为 {most}。"),
+    "unlike": (
+        "{count} runs of {kinds} different tasks, sizes or frame counts: they are ranked only among runs of the same.",
+        "{count} 个运行涉及 {kinds} 种不同的任务、尺寸或帧数：仅在相同者之间排名。",
     ),
-    "names_more": ("{names} and {more} more", "{names}等另外 {more} 个"),
-    "worst_of": ("The highest is “{worst}” with {most}.", "最高的是“{worst}”，为 {most}。"),
+    "unlike_compared": (
+        "Task, size or frames differ: the differences say what was asked for, not which run is better.",
+        "任务、尺寸或帧数不同：差值反映的是所请求的内容，而不是哪个运行更好。",
+    ),
+    "asked": ("{task} {size}, {frames} frames", "{task} {size}，{frames} 帧"),
+    "rank": ("rank", "名次"),
     "some_failed": ("Failed runs: {count}.", "失败的运行：{count} 个。"),
     "all_failed": ("None of the {count} runs came to its end.", "{count} 个运行均未完成。"),
+    # the terminal
+    "asked_run": ("{name}: {task} {size} {frames} frames", "{name}：{task} {size} {frames} 帧"),
+    "is_simulated": ("SIMULATED, nothing was run on a GPU ({device})", "模拟运行，未使用 GPU（{device}）"),
+    "is_measured": ("MEASURED ({device})", "实测（{device}）"),
+    "peak_line": ("Peak: {figures} in {stage}", "峰值：{figures}，位于 {stage}"),
+    "why_libraries": (
+        "{activation} of libraries' workspaces, before any weights",
+        "{activation} 为库的工作区，尚未加载任何权重",
+    ),
+    "why_load": (
+        "{start} there when loading began + {activation} of weights loaded",
+        "加载开始时已有 {start} + 加载的权重 {activation}",
+    ),
+    "why_activation": (
+        "{start} there when the stage began + {activation} activation: mostly activations of the stage",
+        "阶段开始时已有 {start} + 激活 {activation}：主要是该阶段的激活",
+    ),
+    "why_weights": (
+        "{start} there when the stage began + {activation} activation: mostly weights and tensors already there",
+        "阶段开始时已有 {start} + 激活 {activation}：主要是权重和已有的张量",
+    ),
+    "in_all": ("Time: {time} in all, from the command to its end", "时间：从命令开始到结束共 {time}"),
+    "verdict_failed": ("FAILED ({kind}): {message}", "失败（{kind}）：{message}"),
+    "verdict_failed_in": ("FAILED ({kind}) in {stage}: {message}", "在 {stage} 阶段失败（{kind}）：{message}"),
+    "verdict_fits": ("Verdict: fits in {budget}", "结论：{budget} 可容纳"),
+    "verdict_exceeds": ("Verdict: DOES NOT FIT in {budget}", "结论：{budget} 放不下"),
+    "verdict_none": (
+        "Verdict: no memory limit was given (--vram 8GiB asks whether it fits)",
+        "结论：未给定显存上限（--vram 8GiB 可询问能否容纳）",
+    ),
+    "largest_moments": ("largest moments:", "最高的时刻："),
+    "alive_failed": ("alive when it failed:", "失败时存活："),
+    "note": ("note: {note}", "说明：{note}"),
+    "make_it_fit": ("what would make it fit:", "怎样才能放下："),
+    "advise_dir": (
+        "wanvram analyze DIR --advice    (DIR: this run's directory; computes what each change saves)",
+        "wanvram analyze DIR --advice    （DIR：该运行的目录；计算每项改动的节省量）",
+    ),
+    "base_mib": ("base MiB", "基础 MiB"),
+    "host_mib": ("host MiB", "主机 MiB"),
+    "activation_mib": ("activation MiB", "激活 MiB"),
+    "start_mib": ("start MiB", "起始 MiB"),
+    "peak_mib": ("peak MiB", "峰值 MiB"),
+    "allocated_mib": ("allocated MiB", "已分配 MiB"),
+    "reserved_mib": ("reserved MiB", "已预留 MiB"),
+    "device_mib": ("device MiB", "设备 MiB"),
+    "configured": ("configuration", "配置"),
+    "result": ("result", "结果"),
+    "peak_in": ("peak in", "峰值所在"),
+    "out_of_memory": ("out of memory", "显存不足"),
+    "did_fail": ("FAILED", "失败"),
+    "and_fits": ("{kind}, fits", "{kind}，可容纳"),
+    "and_exceeds": ("{kind}, DOES NOT FIT", "{kind}，放不下"),
     # headings and words
     "title": ("wanvram report", "wanvram 报告"),
     "runs": ("Runs", "运行"),
@@ -126,6 +185,8 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "axis_events": ("allocator event", "分配器事件"),
     "axis_seconds": ("seconds since the start", "自开始的秒数"),
     "axis_order": ("order of the recorded stages", "记录阶段的顺序"),
+    "axis": ("horizontal axis", "横轴"),
+    "untimed": ("loading has no known time and takes none here", "加载的耗时未知，在此不占时间"),
     "timeline_help": (
         "Drag across the chart to zoom and to look at the highest moment inside; click to choose the nearest moment; "
         "double-click for the whole run. With the keyboard: arrows choose moments, + and - zoom, 0 shows everything.",
@@ -252,6 +313,10 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "csv_of": ("download as CSV: {name}", "下载 CSV：{name}"),
     "theme": ("light / dark", "浅色 / 深色"),
     "all_rows": ("all {count} rows", "全部 {count} 行"),
+    "search": ("search", "搜索"),
+    "search_in": ("search in: {what}", "搜索：{what}"),
+    "found": ("{count} of {all}", "{count} / {all}"),
+    "found_bytes": ("{count} of {all}: {bytes}", "{count} / {all}：{bytes}"),
     "no_script": (
         "The charts and tables of this report need JavaScript; nothing is loaded from the network.",
         "本报告的图表需要 JavaScript；不会从网络加载任何内容。",
@@ -358,6 +423,10 @@ class Texts:
         if self.language == "zh":
             return "；".join(parts) + "。"
         return "; ".join(parts) + "."
+
+    def listed(self, parts: Sequence[str]) -> str:
+        """Parts of one clause."""
+        return ("，" if self.language == "zh" else ", ").join(parts)
 
     def join(self, *sentences: str) -> str:
         """Sentences after one another."""

@@ -36,16 +36,26 @@ function squarify(values, box) {
 }
 
 const unpack = (group) => Object.fromEntries(FIELDS.map((field, i) => [field, group[i]]));
-const groupName = (group) => (group.operation === "(other)" ? t("other") : (group.operation ?? t("unknown")));
+// Without what only PyTorch knows of it: aten.empty.memory_format and aten::empty are "empty".
+const plainOperation = (name) => name.replace(/^(?:aten|prims|wanvram)(?:\.|::)(\w+)(?:\.\w+)?/, "$1");
+const groupName = (group) => (group.operation === "(other)" ? t("other") : group.operation === null ? t("unknown") : plainOperation(group.operation));
 const shapeText = (group) => (group.shape ? `[${group.shape.join(", ")}]` : "");
 
+// What it is: weights of whom, else shape and type, and what made it unless that only made room.
+function whatIs(group) {
+  if (group.operation === "weights" && group.component) return t("weights_of", { component: group.component });
+  const shape = NAMES.shape(group);
+  return shape ? [shape, /^empty|^new_empty/.test(groupName(group)) ? "" : groupName(group)].filter(Boolean).join(" ") : groupName(group);
+}
+
+// What before where.
 function describe(group, total) {
   const parts = [
+    whatIs(group),
+    group.operation === "weights" ? NAMES.shape(group) : "",
     human(group.bytes),
     percent(group.bytes / total),
     group.count > 1 ? `${grouped(group.count, 0)} ×` : "",
-    groupName(group),
-    [shapeText(group), group.dtype].filter(Boolean).join(" "),
     [group.component, group.stage, group.module].filter(Boolean).join(" / "),
   ];
   return parts.filter(Boolean).join(" · ");
@@ -83,6 +93,7 @@ function treemap(groups, key) {
   const map = el("div", { class: "treemap", tabindex: "0", role: "group", "aria-label": label });
   let tiles = [];
   let current = -1;
+  let sought = null;
 
   function point(index) {
     tiles[current]?.classList.remove("current");
@@ -99,12 +110,21 @@ function treemap(groups, key) {
     current = -1;
     const boxes = squarify(outer.map((o) => o.sum), { x: 0, y: 0, w, h });
     map.replaceChildren(...outer.flatMap((o, i) => family(o, boxes[i], total, tiles)));
+    dim();
     tiles.forEach((tile, i) => {
       tile.addEventListener("pointerenter", () => point(i));
       tile.addEventListener("click", () => point(i));
     });
   }
 
+  const dim = () => tiles.forEach((tile) => tile.classList.toggle("dimmed", sought !== null && !sought(tile.dataset.text)));
+  const search = searchField(t("alive"), (matches) => {
+    sought = matches;
+    dim();
+    const found = groups.filter((group) => !matches || matches(describe(group, total)));
+    const bytes = human(found.reduce((sum, group) => sum + group.bytes, 0));
+    return t("found_bytes", { count: found.length, all: groups.length, bytes });
+  });
   map.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step || !tiles.length) return;
@@ -112,7 +132,7 @@ function treemap(groups, key) {
     point((current + step + tiles.length) % tiles.length);
   });
   onResize(map, draw);
-  return el("div", {}, map, detail);
+  return el("div", {}, el("div", { class: "tools" }, search), map, detail);
 }
 
 // One outer box with its name and sum, and the tiles inside it.
@@ -135,8 +155,8 @@ function tileOf(group, rectangle, total) {
   tile.style.background = `var(${colorName(group.component)})`;
   place(tile, rectangle);
   if (rectangle.w > 54 && rectangle.h > 30) {
-    tile.append(el("b", { text: human(group.bytes) }), el("span", { text: groupName(group) }));
-    if (rectangle.h > 64) tile.append(el("span", { text: shapeText(group) }), el("span", { text: group.module ?? "" }));
+    tile.append(el("b", { text: whatIs(group) }), el("span", { text: human(group.bytes) }));
+    if (rectangle.h > 48) tile.append(el("span", { text: group.module ?? group.stage ?? "" }));
   }
   return tile;
 }
@@ -151,10 +171,10 @@ function aliveTable(groups, total) {
       column("bytes", "bytes", "mib"),
       column("share", "share", "percent"),
       column("count", "count", "count"),
-      column("component", "component"),
-      column("operation", "operation"),
       column("shape", "shape"),
       column("dtype", "dtype"),
+      column("operation", "operation"),
+      column("component", "component"),
       column("module", "module"),
       column("stage", "stage"),
     ],

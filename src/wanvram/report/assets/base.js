@@ -26,14 +26,19 @@ function el(tag, attributes = {}, ...children) {
 const grouped = (value, digits) =>
   value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const inMib = (bytes) => grouped(bytes / MIB, 1);
-const human = (bytes) => (Math.abs(bytes) < 10 * GIB ? `${inMib(bytes)} MiB` : `${grouped(bytes / GIB, 2)} GiB`);
+// As units.human: MiB under 10 GiB, GiB above and for whole ones.
+const human = (bytes) =>
+  Math.abs(bytes) < 10 * GIB && (bytes === 0 || bytes % GIB) ? `${inMib(bytes)} MiB` : `${grouped(bytes / GIB, 2)} GiB`;
 const percent = (share) => `${grouped(share * 100, 1)} %`;
 const signed = (value, text) => (value > 0 ? "+" : "") + text;
 
 function duration(seconds) {
   if (seconds < 10) return `${seconds.toFixed(2)} s`;
   if (seconds < 120) return `${seconds.toFixed(1)} s`;
-  return `${Math.floor(seconds / 60)} min ${String(Math.floor(seconds % 60)).padStart(2, "0")} s`;
+  const two = (value) => String(Math.floor(value)).padStart(2, "0");
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 120) return `${minutes} min ${two(seconds % 60)} s`;
+  return `${grouped(Math.floor(minutes / 60), 0)} h ${two(minutes % 60)} min`;
 }
 
 // CSS variable of a component's colour; components the page does not know share one.

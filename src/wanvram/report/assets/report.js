@@ -23,7 +23,7 @@ function tiles(run) {
   for (const kind of ["device", "reserved", "allocated"]) {
     if (run.peak[kind] !== null) items.push(tile(t(`peak_${kind}`), human(run.peak[kind])));
   }
-  items.push(tile(t("fragmentation"), percent(run.fragmentation), t("moment_peak")));
+  if (run.fragmentation !== null) items.push(tile(t("fragmentation"), percent(run.fragmentation), t("moment_peak")));
   if (run.seconds !== null) items.push(tile(t("time_unloaded"), duration(run.seconds)));
   if (run.budget !== null) items.push(tile(t("budget"), human(run.budget), verdict(run)));
   return el("dl", { class: "stats" }, ...items);
@@ -70,7 +70,9 @@ function runRow({ run, index, measured }) {
     index,
     run: run.label,
     kind: measured ? t("prediction_of", { run: measured.label }) : t(run.simulated ? "predicted" : "measured"),
-    task: ["task", "size", "frame_num"].map((key) => run.settings[`request.${key}`] ?? "").join(" "),
+    rank: data.ranks[index],
+    marked: data.ranks[index] === 1,
+    task: run.asked,
     peak_device_bytes: run.peak?.device,
     peak_reserved_bytes: run.peak?.reserved,
     peak_allocated_bytes: run.peak?.allocated,
@@ -84,6 +86,7 @@ function runRow({ run, index, measured }) {
 }
 
 function runsTable(show, pin) {
+  const cached = data.runs.some((run) => run.cached);
   const control = (type, name, checked, label, change, index) => {
     const box = el("input", { type, name, "data-index": index, "aria-label": label, on: { change } });
     box.checked = checked;
@@ -96,19 +99,20 @@ function runsTable(show, pin) {
     dense: true,
     columns: [
       column("run", "run"),
+      column("rank", "rank", "count", { rises: true }),
       column("peak_device_bytes", "peak_device", "mib"),
-      { ...column("show", "show"), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
-      { ...column("pin", "pin"), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
+      { ...column("show", "show", "text"), value: (row) => Number(row.index !== state.run), node: (row) => control("radio", "show", row.index === state.run, t("show_run", row), () => show(row.index), row.index) },
+      { ...column("pin", "pin", "text"), value: (row) => Number(!state.pins.includes(row.index)), node: (row) => control("checkbox", "pin", state.pins.includes(row.index), t("pin_run", row), () => pin(row.index), row.index) },
       column("step_seconds", "step", "seconds"),
       column("kind", "kind", "text", { names: true }),
-      column("card_gb", "card", "text"),
+      ...(cached ? [column("card_gb", "card", "text")] : []),
       column("verdict", "verdict"),
       column("stage", "stage"),
-      column("peak_reserved_bytes", "peak_reserved", "mib"),
+      ...(cached ? [column("peak_reserved_bytes", "peak_reserved", "mib")] : []),
       column("peak_allocated_bytes", "peak_allocated", "mib"),
-      column("fragmentation", "fragmentation", "percent"),
+      ...(cached ? [column("fragmentation", "fragmentation", "percent")] : []),
       column("seconds", "time_unloaded", "seconds"),
-      column("task", "task"),
+      ...(data.kinds.length ? [column("task", "task")] : []),
     ],
     rows: runsInOrder().map(runRow),
   });
@@ -150,7 +154,8 @@ function folded(title, ...children) {
 
 // Folded until the reader pins runs: its tables would push the timeline of the run shown far down.
 function comparison(a, b, open) {
-  const node = folded(comparedInShort(a, b), ...comparisonTables(a, b));
+  const unlike = a.asked === b.asked ? [] : [el("p", { class: "quiet", text: t("unlike_compared") })];
+  const node = folded(comparedInShort(a, b), ...unlike, ...comparisonTables(a, b));
   node.open = open;
   return node;
 }
@@ -208,7 +213,9 @@ function build() {
   root.append(header);
   if (several) {
     runs.append(runsTable(show, pin));
-    root.append(el("h1", { class: "headline", text: data.headline }), answered, section(t("runs"), runs));
+    const kinds = data.kinds.map(({ asked, said }) => el("li", {}, el("b", { text: asked }), ` ${said}`));
+    const list = kinds.length ? el("ul", { class: "kinds" }, ...kinds) : null;
+    root.append(el("h1", { class: "headline", text: data.headline }), ...(list ? [list] : []), answered, section(t("runs"), runs));
     root.append(section(t("compare"), compared));
     compare(false);
   } else {

@@ -13,57 +13,82 @@ const SHOW = {
 };
 const UNIT = { mib: " MiB", delta: " MiB", error: " MiB" };
 
-// columns: [{key, label, type, node?, names?}] where node(row) makes a control instead of text and names may break in two lines;
-// rows: objects by key.
+const SEARCHED = 4; // rows from which a table has a search
+
+// columns: [{key, label, type, node?, value?, names?, rises?}] where node(row) makes a control instead of text, which sorts by
+// value(row), names may break in two lines, and rises sorts the least first; rows: objects by key.
 // titled: the heading above says the same as the caption, which is then for screen readers only. dense: many columns.
 function dataTable({ caption, columns, rows, file, limit = Infinity, titled = false, dense = false }) {
   const body = el("tbody");
   const heads = columns.map((column) => headCell(column, () => sortBy(column)));
-  let order = null;
+  let [order, shown, found] = [null, limit, rows];
 
   function sortBy(column) {
-    const descending = order?.key === column.key ? !order.descending : column.type !== "text";
-    order = { key: column.key, descending };
+    const same = order?.column === column;
+    order = { column, descending: same ? !order.descending : column.type !== "text" && !column.rises };
     heads.forEach((head, i) => {
-      if (columns[i].key !== column.key) head.removeAttribute("aria-sort");
-      else head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      if (columns[i] !== column) head.removeAttribute("aria-sort");
+      else head.setAttribute("aria-sort", order.descending ? "descending" : "ascending");
     });
     fill();
   }
 
-  let shown = limit;
   const more = el("button", { type: "button", class: "more", text: t("all_rows", { count: rows.length }) });
   more.addEventListener("click", () => {
     shown = Infinity;
-    more.remove();
     fill();
   });
 
   function fill() {
-    const sorted = order ? [...rows].sort(ordering(order)) : rows;
-    body.replaceChildren(...sorted.slice(0, shown).map((row) => bodyRow(columns, row)));
+    const sorted = order ? [...found].sort(ordering(order)) : found;
+    // What was searched for is shown whole.
+    const count = found === rows ? shown : Infinity;
+    body.replaceChildren(...sorted.slice(0, count).map((row) => bodyRow(columns, row)));
+    more.hidden = found.length <= count;
   }
 
+  const search = searchField(caption, (matches) => {
+    found = matches ? rows.filter((row) => matches(columns.map((column) => cellText(column, row) ?? "").join("\n"))) : rows;
+    fill();
+    return t("found", { count: found.length, all: rows.length });
+  });
   fill();
   const values = columns.filter((column) => !column.node);
   const link = csvLink(file, values.map((c) => c.key), () => rows.map((row) => values.map((c) => row[c.key])));
   const table = el("table", {}, el("caption", { text: caption, class: titled ? "unseen" : null }), el("thead", {}, el("tr", {}, ...heads)), body);
   const scroll = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, table);
-  return el("div", { class: dense ? "table dense" : "table" }, scroll, el("div", { class: "tools" }, rows.length > limit ? more : null, link));
+  const tools = el("div", { class: "tools" }, more, link);
+  return el("div", { class: dense ? "table dense" : "table" }, rows.length >= SEARCHED ? search : null, scroll, tools);
+}
+
+// look(matches) is called with what tells whether a text has every word that was typed, null where none was; it returns what was found.
+function searchField(what, look) {
+  const said = el("span", { class: "found", role: "status" });
+  const input = el("input", { type: "search", placeholder: t("search"), "aria-label": t("search_in", { what }), maxlength: 200 });
+  input.addEventListener("input", () => {
+    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const text = look(words.length ? (text) => words.every((word) => text.toLowerCase().includes(word)) : null);
+    said.textContent = words.length ? text : "";
+  });
+  return el("span", { class: "search" }, input, said);
 }
 
 function headCell(column, sort) {
   const label = column.label + (UNIT[column.type] ?? "");
-  if (column.node) return el("th", { scope: "col", text: label });
   const button = el("button", { type: "button", text: label, on: { click: sort } });
-  return el("th", { scope: "col", class: column.type === "text" ? null : "number" }, button);
+  return el("th", { scope: "col", class: column.node || column.type === "text" ? null : "number" }, button);
+}
+
+function cellText(column, row) {
+  const value = column.node ? null : row[column.key];
+  return value === null || value === undefined ? null : String(SHOW[column.type](value));
 }
 
 function bodyRow(columns, row) {
   const cells = columns.map((column, i) => {
     if (column.node) return el("td", {}, column.node(row));
     const value = row[column.key];
-    const text = value === null || value === undefined ? "–" : SHOW[column.type](value);
+    const text = cellText(column, row) ?? "–";
     const sign = ["delta", "change"].includes(column.type) && value ? (value > 0 ? " up" : " down") : "";
     const kind = column.type !== "text" ? `number${sign}` : text.length > 40 ? "words" : "word";
     if (i === 0) return el("th", { scope: "row", class: kind }, ...breakable(text));
@@ -83,12 +108,18 @@ function swatch(component) {
   return mark;
 }
 
-// Missing values come last in either direction.
-function ordering({ key, descending }) {
+// A number, also where it stands as text, as the value of a setting does.
+const asNumber = (value) => (typeof value === "string" ? (value.trim() && isFinite(value) ? Number(value) : null) : Number(value));
+
+// Numbers by size and before texts. Missing values come last in either direction.
+function ordering({ column, descending }) {
+  const of = column.value ?? ((row) => row[column.key] ?? null);
   return (a, b) => {
-    const [x, y] = [a[key] ?? null, b[key] ?? null];
+    const [x, y] = [of(a), of(b)];
     if (x === null || y === null) return (x === null) - (y === null);
-    const result = typeof x === "string" ? x.localeCompare(y, undefined, { numeric: true }) : x - y;
+    const [m, n] = [asNumber(x), asNumber(y)];
+    const text = () => (m === null) - (n === null) || x.localeCompare(y, undefined, { numeric: true });
+    const result = m !== null && n !== null ? m - n : text();
     return descending ? -result : result;
   };
 }
@@ -107,9 +138,9 @@ function stageTable(run) {
       column("start_allocated_bytes", "start", "mib"),
       column("peak_allocated_bytes", "peak_allocated", "mib"),
       column("activation_bytes", "activation", "mib"),
-      column("peak_reserved_bytes", "peak_reserved", "mib"),
+      ...(run.cached ? [column("peak_reserved_bytes", "peak_reserved", "mib")] : []),
       column("peak_device_bytes", "peak_device", "mib"),
-      column("fragmentation", "fragmentation", "percent"),
+      ...(run.cached ? [column("fragmentation", "fragmentation", "percent")] : []),
       column("fluctuation_bytes", "fluctuation", "mib"),
       ...(timed ? [column("seconds", "time", "seconds")] : []),
     ],

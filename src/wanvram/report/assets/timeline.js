@@ -23,7 +23,7 @@ function layers(run) {
   });
   const own = allocated.map((value, i) => value - sums[i]);
   const top = { label: t(weights.length ? "activations" : "allocated"), color: "--activations", values: allocated, own, fill: true };
-  const lines = [{ label: t("reserved"), color: "--reserved", values: reserved }];
+  const lines = run.cached ? [{ label: t("reserved"), color: "--reserved", values: reserved }] : [];
   if (device.some((value) => value !== null)) {
     lines.push({ label: t("device_line"), color: "--device", values: device, dash: [6, 4] });
   }
@@ -110,6 +110,17 @@ function indexAt(xs, x) {
   return low;
 }
 
+// The timeline on an axis: its places there; the own axis as it is, or in seconds.
+function onAxis(timeline, clock) {
+  const place = clock ?? ((x) => x);
+  const stages = timeline.stages.map((stage) => ({ ...stage, start: place(stage.start), end: place(stage.end), own: stage }));
+  const xs = timeline.points[0].map(place);
+  const full = [xs[0], Math.max(xs[xs.length - 1], ...stages.map((stage) => stage.end), xs[0] + (clock ? 1e-6 : 1))];
+  return { name: clock ? "seconds" : timeline.axis, xs, stages, full, moments: timeline.moments.map((m) => ({ ...m, x: place(m.x) })) };
+}
+
+let inSeconds = false; // what the reader chose last; other runs open in it where they can
+
 function nearest(moments, x) {
   return moments.reduce((best, m, i) => (Math.abs(m.x - x) < Math.abs(moments[best].x - x) ? i : best), 0);
 }
@@ -127,17 +138,20 @@ function timelineView(run, choose) {
   const xs = timeline.points[0];
   const drawn = layers(run);
   const key = legend(drawn);
-  const full = [xs[0], Math.max(xs[xs.length - 1], ...timeline.stages.map((stage) => stage.end), xs[0] + 1)];
-  const moments = timeline.moments;
+  const clock = clockOf(run);
+  const choices = [onAxis(timeline, null), ...(clock ? [onAxis(timeline, clock)] : [])];
+  let at = choices.at(inSeconds ? -1 : 0);
   let [chart, selected] = [null, 0];
+  const moments = timeline.moments;
   const label = t("chart_label", { peak: human(run.peak.allocated), stage: run.stage });
   const holder = el("div", { class: "chart", tabindex: "0", role: "group", "aria-label": label });
   const ribbon = el("div", { class: "ribbon", role: "group", "aria-label": t("stages_ribbon") });
 
-  const zoom = (from, to) => chart.setScale("x", { min: Math.max(full[0], from), max: Math.min(full[1], to) });
+  const zoom = (from, to) => chart.setScale("x", { min: Math.max(at.full[0], from), max: Math.min(at.full[1], to) });
   const scaled = (factor) => {
     const { min, max } = chart.scales.x;
-    const center = moments[selected] ? Math.min(max, Math.max(min, moments[selected].x)) : (min + max) / 2;
+    const { full } = at;
+    const center = moments[selected] ? Math.min(max, Math.max(min, at.moments[selected].x)) : (min + max) / 2;
     const half = Math.min(full[1] - full[0], (max - min) * factor) / 2;
     const from = Math.max(full[0], Math.min(center - half, full[1] - 2 * half));
     zoom(from, from + 2 * half);
@@ -152,20 +166,20 @@ function timelineView(run, choose) {
         const { left, width } = u.select;
         const [from, to] = [u.posToVal(left, "x"), u.posToVal(left + width, "x")];
         u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-        if (width < 4) return moments.length ? pick(nearest(moments, from)) : undefined; // an unsteady click
+        if (width < 4) return moments.length ? pick(nearest(at.moments, from)) : undefined; // an unsteady click
         zoom(from, to);
-        if (moments.length) pick(highestIn(moments, from, to));
+        if (moments.length) pick(highestIn(at.moments, from, to));
       },
     ],
     setCursor: [(u) => key.show(u.cursor.idx ?? resting())],
     setScale: [(u, scale) => scale === "x" && paintRibbon(u)],
-    draw: [(u) => moments.forEach((m, i) => paintMoment(u, m, i === selected))],
+    draw: [(u) => at.moments.forEach((m, i) => paintMoment(u, m, i === selected))],
     ready: [
       (u) => {
         u.over.addEventListener("click", (event) => {
-          if (moments.length) pick(nearest(moments, u.posToVal(event.offsetX, "x"))); // not called after a drag
+          if (moments.length) pick(nearest(at.moments, u.posToVal(event.offsetX, "x"))); // not called after a drag
         });
-        u.over.addEventListener("dblclick", () => zoom(...full));
+        u.over.addEventListener("dblclick", () => zoom(...at.full));
       },
     ],
   };
@@ -174,22 +188,22 @@ function timelineView(run, choose) {
   function paintRibbon(u) {
     const { min, max } = u.scales.x;
     const [left, width] = [u.bbox.left / devicePixelRatio, u.bbox.width / devicePixelRatio];
-    const at = (x) => left + ((Math.min(max, Math.max(min, x)) - min) / (max - min)) * width;
+    const pixel = (x) => left + ((Math.min(max, Math.max(min, x)) - min) / (max - min)) * width;
     ribbon.replaceChildren(
-      ...timeline.stages
+      ...at.stages
         .filter((stage) => stage.end > min && stage.start < max)
-        .map((stage) => ribbonPart(stage, at(stage.start), at(stage.end), () => pick(momentOf(stage)))),
+        .map((stage) => ribbonPart(stage, pixel(stage.start), pixel(stage.end), () => pick(momentOf(stage.own)))),
     );
   }
 
   const momentOf = (stage) => moments.findIndex((m) => m.x >= stage.start && m.x <= stage.end && m.label !== "peak");
 
-  function build() {
+  function build(moved = false) {
     const width = holder.clientWidth;
     if (!width) return;
-    const range = chart ? [chart.scales.x.min, chart.scales.x.max] : full;
+    const range = chart && !moved ? [chart.scales.x.min, chart.scales.x.max] : at.full;
     chart?.destroy();
-    chart = new uPlot(chartOptions(run, drawn, width, hooks), [xs, ...drawn.map((layer) => layer.values)], holder);
+    chart = new uPlot(chartOptions(run, drawn, width, hooks), [at.xs, ...drawn.map((layer) => layer.values)], holder);
     zoom(...range);
     key.show(resting());
   }
@@ -197,7 +211,7 @@ function timelineView(run, choose) {
   holder.addEventListener("keydown", (event) => {
     const keys = { ArrowRight: () => walk(1), ArrowLeft: () => walk(-1), "+": () => scaled(0.5), "-": () => scaled(2) };
     keys["="] = keys["+"];
-    keys["0"] = keys.Home = () => zoom(...full);
+    keys["0"] = keys.Home = () => zoom(...at.full);
     if (!keys[event.key] || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     keys[event.key]();
@@ -207,7 +221,7 @@ function timelineView(run, choose) {
     pick(order[order.indexOf(selected) + step] ?? -1);
   }
 
-  onResize(holder, build);
+  onResize(holder, () => build());
   onTheme(holder, () => chart && build());
   const button = (text, action, name) => el("button", { type: "button", text, "aria-label": name ?? text, on: { click: action } });
   const tools = el(
@@ -215,12 +229,22 @@ function timelineView(run, choose) {
     { class: "tools" },
     button("+", () => scaled(0.5)),
     button("−", () => scaled(2)),
-    button(t("whole_run"), () => zoom(...full)),
-    csvLink("timeline", ["x", "allocated_bytes", "reserved_bytes", "device_bytes"], () =>
-      xs.map((_, i) => timeline.points.map((values) => values[i])),
+    button(t("whole_run"), () => zoom(...at.full)),
+    choices.length > 1 ? axisSwitch(choices, at, move) : null,
+    csvLink("timeline", ["x", "allocated_bytes", "reserved_bytes", "device_bytes", ...(clock ? ["seconds"] : [])], () =>
+      xs.map((x, i) => [...timeline.points.map((values) => values[i]), ...(clock ? [clock(x)] : [])]),
     ),
   );
-  const axis = el("p", { class: "axis", text: t(`axis_${timeline.axis}`) });
+  const axis = el("p", { class: "axis" });
+  const untimed = run.stages.some((stage) => stage.seconds === null);
+  const said = () => (axis.textContent = t(`axis_${at.name}`) + (at.name === "seconds" && clock && untimed ? ` (${t("untimed")})` : ""));
+  function move(to) {
+    at = to;
+    inSeconds = at.name === "seconds";
+    said();
+    if (chart) build(true);
+  }
+  said();
   const help = el("p", { class: "quiet", text: t("timeline_help") });
   const select = (index) => {
     selected = index;
@@ -229,6 +253,19 @@ function timelineView(run, choose) {
     key.show(resting());
   };
   return { element: el("div", {}, tools, key.list, holder, ribbon, axis, help), select };
+}
+
+function axisSwitch(choices, shown, move) {
+  const buttons = choices.map((axis) => el("button", { type: "button", text: t(`axis_${axis.name}`) }));
+  const mark = (chosen) => buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(choices[i] === chosen)));
+  buttons.forEach((button, i) =>
+    button.addEventListener("click", () => {
+      mark(choices[i]);
+      move(choices[i]);
+    }),
+  );
+  mark(shown);
+  return el("span", { class: "axes", role: "group", "aria-label": t("axis") }, ...buttons);
 }
 
 function ribbonPart(stage, from, to, choose) {
