@@ -174,7 +174,9 @@ def _write_circumstances(directory: Path, config: RunConfig, environment: dict[s
 def _write_results(directory: Path, record: RunRecord, timeline: Timeline | None) -> None:
     record.write(directory / "record.json")
     if timeline:
-        write_atomically(directory / "timeline.json", json.dumps(timeline.to_json(), ensure_ascii=False) + "\n")
+        write_atomically(
+            directory / "timeline.json", json.dumps(timeline.record().to_json(), ensure_ascii=False) + "\n"
+        )
 
 
 def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | None:
