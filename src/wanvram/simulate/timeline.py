@@ -55,7 +55,7 @@ class _Where(NamedTuple):
     component: str | None = None
 
 
-class _Place(NamedTuple):
+class _CodePlace(NamedTuple):
     """The code that asked, without lines and with them."""
 
     name: str
@@ -320,13 +320,13 @@ class _Places:
 
     def __init__(self) -> None:
         self._codes: dict[int, tuple[CodeType, str, bool]] = {}  # by id: hashing a code object reads all of it
-        self._lines: dict[tuple[int, int], _Place] = {}
-        self._paths: dict[tuple[_Place, _Place], _Place] = {}
+        self._lines: dict[tuple[int, int], _CodePlace] = {}
+        self._paths: dict[tuple[_CodePlace, _CodePlace], _CodePlace] = {}
 
-    def of_caller(self) -> _Place | None:
+    def of_caller(self) -> _CodePlace | None:
         """`dit.SelfAttention.forward:186 > Linear.forward:77` for what called the observer's malloc."""
         frame: FrameType | None = sys._getframe(2)  # over of_caller and Timeline.malloc
-        inner: _Place | None = None
+        inner: _CodePlace | None = None
         while frame is not None:
             code = frame.f_code
             known = self._codes.get(id(code))
@@ -342,18 +342,18 @@ class _Places:
             frame = frame.f_back
         return inner
 
-    def _line(self, frame: FrameType, name: str) -> _Place:
+    def _line(self, frame: FrameType, name: str) -> _CodePlace:
         key = id(frame.f_code), frame.f_lasti
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = _Place(name, f"{name}:{frame.f_lineno}")
+            line = self._lines[key] = _CodePlace(name, f"{name}:{frame.f_lineno}")
         return line
 
-    def _path(self, outer: _Place, inner: _Place) -> _Place:
+    def _path(self, outer: _CodePlace, inner: _CodePlace) -> _CodePlace:
         path = self._paths.get((outer, inner))
         if path is None:
             shared = outer.name.split(".")[0] + "."  # the file is named once
-            path = _Place(*(f"{o} > {i.removeprefix(shared)}" for o, i in zip(outer, inner, strict=True)))
+            path = _CodePlace(*(f"{o} > {i.removeprefix(shared)}" for o, i in zip(outer, inner, strict=True)))
             self._paths[outer, inner] = path
         return path
 
