@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from wanvram.errors import DamagedError
 from wanvram.foreign_text import quoted, shown
@@ -50,6 +50,10 @@ def check_types(value: Any, kind: Any, where: str) -> None:
         (kind,) = (option for option in options if option is not type(None))
     plain = get_origin(kind) or kind
     if plain is Any:
+        return
+    if plain is Literal:
+        if value not in options:
+            raise DamagedError(f"{shown(where or 'it', 100)} is {quoted(value)}; expected one of {', '.join(options)}")
         return
     wanted = (int, float) if plain is float else plain
     if not isinstance(value, wanted) or (isinstance(value, bool) and plain is not bool):
@@ -106,6 +110,7 @@ _KINDS = {
     str: "text",
     bool: "true or false",
     list: "a list",
+    tuple: "a list",
     dict: "a section",
 }
 

@@ -20,7 +20,9 @@ from wanvram.cli.main import main
 from wanvram.engine.stage_progress import Count, Done, counted
 from wanvram.machine import usable_gpu
 from wanvram.machine.usable_gpu import what_hides_the_gpu
+from wanvram.report.event_text import event_text
 from wanvram.run.progress import StageProgress
+from wanvram.run_events import RunEvent
 
 T2V = ["--task", "t2v-1.3B", "--size", "832*480", "--prompt", "x"]
 
@@ -265,11 +267,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def tell(moments: list[float], *, simulated: bool, total: int = 81) -> list[str]:
         clock = iter([0.0, *moments])
         monkeypatch.setattr("wanvram.run.progress.time.monotonic", lambda: next(clock))
-        said: list[str] = []
-        count = Count(StageProgress(said.append, simulated=simulated), "decode", total, "frames")
+        events: list[RunEvent] = []
+        count = Count(StageProgress(events.append, simulated=simulated), "decode", total, "frames")
         for _ in moments:
             count.add(4)
-        return said
+        return [event_text(event) for event in events]
 
     return tell
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from wanvram.analysis.stages import analyze_run, steady_growth
 from wanvram.errors import InputError
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
 from wanvram.report.analysis_text import run_text
+from wanvram.timeline_record import TimelineRecord, TimelineSegment, read_timeline
 from wanvram.units import MIB
 
 
@@ -66,7 +67,11 @@ SEGMENTS = [
 MOMENT = {"x": 11, "allocated_bytes": 80 * MIB, "reserved_bytes": 100 * MIB, "stage": "denoise", "component": "dit"}
 
 
-def timeline() -> dict[str, Any]:
+def timeline(**changes: Any) -> TimelineRecord:
+    return read_timeline(document() | changes)
+
+
+def document() -> dict[str, Any]:
     """Points in MiB of the run of `record`, with a dip to 35 in denoise that no span saw and 100 reserved at the peak."""
     points = [(0, 0, 0), (1, 35, 40), (2, 30, 40), (3, 34, 42), (4, 31, 42), (5, 1, 2), (6, 41, 44), (10, 35, 50)]
     points += [(11, 80, 100), (12, 43, 90), (13, 60, 92), (14, 42, 92)]
@@ -91,7 +96,7 @@ def timeline() -> dict[str, Any]:
             {"component": "text_encoder", "bytes": 30 * MIB, "start": 1, "end": 5},
             {"component": "dit", "bytes": 40 * MIB, "start": 6, "end": 15},
         ],
-        "moments": deepcopy(moments),
+        "moments": moments,
     }
 
 
@@ -99,7 +104,7 @@ def timeline() -> dict[str, Any]:
 
 
 def test_owners_add_up_to_everything_alive_by_component_stage_module_and_shape() -> None:
-    found = describe_moment(timeline()["moments"][0])
+    found = describe_moment(timeline().moments[0])
     assert [(o.name, o.bytes // MIB, o.count) for o in found.by_component] == [
         ("weights of dit", 40, 2),
         ("activations of dit", 36, 3),
@@ -124,11 +129,11 @@ def test_owners_add_up_to_everything_alive_by_component_stage_module_and_shape()
     ]
     assert (found.weights_bytes, found.by_component[0].share) == (40 * MIB, 0.5)
     for name in (component_of, stage_of, module_of, shape_of):
-        assert sum(owner.bytes for owner in owners(ALIVE, name)) == found.allocated_bytes
+        assert sum(owner.bytes for owner in owners(timeline().moments[0].alive, name)) == found.allocated_bytes
 
 
 def test_reserved_but_unusable_is_split_by_what_could_give_it_back_and_by_the_largest_activation() -> None:
-    found = unusable(timeline()["moments"][0])
+    found = unusable(timeline().moments[0])
     assert found is not None
     assert (found.inactive_bytes, found.holes, found.largest_hole_bytes) == (20 * MIB, 3, 14 * MIB)
     assert (found.free_segment_bytes, found.pinned_bytes) == (14 * MIB, 6 * MIB)
@@ -141,11 +146,12 @@ def test_reserved_but_unusable_is_split_by_what_could_give_it_back_and_by_the_la
 
 
 def test_a_full_segment_map_has_no_holes_and_a_missing_one_no_answer() -> None:
-    full = timeline()["moments"][0] | {"segments": [{"bytes": 4 * MIB, "blocks": [[0, 4 * MIB, "active"]]}]}
-    found = unusable(full | {"reserved_bytes": 4 * MIB})
+    segment = TimelineSegment(4 * MIB, ((0, 4 * MIB, "active"),))
+    full = replace(timeline().moments[0], segments=(segment,), reserved_bytes=4 * MIB)
+    found = unusable(full)
     assert found is not None
     assert (found.inactive_bytes, found.reason) == (0, "All 4.0 MiB reserved are allocated.")
-    assert unusable(full | {"segments": []}) is None
+    assert unusable(replace(full, segments=())) is None
 
 
 # --- fragmentation and fluctuation -----------------------------------------------------------------------------------
@@ -206,8 +212,8 @@ def test_a_switch_says_what_was_given_back_and_what_stays() -> None:
     assert (switch.leaving, switch.entering) == ("text_encoder", "dit")
     assert (switch.given_back_allocated_bytes, switch.given_back_reserved_bytes) == (30 * MIB, 40 * MIB)
     assert switch.resident == {}, "the encoder's weights ended at 5, where the load starts"
-    longer = timeline()
-    longer["weights"][0]["end"] = 9
+    encoder, *others = timeline().weights
+    longer = replace(timeline(), weights=(replace(encoder, end=9), *others))
     assert analyze_run(record(), longer).switches[0].resident == {"text_encoder": 30 * MIB}
     assert analyze_run(record(), None).switches[0].resident is None
 
@@ -221,8 +227,7 @@ def test_shares_of_time_add_up_measured_or_predicted() -> None:
 def test_the_bottleneck_names_stage_weights_and_the_largest_of_the_rest() -> None:
     run = record()
     del run.stages[4]  # decode has the higher device figure, denoise the owners
-    lines = timeline()
-    lines["stages"] = [s for s in lines["stages"] if s["name"] != "decode"]
+    lines = timeline(stages=[s for s in document()["stages"] if s["name"] != "decode"])
     found = analyze_run(run, lines).bottleneck
     assert found is not None
     assert (found.stage, found.component, found.weights_bytes) == ("denoise", "dit", 40 * MIB)
@@ -325,5 +330,5 @@ def test_a_run_that_recorded_nothing_has_an_analysis_of_nothing() -> None:
     ids=["schema", "another run", "no points", "short points", "empty moment", "weights", "null"],
 )
 def test_a_damaged_timeline_is_an_input_error(change: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="the timeline is damaged"):
-        analyze_run(record(), timeline() | change)
+    with pytest.raises(InputError, match=r"timeline(\.json)? is damaged|timeline\.json is no timeline of schema 1"):
+        analyze_run(record(), timeline(**change))

@@ -23,8 +23,9 @@ from wanvram.report.findings import alike, answer, best_first, ranks, smallest_c
 from wanvram.report.html import MAX_BYTES, html_report
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Run, find_runs, pairs, read_run
-from wanvram.report.timeline import checked_timeline, coarse_timeline, thinned
+from wanvram.report.timeline import coarse_timeline, thinned
 from wanvram.report.translations import GLOSSARY, TEXTS, Texts
+from wanvram.timeline_record import read_timeline
 from wanvram.units import GIB, MIB
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028&amp;"
@@ -150,40 +151,39 @@ def test_a_card_holds_98_percent_of_its_nominal_memory(used: int, card: int | No
 
 def test_twenty_large_runs_stay_under_two_megabytes_and_keep_their_peaks(tmp_path: Path) -> None:
     large = read_run(write_run(tmp_path, Recipe(steps=10, events=260)))
-    groups = large.timeline["moments"][0]["alive"] * 20
-    moments = [moment | {"alive": groups} for moment in large.timeline["moments"]]
-    large = replace(large, timeline=large.timeline | {"moments": moments})
+    groups = large.timeline.moments[0].alive * 20
+    moments = tuple(replace(moment, alive=groups) for moment in large.timeline.moments)
+    large = replace(large, timeline=replace(large.timeline, moments=moments))
     runs = [replace(large, label=f"run {i}") for i in range(20)]
     page = html_report(runs)
     assert len(page.encode()) < MAX_BYTES
     for run in page_data(page)["runs"]:
         assert run["shortened"]
         assert max(run["timeline"]["points"][1]) == 5134 * MIB
-        assert sum(group[0] for group in run["timeline"]["moments"][0]["alive"]) == sum(g["bytes"] for g in groups)
+        assert sum(group[0] for group in run["timeline"]["moments"][0]["alive"]) == sum(g.bytes for g in groups)
 
 
 def test_thinning_keeps_the_highest_of_every_figure(run: Run) -> None:
     thin = thinned(run.timeline, points=10, groups=3, blocks=0)
-    assert len(thin["points"]) == 10
+    assert len(thin.points) == 10
     for i in (1, 2, 3):
-        assert max(p[i] for p in thin["points"]) == max(p[i] for p in run.timeline["points"])
-    assert [group["operation"] for group in thin["moments"][0]["alive"]][-1] == "(other)"
-    assert sum(g["bytes"] for g in thin["moments"][0]["alive"]) == 5134 * MIB
-    assert thin["moments"][0]["segments"] == []
+        assert max(p[i] or 0 for p in thin.points) == max(p[i] or 0 for p in run.timeline.points)
+    assert [group.operation for group in thin.moments[0].alive][-1] == "(other)"
+    assert sum(g.bytes for g in thin.moments[0].alive) == 5134 * MIB
+    assert thin.moments[0].segments == ()
 
 
 def test_the_weights_on_the_device_are_those_whose_time_includes_the_moment(tmp_path: Path) -> None:
     timeline = read_run(write_run(tmp_path, Recipe(offload=True))).timeline
-    peak = timeline["moments"][0]
-    assert weights_at(timeline, peak["x"]) == {"vae": 280 * MIB}
+    assert weights_at(timeline, timeline.moments[0].x) == {"vae": 280 * MIB}
 
 
 def test_a_run_without_a_timeline_is_drawn_from_its_stages(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, Recipe(timeline=False)))
     assert not run.exact
-    assert max(point[1] for point in run.timeline["points"]) == 5134 * MIB
-    assert [stage["name"] for stage in run.timeline["stages"]][-1] == "decode"
-    assert run.timeline["moments"] == []
+    assert max(point[1] for point in run.timeline.points) == 5134 * MIB
+    assert [stage.name for stage in run.timeline.stages][-1] == "decode"
+    assert run.timeline.moments == ()
 
 
 def test_a_measured_run_without_a_timeline_borrows_that_of_a_prediction_that_came_true(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_measured_run_without_a_timeline_borrows_that_of_a_prediction_that_cam
     recipes = Recipe(), real, replace(real, name="far off", factor=1.02)
     predicted, true, wrong = find_runs([write_run(tmp_path / r.name, r) for r in recipes])
     assert (true.borrowed, true.timeline) == (True, predicted.timeline)
-    assert (wrong.borrowed, wrong.timeline["moments"]) == (False, [])
+    assert (wrong.borrowed, wrong.timeline.moments) == (False, ())
     said = TEXTS["en"]["borrowed"]
     assert [said in markdown_report([run]) for run in (predicted, true, wrong)] == [False, True, False]
 
@@ -296,7 +296,11 @@ def test_the_time_of_a_run_leaves_loading_out(run: Run) -> None:
     [
         ("timeline.json", "{", "timeline.json is no valid JSON"),
         ("timeline.json", '{"schema": 2}', "timeline.json is no timeline of schema 1"),
-        ("timeline.json", '{"schema": 1, "axis": "events", "points": [[0, "x", 1, null]]}', "'x' is no whole number"),
+        (
+            "timeline.json",
+            '{"schema": 1, "axis": "events", "points": [[0, "x", 1, null]], "stages": [], "weights": [], "moments": []}',
+            "points.0.1 is 'x'; expected a whole number",
+        ),
         ("timeline.json", '{"schema": 1, "axis": "years", "points": []}', "'years' is none of events, seconds"),
         ("advice.json", '{"advice": [{"change": "x"}]}', "advice.json is damaged: 'saved_bytes' is missing"),
         ("record.json", "[]", "this is no wanvram record of schema 1"),
@@ -325,8 +329,8 @@ def test_numbers_that_are_none_reach_no_page(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_of_a_timeline_are_dropped(run: Run) -> None:
-    data = run.timeline | {"schema": 1, "extra": HOSTILE}
-    assert checked_timeline(json.loads(json.dumps(data))) == run.timeline
+    data = run.timeline.to_json() | {"extra": HOSTILE}
+    assert read_timeline(json.loads(json.dumps(data))) == run.timeline
 
 
 def test_device_memory_that_is_unknown_is_not_made_up(run: Run) -> None:

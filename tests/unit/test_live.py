@@ -14,6 +14,7 @@ from wanvram.cli.main import main
 from wanvram.record import Memory
 from wanvram.recorder.recorder import Recorder
 from wanvram.report.live import LiveView
+from wanvram.run_events import StageAdvanced
 from wanvram.units import GIB, MIB
 
 BASELINE = Path(__file__).parents[1] / "configs" / "baseline.yaml"
@@ -60,7 +61,7 @@ class Terminal(io.StringIO):
 def run_stages(view: LiveView) -> Recorder:
     """Loads 1000 MiB, then is inside step 1 of denoise, whose first step took 700 MiB more."""
     meter = Meter()
-    recorder = Recorder(meter, None, view.message)
+    recorder = Recorder(meter, None, view.told)
     watching = view.watch(recorder)
     watching.__enter__()
     with recorder.span("load dit", kind="load", component="dit"):
@@ -94,7 +95,7 @@ def drawn(view: LiveView, width: int = 120) -> str:
 def test_the_picture_shows_stages_with_their_peaks_and_memory_against_the_budget() -> None:
     view = LiveView("mine", 4 * GIB, stream=Terminal())
     recorder = run_stages(view)
-    view.message("step 2 of 50, 1.20 s each, 58 s left")
+    view.told(StageAdvanced("denoise", 2, 50, "steps", 1.2, 58.0))
     rows = drawn(view).splitlines()
     assert rows[0].startswith("mine")
     assert rows[1].split("  ")[0] == "stage"
@@ -105,7 +106,7 @@ def test_the_picture_shows_stages_with_their_peaks_and_memory_against_the_budget
     allocated = next(row for row in rows if row.startswith("allocated"))
     assert "1,000.0 MiB of 4.00 GiB, peak 1,700.0 MiB" in allocated
     assert any(row.startswith("device") and "1,600.0 MiB of 4.00 GiB" in row for row in rows)
-    assert "58 s left" in rows[-1]
+    assert rows[-1].rstrip() == "denoise: 2 of 50 steps, 1.20 s each, 58.0 s left"
     close(recorder)
 
 
@@ -122,7 +123,7 @@ def test_at_80_columns_every_row_is_one_line_and_only_names_are_cut() -> None:
     name = "a name that is much too long for the title of a view in so narrow a terminal as this one"
     view = LiveView(name, 80 * GIB, stream=Terminal())
     recorder = run_stages(view)
-    view.message("step 2 of 50, 1.20 s each, 58 s left" + " and more" * 9)
+    view.told(StageAdvanced("denoise" + " and more" * 9, 2, 50, "steps", 1.2, 58.0))
     recorder.meter.device_memory = lambda: 9_999 * MIB  # type: ignore[method-assign]
     peak = Memory(24_000 * MIB, 25_000 * MIB, 26_000 * MIB)
     recorder.spans[0] = replace(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from wanvram.report.findings import answer
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Run, find_runs, read_run
 from wanvram.report.translations import Texts
+from wanvram.timeline_record import AliveBlocks
 from wanvram.units import GIB, MIB
 
 
@@ -158,23 +161,25 @@ def test_a_failure_takes_the_place_of_the_verdict(run: Run) -> None:
     assert "Failed runs: 1." in text
 
 
+def with_alive(run: Run, alive: Sequence[AliveBlocks]) -> Run:
+    """With these at the peak, and no other moment."""
+    moment = replace(run.timeline.moments[0], alive=tuple(alive))
+    return replace(run, timeline=replace(run.timeline, moments=(moment,)))
+
+
 def test_of_a_moment_with_many_groups_the_ten_largest_are_listed_and_the_rest_is_summed(run: Run) -> None:
-    moment = run.timeline["moments"][0]
-    group = moment["alive"][0]
-    many = [group | {"bytes": n * MIB, "count": 1, "operation": f"op {n}"} for n in range(1, 16)]
-    timeline = run.timeline | {"moments": [moment | {"alive": many}]}
-    text = markdown_report([replace(run, timeline=timeline)])
+    group = run.timeline.moments[0].alive[0]
+    many = [replace(group, bytes=n * MIB, count=1, operation=f"op {n}") for n in range(1, 16)]
+    text = markdown_report([with_alive(run, many)])
     assert "| 6.0 | 1 | vae | op 6 |" in text
     assert "| 15.0 | 5 |  | other |  |  |  |\n" in text  # 1 + 2 + 3 + 4 + 5 MiB
 
 
 def test_moving_the_code_to_other_lines_changes_nothing_and_one_place_is_one_row(run: Run) -> None:
-    moment = run.timeline["moments"][0]
-    group = moment["alive"][0] | {"bytes": 30 * MIB, "count": 2}
+    group = replace(run.timeline.moments[0].alive[0], bytes=30 * MIB, count=2)
 
     def at(*modules: str) -> str:
-        alive = [group | {"module": module} for module in modules]
-        return markdown_report([replace(run, timeline=run.timeline | {"moments": [moment | {"alive": alive}]})])
+        return markdown_report([with_alive(run, [replace(group, module=module) for module in modules])])
 
     text = at("vae.Stream.history:129 > new_frames:46", "vae.Stream.history:131 > new_frames:46")
     assert text == at("vae.Stream.history:7 > new_frames:9", "vae.Stream.history:8 > new_frames:9")
@@ -183,12 +188,10 @@ def test_moving_the_code_to_other_lines_changes_nothing_and_one_place_is_one_row
 
 
 def test_the_largest_group_is_said_in_both_languages_also_when_it_is_weights_or_nothing_is_known(run: Run) -> None:
-    moment = run.timeline["moments"][0]
-    group = moment["alive"][0] | {"bytes": 30 * MIB, "count": 2}
+    group = replace(run.timeline.moments[0].alive[0], bytes=30 * MIB, count=2)
 
-    def said(language: str, **other: object) -> str:
-        moments = [moment | {"alive": [group | other]}]
-        return answer(replace(run, timeline=run.timeline | {"moments": moments}), Texts(language)).owner
+    def said(language: str, **other: Any) -> str:
+        return answer(with_alive(run, [replace(group, **other)]), Texts(language)).owner
 
     assert said("zh").endswith("2 个 decoder.up.0 的 [1, 96, 4, 480, 832] float16，共 30.0 MiB。")
     assert said("en", operation="weights", component="dit").endswith("2 x weights of dit.")

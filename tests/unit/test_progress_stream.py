@@ -10,6 +10,7 @@ import pytest
 from wanvram.matrix.progress import Lines
 from wanvram.progress_stream import ProgressStream
 from wanvram.report.live import LiveView
+from wanvram.run_events import StageBegan
 
 
 class Refusing(io.StringIO):
@@ -52,4 +53,4 @@ def test_a_series_and_a_live_view_go_on_without_their_stream() -> None:
     lines = Lines(Refusing(BrokenPipeError()))
     lines.started(1, 2, "a")
     lines.message("a", "decode")
-    LiveView("a", None, Refusing(BrokenPipeError())).message("decode")
+    LiveView("a", None, Refusing(BrokenPipeError())).told(StageBegan("decode"))

@@ -16,6 +16,8 @@ from wanvram.record import Failure, Memory
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.meters import CpuMeter, CudaMeter
 from wanvram.recorder.recorder import Recorder
+from wanvram.report.event_text import event_text
+from wanvram.run_events import RunEvent, StageBegan, StageEnded
 
 MIB = 2**20
 
@@ -197,12 +199,13 @@ def test_an_exception_caught_inside_a_stage_does_not_shift_the_spans_after_it(
 
 
 def test_stages_report_progress_and_log_events(meter: FakeMeter, tmp_path: Path) -> None:
-    said: list[str] = []
+    told: list[RunEvent] = []
     with EventLog(tmp_path / "memory_events.json") as events:
-        recorder = Recorder(meter, events, said.append)
+        recorder = Recorder(meter, events, told.append)
         with recorder.span("decode", kind="stage", component="vae"), recorder.span("block 0", kind="block"):
             meter.use(3 * MIB)
-    assert said == ["decode", "decode done, peak 3.0 MiB allocated"]
+    assert told == [StageBegan("decode"), StageEnded("decode", 3 * MIB)]
+    assert [event_text(event) for event in told] == ["decode", "decode done, peak 3.0 MiB allocated"]
     logged = json.loads((tmp_path / "memory_events.json").read_text())
     assert [event["name"] for event in logged] == ["decode: start", "decode"]
     assert logged[1]["memory_log"] == "decode: peak_memory=3.00 MB"

@@ -19,6 +19,7 @@ from wanvram.analysis import pickles
 from wanvram.analysis.snapshot import read_snapshot, snapshot_timeline
 from wanvram.errors import InputError
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
+from wanvram.timeline_record import read_timeline
 from wanvram.units import MIB
 
 GOLDEN = Path(os.environ.get("WANVRAM_GOLDEN", Path(__file__).parent.parent / "golden"))
@@ -208,7 +209,7 @@ def test_a_snapshot_without_history_gives_what_was_alive_when_it_was_taken(tmp_p
     found = read_snapshot(saved(tmp_path / "s.pickle", [], segments)).main
     assert (found.peak_allocated_bytes, found.peak_reserved_bytes, found.events) == (4 * MIB, 20 * MIB, 0)
     assert [group.where for group in found.peak.alive] == ["models/dit.py:77 forward"]
-    assert len(snapshot_timeline(read_snapshot(tmp_path / "s.pickle"))["points"]) == 1
+    assert len(snapshot_timeline(read_snapshot(tmp_path / "s.pickle")).points) == 1
 
 
 def test_each_device_has_its_own_history(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_out_of_memory_and_annotations_are_reported(tmp_path: Path) -> None:
     snapshot = read_snapshot(saved(tmp_path / "s.pickle", events, [], external_annotations=annotations))
     (refusal,) = snapshot.main.out_of_memory
     assert (refusal.requested_bytes, refusal.free_bytes, refusal.seconds) == (1 << 40, 123, pytest.approx(20e-6))
-    timeline = snapshot_timeline(snapshot)
+    timeline = snapshot_timeline(snapshot).to_json()
     assert timeline["stages"] == [
         {"name": "denoise", "component": None, "kind": "stage", "start": 0.0, "end": pytest.approx(25e-6)},
         {
@@ -244,7 +245,9 @@ def test_out_of_memory_and_annotations_are_reported(tmp_path: Path) -> None:
 def test_the_timeline_has_one_moment_whose_parts_add_up(tmp_path: Path) -> None:
     events = [entry("segment_alloc", 0, 1200 * MIB)]
     events += [entry("alloc", 4 * i * MIB, 2 * MIB + 512 * i) for i in range(260)]
-    timeline = snapshot_timeline(read_snapshot(saved(tmp_path / "s.pickle", events, [])))
+    timeline = json.loads(
+        json.dumps(snapshot_timeline(read_snapshot(saved(tmp_path / "s.pickle", events, []))).to_json())
+    )
     assert (timeline["schema"], timeline["axis"], timeline["weights"]) == (1, "seconds", [])
     (moment,) = timeline["moments"]
     assert len(moment["alive"]) == 200
@@ -255,7 +258,7 @@ def test_the_timeline_has_one_moment_whose_parts_add_up(tmp_path: Path) -> None:
     assert sum(size for _, size, state in drawn["blocks"] if state == "active") == moment["allocated_bytes"]
     assert sum(size for _, size, _ in drawn["blocks"]) == drawn["bytes"] == moment["reserved_bytes"]
     assert timeline["points"][-1][1:] == [moment["allocated_bytes"], 1200 * MIB, None]
-    json.dumps(timeline)
+    read_timeline(timeline)
 
 
 def test_27_thousand_events_become_four_thousand_points_that_keep_the_peak(tmp_path: Path) -> None:

@@ -1,18 +1,14 @@
-"""Who owns a moment's memory, and what of the reserved was of no use there: pure functions over timeline.json. No torch."""
+"""Who owns a moment's memory, and what of the reserved was of no use there: pure functions over a timeline. No torch."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
-from wanvram.errors import InputError
-from wanvram.foreign_text import why
+from wanvram.timeline_record import OTHER, WEIGHTS, AliveBlocks, TimelineMoment, TimelineRecord
 from wanvram.units import mib
 
 __all__ = [
-    "WEIGHTS",
     "Moment",
     "OwnerShare",
     "Unusable",
@@ -24,12 +20,9 @@ __all__ = [
     "stage_of",
     "unusable",
     "weights_at",
-    "without_lines",
 ]
 
-WEIGHTS = "weights"  # the operation of a group that holds a component's weights
 TOP = 10  # owners of each kind that are kept
-MERGED = "(other)"  # the operation of the group that holds everything too small to be told apart
 
 
 @dataclass(frozen=True)
@@ -79,95 +72,84 @@ class Moment:
     unusable: Unusable | None
 
 
-def describe_moment(moment: dict[str, Any]) -> Moment:
-    """The largest owners of each kind. Raises InputError for a damaged moment."""
-    try:
-        alive = moment["alive"]
-        return Moment(
-            label=moment["label"],
-            x=moment["x"],
-            stage=moment["stage"],
-            component=moment["component"],
-            allocated_bytes=moment["allocated_bytes"],
-            reserved_bytes=moment["reserved_bytes"],
-            weights_bytes=sum(g["bytes"] for g in alive if g["operation"] == WEIGHTS),
-            by_component=owners(alive, component_of)[:TOP],
-            by_stage=owners(alive, stage_of)[:TOP],
-            by_module=owners(alive, module_of)[:TOP],
-            by_shape=owners(alive, shape_of)[:TOP],
-            unusable=unusable(moment),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the timeline is damaged: {why(error)}") from error
+def describe_moment(moment: TimelineMoment) -> Moment:
+    """The largest owners of each kind."""
+    alive = moment.alive
+    return Moment(
+        label=moment.label,
+        x=moment.x,
+        stage=moment.stage,
+        component=moment.component,
+        allocated_bytes=moment.allocated_bytes,
+        reserved_bytes=moment.reserved_bytes,
+        weights_bytes=sum(g.bytes for g in alive if g.operation == WEIGHTS),
+        by_component=owners(alive, component_of)[:TOP],
+        by_stage=owners(alive, stage_of)[:TOP],
+        by_module=owners(alive, module_of)[:TOP],
+        by_shape=owners(alive, shape_of)[:TOP],
+        unusable=unusable(moment),
+    )
 
 
-def owners(alive: Iterable[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> tuple[OwnerShare, ...]:
+def owners(alive: Iterable[AliveBlocks], name: Callable[[AliveBlocks], str]) -> tuple[OwnerShare, ...]:
     """The alive groups added up by name, largest first."""
     sums: dict[str, tuple[int, int]] = {}
     for group in alive:
         nbytes, count = sums.get(name(group), (0, 0))
-        sums[name(group)] = nbytes + group["bytes"], count + group["count"]
+        sums[name(group)] = nbytes + group.bytes, count + group.count
     total = sum(nbytes for nbytes, _ in sums.values()) or 1
     ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
     return tuple(OwnerShare(key, nbytes, count, nbytes / total) for key, (nbytes, count) in ordered)
 
 
-def component_of(group: dict[str, Any]) -> str:
+def component_of(group: AliveBlocks) -> str:
     """`weights of dit`, `activations of vae`, `libraries`, or `(other)`."""
-    if group["operation"] == MERGED:
-        return MERGED
-    if group["component"] is None:
-        return "libraries" if group["shape"] is None else "outside the components"
-    return f"{'weights' if group['operation'] == WEIGHTS else 'activations'} of {group['component']}"
+    if group.operation == OTHER:
+        return OTHER
+    if group.component is None:
+        return "libraries" if group.shape is None else "outside the components"
+    return f"{'weights' if group.operation == WEIGHTS else 'activations'} of {group.component}"
 
 
-def stage_of(group: dict[str, Any]) -> str:
+def stage_of(group: AliveBlocks) -> str:
     """The stage that allocated it."""
-    if group["operation"] == MERGED:
-        return MERGED
-    return group["stage"] or "outside the stages"
+    if group.operation == OTHER:
+        return OTHER
+    return group.stage or "outside the stages"
 
 
-def module_of(group: dict[str, Any]) -> str:
+def module_of(group: AliveBlocks) -> str:
     """`dit.SelfAttention.forward > Linear.forward`, whatever the line; weights and unknown places by component."""
-    if group["operation"] == MERGED or not group["module"]:
-        return component_of(group)
-    return without_lines(group["module"])
+    return component_of(group) if group.operation == OTHER or not group.place else group.place
 
 
-def without_lines(module: str) -> str:
-    """`Linear.forward` of `Linear.forward:7`: an edit elsewhere in the code moves lines, not places."""
-    return re.sub(r":\d+", "", module)
-
-
-def shape_of(group: dict[str, Any]) -> str:
+def shape_of(group: AliveBlocks) -> str:
     """`[75600, 5120] bfloat16`; what has no shape by its operation."""
-    if group["shape"] is None:
-        return str(group["operation"])
-    return f"{list(group['shape'])} {group['dtype']}"
+    if group.shape is None:
+        return str(group.operation)
+    return f"{list(group.shape)} {group.dtype}"
 
 
-def weights_at(timeline: dict[str, Any], x: float) -> dict[str, int]:
+def weights_at(timeline: TimelineRecord, x: float) -> dict[str, int]:
     """Bytes of weights on the device at x, by component."""
     result: dict[str, int] = {}
-    for weight in timeline["weights"]:
-        if weight["start"] <= x < weight["end"]:
-            result[weight["component"]] = result.get(weight["component"], 0) + weight["bytes"]
+    for weight in timeline.weights:
+        if weight.start <= x < weight.end:
+            result[weight.component] = result.get(weight.component, 0) + weight.bytes
     return result
 
 
-def unusable(moment: dict[str, Any]) -> Unusable | None:
+def unusable(moment: TimelineMoment) -> Unusable | None:
     """None without a segment map."""
-    segments: Sequence[dict[str, Any]] = moment["segments"]
-    if not segments:
+    if not moment.segments:
         return None
     free: list[int] = []
     pinned: list[int] = []
-    for segment in segments:
-        sizes = [size for _, size, state in segment["blocks"] if state == "inactive"]
-        (pinned if any(state == "active" for *_, state in segment["blocks"]) else free).extend(sizes)
-    activations = [g for g in moment["alive"] if g["component"] is not None and g["operation"] != WEIGHTS]
-    largest = max((g["bytes"] // g["count"] for g in activations), default=0)
+    for segment in moment.segments:
+        sizes = [size for _, size, state in segment.blocks if state == "inactive"]
+        (pinned if any(state == "active" for *_, state in segment.blocks) else free).extend(sizes)
+    activations = [g for g in moment.alive if g.component is not None and g.operation != WEIGHTS]
+    largest = max((g.bytes // max(g.count, 1) for g in activations), default=0)
     holes = free + pinned
     found = Unusable(
         inactive_bytes=sum(holes),
@@ -179,7 +161,7 @@ def unusable(moment: dict[str, Any]) -> Unusable | None:
         too_small_bytes=sum(size for size in holes if size < largest),
         reason="",
     )
-    return _with_reason(found, moment["reserved_bytes"])
+    return _with_reason(found, moment.reserved_bytes)
 
 
 def _with_reason(found: Unusable, reserved: int) -> Unusable:

@@ -31,6 +31,15 @@ from wanvram.analysis.snapshot_unpickler import Mark, SnapshotUnpickler
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 from wanvram.input_files import unpacked
+from wanvram.timeline_record import (
+    AliveBlocks,
+    BlockState,
+    TimelineMoment,
+    TimelineRecord,
+    TimelineSegment,
+    TimelineStage,
+    largest,
+)
 from wanvram.units import human
 
 __all__ = [
@@ -366,41 +375,34 @@ def _stages(marks: Sequence[tuple[Any, ...]], replay: Replay) -> list[tuple[str,
     return sorted(stages, key=lambda stage: (stage[2], stage[1]))
 
 
-def snapshot_timeline(snapshot: Snapshot) -> dict[str, Any]:
-    """timeline.json of the device with the highest peak: axis in seconds, one moment (the peak)."""
+def snapshot_timeline(snapshot: Snapshot) -> TimelineRecord:
+    """Of the device with the highest peak: axis in seconds, one moment (the peak)."""
     history = snapshot.main
     peak = history.peak
     depth = 2 if len(history.stages) <= MAX_STAGES else 1
     stages = [stage for stage in history.stages if stage[1] < depth][:MAX_STAGES]
     at_peak = [name for name, level, start, end in stages if level == 0 and start <= peak.seconds <= end]
-    stage_name = at_peak[-1] if at_peak else None
-    groups = [(g.bytes, g.count, g.where) for g in peak.alive]
-    rest = groups[MAX_GROUPS - 1 :] if len(groups) > MAX_GROUPS else []
-    if rest:
-        groups[MAX_GROUPS - 1 :] = [(sum(g[0] for g in rest), sum(g[1] for g in rest), "(other)")]
-    nothing = {"component": None, "stage": None, "module": None, "shape": None, "dtype": None}
-    moment = {
-        "label": "peak",
-        "x": peak.seconds,
-        "allocated_bytes": peak.allocated_bytes,
-        "reserved_bytes": peak.reserved_bytes,
-        "stage": stage_name,
-        "component": None,
-        "alive": [{"bytes": size, "count": n, "operation": where, **nothing} for size, n, where in groups],
-        "segments": [{"bytes": s.size, "blocks": [_drawn(s, b) for b in s.blocks]} for s in peak.segments],
-    }
-    return {
-        "schema": 1,
-        "axis": "seconds",
-        "points": [[x, allocated, reserved, None] for x, allocated, reserved in history.points],
-        "stages": [
-            {"name": name, "component": None, "kind": "step" if level else "stage", "start": start, "end": end}
-            for name, level, start, end in stages
-        ],
-        "weights": [],
-        "moments": [moment],
-    }
+    groups = [AliveBlocks(g.bytes, g.count, operation=g.where) for g in peak.alive]
+    moment = TimelineMoment(
+        label="peak",
+        x=peak.seconds,
+        allocated_bytes=peak.allocated_bytes,
+        reserved_bytes=peak.reserved_bytes,
+        stage=at_peak[-1] if at_peak else None,
+        component=None,
+        alive=largest(groups, MAX_GROUPS),
+        segments=tuple(TimelineSegment(s.size, tuple(_drawn(s, b) for b in s.blocks)) for s in peak.segments),
+    )
+    return TimelineRecord(
+        axis="seconds",
+        points=tuple((*point, None) for point in history.points),
+        stages=tuple(
+            TimelineStage(name, None, "step" if level else "stage", start, end) for name, level, start, end in stages
+        ),
+        weights=(),
+        moments=(moment,),
+    )
 
 
-def _drawn(segment: Segment, block: Block) -> list[Any]:
-    return [block.address - segment.address, block.size, "active" if block.state == ACTIVE else "inactive"]
+def _drawn(segment: Segment, block: Block) -> tuple[int, int, BlockState]:
+    return block.address - segment.address, block.size, "active" if block.state == ACTIVE else "inactive"

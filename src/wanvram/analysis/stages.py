@@ -13,7 +13,6 @@ from statistics import linear_regression
 from typing import Any
 
 from wanvram.analysis.peak import (
-    WEIGHTS,
     Moment,
     OwnerShare,
     component_of,
@@ -24,8 +23,9 @@ from wanvram.analysis.peak import (
     weights_at,
 )
 from wanvram.errors import DamagedError, InputError
-from wanvram.foreign_text import quoted, shown, why
+from wanvram.foreign_text import quoted, shown
 from wanvram.record import ComponentRecord, Memory, RunRecord, Span
+from wanvram.timeline_record import WEIGHTS, AliveBlocks, TimelineRecord
 from wanvram.units import mib
 
 __all__ = [
@@ -164,14 +164,14 @@ class Analysis:
         return asdict(self)
 
 
-def analyze_run(record: RunRecord, timeline: dict[str, Any] | None) -> Analysis:
-    """Raises InputError for a damaged timeline or one of another run."""
+def analyze_run(record: RunRecord, timeline: TimelineRecord | None) -> Analysis:
+    """Raises InputError for a timeline of another run."""
     if timeline is None:
         return _analysis(record, None, [None] * len(record.stages))
     try:
         return _analysis(record, timeline, list(_windows(record, timeline)))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the timeline is damaged: {why(error)}") from error
+    except DamagedError as error:
+        raise InputError(f"the timeline is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -183,23 +183,21 @@ class _Window:
     moment: Moment | None
 
 
-def _windows(record: RunRecord, timeline: dict[str, Any]) -> Iterator[_Window]:
+def _windows(record: RunRecord, timeline: TimelineRecord) -> Iterator[_Window]:
     """One window per load or stage of the record."""
-    if timeline["schema"] != SCHEMA:
-        raise DamagedError(f"its schema is {quoted(timeline['schema'])} instead of {SCHEMA}")
-    wholes = [s for s in timeline["stages"] if s["kind"] in ("load", "stage")]
-    if [s["name"] for s in wholes] != [s.name for s in record.stages]:
+    wholes = [s for s in timeline.stages if s.kind in ("load", "stage")]
+    if [s.name for s in wholes] != [s.name for s in record.stages]:
         raise DamagedError("its stages are not those of the record")
     for entry in wholes:
-        inside = [p for p in timeline["points"] if entry["start"] <= p[0] <= entry["end"]]
+        inside = [p for p in timeline.points if entry.start <= p[0] <= entry.end]
         if not inside:
-            raise DamagedError(f"it has no point in stage {quoted(entry['name'])}")
-        moments = [m for m in timeline["moments"] if m["label"] == f"peak of {entry['name']}"]
-        own = [m for m in moments if entry["start"] <= m["x"] <= entry["end"]]
-        yield _Window(entry["start"], [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
+            raise DamagedError(f"it has no point in stage {quoted(entry.name)}")
+        moments = [m for m in timeline.moments if m.label == f"peak of {entry.name}"]
+        own = [m for m in moments if entry.start <= m.x <= entry.end]
+        yield _Window(entry.start, [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
 
 
-def _analysis(record: RunRecord, timeline: dict[str, Any] | None, windows: Sequence[_Window | None]) -> Analysis:
+def _analysis(record: RunRecord, timeline: TimelineRecord | None, windows: Sequence[_Window | None]) -> Analysis:
     stages = _stages(record, windows)
     where = record.peak_span()
     index = next((i for i, span in enumerate(record.stages) if span is where), 0)
@@ -215,7 +213,7 @@ def _analysis(record: RunRecord, timeline: dict[str, Any] | None, windows: Seque
         growth=tuple(_growths(record)),
         fragmentation_at_peak=stages[index].fragmentation.at_peak if stages else 0.0,
         fragmentation_highest=max((s.fragmentation.highest for s in stages), default=0.0),
-        peaks=tuple(describe_moment(m) for m in timeline["moments"]) if timeline else (),
+        peaks=tuple(describe_moment(m) for m in timeline.moments) if timeline else (),
     )
 
 
@@ -298,7 +296,7 @@ def _loading(span: Span) -> Loading:
 
 
 def _switches(
-    stages: Sequence[Span], windows: Sequence[_Window | None], timeline: dict[str, Any] | None
+    stages: Sequence[Span], windows: Sequence[_Window | None], timeline: TimelineRecord | None
 ) -> Iterator[Switch]:
     for index in range(1, len(stages)):
         before, after, window = stages[index - 1], stages[index], windows[index]
@@ -349,7 +347,7 @@ def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:
 # --- bottleneck ----------------------------------------------------------------------------------------------------------
 
 
-def _bottleneck(span: Span, window: _Window | None, timeline: dict[str, Any] | None) -> Bottleneck:
+def _bottleneck(span: Span, window: _Window | None, timeline: TimelineRecord | None) -> Bottleneck:
     where = f"{shown(span.name)} ({shown(span.component)})" if span.component else shown(span.name)
     peak = span.peak
     device = f", {mib(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
@@ -361,9 +359,9 @@ def _bottleneck(span: Span, window: _Window | None, timeline: dict[str, Any] | N
         text += f" {there}, and {mib(span.activation_bytes)} came on top."
         return Bottleneck(span.name, span.component, peak, None, (), text)
     moment = window.moment
-    groups = next(m["alive"] for m in timeline["moments"] if m["label"] == moment.label and m["x"] == moment.x)
+    groups = next(m.alive for m in timeline.moments if m.label == moment.label and m.x == moment.x)
     top = owners(groups, _group_name)[:5]
-    rest = owners((g for g in groups if g["operation"] != WEIGHTS), _group_name)[:2]
+    rest = owners((g for g in groups if g.operation != WEIGHTS), _group_name)[:2]
     if moment.weights_bytes:
         text += f" {mib(moment.weights_bytes)} are weights ({_weights_listed(moment)})."
     if rest:
@@ -371,11 +369,11 @@ def _bottleneck(span: Span, window: _Window | None, timeline: dict[str, Any] | N
     return Bottleneck(span.name, span.component, peak, moment.weights_bytes, top, text)
 
 
-def _group_name(group: dict[str, Any]) -> str:
+def _group_name(group: AliveBlocks) -> str:
     """`weights of dit`, or shape and place of an activation."""
-    if group["operation"] == WEIGHTS:
+    if group.operation == WEIGHTS:
         return component_of(group)
-    if group["shape"] is None:
+    if group.shape is None:
         return shape_of(group)
     return f"{shape_of(group)} of {module_of(group)}"
 

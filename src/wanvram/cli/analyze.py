@@ -34,11 +34,11 @@ from wanvram.cli.common import progress_printer
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
-from wanvram.input_files import DAMAGED_GZIP, read_text, state_of, unpacked
+from wanvram.input_files import DAMAGED_GZIP, state_of, unpacked
 from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
 from wanvram.report.findings import advice_first
-from wanvram.report.runs import MAX_FILE_BYTES, read_run
+from wanvram.report.runs import read_run
 from wanvram.run.directory import TRACE_NAME
 from wanvram.units import mib
 
@@ -191,17 +191,12 @@ def _say(sentence: str) -> None:
 
 def _analyze_run(path: Path) -> Result:
     found = read_run(path)
-    analysis = analyze_run(found.record, _timeline(path) if found.exact else None)
+    analysis = analyze_run(found.record, found.timeline if found.exact else None)
     document = found.record.to_json() | {
         "analysis": analysis.to_json(),
         "advice": [asdict(item) for item in advice_first(found.advice)],
     }
     return run_text(found.record, analysis, found.advice), document
-
-
-def _timeline(path: Path) -> dict[str, Any]:
-    """As it was written: read_run has checked its size and values, and keeps only what a report draws."""
-    return dict(json.loads(read_text(path / "timeline.json", MAX_FILE_BYTES), parse_constant=lambda _: None))
 
 
 def _analyze_events(path: Path) -> Result:
@@ -256,7 +251,7 @@ def _analyze_snapshot(path: Path) -> Result:
             {"device": d.device, "recorded": d.recorded, "peak_allocated_bytes": d.peak_allocated_bytes}
             for d in snapshot.devices
         ],
-        "timeline": snapshot_timeline(snapshot),
+        "timeline": snapshot_timeline(snapshot).to_json(),
         "notes": list(snapshot.notes),
     }
     return snapshot_text(snapshot), document

@@ -19,7 +19,9 @@ from wanvram.matrix.jobs import exit_code
 from wanvram.planner.search import planned_base
 from wanvram.progress_stream import ProgressStream
 from wanvram.record import RunRecord
+from wanvram.report.event_text import event_text
 from wanvram.report.terminal import summarize
+from wanvram.run_events import TellRun
 from wanvram.units import parse_memory
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "finish",
     "memory_limit",
     "progress_printer",
+    "run_printer",
     "settle_allocator",
     "stated",
 ]
@@ -81,6 +84,12 @@ def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:
     """Progress on stderr with the time since the start; quiet under --json only if stderr is not a terminal."""
     stream = ProgressStream(sys.stderr)
     return None if args.json and not stream.isatty() else stream.line
+
+
+def run_printer(args: argparse.Namespace) -> TellRun | None:
+    """The events of a run as progress."""
+    line = progress_printer(args)
+    return None if line is None else lambda event: line(event_text(event))
 
 
 def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wanvram.cli.common import add_output_flags, finish, memory_limit, progress_printer
+from wanvram.cli.common import add_output_flags, finish, memory_limit, run_printer
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from wanvram.predict.simulate import run_or_simulate
     from wanvram.run.execute import Output
 
-    record = run_or_simulate(
-        config, Output(args.output, args.force, video=True, debug=args.debug), progress_printer(args)
-    )
+    record = run_or_simulate(config, Output(args.output, args.force, video=True, debug=args.debug), run_printer(args))
     return finish(record, args, args.output)
 
 

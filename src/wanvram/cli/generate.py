@@ -28,7 +28,7 @@ from wanvram.cli.common import (
     add_output_flags,
     finish,
     memory_limit,
-    progress_printer,
+    run_printer,
     settle_allocator,
 )
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     directory = args.output or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
     output = Output(directory, args.force, video=True, save_file=args.save_file, predicted=predicted, debug=args.debug)
-    record = run_or_simulate(config, output, progress_printer(args))
+    record = run_or_simulate(config, output, run_printer(args))
     code = finish(record, args, directory)
     if record.simulated:
         stream = sys.stderr if args.json else sys.stdout

@@ -28,6 +28,7 @@ from wanvram.cli.common import (
     finish,
     memory_limit,
     progress_printer,
+    run_printer,
     settle_allocator,
 )
 from wanvram.config import RunConfig
@@ -117,9 +118,9 @@ def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
         from wanvram.report.live import LiveView
 
         view = LiveView(config.name, config.memory_limit_bytes)
-        record = run_or_simulate(config, output, view.message, view.watch)
+        record = run_or_simulate(config, output, view.told, view.watch)
     else:
-        record = run_or_simulate(config, output, progress_printer(args))
+        record = run_or_simulate(config, output, run_printer(args))
     if args.advice:
         _advise(directory, config, record, args)
     return exit_code(record) if args.child_of is not None else finish(record, args, directory)

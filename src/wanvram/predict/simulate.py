@@ -17,6 +17,7 @@ from wanvram.predict.host import clock_of
 from wanvram.record import Predicted, RunRecord, Times
 from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.execute import Around, Output, check_measurement, device_kind, execute, run_on
+from wanvram.run_events import TellRun
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.simulate.libraries import Libraries
@@ -55,7 +56,7 @@ def simulated_device(config: RunConfig, *, keep_events: bool = False, unlimited:
 def run_or_simulate(
     config: RunConfig,
     output: Output,
-    progress: Callable[[str], None] | None = None,
+    progress: TellRun | None = None,
     watch: Callable[[Recorder], AbstractContextManager[object]] | None = None,
 ) -> RunRecord:
     """What the configuration asks for: on a real device as run.execute does it, or simulated into the run directory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -11,7 +11,7 @@ from wanvram.record import Failure, Memory, Span
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import check
 from wanvram.recorder.meters import Meter
-from wanvram.units import human
+from wanvram.run_events import StageBegan, StageEnded, TellRun
 
 __all__ = ["Recorder", "SpanObserver", "repeated_seconds", "with_device"]
 
@@ -35,7 +35,7 @@ class Recorder:
         self,
         meter: Meter,
         events: EventLog | None,
-        progress: Callable[[str], None] | None,
+        progress: TellRun | None,
         observer: SpanObserver | None = None,
     ) -> None:
         self.meter = meter
@@ -68,7 +68,7 @@ class Recorder:
         if kind in ("load", "stage"):
             self._log(f"{name}: start", start, kind, component)
             if self.progress:
-                self.progress(name)
+                self.progress(StageBegan(name))
         yield span
         self._close(span, detailed)
 
@@ -88,7 +88,7 @@ class Recorder:
         if span.kind != "block":
             self._log(span.name, span.peak, span.kind, span.component)
         if self.progress and span.kind == "stage":
-            self.progress(f"{span.name} done, peak {human(span.peak.allocated_bytes)} allocated")
+            self.progress(StageEnded(span.name, span.peak.allocated_bytes))
 
     def _put_away(self, span: Span) -> None:
         self._started.pop()

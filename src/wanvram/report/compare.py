@@ -14,6 +14,7 @@ from wanvram.input_files import state_of
 from wanvram.record import RunRecord
 from wanvram.report.runs import Run, asked, find_runs
 from wanvram.report.terminal import listed, table
+from wanvram.report.timeline import coarse_timeline
 from wanvram.report.translations import Texts
 from wanvram.units import MIB, mib_cell, seconds
 
@@ -52,7 +53,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_file(path: Path) -> Run:
     record = RunRecord.read(path)
-    return Run(str(record.config.get("name") or path.stem), record, {}, False)
+    return Run(str(record.config.get("name") or path.stem), record, coarse_timeline(record), False)
 
 
 # --- many runs -----------------------------------------------------------------------------------------------------------

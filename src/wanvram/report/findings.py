@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from wanvram.advice import Advice
-from wanvram.analysis.peak import WEIGHTS, component_of, module_of, owners, shape_of
+from wanvram.analysis.peak import component_of, module_of, owners, shape_of
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts
+from wanvram.timeline_record import OTHER, WEIGHTS, AliveBlocks
 from wanvram.units import GIB, human, seconds
 
 __all__ = [
@@ -106,19 +106,19 @@ def _owner(run: Run, span: Span, texts: Texts) -> str:
     else:
         sentence = texts(key, activation=human(activation), **values)
     moment = peak_moment(run.timeline)
-    groups = [g for g in moment["alive"] if g["operation"] != "(other)"] if moment else []
+    groups = [g for g in moment.alive if g.operation != OTHER] if moment else []
     if not groups or span.kind == "load":
         return sentence
     top = owners(groups, lambda group: _group_name(group, texts))[0]
     return texts.join(sentence, texts("largest_group", bytes=human(top.bytes), count=top.count, what=top.name))
 
 
-def _group_name(group: dict[str, Any], texts: Texts) -> str:
+def _group_name(group: AliveBlocks, texts: Texts) -> str:
     """What was asked for and where: shape and module, not the operation, which for most is one that makes an empty tensor."""
-    if group["operation"] == WEIGHTS:
-        return texts("weights_of", component=group["component"]) if group["component"] else component_of(group)
-    if group["shape"] is None:
-        return shape_of(group) if group["operation"] else texts("unknown")
+    if group.operation == WEIGHTS:
+        return texts("weights_of", component=group.component) if group.component else component_of(group)
+    if group.shape is None:
+        return shape_of(group) if group.operation else texts("unknown")
     return texts("group_of", shape=shape_of(group), module=module_of(group))
 
 

@@ -23,6 +23,7 @@ from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import thinned
 from wanvram.report.translations import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.simulate.gpus import card_of_run
+from wanvram.timeline_record import TimelineRecord
 from wanvram.version import __version__
 
 __all__ = ["MAX_BYTES", "html_report"]
@@ -209,19 +210,20 @@ def _step_seconds(span: Span) -> list[float]:
     return [time for time in times if time is not None] if None not in times else []
 
 
-def _packed(timeline: dict[str, Any]) -> dict[str, Any]:
+def _packed(timeline: TimelineRecord) -> dict[str, Any]:
     """Columns instead of rows, and every alive group as a list: half the size."""
-    columns = [list(column) for column in zip(*timeline["points"], strict=True)] or [[], [], [], []]
-    fields = ("bytes", "count", "component", "stage", "module", "operation", "shape", "dtype")
+    columns = [list(column) for column in zip(*timeline.points, strict=True)] or [[], [], [], []]
     moments = [
-        moment
+        vars(moment)
         | {
-            "alive": [[group[field] for field in fields] for group in moment["alive"]],
+            "alive": [list(vars(group).values()) for group in moment.alive],
             "segments": [
-                [segment["bytes"], [[o, size, int(state == "active")] for o, size, state in segment["blocks"]]]
-                for segment in moment["segments"]
+                [segment.bytes, [[o, size, int(state == "active")] for o, size, state in segment.blocks]]
+                for segment in moment.segments
             ],
         }
-        for moment in timeline["moments"]
+        for moment in timeline.moments
     ]
-    return timeline | {"points": columns, "moments": moments}
+    document = timeline.to_json()
+    del document["schema"]
+    return document | {"points": columns, "moments": moments}

@@ -19,6 +19,8 @@ from rich.text import Text
 
 from wanvram.progress_stream import ProgressStream
 from wanvram.record import Memory, Span
+from wanvram.report.event_text import event_text
+from wanvram.run_events import RunEvent, StageAdvanced, StageEnded
 from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["LiveView", "Watched"]
@@ -48,7 +50,7 @@ class Watched(Protocol):
 
 
 class LiveView:
-    """`message` is a run's progress callback, `watch` is given its recorder."""
+    """`told` is given a run's events, `watch` its recorder."""
 
     def __init__(self, name: str, budget_bytes: int | None, stream: TextIO | None = None) -> None:
         self._name = name
@@ -57,15 +59,15 @@ class LiveView:
         self._start = time.monotonic()
         self._recorder: Watched | None = None
         self._drawn = self._stream.isatty()
-        self._told = 0  # finished spans that have had their line
-        self._last = ""
+        self._lines = 0  # of finished spans
+        self._last: RunEvent | None = None
 
-    def message(self, text: str) -> None:
-        self._last = text
+    def told(self, event: RunEvent) -> None:
+        self._last = event
         if not self._drawn:
             self._tell_finished()
-            if " done, peak " not in text:  # its line says that and more
-                self._stream.line(text)
+            if not isinstance(event, StageEnded):  # its line says that and more
+                self._stream.line(event_text(event))
 
     @contextmanager
     def watch(self, recorder: Watched) -> Iterator[None]:
@@ -77,15 +79,15 @@ class LiveView:
         console = Console(file=cast(TextIO, self._stream))
         with Live(get_renderable=self.picture, console=console, refresh_per_second=FRAMES_PER_SECOND):
             yield
-            self._last = ""
+            self._last = None
 
     # --- lines -----------------------------------------------------------------------------------------------------------
 
     def _tell_finished(self) -> None:
         spans = self._recorder.spans if self._recorder is not None else []
-        for span in spans[self._told :]:
+        for span in spans[self._lines :]:
             self._stream.line(f"{span.name}: {self._peak(span)}")
-        self._told = len(spans)
+        self._lines = len(spans)
 
     def _peak(self, span: Span) -> str:
         peak = span.peak
@@ -106,8 +108,8 @@ class LiveView:
         finished, running = list(self._recorder.spans), self._recorder.open_spans
         parts: list[RenderableType] = [_line(f"{self._name}  {elapsed}", "bold"), self._tree(finished, running)]
         parts.append(self._bars(self._recorder.meter, [*finished, *running]))
-        if "left" in self._last:
-            parts.append(_line(self._last))
+        if isinstance(self._last, StageAdvanced) and self._last.seconds_left is not None:
+            parts.append(_line(event_text(self._last)))
         return Group(*parts)
 
     def _tree(self, finished: Sequence[Span], running: Sequence[Span]) -> Table:

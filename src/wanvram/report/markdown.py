@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
 
-from wanvram.analysis.peak import without_lines
 from wanvram.foreign_text import MAX_SHOWN, shown
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.findings import advice_first, alike, answer, card_of, ranked, ranks, together, unlimited_base
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts, shortened
+from wanvram.timeline_record import OTHER, AliveBlocks, TimelineMoment
 from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["markdown_report"]
@@ -165,39 +165,37 @@ def _stage(span: Span, cached: bool) -> list[str | None]:
     return [span.name, span.component, start, activation, *_figures(span.peak, cached), *fragmentation, time]
 
 
-def _alive(moment: dict[str, Any], texts: Texts) -> list[str]:
+def _alive(moment: TimelineMoment, texts: Texts) -> list[str]:
     groups = _groups(moment)
     rows = [
         [
-            mib_cell(g["bytes"]),
-            str(g["count"]),
-            g["component"],
-            texts("other") if g["operation"] == "(other)" else g["operation"],
-            None if g["shape"] is None else "x".join(map(str, g["shape"])),
-            g["dtype"],
-            g["module"],
+            mib_cell(g.bytes),
+            str(g.count),
+            g.component,
+            texts("other") if g.operation == OTHER else g.operation,
+            None if g.shape is None else "x".join(map(str, g.shape)),
+            g.dtype,
+            g.module,
         ]
         for g in groups[:ALIVE_ROWS]
     ]
     rest = groups[ALIVE_ROWS:]
     if rest:
-        count = sum(g["count"] for g in rest)
-        rows.append([mib_cell(sum(g["bytes"] for g in rest)), str(count), None, texts("other"), None, None, None])
+        count = sum(g.count for g in rest)
+        rows.append([mib_cell(sum(g.bytes for g in rest)), str(count), None, texts("other"), None, None, None])
     heads = [_head("bytes", texts)]
     heads += [texts(key) for key in ("count", "component", "operation", "shape", "dtype", "module")]
     return _table(heads, rows, numbers=(0, 1))
 
 
-def _groups(moment: dict[str, Any]) -> list[dict[str, Any]]:
+def _groups(moment: TimelineMoment) -> list[AliveBlocks]:
     """Largest first. Without line numbers of the code, which any edit of it moves: groups that only these told apart are one."""
-    sums: dict[str, dict[str, Any]] = {}
-    for group in moment["alive"]:
-        place = group["module"] and without_lines(group["module"])
-        shown = group | {"module": place, "stage": None, "bytes": 0, "count": 0}
-        total = sums.setdefault(json.dumps(shown, sort_keys=True), shown)
-        total["bytes"] += group["bytes"]
-        total["count"] += group["count"]
-    return sorted(sums.values(), key=lambda g: (-g["bytes"], json.dumps(g, sort_keys=True)))
+    sums: dict[AliveBlocks, AliveBlocks] = {}
+    for group in moment.alive:
+        key = replace(group, module=group.place, stage=None, bytes=0, count=0)
+        total = sums.get(key, key)
+        sums[key] = replace(total, bytes=total.bytes + group.bytes, count=total.count + group.count)
+    return sorted(sums.values(), key=lambda g: (-g.bytes, json.dumps(vars(g), sort_keys=True)))
 
 
 def _advice(run: Run, texts: Texts) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from wanvram.analysis.snapshot import Block, Frame, Segment, TraceEntry
 from wanvram.output_files import whole_file, writing
 from wanvram.simulate.allocator import CachingAllocator, SegmentView
+from wanvram.timeline_record import MemoryOwner
 
 __all__ = ["allocator_segments", "export_timeline", "write_memory_viz"]
 
@@ -42,21 +43,26 @@ def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterabl
 
 
 class History(Protocol):
-    """What a simulated run's Timeline tells: its allocator, and (action, address, bytes, who) in order."""
+    """What a simulated run's Timeline tells: its allocator, and (action, address, bytes, owner) in order."""
 
     @property
     def allocator(self) -> CachingAllocator: ...
 
-    def history(self) -> Iterable[tuple[str, int, int, tuple[str, ...]]]: ...
+    def history(self) -> Iterable[tuple[str, int, int, MemoryOwner | None]]: ...
 
 
 def export_timeline(path: Path, timeline: History) -> None:
     """A predicted run. Its time axis counts events; the stack of an allocation is operation, module and stage."""
     traces = [
-        TraceEntry(action, address, nbytes, 0, time, tuple(Frame(who, 0, "") for who in frames))
-        for time, (action, address, nbytes, frames) in enumerate(timeline.history())
+        TraceEntry(action, address, nbytes, 0, time, _frames(owner))
+        for time, (action, address, nbytes, owner) in enumerate(timeline.history())
     ]
     write_memory_viz(path, traces, allocator_segments(timeline.allocator.segments(), {}, {}))
+
+
+def _frames(owner: MemoryOwner | None) -> tuple[Frame, ...]:
+    names = () if owner is None else (owner.operation, owner.module, owner.stage)
+    return tuple(Frame(name, 0, "") for name in names if name)
 
 
 class _Writer:

@@ -17,8 +17,9 @@ from wanvram.errors import InputError
 from wanvram.foreign_text import shown, why
 from wanvram.input_files import read_text, state_of
 from wanvram.record import MAX_RECORD_BYTES, RunRecord, dotted
-from wanvram.report.timeline import checked_timeline, coarse_timeline
+from wanvram.report.timeline import coarse_timeline
 from wanvram.strict_json import strict_json
+from wanvram.timeline_record import TimelineRecord, read_timeline
 
 __all__ = ["Run", "asked", "find_runs", "pairs", "read_run"]
 
@@ -47,7 +48,7 @@ class Run:
 
     label: str
     record: RunRecord
-    timeline: dict[str, Any]
+    timeline: TimelineRecord
     exact: bool
     advice: tuple[Advice, ...] = ()
     borrowed: bool = False
@@ -110,7 +111,7 @@ def read_run(directory: Path, taken: Mapping[str, bool] | None = None) -> Run:
     try:
         record = RunRecord.from_json(_load(directory / "record.json"))
         exact = state_of(directory / "timeline.json") is not None
-        timeline = checked_timeline(_load(directory / "timeline.json")) if exact else coarse_timeline(record)
+        timeline = read_timeline(_load(directory / "timeline.json")) if exact else coarse_timeline(record)
         advised = directory / FILE_NAME
         advice = read_advice(_load(advised)) if state_of(advised) else ()
     except InputError as error:

@@ -41,6 +41,7 @@ from wanvram.run.post_mortem import largest_alive
 from wanvram.run.progress import StageProgress
 from wanvram.run.tracing import observed
 from wanvram.run.weights import choose_weights
+from wanvram.run_events import TellRun
 from wanvram.simulate.timeline import Timeline
 
 __all__ = ["Around", "Output", "assembled", "check_measurement", "device_kind", "execute", "make_device", "run_on"]
@@ -62,7 +63,7 @@ class Output:
 def execute(
     config: RunConfig,
     output: Output,
-    progress: Callable[[str], None] | None = None,
+    progress: TellRun | None = None,
     watch: Callable[[Recorder], AbstractContextManager[object]] | None = None,
     predict: Predict | None = None,
 ) -> RunRecord:
@@ -96,7 +97,7 @@ class Around:
 
     environment: dict[str, object]
     complete: Callable[[RunRecord], None]
-    progress: Callable[[str], None] | None = None
+    progress: TellRun | None = None
     watch: Callable[[Recorder], AbstractContextManager[object]] | None = None
     timeline: Timeline | None = None
 
@@ -174,7 +175,9 @@ def _write_circumstances(directory: Path, config: RunConfig, environment: dict[s
 def _write_results(directory: Path, record: RunRecord, timeline: Timeline | None) -> None:
     record.write(directory / "record.json")
     if timeline:
-        write_atomically(directory / "timeline.json", json.dumps(timeline.to_json(), ensure_ascii=False) + "\n")
+        write_atomically(
+            directory / "timeline.json", json.dumps(timeline.record().to_json(), ensure_ascii=False) + "\n"
+        )
 
 
 def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | None:

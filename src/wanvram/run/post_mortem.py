@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
 from wanvram.simulate.timeline import Timeline
+from wanvram.timeline_record import MemoryOwner
 
 __all__ = ["largest_alive"]
-
-_LINE = re.compile(r":\d+")  # of the source, in the name of a place
 
 
 def largest_alive(pipeline: Pipeline, count: int = 10) -> tuple[tuple[str, int], ...]:
@@ -31,24 +28,13 @@ def largest_alive(pipeline: Pipeline, count: int = 10) -> tuple[tuple[str, int],
 
 
 def _names(timeline: Timeline) -> dict[int, str]:
-    """By the allocator's handle what its last allocation there was: weights, which are what a load leaves alive, or a shape and
-    the code that asked for it."""
-    groups = [group for moment in timeline.to_json()["moments"] for group in moment["alive"] if group["shape"]]
-    shapes = {
-        (g["operation"], g["module"], g["stage"], g["bytes"] // g["count"]): f"{g['shape']} {g['dtype']}"
-        for g in groups
-    }
-    names = {}
-    for action, handle, nbytes, who in timeline.history():
-        if action != "alloc":
-            continue
-        operation, *where = who
-        module = next((w for w in where if _LINE.search(w)), None)
-        stage = next((w for w in where if w != module), None)
-        what = shapes.get((operation, module, stage, nbytes), operation)
-        if stage and stage.startswith("load ") and not operation.endswith(" workspace"):
-            what = f"weights of {stage.removeprefix('load ')}"
-        elif module:
-            what += f" of {_LINE.sub('', module)}"
-        names[handle] = what
-    return names
+    """By the allocator's handle what its last allocation there was."""
+    return {handle: _name(owner) for action, handle, _, owner in timeline.history() if owner is not None}
+
+
+def _name(owner: MemoryOwner) -> str:
+    """Weights, which are what a load leaves alive, or a shape and the code that asked for it."""
+    if owner.stage_kind == "load" and owner.component and owner.shape is not None:
+        return f"weights of {owner.component}"
+    what = f"{list(owner.shape)} {owner.dtype}" if owner.shape else owner.operation
+    return f"{what} of {owner.place}" if owner.place else what

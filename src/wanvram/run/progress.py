@@ -1,27 +1,26 @@
-"""How far a stage is and how long it will take, as sentences for the terminal."""
+"""How far a stage is and how long it will take, told at a pace that can be read."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from wanvram.engine.stage_progress import Done
-from wanvram.units import seconds
+from wanvram.run_events import StageAdvanced, TellRun
 
 __all__ = ["StageProgress"]
 
-LEAST_SECONDS = 2.0  # between two sentences, so that a log of hours stays readable
+LEAST_SECONDS = 2.0  # between two events, so that a log of hours stays readable
 
 
 class StageProgress:
-    """`decode: 12 of 81 frames, 21.4 s left`: at most every two seconds, and at the end of a stage.
+    """What the stages say of themselves as events of the run: at most every two seconds, and at the end of a stage.
 
     What is left is told from the second report of a stage on: the first unit of work also starts libraries. A simulation
     takes other seconds than those it predicts, so there only its own end is told.
     """
 
-    def __init__(self, show: Callable[[str], None], *, simulated: bool) -> None:
-        self._show = show
+    def __init__(self, tell: TellRun, *, simulated: bool) -> None:
+        self._tell = tell
         self._simulated = simulated
         self._stage = ""
         self._began = self._told = time.monotonic()
@@ -34,16 +33,7 @@ class StageProgress:
         if done.left and now - self._told < LEAST_SECONDS:
             return
         self._told = now
-        self._show(self._sentence(done, now - self._began))
-
-    def _sentence(self, done: Done, elapsed: float) -> str:
-        text = f"{done.stage}: {done.number} of {done.total} {done.unit}"
         worked = self._left_at_first - done.left
-        if self._simulated:
-            text += " simulated"
-        elif worked:
-            text += f", {seconds(elapsed / worked)} each"
-        if worked and done.left:
-            left = seconds(elapsed / worked * done.left)
-            text += f"; the simulation has {left} left" if self._simulated else f", {left} left"
-        return text
+        each = (now - self._began) / worked if worked else None
+        left = each * done.left if each is not None and done.left else None
+        self._tell(StageAdvanced(done.stage, done.number, done.total, done.unit, each, left, self._simulated))

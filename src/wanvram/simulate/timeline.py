@@ -10,14 +10,28 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from wanvram.errors import InputError
+from wanvram.timeline_record import (
+    WEIGHTS,
+    AliveBlocks,
+    BlockState,
+    MemoryOwner,
+    MemoryPoint,
+    StageKind,
+    TimelineMoment,
+    TimelineRecord,
+    TimelineSegment,
+    TimelineStage,
+    WeightsStretch,
+    largest,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,22 +41,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Timeline"]
 
-SCHEMA = 1
 MAX_POINTS = 4000
 MAX_GROUPS = 200
 _FREE, _SEGMENT, _OUTSIDE = -1, -2, -3  # what an event is, when it is not a malloc by the owner of that number
 _ROOT = __name__.partition(".")[0]
 
 
-class _Owner(NamedTuple):
-    """Whose a block is. shape and dtype are None for the buffer of a library."""
+class _Where(NamedTuple):
+    """The load or stage that is open, and the component at work."""
 
-    component: str | None
-    stage: str | None
-    module: str | None
-    operation: str
-    shape: tuple[int, ...] | None
-    dtype: str | None
+    stage: str | None = None
+    kind: str | None = None
+    component: str | None = None
+
+
+class _CodePlace(NamedTuple):
+    """The code that asked, without lines and with them."""
+
+    name: str
+    lines: str
 
 
 @dataclass
@@ -50,7 +67,7 @@ class _Interval:
     """A load, stage or step on the x axis."""
 
     name: str
-    kind: str
+    kind: StageKind
     component: str | None
     start: int
     end: int | None = None
@@ -93,8 +110,8 @@ class Timeline:
         self._allocated = 0
         self._owners: dict[tuple[Any, ...], int] = {}
         self._entries: list[_Interval] = []
-        self._open: list[tuple[_Interval | None, tuple[str | None, str | None]]] = []
-        self._where: tuple[str | None, str | None] = (None, None)  # stage, component
+        self._open: list[tuple[_Interval | None, _Where]] = []
+        self._where = _Where()
         self._places = _Places()
         self._told = allocator.on_segment
         allocator.on_segment = self._segment
@@ -112,11 +129,13 @@ class Timeline:
         """A span begins; every begin has its `end`. Blocks name who allocates but are no entry of their own."""
         entry = None
         if kind != "block":
-            entry = _Interval(name, kind, component, len(self._kinds))
+            entry = _Interval(name, cast(StageKind, kind), component, len(self._kinds))
             self._entries.append(entry)
         self._open.append((entry, self._where))
-        stage, outer = self._where
-        self._where = (name if kind in ("load", "stage") else stage, component or outer)
+        stage, stage_kind, outer = self._where
+        if kind in ("load", "stage"):
+            stage, stage_kind = name, kind
+        self._where = _Where(stage, stage_kind, component or outer)
 
     def end(self) -> None:
         entry, self._where = self._open.pop()
@@ -162,10 +181,10 @@ class Timeline:
         self._changes.append(change)
         self._reserved.append(self.allocator.reserved_bytes)
 
-    def history(self) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
-        """(action, address, bytes, who) in order, actions as PyTorch's allocator snapshot names them.
+    def history(self) -> Iterator[tuple[str, int, int, MemoryOwner | None]]:
+        """(action, address, bytes, owner) in order, actions as PyTorch's allocator snapshot names them.
 
-        who: operation, module and stage of an allocation, innermost first. Sizes are those of blocks.
+        Allocations have an owner. Sizes are those of blocks.
         """
         owners = self._owner_list()
         segments = sorted(self._segments, key=lambda segment: segment[0])
@@ -175,19 +194,18 @@ class Timeline:
             while position < len(segments) and segments[position][0] <= index + 1:
                 _, action, start, size = segments[position]
                 position += 1
-                yield action, start, size, ()
+                yield action, start, size, None
             if kind >= 0:
                 sizes[address] = change
-                owner = owners[kind]
-                yield "alloc", address, change, tuple(w for w in (owner.operation, owner.module, owner.stage) if w)
+                yield "alloc", address, change, owners[kind]
             elif kind == _FREE:
-                yield "free_requested", address, sizes[address], ()
-                yield "free_completed", address, sizes.pop(address), ()
+                yield "free_requested", address, sizes[address], None
+                yield "free_completed", address, sizes.pop(address), None
 
     # --- the result ----------------------------------------------------------------------------------------------------------
 
-    def to_json(self) -> dict[str, Any]:
-        """timeline.json: points, stages, weights and moments; all bytes exact, in the allocator's block sizes."""
+    def record(self) -> TimelineRecord:
+        """Points, stages, weights and moments; all bytes exact, in the allocator's block sizes."""
         entries = [(e, e.start, len(self._kinds) if e.end is None else e.end) for e in self._entries]
         series = self._series()
         wholes = [(e, start, end) for e, start, end in entries if e.whole]
@@ -196,29 +214,26 @@ class Timeline:
         weights = self._weights(blocks, wholes)
         marks = {x for _, start, end in entries if len(entries) <= MAX_POINTS // 8 for x in (start, end)}
         kept = _kept(series, marks.union(peaks, *((start, end) for _, start, end in wholes)))
-        return {
-            "schema": SCHEMA,
-            "axis": "events",
-            "points": self._points(series, kept),
-            "stages": [
-                {"name": e.name, "component": e.component, "kind": e.kind, "start": start, "end": end}
-                for e, start, end in entries
-            ],
-            "weights": _resident(blocks, weights),
-            "moments": [
-                {
-                    "label": label,
-                    "x": x,
-                    "allocated_bytes": int(series[0][x]),
-                    "reserved_bytes": int(series[1][x]),
-                    "stage": entry.name if entry else None,
-                    "component": entry.component if entry else None,
-                    "alive": _groups(blocks, blocks.alive(x), owners, weights),
-                    "segments": self._map(blocks, x),
-                }
-                for label, x, entry in _moments(wholes, peaks, int(series[0].argmax()))
-            ],
-        }
+        moments = (
+            TimelineMoment(
+                label,
+                x,
+                int(series[0][x]),
+                int(series[1][x]),
+                entry.name if entry else None,
+                entry.component if entry else None,
+                _groups(blocks, blocks.alive(x), owners, weights),
+                self._map(blocks, x),
+            )
+            for label, x, entry in _moments(wholes, peaks, int(series[0].argmax()))
+        )
+        return TimelineRecord(
+            "events",
+            self._points(series, kept),
+            tuple(TimelineStage(e.name, e.component, e.kind, start, end) for e, start, end in entries),
+            _resident(blocks, weights),
+            tuple(moments),
+        )
 
     def _series(self) -> np.ndarray:
         """[3, events + 1] int64: allocated, reserved and outside bytes after each event."""
@@ -229,11 +244,11 @@ class Timeline:
         series[2, 1:] = np.where(kinds == _OUTSIDE, changes, 0).cumsum()
         return series
 
-    def _points(self, series: np.ndarray, kept: np.ndarray) -> list[list[int | None]]:
+    def _points(self, series: np.ndarray, kept: np.ndarray) -> tuple[MemoryPoint, ...]:
         allocated, reserved, outside = (row[kept].tolist() for row in series)
         start = self._outside
         device = [None if start is None else r + start + o for r, o in zip(reserved, outside, strict=True)]
-        return [list(point) for point in zip(kept.tolist(), allocated, reserved, device, strict=True)]
+        return tuple(zip(kept.tolist(), allocated, reserved, device, strict=True))
 
     def _blocks(self) -> _Blocks:
         """Calls ordered by address, then time, are malloc, free, malloc, ... of each address: pairs are neighbours."""
@@ -249,15 +264,16 @@ class Timeline:
         at, died = at[order], died[order]
         return _Blocks(addresses[at], np.array(self._changes, dtype=np.int64)[at], kinds[at], at + 1, died)
 
-    def _owner_list(self) -> list[_Owner]:
+    def _owner_list(self) -> list[MemoryOwner]:
         owners = []
-        for operation, module, (stage, component), shape, dtype in self._owners:
+        for operation, place, (stage, kind, component), shape, dtype in self._owners:
             if shape is None and "." not in operation:
                 # A library's buffer for good, whoever used it first; the names of ATen's and our operations have a dot.
-                component = module = None
+                component = place = None
             sizes = None if shape is None else tuple(map(int, shape))
             text = None if dtype is None else str(dtype).removeprefix("torch.")
-            owners.append(_Owner(component, stage, module, operation, sizes, text))
+            name, lines = place or (None, None)
+            owners.append(MemoryOwner(component, stage, kind, lines, name, operation, sizes, text))
         return owners
 
     def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[_Interval, int, int]]) -> dict[int, str]:
@@ -274,24 +290,25 @@ class Timeline:
                 found |= dict.fromkeys(np.flatnonzero(survivors).tolist(), entry.component or entry.name)
         return found
 
-    def _map(self, blocks: _Blocks, x: int) -> list[dict[str, Any]]:
+    def _map(self, blocks: _Blocks, x: int) -> tuple[TimelineSegment, ...]:
         """The allocator's segments at x by address; a gap between live blocks is one inactive block."""
         order = blocks.alive(x)
         order = order[np.argsort(blocks.address[order])]
         live = list(zip(blocks.address[order].tolist(), blocks.nbytes[order].tolist(), strict=True))
         result, index = [], 0
         for low, high in _ranges([s for s in self._segments if s[0] <= x]):
-            cells, end = [], low
+            cells: list[tuple[int, int, BlockState]] = []
+            end = low
             while index < len(live) and live[index][0] < high:
                 address, size = live[index]
                 if address > end:
-                    cells.append([end - low, address - end, "inactive"])
-                cells.append([address - low, size, "active"])
+                    cells.append((end - low, address - end, "inactive"))
+                cells.append((address - low, size, "active"))
                 end, index = address + size, index + 1
             if end < high:
-                cells.append([end - low, high - end, "inactive"])
-            result.append({"bytes": high - low, "blocks": cells})
-        return result
+                cells.append((end - low, high - end, "inactive"))
+            result.append(TimelineSegment(high - low, tuple(cells)))
+        return tuple(result)
 
 
 class _Places:
@@ -303,13 +320,13 @@ class _Places:
 
     def __init__(self) -> None:
         self._codes: dict[int, tuple[CodeType, str, bool]] = {}  # by id: hashing a code object reads all of it
-        self._lines: dict[tuple[int, int], str] = {}
-        self._paths: dict[tuple[str, str], str] = {}
+        self._lines: dict[tuple[int, int], _CodePlace] = {}
+        self._paths: dict[tuple[_CodePlace, _CodePlace], _CodePlace] = {}
 
-    def of_caller(self) -> str | None:
+    def of_caller(self) -> _CodePlace | None:
         """`dit.SelfAttention.forward:186 > Linear.forward:77` for what called the observer's malloc."""
         frame: FrameType | None = sys._getframe(2)  # over of_caller and Timeline.malloc
-        inner: str | None = None
+        inner: _CodePlace | None = None
         while frame is not None:
             code = frame.f_code
             known = self._codes.get(id(code))
@@ -325,18 +342,19 @@ class _Places:
             frame = frame.f_back
         return inner
 
-    def _line(self, frame: FrameType, name: str) -> str:
+    def _line(self, frame: FrameType, name: str) -> _CodePlace:
         key = id(frame.f_code), frame.f_lasti
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = f"{name}:{frame.f_lineno}"
+            line = self._lines[key] = _CodePlace(name, f"{name}:{frame.f_lineno}")
         return line
 
-    def _path(self, outer: str, inner: str) -> str:
+    def _path(self, outer: _CodePlace, inner: _CodePlace) -> _CodePlace:
         path = self._paths.get((outer, inner))
         if path is None:
-            shared = outer.split(".")[0] + "."  # the file is named once
-            path = self._paths[outer, inner] = f"{outer} > {inner.removeprefix(shared)}"
+            shared = outer.name.split(".")[0] + "."  # the file is named once
+            path = _CodePlace(*(f"{o} > {i.removeprefix(shared)}" for o, i in zip(outer, inner, strict=True)))
+            self._paths[outer, inner] = path
         return path
 
 
@@ -386,7 +404,7 @@ def _kept(series: np.ndarray, marks: set[int]) -> np.ndarray:
     return result
 
 
-def _resident(blocks: _Blocks, weights: dict[int, str]) -> list[dict[str, Any]]:
+def _resident(blocks: _Blocks, weights: dict[int, str]) -> tuple[WeightsStretch, ...]:
     """Base memory as steps: per component, stretches [start, end) that follow each other, each with what it has there."""
     changes: dict[str, dict[int, int]] = {}
     for index, component in weights.items():
@@ -400,29 +418,25 @@ def _resident(blocks: _Blocks, weights: dict[int, str]) -> list[dict[str, Any]]:
         for x, following in pairwise(xs):
             held += own[x]
             if held:
-                result.append({"component": component, "bytes": held, "start": x, "end": following})
-    return result
+                result.append(WeightsStretch(component, held, x, following))
+    return tuple(result)
 
 
 def _groups(
-    blocks: _Blocks, alive: np.ndarray, owners: Sequence[_Owner], weights: dict[int, str]
-) -> list[dict[str, Any]]:
+    blocks: _Blocks, alive: np.ndarray, owners: Sequence[MemoryOwner], weights: dict[int, str]
+) -> tuple[AliveBlocks, ...]:
     """Equal blocks of equal owners together, largest group first; what is over MAX_GROUPS becomes one."""
-    found: dict[tuple[int, _Owner], int] = {}
+    found: dict[AliveBlocks, int] = {}
     for index in alive.tolist():
-        owner = owners[blocks.owner[index]]
-        if index in weights:
-            owner = owner._replace(component=weights[index], module=None, operation="weights")
-        key = int(blocks.nbytes[index]), owner
-        found[key] = found.get(key, 0) + 1
-    groups = [{"bytes": size * count, "count": count, **owner._asdict()} for (size, owner), count in found.items()]
-    groups.sort(key=lambda g: (-g["bytes"], str(g)))
-    if len(groups) > MAX_GROUPS:
-        rest = groups[MAX_GROUPS - 1 :]
-        other = _Owner(None, None, None, "(other)", None, None)._asdict()
-        total, count = sum(g["bytes"] for g in rest), sum(g["count"] for g in rest)
-        groups = [*groups[: MAX_GROUPS - 1], {"bytes": total, "count": count, **other}]
-    return [g | {"shape": None if g["shape"] is None else list(g["shape"])} for g in groups]
+        owner, component = owners[blocks.owner[index]], weights.get(index)
+        whose = (owner.component, owner.stage, owner.module, owner.operation)
+        if component is not None:
+            whose = (component, owner.stage, None, WEIGHTS)
+        block = AliveBlocks(int(blocks.nbytes[index]), 1, *whose, owner.shape, owner.dtype)
+        found[block] = found.get(block, 0) + 1
+    groups = [replace(block, bytes=block.bytes * count, count=count) for block, count in found.items()]
+    groups.sort(key=lambda group: (-group.bytes, str(vars(group))))
+    return largest(groups, MAX_GROUPS)
 
 
 def _ranges(events: Sequence[tuple[int, str, int, int]]) -> list[tuple[int, int]]:
