@@ -174,13 +174,12 @@ def _task(
     sizes: tuple[str, ...],
     *,
     steps: int = 50,
-    shift: float = 5.0,
-    shift_480p: float | None = None,
+    shifts: tuple[float, float] = (5.0, 5.0),
     before: str = "",
     pictures: tuple[str, ...] = (),
     reads: tuple[str, ...] = (),
 ) -> Task:
-    """`before` goes in front of the common negative prompt. shift_480p None: the same at every size."""
+    """`before` goes in front of the common negative prompt. shifts: in general, at 480P."""
     return Task(
         name=name,
         family=WAN21,
@@ -188,8 +187,8 @@ def _task(
         sizes=sizes,
         frames=1 if name.startswith("t2i") else 81,
         steps=steps,
-        shift=shift,
-        shift_480p=shift if shift_480p is None else shift_480p,
+        shift=shifts[0],
+        shift_480p=shifts[1],
         guide_scale=5.0,
         solver="unipc",
         negative_prompt=before + _COMMON_NEGATIVE,
@@ -204,10 +203,10 @@ TASKS: dict[str, Task] = {
         _task("t2v-1.3B", _P480),
         _task("t2v-14B", _P720 + _P480),
         _task("t2i-14B", (*_P720, *_P480, "1024*1024")),
-        _task("i2v-14B", _P720 + _P480, steps=40, shift_480p=3.0, before="镜头晃动，", pictures=("image",)),
-        _task("flf2v-14B", _P720 + _P480, shift=16.0, before="镜头切换，镜头晃动，", pictures=_ENDS),
-        _task("vace-1.3B", _P480, shift=16.0, reads=_SOURCE),
-        _task("vace-14B", _P720 + _P480, shift=16.0, reads=_SOURCE),
+        _task("i2v-14B", _P720 + _P480, steps=40, shifts=(5.0, 3.0), before="镜头晃动，", pictures=("image",)),
+        _task("flf2v-14B", _P720 + _P480, shifts=(16.0, 16.0), before="镜头切换，镜头晃动，", pictures=_ENDS),
+        _task("vace-1.3B", _P480, shifts=(16.0, 16.0), reads=_SOURCE),
+        _task("vace-14B", _P720 + _P480, shifts=(16.0, 16.0), reads=_SOURCE),
     )
 }
 

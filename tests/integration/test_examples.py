@@ -307,6 +307,13 @@ def _run_pytest(words: list[str]) -> int:
     return 0 if all((ROOT / word).exists() for word in words if "/" in word) else 2
 
 
+def _run_pip(words: list[str]) -> int:
+    """Not here, where it is installed: this folder is a package, and the extras exist."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = re.findall(r"\[(\w+)\]", " ".join(words))
+    return 0 if "[project]" in project and all(re.search(rf"^{e} = ", project, re.MULTILINE) for e in extras) else 2
+
+
 def _run_make(words: list[str]) -> int:
     targets = (ROOT / "Makefile").read_text(encoding="utf-8")
     return 0 if re.search(rf"^{words[0]}:", targets, re.MULTILINE) else 2
@@ -320,6 +327,8 @@ def _handler(words: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
         return (_run_bash if head == "bash" else _run_make), words[1:]
     if first == "-m" and words[2] == "pytest":
         return _run_pytest, words[3:]
+    if first == "-m" and words[2:4] == ["pip", "install"]:
+        return _run_pip, words[4:]
     assert first.endswith(".py"), f"nobody knows how to run {words}"
     return (_understood if first.startswith("benchmarks/") else _run_script), words[1:]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from report_runs import Recipe, write_run
-from wanvram.analysis.compare import Condition, compare, judge, metrics, parse_condition
+from wanvram.analysis.compare import FailCondition, compare, judge, metrics, parse_condition
 from wanvram.cli.main import main
 from wanvram.errors import InputError
 from wanvram.record import Failure, Memory, RunRecord, Span
@@ -207,7 +207,7 @@ def test_a_run_that_failed_does_not_pass_because_its_figures_are_small(which: in
 
 
 def test_a_condition_reads_its_parts() -> None:
-    assert parse_condition(" stages.x.y.seconds <= -5% ") == Condition(
+    assert parse_condition(" stages.x.y.seconds <= -5% ") == FailCondition(
         " stages.x.y.seconds <= -5% ", ("stages", "x.y", "seconds"), "<=", -0.05, True, True
     )
     assert parse_condition("peak.device_bytes > 8GB").amount == 8 * GIB

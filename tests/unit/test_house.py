@@ -19,8 +19,26 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 2300,
+    ".": 3000,
+    "analysis": 3375,
+    "cli": 1800,
+    "engine": 2175,
+    "kernels": 850,
+    "machine": 775,
+    "matrix": 675,
+    "media": 625,
+    "models": 2075,
+    "planner": 1300,
+    "predict": 875,
+    "prompt": 1000,
+    "recorder": 1450,
+    "report": 2725,
+    "run": 1000,
+    "sampling": 200,
+    "simulate": 2750,
+    "weights": 2175,
 }
+WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -51,7 +69,7 @@ def test_no_function_is_longer_than_60_lines_or_has_more_than_7_parameters() -> 
     found = []
     for name, tree in _trees():
         for node in ast.walk(tree):
-            if not isinstance(node, Function):
+            if not isinstance(node, Function) or node.name.endswith("_kernel"):  # Triton's take a pointer each
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             count = len([a for a in arguments if a.arg not in ("self", "cls")])
@@ -79,10 +97,9 @@ def test_the_layers_drawn_are_the_layers_enforced() -> None:
     layers = [line.strip() for line in enforced[1].splitlines()]
     folders = [layer for layer in layers if any((SOURCE / part.strip()).is_dir() for part in layer.split("|"))]
     assert rows[:-1] == [layer.replace(" | pytest_plugin", "") for layer in folders]
-    plain = {part.strip() for layer in layers for part in layer.split("|")} - {
-        part.strip() for layer in folders for part in layer.split("|")
-    }
-    assert set(rows[-1].split()) == plain - {"__main__"}
+    parts = {part.strip() for layer in layers for part in layer.split("|")}
+    above = {part.strip() for layer in folders for part in layer.split("|")} | {"__main__"}
+    assert set(rows[-1].split()) == parts - above
 
 
 def test_every_file_that_is_named_exists() -> None:
@@ -91,14 +108,14 @@ def test_every_file_that_is_named_exists() -> None:
     found = {path.name for folder in ("src", "tests", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.*")}
     missing = [name for name in names if not any((base / name).exists() for base in (ROOT, SOURCE)) and "/" in name]
     assert not missing
-    assert not {name for name in names if "/" not in name} - found - {"timeline.json"}
+    assert not {name for name in names if "/" not in name} - found - WRITTEN
 
 
 STEPS = re.findall(r"^\d+\. `([\w/.]+\.py)` `([\w.]+)`", ARCHITECTURE, re.MULTILINE)
 
 
 def test_three_things_are_followed_through_the_files_in_at_most_ten_lines_each() -> None:
-    parts = re.split(r"^### ", ARCHITECTURE, flags=re.MULTILINE)[1:]
+    parts = [part.partition("\n## ")[0] for part in re.split(r"^### ", ARCHITECTURE, flags=re.MULTILINE)[1:]]
     traces = [part for part in parts if re.search(r"^1\. `", part, re.MULTILINE)]
     assert len(traces) == 3
     assert all(3 <= len(re.findall(r"^\d+\. ", trace, re.MULTILINE)) <= 10 for trace in traces)

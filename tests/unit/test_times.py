@@ -115,7 +115,7 @@ def test_streamed_weights_are_read_again_from_the_page_cache_where_it_holds_them
 
 
 def test_values_that_are_converted_while_they_are_read_take_longer() -> None:
-    """A checkpoint in bf16 run in fp16: 14B took 29 s from the page cache on one core, T5, which is not converted, 2.3 s for a third of it."""
+    """A checkpoint in bf16 run in fp16: 14B takes 29 s from the page cache, T5, which is not converted, 2.3 s for a third of it."""
     gpu = find_gpu("h200")
     plain, converted = (Clock(gpu, replace(HOST, cached_share=1.0, stored=stored)) for stored in ({}, {"dit": 1.0}))
     for clock in (plain, converted):

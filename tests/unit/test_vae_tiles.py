@@ -17,7 +17,7 @@ from unit.test_vae import SPEC, Calls, Storages, randn, random_vae
 from wanvram.errors import InputError
 from wanvram.models import vae_blocks
 from wanvram.models.vae import WanVAE
-from wanvram.models.vae_tiles import Halos, Span, grid
+from wanvram.models.vae_tiles import Halos, Stretch, grid
 from wanvram.specs import VAE, VAESpec
 from wanvram.units import GIB
 
@@ -96,7 +96,7 @@ def test_every_tile_comes_from_first_frame_to_last() -> None:
 def test_the_halo_of_the_full_model_is_seven_latent_pixels(target: tuple[int, int], source: tuple[int, int]) -> None:
     with torch.device("meta"):
         decoder = WanVAE(VAE["wan2.1"]).decoder
-    span = Span(*target, 832)
+    span = Stretch(*target, 832)
     area = next(grid(832, 832, (832, 832)))._replace(columns=span)
     halos = Halos(area).back((*decoder.upsamples[decoder.lowest :], decoder.head))
     assert halos.area.columns == (*source, 104)

@@ -19,7 +19,7 @@ from wanvram.units import human, parse_bytes
 
 __all__ = [
     "Comparison",
-    "Condition",
+    "FailCondition",
     "Key",
     "PredictionError",
     "Violation",
@@ -205,7 +205,7 @@ _HELP = "write for example 'peak.reserved_bytes > +2%', 'peak.device_bytes > 8Gi
 
 
 @dataclass(frozen=True)
-class Condition:
+class FailCondition:
     """figure OP limit. relative: the limit counts from the first run's figure; share: it is a part of that, or of 1."""
 
     text: str
@@ -265,7 +265,7 @@ class Violation:
 _OPERATORS = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
 
 
-def parse_condition(text: str) -> Condition:
+def parse_condition(text: str) -> FailCondition:
     """`peak.reserved_bytes > +2%`: with a sign counted from the first run, without one absolute. Raises InputError."""
     match = _CONDITION.fullmatch(text) if len(text) <= MAX_CONDITION else None
     if match is None:
@@ -278,15 +278,15 @@ def parse_condition(text: str) -> Condition:
             raise InputError(
                 f"--fail-if '{text}': a share of what? With a sign, +{digits}%, it counts from the first run"
             )
-        return Condition(text, key, operator, factor * float(digits) / 100, bool(sign), True)
+        return FailCondition(text, key, operator, factor * float(digits) / 100, bool(sign), True)
     if key[-1].endswith("_bytes"):
-        return Condition(text, key, operator, factor * parse_bytes(digits + unit), bool(sign), False)
+        return FailCondition(text, key, operator, factor * parse_bytes(digits + unit), bool(sign), False)
     if unit not in ("", "s") or (unit == "s" and key[-1] != "seconds"):
         raise InputError(f"--fail-if '{text}': {name} is not counted in {unit}; {_HELP}")
-    return Condition(text, key, operator, factor * float(digits), bool(sign), False)
+    return FailCondition(text, key, operator, factor * float(digits), bool(sign), False)
 
 
-def judge(comparison: Comparison, conditions: Sequence[Condition]) -> list[Violation]:
+def judge(comparison: Comparison, conditions: Sequence[FailCondition]) -> list[Violation]:
     """Everything that fails a build. With any condition, so does a run that failed: its figures stop where it did."""
     if not conditions:
         return []

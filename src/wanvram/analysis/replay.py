@@ -19,13 +19,13 @@ __all__ = [
     "INACTIVE",
     "NO_STACK",
     "PENDING",
-    "Block",
     "Frame",
     "Live",
     "OutOfMemoryEvent",
     "Replay",
     "Rules",
     "Segment",
+    "SnapshotBlock",
     "Stack",
     "TraceEntry",
 ]
@@ -65,7 +65,7 @@ class TraceEntry:
 
 
 @dataclass(frozen=True)
-class Block:
+class SnapshotBlock:
     """A part of a segment. state: active_allocated, active_pending_free (waits for another stream) or inactive."""
 
     address: int
@@ -84,7 +84,7 @@ class Segment:
     stream: int
     small: bool
     expandable: bool
-    blocks: tuple[Block, ...]
+    blocks: tuple[SnapshotBlock, ...]
     device: int = 0
 
 

@@ -18,13 +18,13 @@ from wanvram.analysis.replay import (
     INACTIVE,
     NO_STACK,
     PENDING,
-    Block,
     Frame,
     Live,
     OutOfMemoryEvent,
     Replay,
     Rules,
     Segment,
+    SnapshotBlock,
     TraceEntry,
 )
 from wanvram.analysis.snapshot_unpickler import Mark, SnapshotUnpickler
@@ -45,7 +45,6 @@ from wanvram.units import human
 __all__ = [
     "AliveGroup",
     "AllocatorMoment",
-    "Block",
     "DeviceHistory",
     "Frame",
     "Hole",
@@ -53,6 +52,7 @@ __all__ = [
     "OutOfMemoryEvent",
     "Segment",
     "Snapshot",
+    "SnapshotBlock",
     "TraceEntry",
     "find_holes",
     "read_snapshot",
@@ -292,7 +292,7 @@ def _history(
 
 
 def _peak(
-    replay: Replay, older: Sequence[Block], base: int, base_reserved: int, known: Sequence[Segment] | None
+    replay: Replay, older: Sequence[SnapshotBlock], base: int, base_reserved: int, known: Sequence[Segment] | None
 ) -> AllocatorMoment:
     """known: the segments then; None if the replay knows them."""
     alive, pending = replay.at_peak()
@@ -323,11 +323,11 @@ def _map(replay: Replay, alive: dict[int, Live], pending: dict[int, Live]) -> tu
         while at < len(used) and used[at][0] < end:
             address, live, state = used[at]
             if address > free:
-                blocks.append(Block(free, address - free, 0, INACTIVE))
-            blocks.append(Block(address, live[0], live[1], state, live[2]))
+                blocks.append(SnapshotBlock(free, address - free, 0, INACTIVE))
+            blocks.append(SnapshotBlock(address, live[0], live[1], state, live[2]))
             free, at = address + live[0], at + 1
         if free < end:
-            blocks.append(Block(free, end - free, 0, INACTIVE))
+            blocks.append(SnapshotBlock(free, end - free, 0, INACTIVE))
         result.append(replace(held, blocks=tuple(blocks)))
     return tuple(result)
 
@@ -404,5 +404,5 @@ def snapshot_timeline(snapshot: Snapshot) -> TimelineRecord:
     )
 
 
-def _drawn(segment: Segment, block: Block) -> tuple[int, int, BlockState]:
+def _drawn(segment: Segment, block: SnapshotBlock) -> tuple[int, int, BlockState]:
     return block.address - segment.address, block.size, "active" if block.state == ACTIVE else "inactive"

@@ -11,7 +11,7 @@ from typing import Any
 
 from wanvram.analysis.pickles import ODD, PlainUnpickler
 from wanvram.analysis.places import is_own, place_of
-from wanvram.analysis.replay import NO_STACK, Block, Frame, Replay, Rules, Segment, Stack
+from wanvram.analysis.replay import NO_STACK, Frame, Replay, Rules, Segment, SnapshotBlock, Stack
 from wanvram.foreign_text import quoted
 
 __all__ = ["Mark", "SnapshotUnpickler"]
@@ -140,7 +140,7 @@ class SnapshotUnpickler(PlainUnpickler):
         if state.__class__ is not str:
             return self._odd("block", "state", state)
         self._keep(1)
-        return Block(address, size, asked, state, _stack(value.get("frames")))
+        return SnapshotBlock(address, size, asked, state, _stack(value.get("frames")))
 
     def _segment(self, value: dict[Any, Any]) -> Any:
         at = address = value.get("address", -1)
@@ -152,9 +152,9 @@ class SnapshotUnpickler(PlainUnpickler):
             return self._odd("segment", "stream or blocks", stream)
         blocks = []
         for block in value["blocks"]:
-            if block.__class__ is Block:  # torch before 2.1 wrote no addresses
+            if block.__class__ is SnapshotBlock:  # torch before 2.1 wrote no addresses
                 at = max(block.address, at)
-                blocks.append(Block(at, block.size, block.requested_size, block.state, block.frames))
+                blocks.append(SnapshotBlock(at, block.size, block.requested_size, block.state, block.frames))
                 at += block.size
         kind = value.get("segment_type") == "small"
         return Segment(address, size, stream, kind, value.get("is_expandable") is True, tuple(blocks), device)

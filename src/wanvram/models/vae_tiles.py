@@ -56,37 +56,37 @@ class TilePiece(NamedTuple):
     pixels: Tensor
 
 
-class Span(NamedTuple):
+class Stretch(NamedTuple):
     """Positions start..stop of `extent`, in one direction."""
 
     start: int
     stop: int
     extent: int
 
-    def grown(self) -> Span:
+    def grown(self) -> Stretch:
         """What a convolution of 3 reads."""
-        return Span(max(self.start - 1, 0), min(self.stop + 1, self.extent), self.extent)
+        return Stretch(max(self.start - 1, 0), min(self.stop + 1, self.extent), self.extent)
 
-    def halved(self) -> Span:
+    def halved(self) -> Stretch:
         """Of the picture with half the extent, what covers this when doubled."""
-        return Span(self.start // 2, -(-self.stop // 2), self.extent // 2)
+        return Stretch(self.start // 2, -(-self.stop // 2), self.extent // 2)
 
-    def scaled(self, factor: int) -> Span:
-        return Span(self.start * factor, self.stop * factor, self.extent * factor)
+    def scaled(self, factor: int) -> Stretch:
+        return Stretch(self.start * factor, self.stop * factor, self.extent * factor)
 
-    def strided(self) -> Span:
+    def strided(self) -> Stretch:
         """What a convolution of 3 with stride 2 reads, padded at the end."""
         start, stop, extent = self.scaled(2)
-        return Span(start, min(stop + 1, extent), extent)
+        return Stretch(start, min(stop + 1, extent), extent)
 
 
 class Area(NamedTuple):
     """A rectangle of the picture at one resolution."""
 
-    rows: Span
-    columns: Span
+    rows: Stretch
+    columns: Stretch
 
-    def each(self, change: Callable[[Span], Span]) -> Area:
+    def each(self, change: Callable[[Stretch], Stretch]) -> Area:
         return Area(change(self.rows), change(self.columns))
 
     def scaled(self, factor: int) -> Area:
@@ -115,10 +115,10 @@ def grid(height: int, width: int, tile: tuple[int, int]) -> Iterator[Area]:
             yield Area(rows, columns)
 
 
-def _spans(extent: int, longest: int) -> list[Span]:
+def _spans(extent: int, longest: int) -> list[Stretch]:
     count = -(-extent // longest)
     edges = [extent * number // count for number in range(count + 1)]
-    return [Span(start, stop, extent) for start, stop in pairwise(edges)]
+    return [Stretch(start, stop, extent) for start, stop in pairwise(edges)]
 
 
 class Halos:
@@ -142,9 +142,9 @@ class Halos:
                 self.area = wanted.each(lambda span: span.grown().halved())
                 self.cuts[module.resample["1"]] = wanted.within(self.area.scaled(2))
             elif isinstance(module, Downsample):
-                self.area = wanted.each(Span.strided)
+                self.area = wanted.each(Stretch.strided)
             elif isinstance(module, (Conv, LastConv)):
-                self.area = wanted.each(Span.grown)
+                self.area = wanted.each(Stretch.grown)
                 self.cuts[module] = wanted.within(self.area)
             else:
                 raise TypeError(f"{type(module).__name__} needs the whole picture")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from wanvram.analysis.snapshot import Block, Frame, Segment, TraceEntry
+from wanvram.analysis.snapshot import Frame, Segment, SnapshotBlock, TraceEntry
 from wanvram.output_files import whole_file, writing
 from wanvram.simulate.allocator import CachingAllocator, SegmentView
 from wanvram.timeline_record import MemoryOwner
@@ -101,7 +101,7 @@ class _Writer:
             "blocks": [self._block(block) for block in segment.blocks],
         }
 
-    def _block(self, block: Block) -> dict[str, Any]:
+    def _block(self, block: SnapshotBlock) -> dict[str, Any]:
         return {
             "address": block.address + self._shift,
             "size": block.size,
@@ -134,12 +134,14 @@ def allocator_segments(
     segments: list[Segment] = []
     for view in views:
         expandable = any(state == "unmapped" for _, _, state in view.blocks)
-        stretch: list[Block] = []
+        stretch: list[SnapshotBlock] = []
         for address, size, state in (*view.blocks, (0, 0, "unmapped")):
             if state != "unmapped":
                 live = state == "allocated"
                 asked = requested.get(address, size) if live else 0
-                stretch.append(Block(address, size, asked, _STATES[state], frames.get(address, ()) if live else ()))
+                stretch.append(
+                    SnapshotBlock(address, size, asked, _STATES[state], frames.get(address, ()) if live else ())
+                )
             elif stretch:
                 total = sum(block.size for block in stretch)
                 start = stretch[0].address
