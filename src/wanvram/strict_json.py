@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from itertools import cycle
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from wanvram.errors import DamagedError
@@ -48,22 +49,25 @@ def check_types(value: Any, kind: Any, where: str) -> None:
         if value is None:
             return
         (kind,) = (option for option in options if option is not type(None))
+    if said := _misfit(value, kind):
+        raise DamagedError(f"{shown(where or 'it', 100)} {said}")
+    if kind is not Any:
+        for name, item, inside in _parts(value, kind):
+            check_types(item, inside, f"{where}.{name}".lstrip("."))
+
+
+def _misfit(value: Any, kind: Any) -> str | None:
+    """What is wrong with the value itself, whatever is inside it."""
     plain = get_origin(kind) or kind
     if plain is Any:
-        return
+        return None
     if plain is Literal:
-        if value not in options:
-            raise DamagedError(f"{shown(where or 'it', 100)} is {quoted(value)}; expected one of {', '.join(options)}")
-        return
+        allowed = get_args(kind)
+        return None if value in allowed else f"is {quoted(value)}; expected one of {', '.join(allowed)}"
     wanted = (int, float) if plain is float else plain
     if not isinstance(value, wanted) or (isinstance(value, bool) and plain is not bool):
-        raise DamagedError(
-            f"{shown(where or 'it', 100)} is {quoted(value)}; expected {_KINDS.get(plain, 'something else')}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise DamagedError(f"{shown(where, 100)} is no finite number")
-    for name, item, inside in _parts(value, kind):
-        check_types(item, inside, f"{where}.{name}".lstrip("."))
+        return f"is {quoted(value)}; expected {_KINDS.get(plain, 'something else')}"
+    return "is no finite number" if isinstance(value, float) and not math.isfinite(value) else None
 
 
 _T = TypeVar("_T")
@@ -74,34 +78,87 @@ def built(kind: type[_T], data: Any, where: str) -> _T:
 
     KeyError for a value that is missing, ValueError naming the place of one that is not what the annotation says.
     """
-    value = _built(kind, data, where)
-    check_types(value, kind, where)
-    return value  # type: ignore[no-any-return]
+    try:
+        return _reader(kind)(data)  # type: ignore[no-any-return, arg-type]
+    except _Unfit as error:
+        place = ".".join([where, *reversed(error.place)]).strip(".")
+        raise DamagedError(f"{shown(place or 'it', 100)} {error.said}") from error
 
 
-def _built(kind: Any, data: Any, where: str) -> Any:
-    """Objects made, values not yet checked."""
-    options = [option for option in get_args(kind) if option is not type(None)]
-    if data is not None and len(options) == 1 and get_origin(kind) not in (list, tuple):
-        kind = options[0]  # of `kind | None`
-    if isinstance(kind, type) and is_dataclass(kind):
+class _Unfit(Exception):
+    """place grows on the way out, innermost first: names are put together for what is wrong only, a timeline has 200,000 values."""
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+        self.place: list[str] = []
+
+
+Reader = Callable[[Any], Any]
+
+
+@cache
+def _reader(kind: Any) -> Reader:
+    """What makes a value of this annotation out of JSON's. No annotation may hold itself; what is in a dict is not looked at."""
+    plain, inside = get_origin(kind) or kind, get_args(kind)
+    if type(None) in inside:
+        (some,) = (option for option in inside if option is not type(None))
+        read = _reader(some)
+        return lambda value: None if value is None else read(value)
+    if is_dataclass(plain):
+        return _section_reader(plain)
+    if plain in (list, tuple):
+        return _list_reader(plain, inside)
+
+    assert plain is not dict or inside[1] is Any
+
+    def checked(value: Any) -> Any:
+        if (type(value) is not plain or plain is float) and (said := _misfit(value, kind)):
+            raise _Unfit(said)
+        return value
+
+    return checked
+
+
+def _section_reader(kind: Any) -> Reader:
+    known = [(f.name, _reader(_hints(kind)[f.name]), f.default is f.default_factory is MISSING) for f in fields(kind)]
+
+    def read(data: Any) -> Any:
         if not isinstance(data, dict):
-            raise DamagedError(f"{shown(where or 'it', 100)} is {quoted(data)}; expected a section")
-        missing = [f.name for f in fields(kind) if f.name not in data and f.default is f.default_factory is MISSING]
-        if missing:
-            raise KeyError(missing[0])
-        known = {f.name: data[f.name] for f in fields(kind) if f.name in data}
-        hints = _hints(kind)
-        return kind(**{name: _built(hints[name], item, f"{where}.{name}".lstrip(".")) for name, item in known.items()})
-    if isinstance(data, list) and get_origin(kind) is list:
-        return [_built(get_args(kind)[0], item, f"{where}.{index}") for index, item in enumerate(data)]
-    if isinstance(data, list) and get_origin(kind) is tuple:
-        inside = get_args(kind)
-        kinds = [inside[0]] * len(data) if inside[-1] is ... else list(inside)
-        if len(kinds) != len(data):
-            raise DamagedError(f"{shown(where, 100)} is a group of {len(data)} values, expected {len(kinds)}")
-        return tuple(_built(k, item, f"{where}.{i}") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
-    return data
+            raise _Unfit(f"is {quoted(data)}; expected a section")
+        values = {}
+        for name, inner, needed in known:
+            if name in data:
+                try:
+                    values[name] = inner(data[name])
+                except _Unfit as error:
+                    error.place.append(name)
+                    raise
+            elif needed:
+                raise KeyError(name)
+        return kind(**values)
+
+    return read
+
+
+def _list_reader(kind: Any, inside: tuple[Any, ...]) -> Reader:
+    same = kind is list or inside[-1] is ...
+    readers = [_reader(item) for item in (inside[:1] if same else inside)]
+
+    def read(data: Any) -> Any:
+        if not isinstance(data, list):
+            raise _Unfit(f"is {quoted(data)}; expected a list")
+        if not same and len(data) != len(readers):
+            raise _Unfit(f"is a group of {len(data)} values, expected {len(readers)}")
+        values: list[Any] = []
+        try:
+            for item, inner in zip(data, cycle(readers) if same else readers, strict=False):
+                values.append(inner(item))
+        except _Unfit as error:
+            error.place.append(str(len(values)))
+            raise
+        return kind(values)
+
+    return read
 
 
 _KINDS = {

@@ -154,6 +154,14 @@ def test_a_full_segment_map_has_no_holes_and_a_missing_one_no_answer() -> None:
     assert unusable(replace(full, segments=())) is None
 
 
+def test_a_group_of_no_block_is_no_largest_activation() -> None:
+    """A file may say so."""
+    peak = timeline().moments[0]
+    found = unusable(replace(peak, alive=(replace(peak.alive[1], bytes=5, count=0),)))
+    assert found is not None
+    assert found.largest_allocation_bytes == 5
+
+
 # --- fragmentation and fluctuation -----------------------------------------------------------------------------------
 
 

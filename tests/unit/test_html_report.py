@@ -301,6 +301,12 @@ def test_the_time_of_a_run_leaves_loading_out(run: Run) -> None:
             '{"schema": 1, "axis": "events", "points": [[0, "x", 1, null]], "stages": [], "weights": [], "moments": []}',
             "points.0.1 is 'x'; expected a whole number",
         ),
+        (
+            "timeline.json",
+            '{"schema": 1, "axis": "events", "points": [], "stages": [{"name": "s", "component": null, "kind": "block", '
+            '"start": 0, "end": 1}], "weights": [], "moments": []}',
+            "timeline.json is damaged: stages.0.kind is 'block'; expected one of load, stage, step",
+        ),
         ("timeline.json", '{"schema": 1, "axis": "years", "points": []}', "'years' is none of events, seconds"),
         ("advice.json", '{"advice": [{"change": "x"}]}', "advice.json is damaged: 'saved_bytes' is missing"),
         ("record.json", "[]", "this is no wanvram record of schema 1"),

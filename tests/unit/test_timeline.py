@@ -216,8 +216,8 @@ def test_equal_tensors_of_one_place_are_one_group_and_those_of_another_stage_are
 def test_a_buffer_that_a_library_keeps_belongs_to_no_component() -> None:
     run = Script()
     run.timeline.begin("denoise", "stage", "dit")
-    for operation in ("cublas workspace", "wanvram.conv3d.default workspace"):
-        run.timeline.malloc(run.allocator.malloc(MIB), operation)
+    for operation, shared in (("cublas workspace", True), ("wanvram.conv3d.default workspace", False)):
+        run.timeline.malloc(run.allocator.malloc(MIB), operation, shared=shared)
     groups = moment(run.result(), "peak")["alive"]
     assert {g["operation"]: g["component"] for g in groups} == {
         "cublas workspace": None,

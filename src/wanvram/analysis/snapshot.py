@@ -61,6 +61,7 @@ __all__ = [
 
 MAX_GROUPS = 200  # alive groups of a moment in a timeline
 MAX_STAGES = 1000
+BESIDE_LIVE = "beside live blocks"  # why a hole may be of no use, where its size decides
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,16 @@ class Hole:
     bytes: int
     segment: int
     offset: int
-    why: str
+    reason: str
+
+    @property
+    def why(self) -> str:
+        """The reason in full."""
+        return (
+            f"{self.reason}: fits only requests up to {human(self.bytes)}"
+            if self.reason == BESIDE_LIVE
+            else self.reason
+        )
 
 
 @dataclass(frozen=True)
@@ -343,18 +353,18 @@ def find_holes(segments: Sequence[Segment]) -> tuple[Hole, ...]:
         whole = all(block.state == INACTIVE for block in segment.blocks)
         for block in segment.blocks:
             if block.state == PENDING:
-                why = "freed, but another stream may still use it"
+                reason = "freed, but another stream may still use it"
             elif block.state == ACTIVE:
                 continue
             elif whole:
-                why = "a whole free segment; torch.cuda.empty_cache() would give it back"
+                reason = "a whole free segment; torch.cuda.empty_cache() would give it back"
             elif segment.stream != main:
-                why = f"belongs to stream {segment.stream}"
+                reason = f"belongs to stream {segment.stream}"
             elif segment.small:
-                why = "in the small pool, which serves requests up to 1 MiB only"
+                reason = "in the small pool, which serves requests up to 1 MiB only"
             else:
-                why = f"beside live blocks: fits only requests up to {human(block.size)}"
-            holes.append(Hole(block.size, segment.address, block.address - segment.address, why))
+                reason = BESIDE_LIVE
+            holes.append(Hole(block.size, segment.address, block.address - segment.address, reason))
     return tuple(sorted(holes, key=lambda hole: -hole.bytes))
 
 

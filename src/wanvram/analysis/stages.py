@@ -44,7 +44,6 @@ __all__ = [
 SCHEMA = 1
 WARM_UP_STEPS = 3  # solvers of second order keep results of two steps; libraries take their workspaces in the first
 MAX_STEPS = 10_000
-_OF = f"{WEIGHTS} of "
 
 
 @dataclass(frozen=True)
@@ -363,7 +362,7 @@ def _bottleneck(span: Span, window: _Window | None, timeline: TimelineRecord | N
     top = owners(groups, _group_name)[:5]
     rest = owners((g for g in groups if g.operation != WEIGHTS), _group_name)[:2]
     if moment.weights_bytes:
-        text += f" {mib(moment.weights_bytes)} are weights ({_weights_listed(moment)})."
+        text += f" {mib(moment.weights_bytes)} are weights ({_weights_listed(groups)})."
     if rest:
         text += f" Largest of the rest: {'; '.join(map(_times, rest))}."
     return Bottleneck(span.name, span.component, peak, moment.weights_bytes, top, text)
@@ -378,9 +377,9 @@ def _group_name(group: AliveBlocks) -> str:
     return f"{shape_of(group)} of {module_of(group)}"
 
 
-def _weights_listed(moment: Moment) -> str:
-    found = [owner for owner in moment.by_component if owner.name.startswith(_OF)]
-    return ", ".join(f"{shown(owner.name.removeprefix(_OF))} {mib(owner.bytes)}" for owner in found)
+def _weights_listed(groups: Sequence[AliveBlocks]) -> str:
+    found = owners((g for g in groups if g.operation == WEIGHTS and g.component), lambda group: str(group.component))
+    return ", ".join(f"{shown(owner.name)} {mib(owner.bytes)}" for owner in found)
 
 
 def _times(owner: OwnerShare) -> str:

@@ -243,7 +243,9 @@ def _analyze_snapshot(path: Path) -> Result:
             "seconds": main.peak.seconds,
             "alive": [asdict(group) for group in main.peak.alive],
             "by_place": [asdict(group) for group in main.by_place()],
-            "holes": [asdict(hole) for hole in main.peak.holes],
+            "holes": [
+                {key: getattr(hole, key) for key in ("bytes", "segment", "offset", "why")} for hole in main.peak.holes
+            ],
         },
         "out_of_memory": [asdict(refusal) for refusal in main.out_of_memory],
         "host": asdict(snapshot.host) if snapshot.host else None,

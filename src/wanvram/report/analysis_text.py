@@ -267,8 +267,7 @@ def snapshot_text(snapshot: Snapshot) -> str:
     more = f"\n... and {len(places) - ROWS:,} more places" if len(places) > ROWS else ""
     by_reason: dict[str, int] = {}
     for hole in main.peak.holes:
-        why = "beside live blocks" if hole.why.startswith("beside live") else hole.why
-        by_reason[why] = by_reason.get(why, 0) + hole.bytes
+        by_reason[hole.reason] = by_reason.get(hole.reason, 0) + hole.bytes
     reasons = sorted(by_reason.items(), key=lambda item: -item[1])[:ROWS]
     holes = listed([f"reserved but not in use {when}{gpu}", "MiB"], ([why, mib_cell(size)] for why, size in reasons))
     refused = [

@@ -38,7 +38,7 @@ class AllocationEvent:
 class MemoryObserver(Protocol):
     """Hears every allocator call, after it. It must keep no tensor: a reference would move the free it is told of."""
 
-    def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None) -> None:
+    def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None, *, shared: bool) -> None:
         """tensor: the storage's first tensor, for its shape and dtype; None for a library's buffer."""
         ...
 
@@ -164,7 +164,7 @@ class SimulatedMemory(TorchDispatchMode):
         for name in ("kernels", *self.gpu.module_bytes):
             self.load_library(name)
             for nbytes in self.libraries.persistent_buffers(name):
-                self._malloc(nbytes, name + " workspace")
+                self._malloc(nbytes, name + " workspace", shared=True)
 
     # --- dispatch --------------------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class SimulatedMemory(TorchDispatchMode):
             if library not in self._loaded:
                 self.load_library(library)
                 for nbytes in self.libraries.persistent_buffers(library):
-                    self._malloc(nbytes, library + " workspace")
+                    self._malloc(nbytes, library + " workspace", shared=True)
         transient = [self._malloc(nbytes, self._operation + " workspace") for nbytes in plan.during]
         for handle in reversed(transient):
             self._free(handle)
@@ -268,11 +268,11 @@ class SimulatedMemory(TorchDispatchMode):
     def _forget_device(self, key: int) -> None:
         self._free(self._device.pop(key))
 
-    def _malloc(self, nbytes: int, operation: str, tensor: torch.Tensor | None = None) -> int:
+    def _malloc(self, nbytes: int, operation: str, tensor: torch.Tensor | None = None, *, shared: bool = False) -> int:
         handle = self.allocator.malloc(nbytes)
         self.live[handle] = (nbytes, operation)
         if self.observer is not None:
-            self.observer.malloc(handle, operation, tensor)
+            self.observer.malloc(handle, operation, tensor, shared=shared)
         if self.events is not None:
             self.events.append(AllocationEvent(nbytes, operation, handle))
         return handle

@@ -144,12 +144,17 @@ class Timeline:
         if entry is not None:
             entry.end = len(self._kinds)
 
-    def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None = None) -> None:
-        """After the allocator's malloc: its handle, what asked, and the tensor for its shape and dtype."""
-        place = self._places.of_caller()
-        key: tuple[Any, ...] = (operation, place, self._where, None, None)
-        if tensor is not None:
-            key = (operation, place, self._where, tensor.shape, tensor.dtype)
+    def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None = None, *, shared: bool = False) -> None:
+        """After the allocator's malloc: its handle, what asked, and the tensor for its shape and dtype.
+
+        shared: a library's buffer for good, whoever uses it first.
+        """
+        if shared:
+            key: tuple[Any, ...] = (operation, None, self._where._replace(component=None), None, None)
+        elif tensor is None:
+            key = (operation, self._places.of_caller(), self._where, None, None)
+        else:
+            key = (operation, self._places.of_caller(), self._where, tensor.shape, tensor.dtype)
         owner = self._owners.get(key)
         if owner is None:
             owner = self._owners[key] = len(self._owners)
@@ -267,9 +272,6 @@ class Timeline:
     def _owner_list(self) -> list[MemoryOwner]:
         owners = []
         for operation, place, (stage, kind, component), shape, dtype in self._owners:
-            if shape is None and "." not in operation:
-                # A library's buffer for good, whoever used it first; the names of ATen's and our operations have a dot.
-                component = place = None
             sizes = None if shape is None else tuple(map(int, shape))
             text = None if dtype is None else str(dtype).removeprefix("torch.")
             name, lines = place or (None, None)
