@@ -15,7 +15,6 @@ import pytest
 from planner_card import Card, plan
 from wanvram.cli import generate
 from wanvram.cli import main as command
-from wanvram.cli import plan as verb
 from wanvram.cli.budget import planned
 from wanvram.cli.flags import config_from_flags
 from wanvram.config import Request, RunConfig, Strategy, load_config
@@ -65,7 +64,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     monkeypatch.setattr("wanvram.predict.plan.simulate_stage", card)
     monkeypatch.setattr("wanvram.predict.plan.simulate", lambda config, **how: (WholeRun(), None))
-    monkeypatch.setattr(command, "VERBS", (verb,))
+    monkeypatch.setattr(command, "VERBS", ("plan",))
     monkeypatch.setattr("wanvram.cli.budget.first_gpu", no_card)
     monkeypatch.setattr("wanvram.machine.host.total_ram_bytes", lambda: 64 * GIB)
     monkeypatch.setattr("wanvram.machine.host.available_ram_bytes", lambda: 40 * GIB)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import SourceLoader
+from importlib.util import find_spec
 from typing import Any
 
-from wanvram.cli import analyze, check, compare, convert, estimate, generate, plan, profile, report, streams
+from wanvram.cli import streams
 from wanvram.errors import WanvramError
 from wanvram.foreign_text import shown, unforeseen
 from wanvram.recorder.interrupts import INTERRUPTED, catching
@@ -15,7 +18,7 @@ from wanvram.version import __version__
 
 __all__ = ["main"]
 
-VERBS = (generate, plan, estimate, profile, analyze, compare, report, check, convert)
+VERBS = ("generate", "plan", "estimate", "profile", "analyze", "compare", "report", "check", "convert")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,29 +42,49 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def build_parser() -> argparse.ArgumentParser:
+class _VerbParser(_Parser):
+    """Of one verb, whose module is imported when the verb is meant: all nine would cost every command 0.3 s."""
+
+    module = ""
+
+    def fill(self) -> None:
+        if not self.module:
+            return
+        module, self.module = import_module(self.module), ""
+        self.description, _, self.epilog = (module.__doc__ or "").partition("\n")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        module.prepare_parser(self)
+        self.set_defaults(run=module.run)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.fill()
+        return super().parse_known_args(args, namespace)
+
+
+def build_parser(*, whole: bool = True) -> argparse.ArgumentParser:
+    """whole: with the flags of every verb, else they come when a verb is parsed."""
     parser = _Parser(prog="wanvram", description="GPU memory of Wan2.1 video generation: predicted, planned, measured.")
     parser.add_argument("--version", action="version", version=f"wanvram {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    for module in VERBS:
-        name = module.__name__.rpartition(".")[2]
-        summary, _, details = (module.__doc__ or "").partition("\n")
-        verb = verbs.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=details,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        module.prepare_parser(verb)
-        verb.set_defaults(run=module.run)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_VerbParser)
+    for name in VERBS:
+        module = f"wanvram.cli.{name}"
+        verb = verbs.add_parser(name, help=_summary(module), formatter_class=argparse.RawDescriptionHelpFormatter)
+        verb.module = module
+        if whole:
+            verb.fill()
     return parser
+
+
+def _summary(module: str) -> str:
+    """The first line of its docstring, which is the first of its source: nothing is imported."""
+    spec = find_spec(module)
+    source = spec.loader.get_source(module) if spec and isinstance(spec.loader, SourceLoader) else None
+    return (source or "").partition("\n")[0].strip('"')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     streams.prepare()
-    parser = build_parser()
+    parser = build_parser(whole=False)
     try:
         args = parser.parse_args(argv)
         if args.verb is None:
