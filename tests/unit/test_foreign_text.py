@@ -15,7 +15,6 @@ import pytest
 from test_trace_reader import EVENTS, op, saved
 
 from report_runs import Recipe, write_run
-from wanvram.cli import main as main_module
 from wanvram.cli.main import main
 from wanvram.errors import InputError
 from wanvram.foreign_text import MAX_SHOWN, quoted, shown, why
@@ -282,7 +281,7 @@ def test_what_no_verb_foresees_is_one_sentence_and_a_traceback_only_with_debug(
     def broken(_: object) -> int:
         raise KeyError("NoneType object")
 
-    monkeypatch.setattr(main_module.analyze, "run", broken)
+    monkeypatch.setattr("wanvram.cli.analyze.run", broken)
     assert main(["analyze", str(named)]) == 1
     error = capsys.readouterr().err
     assert error == (
