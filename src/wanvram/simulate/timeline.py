@@ -55,13 +55,6 @@ class _Where(NamedTuple):
     component: str | None = None
 
 
-class _CodePlace(NamedTuple):
-    """The code that asked, without lines and with them."""
-
-    name: str
-    lines: str
-
-
 @dataclass
 class _Interval:
     """A load, stage or step on the x axis."""
@@ -274,8 +267,8 @@ class Timeline:
         for operation, place, (stage, kind, component), shape, dtype in self._owners:
             sizes = None if shape is None else tuple(map(int, shape))
             text = None if dtype is None else str(dtype).removeprefix("torch.")
-            name, lines = place or (None, None)
-            owners.append(MemoryOwner(component, stage, kind, lines, name, operation, sizes, text))
+            name = place and self._places.names[place]
+            owners.append(MemoryOwner(component, stage, kind, place, name, operation, sizes, text))
         return owners
 
     def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[_Interval, int, int]]) -> dict[int, str]:
@@ -322,13 +315,14 @@ class _Places:
 
     def __init__(self) -> None:
         self._codes: dict[int, tuple[CodeType, str, bool]] = {}  # by id: hashing a code object reads all of it
-        self._lines: dict[tuple[int, int], _CodePlace] = {}
-        self._paths: dict[tuple[_CodePlace, _CodePlace], _CodePlace] = {}
+        self._lines: dict[tuple[int, int], str] = {}
+        self._paths: dict[tuple[str, str], str] = {}
+        self.names: dict[str, str] = {}  # of every place told, without lines
 
-    def of_caller(self) -> _CodePlace | None:
+    def of_caller(self) -> str | None:
         """`dit.SelfAttention.forward:186 > Linear.forward:77` for what called the observer's malloc."""
         frame: FrameType | None = sys._getframe(2)  # over of_caller and Timeline.malloc
-        inner: _CodePlace | None = None
+        inner: str | None = None
         while frame is not None:
             code = frame.f_code
             known = self._codes.get(id(code))
@@ -344,19 +338,20 @@ class _Places:
             frame = frame.f_back
         return inner
 
-    def _line(self, frame: FrameType, name: str) -> _CodePlace:
+    def _line(self, frame: FrameType, name: str) -> str:
         key = id(frame.f_code), frame.f_lasti
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = _CodePlace(name, f"{name}:{frame.f_lineno}")
+            line = self._lines[key] = f"{name}:{frame.f_lineno}"
+            self.names[line] = name
         return line
 
-    def _path(self, outer: _CodePlace, inner: _CodePlace) -> _CodePlace:
+    def _path(self, outer: str, inner: str) -> str:
         path = self._paths.get((outer, inner))
         if path is None:
-            shared = outer.name.split(".")[0] + "."  # the file is named once
-            path = _CodePlace(*(f"{o} > {i.removeprefix(shared)}" for o, i in zip(outer, inner, strict=True)))
-            self._paths[outer, inner] = path
+            shared = outer.split(".")[0] + "."  # the file is named once
+            path = self._paths[outer, inner] = f"{outer} > {inner.removeprefix(shared)}"
+            self.names[path] = f"{self.names[outer]} > {self.names[inner].removeprefix(shared)}"
         return path
 
 
