@@ -60,8 +60,9 @@ def gib(count: int) -> str:
 
 
 def human(count: int) -> str:
-    """Bytes -> MiB under 10 GiB, GiB above and for whole ones, as they are typed; a sign is kept."""
-    return mib(count) if abs(count) < 10 * GIB and (count == 0 or count % GIB) else gib(count)
+    """Bytes -> MiB under 10 GiB, GiB above and for whole ones and quarters from 1 GiB on, as they are typed; a sign is kept."""
+    typed = abs(count) >= GIB and count % (GIB // 4) == 0
+    return gib(count) if typed or abs(count) >= 10 * GIB else mib(count)
 
 
 def seconds(value: float) -> str:

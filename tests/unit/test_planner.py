@@ -358,7 +358,7 @@ def test_a_card_nobody_measured_and_a_budget_above_it_are_noted() -> None:
     result = plan(request("t2v-1.3B", "832*480"), budget(8, gpu="rtx4060"), Options(), Card())
     assert result.budget.usable_bytes < 8 * GIB
     assert any("not measured on this card" in note for note in result.notes)
-    assert any("7.84 GiB" in note for note in result.notes)
+    assert any("8,028.2 MiB" in note for note in result.notes)
     assert not any("not measured" in note for note in planned(gibibytes=8).notes)
 
 

@@ -49,7 +49,10 @@ def test_from_120_minutes_on_there_are_hours(value: float, text: str) -> None:
         (8 * GIB, "8.00 GiB"),
         (8 * GIB - MIB, "8,191.0 MiB"),
         (-GIB, "-1.00 GiB"),
+        (GIB + GIB // 2, "1.50 GiB"),
+        (9 * GIB + GIB // 4, "9.25 GiB"),
+        (GIB // 2, "512.0 MiB"),
     ],
 )
-def test_whole_gibibytes_are_said_as_they_are_typed(count: int, text: str) -> None:
+def test_whole_gibibytes_and_quarters_are_said_as_they_are_typed(count: int, text: str) -> None:
     assert human(count) == text

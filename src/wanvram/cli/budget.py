@@ -16,7 +16,7 @@ from wanvram.planner.result import Refusal
 from wanvram.record import Predicted
 from wanvram.report.plan import summarize_plan
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, cards_with_memory, find_gpu
-from wanvram.units import gib
+from wanvram.units import human
 
 __all__ = ["add_budget_flags", "budget_of", "planned"]
 
@@ -58,12 +58,12 @@ def budget_of(vram: str | None, ram: str | None, gpu: str | None, *, flag: str =
         raise InputError(_which_card(vram_bytes))
     if vram_bytes is None and here is not None and (auto or named is None):
         vram_bytes, now = here.free_bytes, True
-        notes.append(f"{gib(here.free_bytes)} of the {gib(here.total_bytes)} of the {here.card.name} are free now")
+        notes.append(f"{human(here.free_bytes)} of the {human(here.total_bytes)} of the {here.card.name} are free now")
     elif vram_bytes is None:
         left = desktop_bytes(card)
         vram_bytes = card.total_bytes - left
         notes.append(
-            f"of the {gib(card.total_bytes)} that the {card.name} offers, {gib(left)} are left to others, as to a desktop"
+            f"of the {human(card.total_bytes)} that the {card.name} offers, {human(left)} are left to others, as to a desktop"
         )
     budget = Budget(vram_bytes, ram_bytes=ram_bytes, gpu=card.argument, notes=tuple(notes))
     return _with_ram(budget, now) if ram_bytes is None and here is not None and here.card == card else budget
@@ -92,7 +92,9 @@ def _with_ram(budget: Budget, now: bool) -> Budget:
 
 def _which_card(vram_bytes: int | None) -> str:
     cards = [] if vram_bytes is None else cards_with_memory(vram_bytes)
-    known = f"cards with {gib(vram_bytes or 0)}: {', '.join(cards)}" if cards else "`wanvram check --cards` lists them"
+    known = (
+        f"cards with {human(vram_bytes or 0)}: {', '.join(cards)}" if cards else "`wanvram check --cards` lists them"
+    )
     return f"no NVIDIA GPU answers here, and how long a run takes depends on the card: name it with --gpu ({known})"
 
 

@@ -31,7 +31,7 @@ from wanvram.planner.result import Plan, Refusal
 from wanvram.record import write_atomically
 from wanvram.report.plan import longest_table, summarize_plan
 from wanvram.request import MAX_FRAMES
-from wanvram.units import MIB, gib
+from wanvram.units import MIB, human
 
 __all__ = ["prepare_parser", "run"]
 
@@ -107,7 +107,7 @@ def _command(planned: RunConfig) -> str:
 def _yaml(planned: RunConfig, plan: Plan) -> str:
     """A run under the budget as a hard cap, on the device there is."""
     budget = plan.budget
-    described = replace(planned, description=f"planned for {gib(budget.usable_bytes)} on {budget.card.name}")
+    described = replace(planned, description=f"planned for {human(budget.usable_bytes)} on {budget.card.name}")
     return yaml.safe_dump(described.to_dict(), allow_unicode=True, sort_keys=False)
 
 
@@ -137,12 +137,12 @@ def _longest(args: argparse.Namespace) -> int:
         print(json.dumps({"schema": 1, "fits": bool(commands), "longest": rows}, ensure_ascii=False))
     if not commands:
         raise BudgetError(
-            f"{configs[0].request.task} fits {gib(budget.usable_bytes)} at none of these sizes, however short"
+            f"{configs[0].request.task} fits {human(budget.usable_bytes)} at none of these sizes, however short"
         )
     if not args.json:
         r = configs[0].request
         print(
-            f"{r.task}, {r.sample_steps} steps, the most frames that fit {gib(budget.usable_bytes)} of {budget.card.name}\n"
+            f"{r.task}, {r.sample_steps} steps, the most frames that fit {human(budget.usable_bytes)} of {budget.card.name}\n"
         )
         print(longest_table([(c.request.size, p) for c, p in found], MAX_FRAMES))
         print("\n".join(["", "run it with:", *(f"  {command}" for command in commands.values())]))

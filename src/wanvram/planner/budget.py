@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wanvram.errors import require
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
-from wanvram.units import GIB, MIB, gib
+from wanvram.units import GIB, MIB, human
 
 __all__ = ["PROCESS_BYTES", "Budget", "beyond_card", "desktop_bytes", "system_ram", "usable_memory"]
 
@@ -32,7 +32,7 @@ def beyond_card(stated_bytes: int, card: GPU) -> str | None:
     """A note for who states more memory than the card is known with; None: it is not more."""
     if usable_memory(stated_bytes, card) <= card.total_bytes:
         return None
-    return f"the {card.name} is known with {gib(card.total_bytes)}; the {gib(stated_bytes)} that were stated count"
+    return f"the {card.name} is known with {human(card.total_bytes)}; the {human(stated_bytes)} that were stated count"
 
 
 def desktop_bytes(card: GPU) -> int:
@@ -65,8 +65,8 @@ class Budget:
         require(self.margin_bytes is None or self.margin_bytes >= 0, f"margin: {self.margin_bytes} is negative")
         require(
             self.ram_bytes is None or self.ram_bytes - self.system > PROCESS_BYTES,
-            f"--ram: {gib(self.ram_bytes or 0)} does not hold the process itself, which takes {gib(PROCESS_BYTES)}, beside "
-            f"{gib(self.system)} kept for the system",
+            f"--ram: {human(self.ram_bytes or 0)} does not hold the process itself, which takes {human(PROCESS_BYTES)}, beside "
+            f"{human(self.system)} kept for the system",
         )
         find_gpu(self.gpu)
 

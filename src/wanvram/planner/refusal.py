@@ -11,7 +11,7 @@ from wanvram.planner.forecasts import Trials, components_of
 from wanvram.planner.result import Alternative, Refusal
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import variants
-from wanvram.units import exact, gib
+from wanvram.units import exact, human
 
 __all__ = ["least_peak", "refuse"]
 
@@ -41,9 +41,9 @@ def _refuse_for_host(trials: Trials, base: Strategy) -> Refusal:
     needed = {name: min(_host_bytes(trials, base, name)) for name in components_of(trials.request)}
     component = max(needed, key=lambda name: needed[name])
     smallest = trials.budget.smallest_ram(needed[component])
-    given = gib(trials.budget.ram_bytes or 0)
+    given = human(trials.budget.ram_bytes or 0)
     message = (
-        f"within {gib(trials.budget.usable_bytes)} of device memory the {component} needs {gib(smallest)} of host RAM with "
+        f"within {human(trials.budget.usable_bytes)} of device memory the {component} needs {human(smallest)} of host RAM with "
         f"what is kept for the system, but --ram is {given}; give more of either"
     )
     return Refusal(trials.request, trials.budget, "host", component, smallest, (), message)
@@ -138,8 +138,8 @@ def _most_frames(trials: Trials, base: Strategy, size: str, first: str) -> Alter
 def _message(trials: Trials, component: str, smallest: int, alternatives: tuple[Alternative, ...]) -> str:
     r, budget = trials.request, trials.budget
     text = (
-        f"{r.task} {r.size} with {r.frame_num} frames does not fit {gib(budget.usable_bytes)}: the {component} needs a budget "
-        f"of {gib(smallest)} even with every lossless saving (margin included)"
+        f"{r.task} {r.size} with {r.frame_num} frames does not fit {human(budget.usable_bytes)}: the {component} needs a budget "
+        f"of {human(smallest)} even with every lossless saving (margin included)"
     )
     if smallest > budget.card.total_bytes:
         text += f", more than the {budget.card.name} has"

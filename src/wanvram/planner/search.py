@@ -25,7 +25,7 @@ from wanvram.planner.refusal import refuse
 from wanvram.planner.result import Offer, Plan, Refusal, Rejected, changed_knobs
 from wanvram.planner.tiles import largest_tile
 from wanvram.simulate.host import HOST
-from wanvram.units import gib
+from wanvram.units import human
 
 __all__ = ["Options", "cleared", "planned_base", "search"]
 
@@ -144,7 +144,7 @@ def _notes(trials: Trials, chosen: Strategy) -> list[str]:
     if not card.measured:
         notes.append(f"{card.name}: {card.note}; memory and time were not measured on this card")
     if budget.usable_bytes < budget.vram_bytes:
-        notes.append(f"the {card.name} offers a process {gib(budget.usable_bytes)}, so that is the budget")
+        notes.append(f"the {card.name} offers a process {human(budget.usable_bytes)}, so that is the budget")
     beyond = beyond_card(budget.vram_bytes, card)
     if beyond is not None:
         notes.append(beyond)

@@ -10,7 +10,7 @@ from wanvram.command_line import flag_of
 from wanvram.planner.forecasts import StageForecast, stage_seconds
 from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.report.terminal import table
-from wanvram.units import gib, human, mib_cell, seconds
+from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["longest_table", "summarize_plan"]
 
@@ -38,11 +38,13 @@ def _headline(plan: Plan) -> str:
     spare = budget.usable_bytes - plan.peak_device_bytes
     step = "unknown" if plan.seconds_per_step is None else seconds(plan.seconds_per_step)
     whole = "unknown" if plan.seconds is None else seconds(plan.seconds)
-    ram = "" if budget.ram_bytes is None else f" of {gib(budget.ram_bytes)}, {gib(budget.system)} kept for the system"
+    ram = (
+        "" if budget.ram_bytes is None else f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system"
+    )
     return "\n".join(
         [
             f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps, predicted for {budget.card.name}",
-            f"Fits in {gib(budget.usable_bytes)}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
+            f"Fits in {human(budget.usable_bytes)}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
             f"(margin kept: {human(budget.margin)})",
             f"Time: {step} per step, {whole} in all{_outside_stages(plan)}",
             f"Host RAM: {human(plan.host_bytes)}{ram}",

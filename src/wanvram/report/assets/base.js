@@ -26,9 +26,11 @@ function el(tag, attributes = {}, ...children) {
 const grouped = (value, digits) =>
   value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const inMib = (bytes) => grouped(bytes / MIB, 1);
-// As units.human: MiB under 10 GiB, GiB above and for whole ones.
+// As units.human: MiB under 10 GiB, GiB above and for whole ones and quarters from 1 GiB on, as they are typed.
 const human = (bytes) =>
-  Math.abs(bytes) < 10 * GIB && (bytes === 0 || bytes % GIB) ? `${inMib(bytes)} MiB` : `${grouped(bytes / GIB, 2)} GiB`;
+  Math.abs(bytes) >= 10 * GIB || (Math.abs(bytes) >= GIB && bytes % (GIB / 4) === 0)
+    ? `${grouped(bytes / GIB, 2)} GiB`
+    : `${inMib(bytes)} MiB`;
 const percent = (share) => `${grouped(share * 100, 1)} %`;
 const signed = (value, text) => (value > 0 ? "+" : "") + text;
 

@@ -276,14 +276,16 @@ function comparisonTables(a, b) {
   });
   const keys = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])];
   // A record of an older version lacks the settings that did not exist yet; they are as good as off.
-  const at = (run, key) => (["null", "false", "[]"].includes(run.settings[key]) ? "" : (run.settings[key] ?? ""));
+  // Only what the run says itself: a key may be called "constructor".
+  const said = (run, key) => (Object.hasOwn(run.settings, key) ? run.settings[key] : null);
+  const at = (run, key) => (["null", "false", "[]"].includes(said(run, key)) ? "" : (said(run, key) ?? ""));
   const changed = keys.filter((key) => at(a, key) !== at(b, key));
   // Drawn anew for each run, and no figure depends on it: shown only if nothing else differs.
   const seed = "request.base_seed";
   const others = changed.some((key) => ![seed, "name", "description"].includes(key));
   const different = changed
     .filter((key) => key !== seed || !others)
-    .map((setting) => ({ setting, a: a.settings[setting] ?? null, b: b.settings[setting] ?? null }));
+    .map((setting) => ({ setting, a: said(a, setting), b: said(b, setting) }));
   if (!different.length) return [table, el("p", { text: t("no_difference") })];
   const words = [column("setting", "setting"), { key: "a", label: "A", type: "text" }, { key: "b", label: "B", type: "text" }];
   return [table, dataTable({ caption: t("differing"), file: "differences", columns: words, rows: different })];
