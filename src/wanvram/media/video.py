@@ -43,6 +43,10 @@ def _writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error}") from error
 
 
+# Threads gain nothing for frames this small, and on a loaded machine about one such video in a hundred came out differently with them.
+SMALL_PIXELS = 256 * 256
+
+
 class PictureWriter:
     """Writes the first frame it gets as PNG; the file gets its name only when it is complete."""
 
@@ -112,6 +116,8 @@ class VideoWriter:
                 self._stream.height, self._stream.width = picture.shape[:2]
                 self._stream.pix_fmt = "yuv420p"
                 self._stream.options = {"crf": "18"}
+                if picture.shape[0] * picture.shape[1] < SMALL_PIXELS:
+                    self._stream.codec_context.thread_count = 1
             for packet in self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 self._container.mux(packet)
             self.frames += 1
