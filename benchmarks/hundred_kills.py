@@ -211,7 +211,8 @@ def kill_once(scene: Scene, operation: str, number: signal.Signals, rng: random.
     }
     row["events"] = sum(before.values())
     wrong = _left_behind(number, place, children)
-    if has_begun and number != signal.SIGKILL and process.returncode not in (0, 1):
+    # -number: before the program listens or after all is written, while the interpreter ends.
+    if has_begun and number != signal.SIGKILL and process.returncode not in (0, 1, -number):
         wrong.append(f"exit code {process.returncode}")
     wrong += _recorded(operation, number, process.returncode, out, before)
     if b"Traceback" in said:
@@ -260,7 +261,7 @@ def _recorded(operation: str, number: signal.Signals, code: int, out: Path, befo
         kind = (record or {}).get("failure") and record["failure"]["kind"]  # type: ignore[index]
         if record is None:
             wrong.append(f"{path.parent.relative_to(out)} has no record")
-        elif kind not in (None, "interrupted") or (operation != "series" and (kind is None) != (code == 0)):
+        elif kind not in (None, "interrupted") or (operation != "series" and (kind is None) != (code in (0, -number))):
             wrong.append(f"exit code {code} with a record of the failure {kind}")
     return wrong
 

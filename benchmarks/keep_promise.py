@@ -42,6 +42,7 @@ from promise_requests import LIMIT_SECONDS, Case, draw, typed, write_media
 from provenance import ResultFile, circumstances, conclude, environment_of_a_person, prediction_of, read_record
 
 from wanvram.tasks import TASKS
+from wanvram.units import parse_memory
 
 __all__ = ["judge", "judge_case", "run_case"]
 
@@ -52,7 +53,7 @@ MOST_ERROR = 0.005  # of predicted against measured device memory
 MOST_UNDER_BYTES = 8 * MIB
 RERUN_SHARE = 5  # one in so many refusals is typed again
 TIMEOUT = 240.0  # seconds of one command
-NAMED_BUDGET = re.compile(r"\bbudget\s+of\s+([0-9.]+)\s+GiB")
+NAMED_BUDGET = re.compile(r"\bbudget\s+of\s+([0-9.,]+)\s+([GM]iB)")
 Row = dict[str, Any]
 
 
@@ -271,11 +272,11 @@ def _estimated(run: Path, record: dict[str, Any], directory: Path, env: dict[str
 
 def _named_budget(watch: Mapping[str, Any] | None) -> str | None:
     found = NAMED_BUDGET.search(watch["stderr_tail"]) if watch and watch["exit_code"] == 3 else None
-    return f"{found.group(1)}GiB" if found else None
+    return found.group(1).replace(",", "") + found.group(2) if found else None
 
 
 def _bytes(budget: str) -> int:
-    return int(float(budget.removesuffix("GiB")) * GIB)
+    return parse_memory(budget)
 
 
 # --- many cases --------------------------------------------------------------------------------------------------------------

@@ -171,7 +171,8 @@ def _archive(path: Path, rng: random.Random) -> bytes:
     target = path.with_name("repacked")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
         names = old.namelist()
-        chosen = rng.choice([n for n in names if n.endswith(".pkl")] if rng.random() < 0.5 else names)
+        pickles = [n for n in names if n.endswith(".pkl")] if rng.random() < 0.5 else []
+        chosen = rng.choice(pickles or names or [""])
         how = rng.choice(["bytes", "bytes", "bytes", "deflate", "drop", "twice", "rename", "nothing"])
         for name in names:
             data, kind = old.read(name), zipfile.ZIP_STORED

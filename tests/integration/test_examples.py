@@ -47,6 +47,7 @@ SMALLER: list[tuple[str, str]] = [
     (r"wanvram generate .*--weights random", "--device simulated --frame_num 5 --sample_steps 2"),
     (r"wanvram generate .*--config plan\.yaml", "--device simulated"),
     (r"wanvram generate .*--vram_budget", "--device simulated --size 96*64 --frame_num 5 --sample_steps 2"),
+    (r"wanvram generate .*--precision fp16", "--device simulated --size 96*64 --frame_num 5 --sample_steps 2"),
     (r"wanvram generate --help", ""),
     (r"wanvram generate", "--device cpu --size 96*64 --frame_num 5 --sample_steps 2"),
     (r"wanvram estimate .*--config", ""),

@@ -19,6 +19,7 @@ import pytest
 from provenance import environment_of_a_person, prediction_of
 
 from wanvram.tasks import TASKS
+from wanvram.units import parse_memory
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -423,7 +424,7 @@ def test_a_budget_that_is_too_small_is_refused_and_named(tmp_path: Path) -> None
     row = keep_promise.run_case(case, tmp_path, "1", budget="0.5GiB", words=["--device", "simulated"])
     assert row["watch"]["exit_code"] == 3
     assert row["named_budget"] is not None
-    assert 0.5 < float(row["named_budget"].removesuffix("GiB")) < 2.5
+    assert 0.5 < parse_memory(row["named_budget"]) / 2**30 < 2.5
     assert row["breaches"] == ["the budget that was named before is refused"]
 
 

@@ -4,7 +4,7 @@ examples:
   wanvram report profiler_logs/baseline                         writes profiler_logs/baseline/report.html
   wanvram report profiler_logs -o docs/report.html --force      every run in the directory, compared; replaces the file
   wanvram report profiler_logs/a profiler_logs/b --format md    Markdown on stdout
-  wanvram report profiler_logs/baseline --lang zh --format text Chinese, as HTML and Markdown too
+  wanvram report profiler_logs/baseline --lang zh --format text     Chinese, as HTML and Markdown too
 """
 
 from __future__ import annotations
