@@ -15,7 +15,7 @@ from planner_card import CONTEXT, Card
 from wanvram.advice import Advice, write_advice
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.config import Request, RunConfig, Strategy
-from wanvram.errors import InputError
+from wanvram.errors import InputError, WanvramError
 from wanvram.planner.forecasts import choices, components_of
 from wanvram.predict.advice import _Estimate, _ranked, advise, predict
 from wanvram.predict.simulate import simulate
@@ -270,6 +270,28 @@ def test_out_of_memory_is_a_failure_and_none_on_a_card_without_limit() -> None:
     assert failure is not None
     assert failure.kind == "oom"
     assert predict(config, True).failure is None
+
+
+def test_progress_names_the_flags_of_a_change() -> None:
+    said: list[str] = []
+    advices = asked_of(run_of(), Whole(), show=said.append)
+    assert {line.partition(":")[0] for line in said} >= {advice.change for advice in advices}
+
+
+def test_a_run_that_ends_early_for_another_reason_than_memory_is_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = replace(record_of(TINY), failure=Failure("error", "the disk is full"))
+    monkeypatch.setattr("wanvram.predict.advice.simulate", lambda config, **how: (failed, None))
+    with pytest.raises(WanvramError, match="could not be simulated to its end: the disk is full"):
+        predict(TINY, False)
+
+
+def test_an_interrupted_simulation_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> RunRecord:
+        return replace(record_of(TINY), failure=Failure("interrupted", "interrupted by the user"))
+
+    monkeypatch.setattr("wanvram.predict.simulate.run_on", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="interrupted by the user"):
+        simulate(TINY)
 
 
 # --- advice.json -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from wanvram import knobs
 from wanvram.advice import Advice
 from wanvram.command_line import flag_of
 from wanvram.config import Measurement, RunConfig, Strategy
+from wanvram.errors import WanvramError
 from wanvram.planner import StageForecast
 from wanvram.planner.forecasts import Forecast, choices, components_of, situation, stage_seconds
 from wanvram.predict.simulate import simulate
@@ -31,10 +32,13 @@ Predict = Callable[[RunConfig, bool], RunRecord]
 
 
 def predict(config: RunConfig, unlimited: bool) -> RunRecord:
-    """The whole run, also on a card that is as large as it takes."""
+    """The whole run, also on a card that is as large as it takes. WanvramError if it ends early for want of anything but memory."""
     if unlimited:
         config = replace(config, memory_limit_bytes=None)
-    return simulate(config, unlimited=unlimited)[0]
+    record, _ = simulate(config, unlimited=unlimited)
+    if record.failure is not None and record.failure.kind != "oom":
+        raise WanvramError(f"the run could not be simulated to its end: {record.failure.message}")
+    return record
 
 
 def advise(
@@ -233,7 +237,7 @@ def _best(runs: _Runs, estimates: list[_Estimate], count: int, show: Callable[[s
         if advice is not None:
             found.append(advice)
             if show is not None:
-                show(f"{advice.knobs}: {advice.saved_bytes / 2**30:.2f} GiB less")
+                show(f"{advice.change}: {advice.saved_bytes / 2**30:.2f} GiB less")
         found.sort(key=lambda a: (-a.saved_bytes, not a.lossless, a.seconds or 0.0))
     return found[:count]
 

@@ -86,7 +86,10 @@ def simulate(
     watched = Timeline.attach(device.memory) if timeline else None
     config = replace(config, device="simulated")
     around = Around({}, lambda record: _complete(record, config, device), timeline=watched)
-    return run_on(device, config, Output(None, video=video), around), device.memory
+    record = run_on(device, config, Output(None, video=video), around)
+    if record.failure is not None and record.failure.kind == "interrupted":
+        raise KeyboardInterrupt(record.failure.message)  # nobody reads this record: a plan or advice ends, too
+    return record, device.memory
 
 
 def predicted(config: RunConfig) -> Predicted | None:
