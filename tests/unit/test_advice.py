@@ -294,6 +294,15 @@ def test_an_interrupted_simulation_is_an_interruption(monkeypatch: pytest.Monkey
         simulate(TINY)
 
 
+def test_a_defect_of_the_simulation_is_raised_so_that_debug_can_show_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("wanvram.engine.pipeline.Pipeline.encode_text", defect)
+    with pytest.raises(ZeroDivisionError):
+        simulate(TINY)
+
+
 # --- advice.json -------------------------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def simulate(
     watched = Timeline.attach(device.memory) if timeline else None
     config = replace(config, device="simulated")
     around = Around({}, lambda record: _complete(record, config, device), timeline=watched)
-    record = run_on(device, config, Output(None, video=video), around)
+    record = run_on(device, config, Output(None, video=video, keep_defects=False), around)
     if record.failure is not None and record.failure.kind == "interrupted":
         raise KeyboardInterrupt(record.failure.message)  # nobody reads this record: a plan or advice ends, too
     return record, device.memory

@@ -58,6 +58,7 @@ class Output:
     save_file: Path | None = None
     predicted: Predicted | None = None  # what the plan said, to stand beside what is measured
     debug: bool = False  # the traceback of an error is shown on stderr
+    keep_defects: bool = True  # what nobody foresaw is a failure in the record; False: it is raised
 
 
 def execute(
@@ -142,7 +143,8 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             if around.watch:
                 stack.enter_context(around.watch(recorder))
             lost = stack.enter_context(observed(config.measurement, pipeline, directory))
-            failure = _run_recorded(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
+            play = _run_recorded if output.keep_defects else _run
+            failure = play(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
         if unwritten and failure is None:
             failure = Failure("error", unwritten[0])
         record = _record(config, device, pipeline, failure, around.environment)
