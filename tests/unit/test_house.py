@@ -29,7 +29,7 @@ BUDGETS = {
     "media": 625,
     "models": 2075,
     "planner": 1300,
-    "predict": 875,
+    "predict": 900,
     "prompt": 1000,
     "recorder": 1450,
     "report": 2725,
