@@ -309,6 +309,29 @@ def test_a_signal_s_handler_may_log_while_an_event_is_written(tmp_path: Path) ->
     assert [name for name in found if name != "handler"] == [str(number) for number in range(1500)]
 
 
+def test_an_exception_as_soon_as_a_copy_has_the_name_leaves_one_list_with_every_event_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class TimeUp(Exception):
+        pass
+
+    replace, left = os.replace, [1]
+
+    def replaced_and_interrupted(source: object, target: object) -> None:
+        replace(source, target)  # type: ignore[call-overload]
+        if left and left.pop():
+            raise TimeUp
+
+    with EventLog(tmp_path / "e.json") as log:
+        log.log("first", Memory(1, 1, None))
+        monkeypatch.setattr(event_file.os, "replace", replaced_and_interrupted)
+        with pytest.raises(TimeUp):
+            log.log("second", Memory(2, 1, None), {"pad": "x" * 5000})  # more than a page: the file is copied
+        log.log("third", Memory(3, 1, None))
+    assert names(tmp_path / "e.json") == ["first", "second", "third"]
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+
+
 def test_an_exception_out_of_a_signal_s_handler_passes_and_the_list_goes_on(tmp_path: Path) -> None:
     class TimeUp(Exception):
         pass

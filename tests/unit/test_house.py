@@ -31,7 +31,7 @@ BUDGETS = {
     "planner": 1300,
     "predict": 900,
     "prompt": 1000,
-    "recorder": 1450,
+    "recorder": 1475,
     "report": 2725,
     "run": 1000,
     "sampling": 200,

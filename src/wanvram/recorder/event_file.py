@@ -165,24 +165,35 @@ class ListFile:
         room = max(LEAST_ROOM, len(content) // 8) if room is None else room
         new = self.path.with_name(f".{self.path.name}.new")
         new.unlink(missing_ok=True)
+        before, place = self._place, _NOWHERE
+        old = before.file if self._is_ours() else -1
         file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         try:
             _put(file, content + b" " * room + b"]\n", 0)
             if BINARY:
                 os.close(file)
                 self._give_up()
+                old = -1
             status = os.stat(new)
+            place = _Place(file, (status.st_dev, status.st_ino), len(content), len(content) + room, items)
             os.replace(new, self.path)
             if BINARY:
-                file = os.open(self.path, os.O_RDWR | BINARY)
+                place = place._replace(file=os.open(self.path, os.O_RDWR | BINARY))
+            self._place = place
+            self._torn = False
         except BaseException:
-            with suppress(OSError):
-                os.close(file)
-            new.unlink(missing_ok=True)
+            if not BINARY and place.file >= 0 and _inode(lambda: os.stat(self.path)) == place.inode:
+                # An exception out of a signal's handler, when the new file had the name already: it is the list, and what it has
+                # more than the old one is written once more over itself.
+                self._place = place._replace(end=before.end, items=before.items)
+                self._torn = True
+                if old >= 0:
+                    os.close(old)
+            else:
+                with suppress(OSError):
+                    os.close(file)
+                new.unlink(missing_ok=True)
             raise
-        old = self._place.file if self._is_ours() else -1
-        self._place = _Place(file, (status.st_dev, status.st_ino), len(content), len(content) + room, items)
-        self._torn = False
         if old >= 0:
             os.close(old)
 
