@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from wanvram.config import Request, RunConfig, Strategy
+from wanvram.predict import host
 from wanvram.predict.simulate import simulate
 from wanvram.record import RunRecord
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import find_gpu
 from wanvram.simulate.host import HOST
+from wanvram.weights.reading_speed import ReadingSpeed
 
 SHORT = RunConfig(
     name="short",
@@ -119,12 +124,33 @@ def test_values_that_are_converted_while_they_are_read_take_longer() -> None:
     gpu = find_gpu("h200")
     plain, converted = (Clock(gpu, replace(HOST, cached_share=1.0, stored=stored)) for stored in ({}, {"dit": 1.0}))
     for clock in (plain, converted):
-        clock.load_from_disk(int(1e9), "dit", chunked=False)
+        clock.load_from_disk(int(1e9), "dit")
     assert plain.now() == pytest.approx(1e9 / HOST.cached_bytes)
     assert converted.now() == pytest.approx(1e9 / HOST.cached_bytes + 1e9 / HOST.convert_bytes)
 
 
 def test_a_checkpoint_of_twice_the_bytes_is_read_whole() -> None:
     clock = Clock(find_gpu("h200"), replace(HOST, stored={"dit": 2.0}))
-    clock.load_from_disk(int(1e9), "dit", chunked=False)
-    assert clock.now() == pytest.approx(2e9 / HOST.chunk_bytes + 2e9 / HOST.convert_bytes)
+    clock.load_from_disk(int(1e9), "dit")
+    assert clock.now() == pytest.approx(2e9 / HOST.disk_bytes + 2e9 / HOST.convert_bytes)
+
+
+def test_a_checkpoint_beside_its_card_is_timed_by_a_sample_of_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = ReadingSpeed(first_bytes=7e8, cached_bytes=9e9, convert_bytes=3e9)
+    save_file(
+        {"blocks.0.ffn.0.weight": torch.ones(8, 8, dtype=torch.bfloat16)},
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
+    monkeypatch.setattr(host, "reading_speed", lambda source, wanted: speed)
+    monkeypatch.setattr(host, "_cached_share", lambda weights: 0.01)
+    config = replace(SHORT, weights=str(tmp_path), strategy=replace(SHORT.strategy, precision="fp16"))
+    gpu = find_gpu("h200")
+    for here in (False, True):
+        monkeypatch.setattr(host, "is_here", lambda key, here=here: here)
+        machine = host.clock_of(config, gpu).machine
+        assert machine.stored == {"dit": 1.0}
+        assert (machine.disk_bytes, machine.convert_bytes) == (
+            (7e8, 3e9) if here else (HOST.disk_bytes, HOST.convert_bytes)
+        )

@@ -24,14 +24,14 @@ from wanvram.models.t5 import T5Encoder
 from wanvram.specs import T5
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, DIT_INDEX, T5_FILE, VAE_FILE, open_official
 from wanvram.weights.random import CPU_PERIOD, STD, RandomSource
+from wanvram.weights.reading_speed import reading_speed
 from wanvram.weights.sources import (
-    CHUNK_BYTES,
     FilteredSource,
     SafetensorsSource,
     TensorSource,
     check_keys,
-    memory_order,
 )
+from wanvram.weights.stored import PIECE_BYTES, memory_order
 from wanvram.weights.torch_files import TorchFileSource
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b.bias": torch.ones(5, dtype=torch.bfloat16)}
@@ -79,7 +79,7 @@ def test_a_file_fills_given_storage_in_its_dtype(kind: str, dtype: torch.dtype, 
 def test_a_tensor_of_several_chunks_arrives_whole_in_any_strides(tmp_path: Path, save: Any, dtype: torch.dtype) -> None:
     tensors = {
         "matrix": torch.randn(700, 4001),  # 10.7 MiB, chunks that end within no row
-        "wide": torch.randn(2, CHUNK_BYTES // 4 + 3),  # one row is more than a chunk
+        "wide": torch.randn(2, PIECE_BYTES // 4 + 3),  # one row is more than a chunk
         "kernel": torch.randn(160, 96, 3, 3, 3),
         "scalar": torch.randn(()),
         "empty": torch.empty(0, 5),
@@ -127,6 +127,7 @@ MEASURE = """
 import json, sys, torch
 from pathlib import Path
 from wanvram.weights.sources import SafetensorsSource
+from wanvram.weights.stored import PIECE_BYTES, memory_order
 from wanvram.weights.torch_files import TorchFileSource
 
 def status(name):
@@ -471,3 +472,29 @@ def test_in_memory_order_channels_last_tensors_and_their_rows_are_contiguous(whe
     assert not rows.is_contiguous()
     assert rows.permute(memory_order(rows)).is_contiguous()
     assert memory_order(torch.empty(4, 6)) == [0, 1]
+
+
+def test_a_sample_of_the_files_tells_how_fast_they_are_read_and_converted(tmp_path: Path) -> None:
+    save_file(
+        {f"{i}.weight": torch.randn(256, 1024) for i in range(8)} | {"bias": torch.ones(4)}, tmp_path / "m.safetensors"
+    )
+    source = SafetensorsSource([tmp_path / "m.safetensors"])
+    converted = reading_speed(source, torch.float16, sample_bytes=4 * 2**20)
+    plain = reading_speed(source, torch.float32, sample_bytes=4 * 2**20)
+    assert converted is not None
+    assert plain is not None
+    assert plain.convert_bytes is None
+    assert (converted.convert_bytes or 0.0) > 0.0
+    assert converted.cached_bytes >= converted.first_bytes > 0.0
+    assert reading_speed(source, torch.float16) is None, "8 MiB are too little to tell anything of"
+
+
+def test_what_a_reading_thread_meets_is_raised_once_no_thread_writes_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.randn(64, PIECE_BYTES // 16)}, path)
+    source = SafetensorsSource([path])
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        _filled(source, "w")
+    assert torch.get_num_threads() == 1, "the suite's own setting, which the reading threads leave alone"

@@ -265,7 +265,7 @@ class SimulatedDevice(Device):
 
     def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
         on_host = self.memory.is_host(destination)
-        self.clock.load_from_disk(destination.nbytes, component, chunked=not on_host)
+        self.clock.load_from_disk(destination.nbytes, component)
         if not on_host:
             self.memory.load_library("kernels")
             self.clock.transfer(destination.nbytes, pinned=False)

@@ -17,12 +17,15 @@ from wanvram.machine.nvml import first_gpu
 from wanvram.models.precision import PRECISIONS
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import GPU, find_gpu
-from wanvram.simulate.host import HOST
+from wanvram.simulate.host import HOST, Host
 from wanvram.weights.folder import GENERATED
 from wanvram.weights.official import open_checkpoint
+from wanvram.weights.reading_speed import largest_matrices, reading_speed
 from wanvram.weights.sources import FileSource
 
 __all__ = ["clock_of", "is_here"]
+
+MOSTLY_ON_DISK = 0.5  # share of the page cache below which what a sample's first reading takes is the disk's speed
 
 
 @cache
@@ -37,35 +40,45 @@ def is_here(key: str) -> bool:
 
 def clock_of(config: RunConfig, gpu: GPU) -> Clock:
     """With this machine's speed and caches where the card is here. A checkpoint that is here is read from where it lies."""
-    host = replace(HOST, cached_share=_cached(config.weights), stored=_stored(config))
+    wanted = PRECISIONS[PRECISION.of(config.strategy)].matmul
+    host = HOST if config.weights in GENERATED else _reading(config.weights, wanted, is_here(gpu.key))
     if not is_here(gpu.key):
         return Clock(gpu, host)
     here = replace(host, operation_us=operation_us(), page_cache_bytes=float(available_ram_bytes()))
     return Clock(gpu, here, cold_libraries())
 
 
-def _cached(weights: str) -> float:
-    """Of a checkpoint's bytes in the page cache; 0 where there is none."""
-    found = [path for pattern in ("*", "*/*") for path in sorted(Path(weights).glob(pattern))]
-    files = [path for path in found if path.suffix in (".safetensors", ".pth") and path.is_file()]
-    return (cached_share(files) if files else None) or HOST.cached_share
-
-
 @cache
-def _stored_dtype(weights: str) -> torch.dtype | None:
-    """Of the transformer's first matrix in the checkpoint; None where there is no checkpoint that can be opened."""
+def _reading(weights: str, wanted: torch.dtype, measured: bool) -> Host:
+    """HOST as far as a checkpoint is concerned; measured: with the speed at which this machine reads it."""
+    share = _cached_share(weights)
+    host = replace(HOST, cached_share=HOST.cached_share if share is None else share)
     try:
         source = open_checkpoint(Path(weights), "dit")
-    except (InputError, OSError):
-        return None
-    if not isinstance(source, FileSource):
-        return None
-    return next((source.stored_dtype(key) for key in source.keys() if len(source.shape(key)) == 2), None)  # noqa: SIM118
+        matrix = next(largest_matrices(source), None) if isinstance(source, FileSource) else None
+        if matrix is None or not isinstance(source, FileSource):
+            return host
+        if matrix.dtype != wanted:
+            host = replace(host, stored={"dit": matrix.dtype.itemsize / wanted.itemsize})
+        speed = reading_speed(source, wanted) if measured else None
+    except (
+        InputError,
+        OSError,
+    ):  # of a checkpoint that is not here, or not whole: the run itself says what is wrong with it
+        return host
+    if speed is None:
+        return host
+    on_disk = host.cached_share < MOSTLY_ON_DISK
+    return replace(
+        host,
+        disk_bytes=speed.first_bytes if on_disk else host.disk_bytes,
+        cached_bytes=speed.cached_bytes,
+        convert_bytes=speed.convert_bytes or host.convert_bytes,
+    )
 
 
-def _stored(config: RunConfig) -> dict[str, float]:
-    """The transformer, if its files are of another type of number than the run."""
-    if config.weights in GENERATED:
-        return {}
-    stored, wanted = _stored_dtype(config.weights), PRECISIONS[PRECISION.of(config.strategy)].matmul
-    return {} if stored is None or stored == wanted else {"dit": stored.itemsize / wanted.itemsize}
+def _cached_share(weights: str) -> float | None:
+    """Of a checkpoint's bytes in the page cache; None where there is none or the system does not tell."""
+    found = [path for pattern in ("*", "*/*") for path in sorted(Path(weights).glob(pattern))]
+    files = [path for path in found if path.suffix in (".safetensors", ".pth") and path.is_file()]
+    return cached_share(files) if files else None

@@ -291,16 +291,15 @@ class Clock:
     def unpin(self, nbytes: int) -> None:
         self._host += nbytes / self.machine.unpin_bytes
 
-    def load_from_disk(self, nbytes: int, component: str, *, chunked: bool) -> None:
-        """The host reads checkpoint files into `nbytes` of weights while nothing else happens. chunked: to the device."""
-        self._host += self._reading(nbytes, component, self.machine.cached_share, chunked)
+    def load_from_disk(self, nbytes: int, component: str) -> None:
+        """The host reads checkpoint files into `nbytes` of weights while nothing else happens."""
+        self._host += self._reading(nbytes, component, self.machine.cached_share)
 
-    def _reading(self, nbytes: int, component: str, cached: float, chunked: bool) -> float:
+    def _reading(self, nbytes: int, component: str, cached: float) -> float:
         """Seconds. cached: the share of the bytes in the page cache."""
         machine, factor = self.machine, self.machine.stored.get(component)
         size = nbytes * (factor or 1.0)
-        disk = machine.disk_bytes if factor is None and not chunked else machine.chunk_bytes
-        read = size * (cached / machine.cached_bytes + (1 - cached) / disk)
+        read = size * (cached / machine.cached_bytes + (1 - cached) / machine.disk_bytes)
         return read + (size / machine.convert_bytes if factor is not None else 0.0)
 
     def encode(self, pixels: int) -> None:
@@ -327,13 +326,7 @@ class Clock:
         """
         again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
         cached = 1.0 if again else self.machine.cached_share
-        factor, machine = self.machine.stored.get(component), self.machine
-        if factor is None:
-            self._read_ahead(self._reading(nbytes, component, cached, False))
-        else:
-            self._read_ahead(
-                nbytes * factor * (cached / machine.ahead_cached_bytes + (1 - cached) / machine.ahead_bytes)
-            )
+        self._read_ahead(self._reading(nbytes, component, cached))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

@@ -25,12 +25,9 @@ class Host:
 
     pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
     copy_bytes: float  # from RAM to RAM, in a thread beside the computation
-    disk_bytes: float  # checkpoint files that are not in the page cache, a tensor at a time
-    chunk_bytes: float  # the same in chunks of 4 MiB, as where values are converted or go to the device
+    disk_bytes: float  # checkpoint files that are not in the page cache
     cached_bytes: float  # checkpoint files that are in the page cache
     convert_bytes: float  # of a file, into another type of number
-    ahead_bytes: float  # files read and converted by a thread, unit after unit into two buffers; not in the page cache
-    ahead_cached_bytes: float  # the same from the page cache
     stored: Mapping[str, float]  # components that are converted: bytes in the checkpoint's files per byte of the run
     cached_share: float  # of the checkpoint's bytes
     page_cache_bytes: float  # RAM that file pages may keep between two passes of streamed weights
@@ -56,11 +53,8 @@ HOST = Host(
     pageable_bytes=9.1e9,
     copy_bytes=10e9,
     disk_bytes=1.7e9,
-    chunk_bytes=0.72e9,
     cached_bytes=5.4e9,
-    convert_bytes=1.24e9,
-    ahead_bytes=1.15e9,
-    ahead_cached_bytes=3.0e9,
+    convert_bytes=6.8e9,
     stored={},
     cached_share=0.0,
     page_cache_bytes=0.0,

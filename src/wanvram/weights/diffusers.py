@@ -16,7 +16,8 @@ from torch import Tensor
 
 from wanvram.errors import CheckpointError
 from wanvram.tasks import WAN21
-from wanvram.weights.sources import SafetensorsSource, Shape, TensorSource
+from wanvram.weights.sources import SafetensorsSource, TensorSource
+from wanvram.weights.stored import Shape
 
 __all__ = ["FOLDERS", "TABLES", "RenamedSource", "is_diffusers", "official_names", "open_diffusers"]
 

@@ -1,20 +1,17 @@
 """Where weights come from: files read one tensor at a time, straight into storage the caller owns.
 
 Nothing stays mapped: the pages of a mapping count as this process's memory. While a component is loaded the host holds
-what the caller allocated and one staging chunk (4 MiB), also where the file's dtype differs from the destination's.
+what the caller allocated and one piece (4 MiB) per reading thread, also where the file's dtype differs from the destination's.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from io import FileIO
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from wanvram.errors import CheckpointError
 from wanvram.weights.fp8 import SCALE_SUFFIX
+from wanvram.weights.stored import Shape, Stored, in_memory_order, memory_order, opened
 
 __all__ = [
     "DTYPES",
@@ -32,19 +30,13 @@ __all__ = [
     "FileSource",
     "FilteredSource",
     "SafetensorsSource",
-    "Stored",
     "TensorSource",
     "check_file",
     "check_keys",
-    "memory_order",
-    "opened",
     "read_manifest",
     "shown",
 ]
 
-Shape = tuple[int, ...]
-
-CHUNK_BYTES = 4 * 2**20  # stays in the cache between read and conversion: 1.6 times as fast as 64 MiB
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 64  # as many as torch can view
 MAX_DIGITS = 20  # of a number in a header; 2^63 has 19
@@ -142,85 +134,15 @@ def check_file(path: Path, expected: str) -> bytes:
 def _copy(key: str, tensor: Tensor, dest: Tensor, origin: str) -> None:
     _check_shape(key, tensor.shape, dest, origin)
     with torch.no_grad():
-        _assign(dest, tensor)
+        if dest.device.type == "cpu":
+            dest.copy_(tensor)
+        else:
+            dest.permute(memory_order(dest)).copy_(in_memory_order(dest, tensor))
 
 
 def _check_shape(key: str, shape: Sequence[int], dest: Tensor, origin: str) -> None:
     if tuple(shape) != tuple(dest.shape):
         raise CheckpointError(f"{origin}: {shown(key)} has shape {list(shape)} instead of {list(dest.shape)}")
-
-
-def _assign(dest: Tensor, values: Tensor) -> None:
-    """Converted and put in memory order on the host, so that the device holds nothing beside its own tensor."""
-    if dest.device.type == "cpu":
-        dest.copy_(values)
-        return
-    order = memory_order(dest)
-    dest.permute(order).copy_(values.to(dest.dtype).permute(order).contiguous())
-
-
-def memory_order(x: Tensor) -> list[int]:
-    """x's dimensions from the outermost in memory to the innermost: permuted so, a channels_last tensor is contiguous."""
-    return sorted(range(x.dim()), key=x.stride, reverse=True)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: contiguous, in the machine's byte order, from byte `offset`.
-
-    scale: float32 [rows]; the values are then what is stored times the scale of their row.
-    """
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: Shape
-    scale: Stored | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * int(self.dtype.itemsize)
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def row_bytes(self) -> int:
-        return self.nbytes // max(1, self.rows)
-
-    @property
-    def rows_at_once(self) -> int:
-        return max(1, min(self.rows, CHUNK_BYTES // max(1, self.row_bytes)))
-
-    def read(self, file: FileIO, dest: Tensor, row: int = 0) -> None:
-        """Fills `dest` (contiguous, on the host, of this dtype) with the rows from `row` on."""
-        view = dest.detach().reshape(-1).view(torch.uint8).numpy().data
-        file.seek(self.offset + row * self.row_bytes)
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise CheckpointError(f"{self.path} became shorter while it was read")
-            view = view[count:]
-
-    def chunks(self, file: FileIO, staging: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their values) piece by piece, each valid until the next is asked for. staging: uint8, large enough."""
-        scale, step = self.scales(), self.rows_at_once
-        for first in range(0, self.rows, step):
-            count = min(step, self.rows - first)
-            chunk = staging[: count * self.row_bytes].view(self.dtype).view(count, *self.shape[1:])
-            self.read(file, chunk, first)
-            rows = slice(first, first + count)
-            yield rows, chunk if scale is None else chunk.float() * scale[rows]
-
-    def scales(self) -> Tensor | None:
-        """[rows, 1] float32, or None where the values are stored as they are."""
-        if self.scale is None:
-            return None
-        scales = torch.empty(self.scale.shape)
-        with opened(self.scale.path) as file:
-            self.scale.read(file, scales)
-        return scales.unsqueeze(1)
 
 
 class FileSource:
@@ -229,8 +151,6 @@ class FileSource:
     def __init__(self, tensors: Mapping[str, Stored | Tensor], origin: str) -> None:
         self._tensors = dict(tensors)
         self._origin = origin
-        # One for all tensors: allocated anew for each, it would leave holes in the heap (100 MiB after a 1.3B transformer).
-        self._staging = torch.empty(0, dtype=torch.uint8)
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -238,10 +158,10 @@ class FileSource:
     def shape(self, key: str) -> Shape:
         return tuple(self._get(key).shape)
 
-    def stored_dtype(self, key: str) -> torch.dtype | None:
-        """In the file; None for a tensor that is not plain bytes of one."""
+    def stored(self, key: str) -> Stored | None:
+        """Where it lies; None for a tensor that is not plain bytes of a file."""
         stored = self._get(key)
-        return stored.dtype if isinstance(stored, Stored) else None
+        return stored if isinstance(stored, Stored) else None
 
     def fill(self, key: str, dest: Tensor) -> None:
         stored = self._get(key)
@@ -249,15 +169,7 @@ class FileSource:
             _copy(key, stored, dest, self._origin)
             return
         _check_shape(key, stored.shape, dest, str(stored.path))
-        with opened(stored.path) as file, torch.no_grad():
-            direct = dest.device.type == "cpu" and dest.dtype == stored.dtype and dest.is_contiguous()
-            if direct and stored.scale is None:
-                stored.read(file, dest)
-                return
-            rows = dest if dest.dim() else dest.unsqueeze(0)
-            with _one_thread():
-                for where, chunk in stored.chunks(file, self._buffer(stored)):
-                    _assign(rows[where], chunk)
+        stored.fill(dest)
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         stored = self._get(key)
@@ -265,44 +177,18 @@ class FileSource:
         if isinstance(stored, Tensor):
             return stored[list(indices)]
         result = torch.empty((len(indices), *stored.shape[1:]), dtype=stored.dtype)
-        with opened(stored.path) as file:
-            for number, index in enumerate(indices):
-                stored.read(file, result[number], index)
+        for number, index in enumerate(indices):
+            stored.read(result[number], index)
         scale = stored.scales()
         return result if scale is None else result.float() * scale[list(indices)]
 
     def close(self) -> None:
         self._tensors.clear()
 
-    def _buffer(self, stored: Stored) -> Tensor:
-        needed = stored.rows_at_once * stored.row_bytes
-        if self._staging.numel() < needed:
-            self._staging = torch.empty(max(needed, CHUNK_BYTES), dtype=torch.uint8)
-        return self._staging
-
     def _get(self, key: str) -> Stored | Tensor:
         if key not in self._tensors:
             raise CheckpointError(f"there is no tensor {key} in {self._origin}")
         return self._tensors[key]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Converts chunks of 4 MiB on one core: on a busy host the barrier of all cores after each costs four times the work itself
-    (2 cores at load 7: 0.26 GB/s on both, 1.05 on one)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def opened(path: Path) -> FileIO:
-    try:
-        return FileIO(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read any more ({error.strerror})") from error
 
 
 def _check_rows(key: str, indices: Sequence[int], count: int, origin: str) -> None:

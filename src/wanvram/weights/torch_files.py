@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
-from wanvram.weights.sources import FileSource, Stored, check_file, opened, shown
+from wanvram.weights.sources import FileSource, check_file, shown
+from wanvram.weights.stored import Stored, opened
 
 __all__ = ["TorchFileSource"]
 
