@@ -29,14 +29,14 @@ BUDGETS = {
     "media": 625,
     "models": 2075,
     "planner": 1300,
-    "predict": 900,
+    "predict": 905,
     "prompt": 1000,
     "recorder": 1475,
     "report": 2725,
     "run": 1000,
     "sampling": 200,
     "simulate": 2750,
-    "weights": 2305,
+    "weights": 2310,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

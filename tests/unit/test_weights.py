@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mapping_source import MappingSource
@@ -24,7 +24,7 @@ from wanvram.models.t5 import T5Encoder
 from wanvram.specs import T5
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, DIT_INDEX, T5_FILE, VAE_FILE, open_official
 from wanvram.weights.random import CPU_PERIOD, STD, RandomSource
-from wanvram.weights.reading_speed import reading_speed
+from wanvram.weights.reading_speed import largest_matrices, reading_speed
 from wanvram.weights.sources import (
     FilteredSource,
     SafetensorsSource,
@@ -478,15 +478,17 @@ def test_a_sample_of_the_files_tells_how_fast_they_are_read_and_converted(tmp_pa
     save_file(
         {f"{i}.weight": torch.randn(256, 1024) for i in range(8)} | {"bias": torch.ones(4)}, tmp_path / "m.safetensors"
     )
-    source = SafetensorsSource([tmp_path / "m.safetensors"])
-    converted = reading_speed(source, torch.float16, sample_bytes=4 * 2**20)
-    plain = reading_speed(source, torch.float32, sample_bytes=4 * 2**20)
-    assert converted is not None
-    assert plain is not None
-    assert plain.convert_bytes is None
-    assert (converted.convert_bytes or 0.0) > 0.0
-    assert converted.cached_bytes >= converted.first_bytes > 0.0
-    assert reading_speed(source, torch.float16) is None, "8 MiB are too little to tell anything of"
+    matrices = largest_matrices(SafetensorsSource([tmp_path / "m.safetensors"]))
+    assert len(matrices) == 8
+    room = torch.zeros(16 * 2**20, dtype=torch.uint8)
+    for dtype in (torch.float16, torch.float32):
+        speed = reading_speed(matrices, dtype, room, sample_bytes=4 * 2**20)
+        assert speed is not None
+        assert min(speed.first, speed.taken, speed.used) > 0.0
+    assert torch.equal(
+        room[: 2**20].view(torch.float32).view(256, 1024), load_file(tmp_path / "m.safetensors")["0.weight"]
+    )
+    assert reading_speed(matrices, torch.float16, room) is None, "8 MiB are too little to tell anything of"
 
 
 def test_what_a_reading_thread_meets_is_raised_once_no_thread_writes_any_more(tmp_path: Path) -> None:

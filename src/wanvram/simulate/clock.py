@@ -17,7 +17,7 @@ from typing import Any
 from wanvram.kernels.attention_backends import chosen
 from wanvram.record import Copies
 from wanvram.simulate.gpus import GPU
-from wanvram.simulate.host import HOST, Host
+from wanvram.simulate.host import HOST, Host, Reading
 
 __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
 
@@ -293,14 +293,17 @@ class Clock:
 
     def load_from_disk(self, nbytes: int, component: str) -> None:
         """The host reads checkpoint files into `nbytes` of weights while nothing else happens."""
-        self._host += self._reading(nbytes, component, self.machine.cached_share)
+        size, reading = self._files(nbytes, component)
+        self._host += self._reading(size, reading.taken, self.machine.cached_share)
 
-    def _reading(self, nbytes: int, component: str, cached: float) -> float:
-        """Seconds. cached: the share of the bytes in the page cache."""
-        machine, factor = self.machine, self.machine.stored.get(component)
-        size = nbytes * (factor or 1.0)
-        read = size * (cached / machine.cached_bytes + (1 - cached) / machine.disk_bytes)
-        return read + (size / machine.convert_bytes if factor is not None else 0.0)
+    def _files(self, nbytes: int, component: str) -> tuple[float, Reading]:
+        """The bytes that are read for so many of weights, and how fast those of the page cache are."""
+        factor = self.machine.stored.get(component)
+        return (nbytes, self.machine.plain) if factor is None else (nbytes * factor, self.machine.converted)
+
+    def _reading(self, size: float, cached_bytes: float, cached: float) -> float:
+        """Seconds; cached: the share in the page cache. Several threads read, so the disk works while others convert."""
+        return size * (cached / cached_bytes + (1 - cached) / min(self.machine.disk_bytes, cached_bytes))
 
     def encode(self, pixels: int) -> None:
         """Frames for the encoder, a thread beside everything else."""
@@ -326,7 +329,8 @@ class Clock:
         """
         again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
         cached = 1.0 if again else self.machine.cached_share
-        self._read_ahead(self._reading(nbytes, component, cached))
+        size, reading = self._files(nbytes, component)
+        self._read_ahead(self._reading(size, reading.used, cached))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["HOST", "FirstUse", "Host"]
+__all__ = ["HOST", "FirstUse", "Host", "Reading"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,25 @@ class FirstUse:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Bytes of checkpoint files in the page cache per second, by where they go.
+
+    taken: into memory just taken, as weights are loaded; used: into buffers written before, as they are streamed.
+    """
+
+    taken: float
+    used: float
+
+
+@dataclass(frozen=True)
 class Host:
     """Bytes, pixels and operations per second, seconds for what happens once per process."""
 
     pageable_bytes: float  # between pageable RAM and device; never faster than the card's link
     copy_bytes: float  # from RAM to RAM, in a thread beside the computation
     disk_bytes: float  # checkpoint files that are not in the page cache
-    cached_bytes: float  # checkpoint files that are in the page cache
-    convert_bytes: float  # of a file, into another type of number
+    plain: Reading  # those that are, as they are
+    converted: Reading  # and into another type of number
     stored: Mapping[str, float]  # components that are converted: bytes in the checkpoint's files per byte of the run
     cached_share: float  # of the checkpoint's bytes
     page_cache_bytes: float  # RAM that file pages may keep between two passes of streamed weights
@@ -45,16 +56,15 @@ class Host:
 
 # The H200's machine, 16 cores of a virtual machine, 2026-11-24 and 2026-11-28. pageable_bytes is measured, flops and memory_bytes
 # follow from T5 on the CPU (2.0 s for two prompts). copy_bytes (one thread's memcpy) is an assumption.
-# disk_bytes to convert_bytes: loading 40 GB from a virtual disk, cold and from the page cache (benchmarks/*_h200_wall_clock.json);
-# convert_bytes: on one core, which is what loading uses since 2026-11-28 (28.6 GB in 28.6 s from the page cache, ..._3.json);
-# ahead_bytes and ahead_cached_bytes: two passes over 28.6 GB streamed from it (2026-11-28_h200_wall_clock_2.json).
+# disk_bytes: 40 GB from a virtual disk; between 0.7 and 4 GB/s on five machines of one kind. plain, converted: 11 and 28.6 GB loaded
+# and streamed from the page cache by 8 threads (benchmarks/2026-11-28_h200_wall_clock_4.json).
 # pin_bytes and below: benchmarks/probe_driver.py, and runs of 1.3B and 14B through the command.
 HOST = Host(
     pageable_bytes=9.1e9,
     copy_bytes=10e9,
     disk_bytes=1.7e9,
-    cached_bytes=5.4e9,
-    convert_bytes=6.8e9,
+    plain=Reading(taken=6.0e9, used=8.0e9),
+    converted=Reading(taken=3.9e9, used=6.5e9),
     stored={},
     cached_share=0.0,
     page_cache_bytes=0.0,

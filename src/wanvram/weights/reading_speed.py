@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 
@@ -14,54 +15,62 @@ from wanvram.weights.stored import Stored, start_threads
 
 __all__ = ["ReadingSpeed", "largest_matrices", "reading_speed"]
 
-SAMPLE_BYTES = 256 * 2**20  # 0.4 s at 0.7 GB/s, less than a tenth of a percent of an hour's run
+SAMPLE_BYTES = 256 * 2**20  # of files: 0.4 s at 0.7 GB/s
 
 
 @dataclass(frozen=True)
 class ReadingSpeed:
-    """Bytes of the files per second. first_bytes: at the first touch, from wherever they lay. convert_bytes: None where nothing
-    is converted."""
+    """Bytes of the files per second. first: at the first touch, from wherever they lay; the others from the page cache.
 
-    first_bytes: float
-    cached_bytes: float
-    convert_bytes: float | None
+    taken: into memory just taken, as weights are loaded; used: into memory written before, as they are streamed.
+    """
+
+    first: float
+    taken: float
+    used: float
 
 
-def largest_matrices(source: FileSource) -> Iterator[Stored]:
-    """The matrices that lie in a file as they are, in the source's order, of at least half the largest one's size."""
+def largest_matrices(source: FileSource) -> list[Stored]:
+    """Those that lie in a file as they are, in the source's order, of at least half the largest one's size."""
     found = [stored for key in source.keys() if (stored := source.stored(key)) is not None and len(stored.shape) == 2]  # noqa: SIM118
     largest = max((stored.nbytes for stored in found), default=0)
-    yield from (stored for stored in found if 2 * stored.nbytes >= largest)
+    return [stored for stored in found if 2 * stored.nbytes >= largest]
 
 
-def reading_speed(source: FileSource, wanted: torch.dtype, sample_bytes: int = SAMPLE_BYTES) -> ReadingSpeed | None:
-    """Reads matrices from all over the files twice, and once more with conversion to `wanted` where they are stored otherwise.
+def reading_speed(
+    matrices: Sequence[Stored], wanted: torch.dtype, room: torch.Tensor, sample_bytes: int = SAMPLE_BYTES
+) -> ReadingSpeed | None:
+    """Some of the matrices, from all over the files, read into `wanted`, again and again until `room` is full, and once more.
 
-    None where the source holds too little for a sample. Raises CheckpointError if the files cannot be read any more.
+    room: uint8, several times sample_bytes, just taken; more than a processor's cache holds, as weights are. None where the
+    matrices are too few for a sample or the room is too small. Raises CheckpointError if the files cannot be read any more.
     """
-    matrices = list(largest_matrices(source))
-    if not matrices or sum(stored.nbytes for stored in matrices) < sample_bytes:
+    largest = max((stored.nbytes for stored in matrices), default=0)
+    if sum(stored.nbytes for stored in matrices) < sample_bytes or largest == 0:
         return None
-    count = max(1, sample_bytes // max(stored.nbytes for stored in matrices))
+    count = max(1, sample_bytes // largest)
     sample = [matrices[index * len(matrices) // count] for index in range(count)]
-    plain = _room(max(stored.nbytes for stored in sample))
+    places = list(_places(sample, wanted, room))
+    if len(places) < 2 * count:
+        return None
     start_threads()
-    first, cached = (_rate(sample, plain, None) for _ in range(2))
-    if all(stored.dtype == wanted for stored in sample):
-        return ReadingSpeed(first, max(first, cached), None)
-    room = _room(max(stored.nbytes // stored.dtype.itemsize for stored in sample) * wanted.itemsize)
-    both = _rate(sample, room, wanted)
-    return ReadingSpeed(first, max(first, cached), 1 / max(1 / both - 1 / cached, 1e-12))
+    first, taken = _rate(places[:count]), _rate(places[count:])
+    return ReadingSpeed(first, taken, _rate(places))
 
 
-def _room(nbytes: int) -> torch.Tensor:
-    """Whose pages are there before the clock runs."""
-    return torch.empty(nbytes, dtype=torch.uint8).fill_(1)
+def _places(sample: Sequence[Stored], wanted: torch.dtype, room: torch.Tensor) -> Iterator[tuple[Stored, torch.Tensor]]:
+    """The sample's matrices in turn, each with the next part of the room that holds it."""
+    start = 0
+    for stored in cycle(sample):
+        nbytes = stored.nbytes // stored.dtype.itemsize * wanted.itemsize
+        if start + nbytes > room.numel():
+            return
+        yield stored, room[start : start + nbytes].view(wanted).view(stored.shape)
+        start += nbytes
 
 
-def _rate(sample: Sequence[Stored], room: torch.Tensor, wanted: torch.dtype | None) -> float:
+def _rate(places: Sequence[tuple[Stored, torch.Tensor]]) -> float:
     begun = time.perf_counter()
-    for stored in sample:
-        dtype = wanted or stored.dtype
-        stored.fill(room[: stored.nbytes // stored.dtype.itemsize * dtype.itemsize].view(dtype).view(stored.shape))
-    return sum(stored.nbytes for stored in sample) / (time.perf_counter() - begun)
+    for stored, place in places:
+        stored.fill(place)
+    return sum(stored.nbytes for stored, _ in places) / (time.perf_counter() - begun)
