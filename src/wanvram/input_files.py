@@ -17,7 +17,7 @@ from pathlib import Path
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 
-__all__ = ["DAMAGED_GZIP", "open_regular", "read_text", "state_of", "unpacked"]
+__all__ = ["DAMAGED_GZIP", "open_regular", "read_text", "state_of", "unpacked", "whole"]
 
 DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading one raises
 
@@ -30,6 +30,11 @@ def state_of(path: Path) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{shown(path)} cannot be read: {_reason(error)}") from error
+
+
+def whole(path: Path) -> Path:
+    """Absolute and without links. Links in a circle stay as they are, where Path.resolve() raises before Python 3.13."""
+    return Path(os.path.realpath(path))
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -75,6 +75,8 @@ def _explain(error: yaml.YAMLError, text: str) -> tuple[str, int]:
     if isinstance(error, yaml.reader.ReaderError):
         return "a control character is not allowed", text.count("\n", 0, error.position) + 1
     mark = getattr(error, "problem_mark", None)
+    if isinstance(error, yaml.constructor.ConstructorError) and isinstance(error.__context__, ValueError):
+        return "a value is not what its tag says", mark.line + 1 if mark else 1  # !!binary whose text is no base64
     return getattr(error, "problem", None) or "malformed", mark.line + 1 if mark else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints import tensors, write_official, write_tokenizer
+from checkpoints import tensors, tiny_models, write_official, write_tokenizer
+from wanvram.cli.main import main
 from wanvram.errors import CheckpointError, InputError
 from wanvram.weights import tokenizer, torch_files
 from wanvram.weights.convert import Conversion, convert
@@ -363,6 +365,59 @@ def test_the_tokenizer_of_the_tests_is_accepted_and_tried_once(tmp_path: Path, m
     try_tokenizer(tmp_path / "tokenizer.json")
     monkeypatch.setattr(tokenizer, "_TRIAL", "raise SystemExit(3)")
     assert UMT5Tokenizer(tmp_path / "tokenizer.json").encode("a cat")[-1] == 1
+
+
+def test_links_in_a_circle_are_a_sentence_where_something_is_written_into_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "official").mkdir()
+    write_official(tmp_path / "official")
+    (tmp_path / "loop").symlink_to("loop")
+    for command in (
+        [
+            "convert",
+            str(tmp_path / "official"),
+            "--task",
+            "t2v-1.3B",
+            "--precision",
+            "bf16",
+            "-o",
+            str(tmp_path / "loop/x"),
+        ],
+        ["report", str(tmp_path / "loop"), str(tmp_path / "loop/x")],
+    ):
+        with tiny_models():
+            assert main(command) in (1, 2)  # cannot be written, cannot be read
+        assert "PyTorch" not in (said := capsys.readouterr().err)
+        assert "symbolic links" in said
+
+
+def test_a_name_that_turns_the_line_around_is_escaped_where_it_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "official").mkdir()
+    write_official(tmp_path / "official")
+    output = str(tmp_path / "\u202ex")
+    with tiny_models():
+        assert (
+            main(["convert", str(tmp_path / "official"), "--task", "t2v-1.3B", "--precision", "bf16", "-o", output])
+            == 0
+        )
+    assert "\u202e" not in capsys.readouterr().out
+
+
+def test_what_pytorch_warns_of_in_a_damaged_file_is_not_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "model.pth")
+
+    def warned(*_args: object, **_named: object) -> dict[str, torch.Tensor]:
+        warnings.warn("Defining your `__torch_function__` as a plain method is deprecated", UserWarning, stacklevel=1)
+        return {"a": torch.ones(1)}
+
+    monkeypatch.setattr(torch, "load", warned)
+    TorchFileSource(tmp_path / "model.pth")
+    assert not recwarn.list
 
 
 def test_whole_files_are_still_read(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ BUDGETS = {
     "run": 1000,
     "sampling": 200,
     "simulate": 2750,
-    "weights": 2310,
+    "weights": 2320,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

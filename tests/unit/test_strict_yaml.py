@@ -100,3 +100,11 @@ def test_an_alias_is_refused_before_it_is_expanded(depth: int, tmp_path: Path) -
     lines = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, depth)]
     with pytest.raises(InputError, match="line 2: aliases are not allowed"):
         read("\n".join(lines), tmp_path)
+
+
+@pytest.mark.parametrize("value", ["\U0010ffff", "abc", "a"])
+def test_a_binary_value_that_is_none_is_a_sentence_without_words_of_python(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f'a: !!binary "{value}"\n', encoding="utf-8")
+    with pytest.raises(InputError, match="at line 1: a value is not what its tag says"):
+        read_strict_yaml(path)

@@ -34,7 +34,7 @@ from wanvram.cli.common import progress_printer
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
-from wanvram.input_files import DAMAGED_GZIP, state_of, unpacked
+from wanvram.input_files import DAMAGED_GZIP, state_of, unpacked, whole
 from wanvram.record import RunRecord
 from wanvram.report.analysis_text import events_text, run_text, snapshot_text, trace_text
 from wanvram.report.findings import advice_first
@@ -214,7 +214,7 @@ def _analyze_trace(path: Path) -> Result:
 
 def _beside_record(path: Path, trace: TraceSummary) -> Iterator[str]:
     """Why the peak of a run's trace is not that of its record, where they differ."""
-    directory = next((d for d in list(path.resolve().parents)[:2] if _is_regular(d / "record.json")), None)
+    directory = next((d for d in list(whole(path).parents)[:2] if _is_regular(d / "record.json")), None)
     try:
         record = RunRecord.read(directory / "record.json") if directory else None
     except InputError:

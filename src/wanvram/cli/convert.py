@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 from wanvram.cli.common import progress_printer
+from wanvram.foreign_text import shown
 from wanvram.tasks import TASKS
 from wanvram.units import human
 
@@ -62,5 +63,5 @@ def run(args: argparse.Namespace) -> int:
     if "fp8" in manifest:
         worst = manifest["fp8"]["max_error_of_row_maximum"]
         print(f"fp8: no weight is off by more than {worst:.2%} of the largest in its row")
-    print(f"Wrote {args.output}")
+    print(f"Wrote {shown(args.output)}")
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
-from wanvram.input_files import state_of
+from wanvram.input_files import state_of, whole
 from wanvram.record import write_atomically
 from wanvram.report.compare import runs_table
 from wanvram.report.findings import alike, answer, card_of, ranked, ranks, together
@@ -80,7 +80,7 @@ def _common(paths: Sequence[Path]) -> Path:
     """The directory that holds everything reported on."""
     if len(paths) == 1:
         return paths[0]
-    return Path(os.path.commonpath([path.resolve() for path in paths]))
+    return Path(os.path.commonpath([whole(path) for path in paths]))
 
 
 def _report(runs: Sequence[Run], kind: str, language: str) -> str:

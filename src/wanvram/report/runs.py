@@ -15,7 +15,7 @@ from typing import Any
 from wanvram.advice import FILE_NAME, Advice, read_advice
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown, why
-from wanvram.input_files import read_text, state_of
+from wanvram.input_files import read_text, state_of, whole
 from wanvram.record import MAX_RECORD_BYTES, RunRecord, dotted
 from wanvram.report.timeline import coarse_timeline
 from wanvram.strict_json import strict_json
@@ -121,7 +121,7 @@ def read_run(directory: Path, taken: Mapping[str, bool] | None = None) -> Run:
 
 def _label(record: RunRecord, directory: Path, taken: Mapping[str, bool]) -> str:
     base = str(record.config.get("name") or directory.name)
-    candidates = [base, f"{base} ({directory.resolve().name})"]
+    candidates = [base, f"{base} ({whole(directory).name})"]
     if taken.get(base, record.simulated) != record.simulated:
         candidates.insert(1, f"{base} ({'predicted' if record.simulated else 'measured'})")
     candidates += [f"{base} ({number})" for number in range(2, MAX_RUNS + 2)]

@@ -13,6 +13,7 @@ import torch
 
 from wanvram.config import MAX_NAME_BYTES, RunConfig
 from wanvram.errors import InputError, OutputError
+from wanvram.input_files import whole
 from wanvram.media.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
 from wanvram.record import write_atomically
 from wanvram.run.directory import RUN_FILES
@@ -68,7 +69,7 @@ class Outputs:
             raise OutputError(f"cannot write to {self.save_file.parent}: {error.strerror or error}") from error
 
     def _is_of_the_run(self, path: Path) -> bool:
-        return path.name in RUN_FILES and path.parent.resolve() == self.directory.resolve()
+        return path.name in RUN_FILES and whole(path.parent) == whole(self.directory)
 
     def path(self, index: int) -> Path:
         """Numbered from 001 when there are several prompts."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from wanvram.errors import CheckpointError, InputError, OutputError
 from wanvram.folder_lock import LOCK_FILE, alone_in
+from wanvram.input_files import whole
 from wanvram.output_files import writing
 from wanvram.record import write_atomically
 from wanvram.specs import DIT
@@ -126,7 +127,7 @@ class _ConversionPlan:
         return {
             "schema": MANIFEST_SCHEMA,
             "complete": False,
-            "source": {"path": str(self.job.source.resolve()), "files": _snapshot(self.job.source)},
+            "source": {"path": str(whole(self.job.source)), "files": _snapshot(self.job.source)},
             "models": self.models,
             "precision": self.job.precision,
             "fp8_components": [component for component in self.models if self.job.uses_fp8(component)],
@@ -202,7 +203,7 @@ class _Sources:
 
 
 def _plan(job: Conversion, sources: _Sources, output: Path) -> _ConversionPlan:
-    if job.source.resolve() in output.resolve().parents:
+    if whole(job.source) in whole(output).parents:
         raise InputError(f"-o {output} lies in the checkpoint itself; name a folder outside {job.source}")
     if layout(job.source) == "converted":
         raise CheckpointError(f"{job.source} was already converted; give the official or Diffusers folder it came from")

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from wanvram.errors import CheckpointError
+from wanvram.input_files import whole
 from wanvram.knobs import PRECISION
 from wanvram.weights.sources import SafetensorsSource, shown
 
@@ -232,7 +233,7 @@ def _is_elsewhere(ckpt_dir: Path) -> str:
     if inside and not _looks_whole(ckpt_dir):
         others = f" (or one of {len(inside)} others)" if len(inside) > 1 else ""
         return f"{ckpt_dir} holds no checkpoint itself; give the folder {inside[0]} in it{others}"
-    parent = ckpt_dir.resolve().parent
+    parent = whole(ckpt_dir).parent
     if (parent / "model_index.json").is_file() and (ckpt_dir / "config.json").is_file():
         return f"{ckpt_dir} is one component of a Diffusers folder; give the folder above it, {parent}"
     return ""

@@ -7,6 +7,7 @@ the file, is no weights but a way to fill the memory.
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from io import FileIO
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
+from wanvram.input_files import whole
 from wanvram.weights.sources import FileSource, check_file, shown
 from wanvram.weights.stored import Stored, opened
 
@@ -48,7 +50,9 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
     if mapped:
         _check_archive(path)
     try:
-        content: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        with warnings.catch_warnings():  # of PyTorch about what a damaged pickle holds
+            warnings.simplefilter("ignore")
+            content: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was refused: it is damaged, or would run code when loaded; expected {EXPECTED} of tensors only"
@@ -137,7 +141,7 @@ def _mappings(path: Path) -> list[tuple[int, int, int]]:
         return []
     result = []
     for fields in (line.split(None, 5) for line in lines):
-        if len(fields) == 6 and fields[5] == str(path.resolve()):
+        if len(fields) == 6 and fields[5] == str(whole(path)):
             low, high = (int(address, 16) for address in fields[0].split("-"))
             result.append((low, high, int(fields[2], 16)))
     return result
