@@ -42,6 +42,7 @@ class Strategy:
     offload: bool = knobs.OFFLOAD.default
     t5_cpu: bool = knobs.T5_CPU.default
     attention_slicing: bool = knobs.ATTENTION_SLICING.default
+    attention_backend: str = knobs.ATTENTION.default
     rows_per_chunk: int | None = knobs.ROWS_PER_CHUNK.default
     cfg: str = knobs.CFG.default
     weights_in: str = knobs.WEIGHTS_IN.default

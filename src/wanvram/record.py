@@ -21,6 +21,8 @@ from wanvram.strict_json import check_types, strict_json
 
 __all__ = [
     "MAX_RECORD_BYTES",
+    "AttentionChoice",
+    "AttentionUse",
     "ComponentRecord",
     "Copies",
     "Failure",
@@ -275,6 +277,35 @@ class Predicted:
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class AttentionUse:
+    """backend: of the registry (kernels.attention_backends). rate_source: what its predicted time rests on."""
+
+    backend: str
+    rate_source: str
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """What computes the transformer's attention. asked: the knob's value; taken: what it came to, a backend of the registry.
+
+    basis: asked (by the knob), table (of the registry) or check (measured here by `wanvram check --attention`). self_attention:
+    among the video's tokens, cross_attention: to those of prompt and picture. note: what was passed over on the way.
+    """
+
+    asked: str
+    taken: str
+    basis: str
+    self_attention: AttentionUse
+    cross_attention: AttentionUse
+    note: str = ""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AttentionChoice:
+        uses = {name: AttentionUse(**data[name]) for name in ("self_attention", "cross_attention")}
+        return cls(**data | uses)
+
+
 @dataclass
 class RunRecord:
     """One run, measured or simulated."""
@@ -292,6 +323,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     times: Times = field(default_factory=Times)
     predicted: Predicted | None = None
+    attention: AttentionChoice | None = None
     schema: int = SCHEMA
 
     @property
@@ -352,6 +384,7 @@ class RunRecord:
             "host": self.host,
             "times": asdict(self.times),
             "predicted": asdict(self.predicted) if self.predicted else None,
+            "attention": asdict(self.attention) if self.attention else None,
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -380,6 +413,7 @@ class RunRecord:
                 notes=data["notes"],
                 times=Times(**data.get("times", {})),
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
+                attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
             )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -14,9 +14,11 @@ from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, searc
 from wanvram.planner.forecasts import choices, components_of
 from wanvram.planner.search import planned_base
 from wanvram.predict.ahead import forecasts_ahead, processes_here
+from wanvram.predict.host import is_here
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
 from wanvram.record import RunRecord, Span
+from wanvram.run.attention import attention_of, card_like
 from wanvram.units import human
 
 __all__ = ["Forecasts", "plan_run", "planned_config"]
@@ -111,9 +113,11 @@ def plan_run(
 
 
 def planned_config(config: RunConfig, plan: Plan) -> RunConfig:
-    """The configuration that runs the plan, with the budget as a hard cap."""
+    """The configuration that runs the plan, with the budget as a hard cap and what the plan assumed to attend with by its name."""
     budget = plan.budget
-    return replace(config, strategy=plan.strategy, gpu=budget.gpu, memory_limit_bytes=budget.usable_bytes)
+    planned = replace(config, strategy=plan.strategy, gpu=budget.gpu, memory_limit_bytes=budget.usable_bytes)
+    attention = attention_of(planned, card_like(budget.card, here=is_here(budget.card.key)))
+    return replace(planned, strategy=knobs.ATTENTION.set(plan.strategy, attention.taken))
 
 
 def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:
@@ -135,7 +139,8 @@ def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:
 
 
 def _confirmed(plan: Plan, record: RunRecord) -> Plan:
-    return replace(plan, stages=_stages(plan, record), whole_run_seconds=record.times.in_all_seconds)
+    whole = {"whole_run_seconds": record.times.in_all_seconds, "attention": record.attention}
+    return replace(plan, stages=_stages(plan, record), **whole)
 
 
 def _stages(plan: Plan, record: RunRecord) -> tuple[StageForecast, ...]:
