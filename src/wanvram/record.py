@@ -20,6 +20,7 @@ from wanvram.output_files import whole_file, writing
 from wanvram.strict_json import check_types, strict_json
 
 __all__ = [
+    "BASES",
     "MAX_RECORD_BYTES",
     "AttentionChoice",
     "AttentionUse",
@@ -40,6 +41,7 @@ SCHEMA = 1
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # one of 50 fully recorded 14B steps has 2 MB
 MAX_DEPTH = 20  # of spans in spans; ours are four deep
 MAX_REPEATS = 1_000_000
+BASES = ("asked", "table", "check")  # of what attends
 FAILURES = ("oom", "error", "interrupted")
 _SECTIONS = ("model_config", "optimization", "logging", "request")
 
@@ -427,6 +429,8 @@ class RunRecord:
                 raise DamagedError(f"config.{section} is no section")
         if self.failure is not None and self.failure.kind not in FAILURES:
             raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
+        if self.attention is not None and self.attention.basis not in BASES:
+            raise DamagedError(f"attention.basis is none of {', '.join(BASES)}")
         for span in (span for stage in self.stages for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
                 raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")

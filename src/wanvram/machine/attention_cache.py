@@ -20,11 +20,12 @@ from wanvram.output_files import writing
 from wanvram.record import write_atomically
 from wanvram.strict_json import built, strict_json
 
-__all__ = ["CROSS", "SELF", "Conditions", "Measured", "ShapeTimes", "cache_file", "found", "keep", "read"]
+__all__ = ["CROSS", "HEAD_DIM", "SELF", "Conditions", "Measured", "ShapeTimes", "cache_file", "found", "keep", "read"]
 
 SCHEMA = 1
 MAX_BYTES = 1024 * 1024
 SELF, CROSS = "self", "cross"
+HEAD_DIM = 128  # of what is measured, as of every Wan2.1 transformer
 
 
 @dataclass(frozen=True)

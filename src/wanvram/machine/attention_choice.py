@@ -13,11 +13,11 @@ from wanvram.errors import InputError
 from wanvram.kernels.attention_backends import AUTO, BACKENDS, FA4, LONG_KEYS, Backend, Capability, chosen
 from wanvram.knobs import ATTENTION
 from wanvram.machine.attention_cache import CROSS, SELF, Measured
-from wanvram.record import AttentionChoice, AttentionUse
+from wanvram.record import BASES, AttentionChoice, AttentionUse
 
 __all__ = ["Card", "Heads", "choose", "fastest", "require_package"]
 
-ASKED, TABLE, CHECK = "asked", "table", "check"  # AttentionChoice.basis
+ASKED, TABLE, CHECK = BASES
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 PROMPT_KEYS = 512
 

@@ -13,12 +13,11 @@ from wanvram.errors import DeviceError, InputError
 from wanvram.foreign_text import shown
 from wanvram.kernels.attention_backends import BACKENDS, FA4, Backend
 from wanvram.kernels.fused_attention import usable
-from wanvram.machine.attention_cache import CROSS, SELF, Conditions, Measured, ShapeTimes, found
+from wanvram.machine.attention_cache import CROSS, HEAD_DIM, SELF, Conditions, Measured, ShapeTimes, found
 from wanvram.machine.nvml import first_gpu
 
-__all__ = ["HEAD_DIM", "checked_here", "conditions_here", "measure"]
+__all__ = ["checked_here", "conditions_here", "measure"]
 
-HEAD_DIM = 128  # of every Wan2.1 transformer
 # (use, heads, queries, keys): a chunk of rows of a 1.3B video at 832x480 among all of its tokens, and to a prompt. 1.6 T operations
 # and 350 MB, so half a minute on the slowest card.
 SHAPES = ((SELF, 12, 8190, 32760), (CROSS, 12, 8190, 512))
