@@ -17,7 +17,7 @@ from wanvram.config import Request, RunConfig, Strategy
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import DeviceError, InputError
 from wanvram.kernels.attention_backends import BACKENDS, LONG_KEYS, Backend, chosen
-from wanvram.kernels.fused_attention import reference
+from wanvram.kernels.fused_attention import reference, usable
 from wanvram.kernels.scaled_attention import attention, attention_with_sums
 from wanvram.machine import attention_cache
 from wanvram.machine.attention_cache import Conditions, Measured, ShapeTimes, cache_file, found, keep, read
@@ -452,6 +452,13 @@ def test_every_backend_s_function_is_there() -> None:
 
 
 @pytest.mark.usefixtures("absent")
+def test_pytorch_is_asked_whether_a_backend_is_usable() -> None:
+    """The CPU has PyTorch's flash attention and no other."""
+    like = torch.empty((64, 1, 128), dtype=torch.bfloat16)
+    assert [name for name, backend in BY_NAME.items() if usable(backend, like)] == ["flash"]
+
+
+@pytest.mark.usefixtures("absent")
 def test_the_package_is_imported_only_when_it_computes() -> None:
     with pytest.raises(InputError, match=r"flash-attn-4.*cannot be imported"):
         BY_NAME["fa4"].function()(*(torch.empty(1, 1, 8) for _ in range(3)))
@@ -464,8 +471,6 @@ def test_the_package_is_imported_only_when_it_computes() -> None:
 @pytest.mark.parametrize("name", list(BY_NAME))
 @pytest.mark.parametrize("keys", [8192, 512])
 def test_a_usable_backend_computes_attention_and_takes_exactly_what_the_registry_says(name: str, keys: int) -> None:
-    from wanvram.kernels.fused_attention import usable
-
     backend, device = BY_NAME[name], torch.device("cuda")
     dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     like = torch.empty((64, 1, 128), dtype=dtype, device=device)

@@ -45,6 +45,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.cards + args.attention + (args.terminate is not None) > 1:
+        raise InputError("--cards, --attention and --terminate: give one of them")
     if args.cards:
         return _list_cards(args)
     if args.attention:
@@ -65,8 +67,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list_cards(args: argparse.Namespace) -> int:
-    if args.terminate is not None or args.attention:
-        raise InputError("--cards: looks at nothing on this machine; leave --terminate and --attention out")
     if not args.json:
         print(cards_text(list(GPUS.values())), end="")
         return 0
@@ -81,8 +81,6 @@ def _list_cards(args: argparse.Namespace) -> int:
 
 
 def _check_attention(args: argparse.Namespace) -> int:
-    if args.terminate is not None:
-        raise InputError("--attention and --terminate: give one of them")
     from wanvram.machine.attention_cache import keep
     from wanvram.machine.attention_choice import fastest
     from wanvram.machine.attention_speed import conditions_here, measure

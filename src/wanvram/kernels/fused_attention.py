@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -69,8 +70,12 @@ def usable(backend: Backend, like: Tensor) -> bool:
     if choose is None:
         return True
     heads = heads_first(like)
-    with sdpa_kernel([SDPBackend(backend.sdp_choice)]):
-        return int(choose(heads, heads, heads)) == backend.sdp_choice
+    try:
+        with sdpa_kernel([SDPBackend(backend.sdp_choice)]), catch_warnings():
+            simplefilter("ignore")  # one for each reason
+            return int(choose(heads, heads, heads)) == backend.sdp_choice
+    except RuntimeError:  # no backend is left
+        return False
 
 
 @cache
