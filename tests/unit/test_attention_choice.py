@@ -201,6 +201,14 @@ def test_the_cpu_has_no_choice(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "flash computes on NVIDIA GPUs" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("absent")
+def test_what_this_pytorch_does_not_have_is_left_out_by_auto_and_not_by_a_name() -> None:
+    without = card("rtx4090", refused=frozenset({"flash"}))
+    assert choose("auto", without, HALF).taken == "efficient"
+    assert choose("flash", without, HALF).taken == "flash"  # run.in_force says that it is refused
+    assert choose("auto", card("h200", refused=frozenset({"cudnn", "flash", "efficient"})), HALF).taken == "cudnn"
+
+
 # --- the cache ----------------------------------------------------------------------------------------------------------------
 
 
@@ -394,7 +402,9 @@ def test_auto_means_the_same_to_an_estimate_and_to_a_run() -> None:
         )
         from wanvram.run.attention import attention_of, card_here
 
-        assert attention_of(config("h100", frame_num=17), card_here(device)) == simulated
+        patched.setattr("wanvram.run.attention._refused", lambda *_: frozenset())
+        asked = config("h100", frame_num=17)
+        assert attention_of(asked, card_here(asked, device)) == simulated
 
 
 # --- in force -----------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 BUDGETS = {
     ".": 3125,
     "analysis": 3375,
-    "cli": 1850,
+    "cli": 1875,
     "engine": 2200,
     "kernels": 1050,
     "machine": 1125,

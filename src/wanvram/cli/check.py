@@ -20,9 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 from wanvram.errors import DeviceError, InputError, WanvramError
+from wanvram.kernels.attention_backends import BACKENDS
+from wanvram.machine.attention_cache import HEAD_DIM
 from wanvram.report.check import attention_text, cards_text, check_text
 from wanvram.simulate.card import EFFICIENCY, card_to_json
-from wanvram.simulate.gpus import GPUS
+from wanvram.simulate.gpus import GPU, GPUS
 from wanvram.simulate.host import HOST
 from wanvram.units import human
 
@@ -74,10 +76,18 @@ def _list_cards(args: argparse.Namespace) -> int:
         "schema": 1,
         "efficiency": dataclasses.asdict(EFFICIENCY),
         "host": dataclasses.asdict(HOST),
+        "attention": {card.key: _attention_of(card) for card in GPUS.values()},
         "cards": [card_to_json(card) for card in GPUS.values()],
     }
     print(json.dumps(document, ensure_ascii=False))
     return 0
+
+
+def _attention_of(card: GPU) -> list[dict[str, Any]]:
+    """What can attend in 16 bits on the card, PyTorch's own choice first; pace: of the share `efficiency.attention`."""
+    able = [backend for backend in BACKENDS if backend.takes(card.compute_capability, 2, HEAD_DIM)]
+    rates = [backend.rate(card.compute_capability) for backend in able]
+    return [{"backend": b.name, "pace": r.pace, "source": r.source} for b, r in zip(able, rates, strict=True)]
 
 
 def _check_attention(args: argparse.Namespace) -> int:

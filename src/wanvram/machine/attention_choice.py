@@ -24,13 +24,17 @@ PROMPT_KEYS = 512
 
 @dataclass(frozen=True)
 class Card:
-    """measured: the registry's figures are its own. checked: what was measured with it on this machine. note: see AttentionChoice."""
+    """measured: the registry's figures are its own. checked: what was measured with it on this machine. note: see AttentionChoice.
+
+    refused: backends that PyTorch does not have here; `auto` leaves them out.
+    """
 
     name: str
     capability: Capability
     measured: bool = False
     checked: Measured | None = None
     note: str = ""
+    refused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def _given(asked: str, card: Card, heads: Heads) -> Backend:
 
 def _auto(card: Card, heads: Heads) -> tuple[Backend, str]:
     able = [backend for backend in BACKENDS if backend.takes(card.capability, heads.dtype_bytes, heads.head_dim)]
-    ready = [backend for backend in able if backend.package is None or backend.version() is not None]
+    there = [backend for backend in able if backend.name not in card.refused]
+    ready = [backend for backend in there if backend.package is None or backend.version() is not None] or able[:1]
     if card.checked is not None and not card.measured and heads.dtype_bytes == 2:
         quickest = fastest(card.checked)
         named = next((backend for backend in ready if backend.name == quickest), None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
 from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import InputError
+from wanvram.kernels.attention_backends import BACKENDS
+from wanvram.kernels.fused_attention import usable
 from wanvram.knobs import ATTENTION, PRECISION
 from wanvram.machine.attention_choice import Card, Heads, choose
 from wanvram.machine.attention_speed import checked_here
@@ -35,10 +37,22 @@ def card_like(gpu: GPU, *, here: bool) -> Card:
     return Card(gpu.name, gpu.compute_capability, gpu.measured, checked, note)
 
 
-def card_here(device: CudaDevice) -> Card:
-    """The one that a run is on."""
+def card_here(config: RunConfig, device: CudaDevice) -> Card:
+    """The one that a run is on, with what its PyTorch refuses."""
     name, total = device.name.removeprefix("cuda:"), torch.cuda.get_device_properties(device.torch_device).total_memory
-    with suppress(InputError):
-        return card_like(find_gpu(name, total), here=True)
-    checked, note = checked_here()
-    return Card(name, torch.cuda.get_device_capability(device.torch_device), False, checked, note)
+    try:
+        card = card_like(find_gpu(name, total), here=True)
+    except InputError:
+        checked, note = checked_here()
+        card = Card(name, torch.cuda.get_device_capability(device.torch_device), False, checked, note)
+    return replace(card, refused=_refused(config, device))
+
+
+def _refused(config: RunConfig, device: CudaDevice) -> frozenset[str]:
+    """PyTorch's backends that this build of it does not have, or that somebody disabled."""
+    dtype = PRECISIONS[PRECISION.of(config.strategy)].matmul
+    like = torch.empty((64, 1, DIT[config.request.facts.dit].head_dim), dtype=dtype, device=device.torch_device)
+    refused = frozenset(b.name for b in BACKENDS if b.sdp_choice is not None and not usable(b, like))
+    del like
+    device.empty_cache()  # the run begins with an empty allocator
+    return refused

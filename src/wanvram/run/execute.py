@@ -222,7 +222,7 @@ def make_device(config: RunConfig) -> Device:
         # The commands did it before importing torch; a program may not have.
         put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
         device = CudaDevice(limit_bytes=config.memory_limit_bytes)
-        device.attention = attention_of(config, card_here(device))
+        device.attention = attention_of(config, card_here(config, device))
         require_package(device.attention)
         return device
     if kind == "cpu":
