@@ -6,11 +6,12 @@
     python benchmarks/attention_backends.py list                                                               parts and bounds; no GPU
 
 Parts: `kernels` times every backend that is usable here at the shapes of Wan2.1 (median of 8), with what it takes beside its output,
-its error against float64 on a slice, and with the SM clock and power of that time. `1.3B-480P`, `14B-480P` and `14B-720P` are whole runs
-of `wanvram profile` in fresh processes, streamed, under the caps of the headline table (docs/evidence.md), random weights, 4 steps,
-cudnn and fa4 in turns (ABBA), --rounds pairs each; the prediction of each is made and printed before. In the same call the products
-and the attention of one step are timed alone: what a step cannot be faster than at the clock of that time. `warm` takes 1.3B in a
-fresh process with empty caches of compiled kernels and again with those that the first one filled.
+its error against float64 on a slice, and with the SM clock and power of that time; `numerics` takes a forward of 1.3B with each
+against float32. `1.3B-480P`, `14B-480P` and `14B-720P` are whole runs of `wanvram profile` in fresh processes, streamed, under the
+caps of the headline table (docs/evidence.md), random weights, 4 steps, cudnn and fa4 in turns (ABBA), --rounds pairs each; the
+prediction of each is made and printed before. In the same call the products and the attention of one step are timed alone: what a
+step cannot be faster than at the clock of that time. `warm` takes 1.3B in a fresh process with empty caches of compiled kernels and
+again with those that the first one filled.
 Needs flash-attn-4 for fa4. Exit code 1 when a bound is missed.
 """
 
@@ -100,7 +101,7 @@ CASES = (
     Case("14B-480P", "t2v-14B", "832*480", 52, 4, 5.24, 3.0, 1.07),
     Case("14B-720P", "t2v-14B", "1280*720", 52, 6, 19.7, 4.75, 1.025),
 )
-PARTS = ("kernels", *(case.name for case in CASES), "warm")
+PARTS = ("kernels", "numerics", *(case.name for case in CASES), "warm")
 
 
 # --- judging: pure, of rows ---------------------------------------------------------------------------------------------------
@@ -109,6 +110,12 @@ PARTS = ("kernels", *(case.name for case in CASES), "warm")
 def judge(rows: Sequence[Row], rounds: int = LEAST_ROUNDS) -> dict[str, Any]:
     """What the rows show, and `breaches`: every bound that was missed."""
     breaches = _missed_by_kernels([row for row in rows if row["part"] == "kernels"])
+    forward = {row["backend"]: row["rms"] for row in rows if row["part"] == "numerics"}
+    breaches += [
+        f"numerics {name}: {rms:.3e} from float32, {forward['cudnn']:.3e} with cudnn"
+        for name, rms in forward.items()
+        if rms > MOST_ERROR_RATIO * forward.get("cudnn", math.inf)
+    ]
     steps: dict[str, Any] = {}
     for case in CASES:
         mine = [row for row in rows if row["part"] == case.name]
@@ -123,7 +130,7 @@ def judge(rows: Sequence[Row], rounds: int = LEAST_ROUNDS) -> dict[str, Any]:
         for name, seconds in warm.items()
         if seconds > MOST_WARM_SECONDS
     ]
-    return {"steps": steps, "warm_seconds": warm, "breaches": breaches}
+    return {"steps": steps, "forward_rms": forward, "warm_seconds": warm, "breaches": breaches}
 
 
 def _missed_by_kernels(rows: Sequence[Row]) -> list[str]:
@@ -336,6 +343,42 @@ def _error(torch: Any, out: Any, q: Any, k: Any, v: Any) -> float:
     return float(apart.square().mean().sqrt() / exact.square().mean().sqrt())
 
 
+def numerics_here(say: Callable[[Row], None]) -> None:
+    """A forward of 1.3B among 14040 tokens with each backend in bf16 against float32 without TF32, random weights."""
+    import torch
+    from numerics import error, inputs_of, weights_of
+
+    from wanvram.kernels.attention_backends import BACKENDS as REGISTRY
+    from wanvram.kernels.fused_attention import usable
+    from wanvram.models.dit import Condition, WanDiT
+    from wanvram.models.precision import PRECISIONS
+    from wanvram.specs import DIT
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    spec = DIT["t2v-1.3B"]
+    weights, (latent, context) = weights_of(spec), inputs_of((9, 60, 104), spec, "cuda")
+
+    def forward(precision: str, backend: str) -> Any:
+        model = WanDiT(spec, PRECISIONS[precision]).to("cuda")
+        model.load_state_dict(weights)
+        (moment,), conditions = model.prepare([500], [Condition(context)])
+        (velocity,) = model.velocity(latent, moment, conditions, rows_per_chunk=8192, attention=backend)
+        return velocity.double().cpu()
+
+    exact = forward("fp32", "efficient")
+    like = torch.empty((64, 1, HEAD_DIM), dtype=torch.bfloat16, device="cuda")
+    for backend in REGISTRY:
+        if (backend.package is None or backend.version() is not None) and usable(backend, like):
+            say(
+                {
+                    "part": "numerics",
+                    "kind": "forward",
+                    "backend": backend.name,
+                    **error(forward("bf16", backend.name), exact),
+                }
+            )
+
+
 # --- products and attention of a step alone, in a process of its own ----------------------------------------------------------
 
 
@@ -408,6 +451,9 @@ def _timed(torch: Any, call: Callable[[], None], count: int) -> float:
     return float(start.elapsed_time(end)) / 1000 / count
 
 
+SINGLE = {"kernels": kernels_here, "numerics": numerics_here}
+
+
 def in_a_process(what: str) -> Iterator[Row]:
     """The rows that this script says in a fresh process."""
     with subprocess.Popen([sys.executable, __file__, "--here", what], stdout=subprocess.PIPE, text=True) as process:
@@ -423,8 +469,8 @@ def here(what: str) -> int:
     def say(row: Row) -> None:
         print("ROW " + json.dumps(row), flush=True)
 
-    if what == "kernels":
-        kernels_here(say)
+    if what in SINGLE:
+        SINGLE[what](say)
     else:
         alone_here(next(case for case in CASES if case.name == what), say)
     return 0
@@ -541,6 +587,7 @@ def said(row: Row) -> str:
         "first_seconds",
         "tflops",
         "error",
+        "rms",
     )
     figures = [f"{name} {row[name]:.4g}" for name in names if isinstance(row.get(name), float)]
     others = (
@@ -577,7 +624,7 @@ def run(args: argparse.Namespace) -> int:
             if case is not None:
                 rows = whole_runs(case, args.rounds, args.gpu, scratch)
             else:
-                rows = in_a_process("kernels") if part == "kernels" else warm_starts(args.gpu, scratch)
+                rows = in_a_process(part) if part in SINGLE else warm_starts(args.gpu, scratch)
             for row in rows:
                 result.append(row)
                 print(said(row), flush=True)
