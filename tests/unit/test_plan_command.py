@@ -24,7 +24,7 @@ from wanvram.planner.forecasts import stage_seconds
 from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.planner.search import Options
 from wanvram.predict.plan import plan_run
-from wanvram.record import AttentionChoice, Failure, Memory, Span, Times
+from wanvram.record import Failure, Memory, Span, Times
 from wanvram.report.plan import summarize_plan
 from wanvram.units import GIB, MIB
 
@@ -47,7 +47,6 @@ class WholeRun:
     failure: Failure | None = None
     stages: tuple[Span, ...] = ()
     times = Times()
-    attention: AttentionChoice | None = None
 
     def prediction(self, elapsed_seconds: float) -> None:
         return None

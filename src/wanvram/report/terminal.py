@@ -66,7 +66,8 @@ def _headline(record: RunRecord, texts: Texts) -> str:
 def attention_line(attention: AttentionChoice, texts: Texts) -> str:
     """What computes the transformer's attention, and why that."""
     own, cross = attention.self_attention.backend, attention.cross_attention.backend
-    return texts("attention_line", own=own, cross=cross, basis=texts(f"attention_{attention.basis}"))
+    key = "attention_one" if own == cross else "attention_line"
+    return texts(key, own=own, cross=cross, basis=texts(f"attention_{attention.basis}"))
 
 
 def _why(peak: Span, texts: Texts) -> str:

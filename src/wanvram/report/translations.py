@@ -125,7 +125,8 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "Attention: {own} among the video's tokens, {cross} to the prompt's ({basis})",
         "注意力：视频词元之间用 {own}，对提示词用 {cross}（{basis}）",
     ),
-    "attention_asked": ("as asked for", "按要求指定"),
+    "attention_one": ("Attention: {own} ({basis})", "注意力：{own}（{basis}）"),
+    "attention_asked": ("asked for, or planned", "按要求指定或由规划决定"),
     "attention_table": ("auto", "自动选择"),
     "attention_check": (
         "auto, by `wanvram check --attention` on this machine",
