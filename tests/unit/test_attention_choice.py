@@ -407,14 +407,15 @@ def test_auto_means_the_same_to_an_estimate_and_to_a_run() -> None:
         assert attention_of(asked, card_here(asked, device)) == simulated
 
 
-def test_reports_say_what_attended(tmp_path: Path) -> None:
+def test_reports_say_what_attended() -> None:
     from wanvram.report.runs import Run
     from wanvram.report.terminal import attention_line, summarize
     from wanvram.report.translations import Texts
 
     record, _ = simulate(config("h200", "fa4", frame_num=17))
     assert "Attention: fa4 among the video's tokens, cudnn to the prompt's (asked for, or planned)" in summarize(record)
-    settings = Run("x", record, None).settings()
+    nothing: Any = None
+    settings = Run("x", record, nothing, exact=True).settings()
     assert (settings["attention.self"], settings["attention.cross"]) == ("fa4", "cudnn")
     assert record.attention is not None
     same = replace(record.attention, self_attention=record.attention.cross_attention, basis="check")
