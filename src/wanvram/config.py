@@ -34,7 +34,8 @@ class Strategy:
 
     weights_in: where streamed blocks wait, pinned or pageable RAM or the checkpoint's files. resident_blocks: how many of the
     transformer's blocks stay on the device all the same. weight_storage fp8: the transformer's matrices, lossy. vae_tile: edge
-    in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32: lossy.
+    in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32: lossy. attention_backend: what computes
+    the attention of the transformer.
     """
 
     precision: str = knobs.PRECISION.default
