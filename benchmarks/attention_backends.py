@@ -5,11 +5,11 @@
     python benchmarks/attention_backends.py add a.json b.json -o benchmarks/2026-11-29_h200_attention_backends.json
     python benchmarks/attention_backends.py list                                                               parts and bounds; no GPU
 
-Parts: `kernels` times every backend that is usable here at the shapes of Wan2.1 (median of 8), with what it takes beside its output,
-its error against float64 on a slice, and with the SM clock and power of that time; `numerics` takes a forward of 1.3B with each
-against float32. `1.3B-480P`, `14B-480P` and `14B-720P` are whole runs of `wanvram profile` in fresh processes, streamed, under the
-caps of the headline table (docs/evidence.md), random weights, 4 steps, cudnn and fa4 in turns (ABBA), --rounds pairs each; the
-prediction of each is made and printed before. In the same call the products and the attention of one step are timed alone: what a
+Parts: `kernels` times every backend that is usable here at the shapes of Wan2.1 (median of at least 8 and a second), with what it takes
+beside its output, its error against float64 on a slice, and with the SM clock and power of that time; `numerics` takes a forward of
+1.3B with each against float32. `1.3B-480P`, `14B-480P` and `14B-720P` are whole runs of `wanvram profile` in fresh processes, streamed,
+under the caps of the headline table (docs/evidence.md), random weights, 4 steps, cudnn and fa4 in turns (ABBA), --rounds pairs each;
+the prediction of each is made and printed before. In the same call the products and the attention of one step are timed alone: what a
 step cannot be faster than at the clock of that time. `warm` takes 1.3B in a fresh process with empty caches of compiled kernels and
 again with those that the first one filled.
 Needs flash-attn-4 for fa4. Exit code 1 when a bound is missed.
@@ -45,9 +45,9 @@ GIB = 2**30
 MIB = 2**20
 BACKENDS = ("cudnn", "fa4")  # of the whole steps
 STEPS = 4
-REPEATS = 8
+REPEATS = 8  # at least, of a single call,
+LEAST_SECONDS = 1.0  # and as many as take this long, so that clock and power are those of work
 HEAD_DIM = 128
-ALLOCATED_IN = 512  # bytes: what PyTorch's allocator rounds to
 Row = dict[str, Any]
 
 # (heads, queries, keys) of single calls: t2v-1.3B and 14B at 832x480 and 1280x720, a share of heads, a chunk of rows, the prompt.
@@ -303,35 +303,30 @@ def _called(torch: Any, backend: Any, q: Any, k: Any, v: Any) -> Row:
     del out
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    before, reserved = _requested(torch, "current"), torch.cuda.memory_reserved()
     out = call(q, k, v)[0]
     torch.cuda.synchronize()
-    after, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    after, peak = _requested(torch, "current"), _requested(torch, "peak")
     result: Row = {
         "output_bytes": after - before,
         "extra_bytes": peak - after,
-        "registry_extra_bytes": sum(_rounded(n) for part in backend.extra(q.shape[0], q.shape[1]) for n in part),
+        "registry_extra_bytes": sum(n for part in backend.extra(q.shape[0], q.shape[1]) for n in part),
         "reserved_more_bytes": torch.cuda.memory_reserved() - reserved,
         "error": error,
     }
     del out
-    times = []
+    count = max(REPEATS, math.ceil(LEAST_SECONDS / _timed(torch, lambda: call(q, k, v), 1)))
     with sampled(result):
-        for _ in range(REPEATS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call(q, k, v)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
+        times = [_timed(torch, lambda: call(q, k, v), 1, warm=True) for _ in range(count)]
     del result["nvml_bytes"]
     seconds = median(times)
     flops = 4 * q.shape[0] * k.shape[0] * q.shape[1] * HEAD_DIM
     return result | {"seconds": seconds, "tflops": flops / seconds / 1e12}
 
 
-def _rounded(nbytes: int) -> int:
-    return -(-nbytes // ALLOCATED_IN) * ALLOCATED_IN
+def _requested(torch: Any, when: str) -> int:
+    """Bytes asked of the allocator: what it hands out may be a larger block that was there."""
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{when}"])
 
 
 def _error(torch: Any, out: Any, q: Any, k: Any, v: Any) -> float:
@@ -439,9 +434,10 @@ def alone_here(case: Case, say: Callable[[Row], None]) -> None:
         )
 
 
-def _timed(torch: Any, call: Callable[[], None], count: int) -> float:
-    """Mean seconds of `count` calls after one that is not counted."""
-    call()
+def _timed(torch: Any, call: Callable[[], Any], count: int, *, warm: bool = False) -> float:
+    """Mean seconds of `count` calls, unless warm after one that is not counted."""
+    if not warm:
+        call()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(count):
