@@ -34,7 +34,8 @@ class Strategy:
 
     weights_in: where streamed blocks wait, pinned or pageable RAM or the checkpoint's files. resident_blocks: how many of the
     transformer's blocks stay on the device all the same. weight_storage fp8: the transformer's matrices, lossy. vae_tile: edge
-    in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32: lossy.
+    in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32: lossy. attention_backend: what computes
+    the attention of the transformer.
     """
 
     precision: str = knobs.PRECISION.default
@@ -42,6 +43,7 @@ class Strategy:
     offload: bool = knobs.OFFLOAD.default
     t5_cpu: bool = knobs.T5_CPU.default
     attention_slicing: bool = knobs.ATTENTION_SLICING.default
+    attention_backend: str = knobs.ATTENTION.default
     rows_per_chunk: int | None = knobs.ROWS_PER_CHUNK.default
     cfg: str = knobs.CFG.default
     weights_in: str = knobs.WEIGHTS_IN.default

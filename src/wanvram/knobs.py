@@ -56,9 +56,9 @@ class Knob(Generic[T]):
 
     choices: all values, of a knob that is text. touches: components whose memory or time it changes, the halves of the VAE
     apart, last the one it is for. lossless: the result is that of the plain resident run of the same precision, up to the
-    rounding of reordered sums; a knob that is not is left to the user. official: what the official command line assumes
-    where the flag is absent; a command always says such a knob. smaller: (value now, situation) -> values worth trying when
-    memory is short. absent: what None means, in words.
+    rounding of reordered sums; a knob that is not is left to the user, and one that is can be, too
+    (to_user). official: what the official command line assumes where the flag is absent; a command always says such a knob.
+    smaller: (value now, situation) -> values worth trying when memory is short. absent: what None means, in words.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Knob(Generic[T]):
     touches: tuple[str, ...] = ()
     lossless: bool = True
     official: T | None = None
+    to_user: bool = False
     smaller: Callable[[T, Situation], tuple[T, ...]] = lambda now, situation: ()
     rules: tuple[Rule, ...] = ()
     absent: str = ""
@@ -147,6 +148,11 @@ _NO_FP8_OF_FP32 = Rule(
     "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
 )
 
+_HALF_ONLY = Rule(
+    lambda value, strategy: value in ("auto", "efficient") or PRECISION.of(strategy) != "fp32",
+    "{value} computes 16-bit numbers only, and precision is fp32; use auto or efficient",
+)
+
 
 def _only(value: T) -> Callable[[T, Situation], tuple[T, ...]]:
     return lambda now, situation: () if now == value else (value,)
@@ -199,6 +205,10 @@ T5_CPU = Knob(
 ATTENTION_SLICING = Knob(
     "attention_slicing", False, "attend in groups of heads (default: False)",
     touches=("dit",), smaller=_only(True))
+ATTENTION = Knob(
+    "attention_backend", "auto", "what computes the transformer's attention (default: auto, the fastest that is known)",
+    choices=("auto", "cudnn", "flash", "efficient", "fa4"), touches=("dit",), to_user=True, rules=(_HALF_ONLY,),
+    other_flag="attention")
 ROWS_PER_CHUNK: Knob[int | None] = Knob(
     "rows_per_chunk", None, f"rows of the sequence per chunk (default: near {TARGET_ROWS})", absent="chosen by size",
     touches=("dit",), smaller=_half_the_rows, rules=(_at_least(1, " (or absent: chosen by size)"),))
@@ -235,8 +245,16 @@ DIT_FSDP = Knob("dit_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ON
 
 # In the order of Strategy's fields, which is that of flags, keys and commands.
 TABLE: tuple[Knob[Any], ...] = (
-    *(PRECISION, LOAD_STRATEGY, OFFLOAD, T5_CPU, ATTENTION_SLICING, ROWS_PER_CHUNK, CFG, WEIGHTS_IN, RESIDENT_BLOCKS),
-    *(WEIGHT_STORAGE, VAE_TILE, VAE_PRECISION, EXPANDABLE_SEGMENTS, GRADIENT_CHECKPOINTING, BATCH_SIZE),
+    *(PRECISION, LOAD_STRATEGY, OFFLOAD, T5_CPU, ATTENTION_SLICING, ATTENTION, ROWS_PER_CHUNK, CFG, WEIGHTS_IN),
+    *(
+        RESIDENT_BLOCKS,
+        WEIGHT_STORAGE,
+        VAE_TILE,
+        VAE_PRECISION,
+        EXPANDABLE_SEGMENTS,
+        GRADIENT_CHECKPOINTING,
+        BATCH_SIZE,
+    ),
     *(MICRO_BATCH_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
 )
 
@@ -252,7 +270,12 @@ def touching(component: str) -> tuple[Knob[Any], ...]:
 
 def planned() -> tuple[Knob[Any], ...]:
     """What the planner decides: all that loses nothing and is a component's. What touches the whole run costs nothing."""
-    return tuple(knob for knob in TABLE if knob.lossless and knob.touches and RUN not in knob.touches)
+    return tuple(k for k in TABLE if k.lossless and k.touches and RUN not in k.touches and not k.to_user)
+
+
+def fixed() -> tuple[Knob[Any], ...]:
+    """What a plan takes as it is given."""
+    return tuple(knob for knob in TABLE if knob.to_user or not knob.lossless)
 
 
 def lossy() -> tuple[Knob[Any], ...]:

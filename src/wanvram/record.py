@@ -20,7 +20,10 @@ from wanvram.output_files import whole_file, writing
 from wanvram.strict_json import check_types, strict_json
 
 __all__ = [
+    "BASES",
     "MAX_RECORD_BYTES",
+    "AttentionChoice",
+    "AttentionUse",
     "ComponentRecord",
     "Copies",
     "Failure",
@@ -38,6 +41,7 @@ SCHEMA = 1
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # one of 50 fully recorded 14B steps has 2 MB
 MAX_DEPTH = 20  # of spans in spans; ours are four deep
 MAX_REPEATS = 1_000_000
+BASES = ("asked", "table", "check")  # of what attends
 FAILURES = ("oom", "error", "interrupted")
 _SECTIONS = ("model_config", "optimization", "logging", "request")
 
@@ -275,6 +279,35 @@ class Predicted:
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class AttentionUse:
+    """backend: of the registry (kernels.attention_backends). rate_source: what its predicted time rests on."""
+
+    backend: str
+    rate_source: str
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """What computes the transformer's attention. asked: the knob's value; taken: what it came to, a backend of the registry.
+
+    basis: asked (by the knob), table (of the registry) or check (measured here by `wanvram check --attention`). self_attention:
+    among the video's tokens, cross_attention: to those of prompt and picture. note: what was passed over on the way.
+    """
+
+    asked: str
+    taken: str
+    basis: str
+    self_attention: AttentionUse
+    cross_attention: AttentionUse
+    note: str = ""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AttentionChoice:
+        uses = {name: AttentionUse(**data[name]) for name in ("self_attention", "cross_attention")}
+        return cls(**data | uses)
+
+
 @dataclass
 class RunRecord:
     """One run, measured or simulated."""
@@ -292,6 +325,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     times: Times = field(default_factory=Times)
     predicted: Predicted | None = None
+    attention: AttentionChoice | None = None
     schema: int = SCHEMA
 
     @property
@@ -352,6 +386,7 @@ class RunRecord:
             "host": self.host,
             "times": asdict(self.times),
             "predicted": asdict(self.predicted) if self.predicted else None,
+            "attention": asdict(self.attention) if self.attention else None,
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -380,6 +415,7 @@ class RunRecord:
                 notes=data["notes"],
                 times=Times(**data.get("times", {})),
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
+                attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
             )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -393,6 +429,8 @@ class RunRecord:
                 raise DamagedError(f"config.{section} is no section")
         if self.failure is not None and self.failure.kind not in FAILURES:
             raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
+        if self.attention is not None and self.attention.basis not in BASES:
+            raise DamagedError(f"attention.basis is none of {', '.join(BASES)}")
         for span in (span for stage in self.stages for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
                 raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")

@@ -224,6 +224,13 @@ HOW: list[Case] = [
             *("t5_fsdp", "dit_fsdp"),
         )
     ),
+    ("t2v", ["--attention", "magic"], "--attention: invalid choice"),
+    ("t2v", ["--attention", "fa4", "--precision", "fp32"], "--attention: fa4 computes 16-bit numbers only"),
+    (
+        "t2v",
+        ["--attention", "fa4", "--precision", "bf16"],
+        "fa4 computes on NVIDIA GPUs; with device cpu leave it at auto",
+    ),
     *(("t2v", ["--rows_per_chunk", n], "--rows_per_chunk: .* at least 1") for n in ("0", "-5")),
     ("t2v", ["--cfg", "none"], "--cfg: invalid choice"),
     ("t2v", ["--weights_in", "cloud"], "--weights_in: invalid choice"),

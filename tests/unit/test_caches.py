@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ MIB = 2**20
 
 
 def test_kernels_are_cold_until_something_lies_in_their_cache(tmp_path: Path) -> None:
-    environment = {"HOME": str(tmp_path)}
+    kept = tmp_path / "fa4"
+    environment = {"HOME": str(tmp_path), "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(kept)}
+    assert cold_libraries(environment) == {"triton", "attention", "fa4"}
+    (kept / "x").mkdir(parents=True)
     assert cold_libraries(environment) == {"triton", "attention"}
     (tmp_path / ".triton" / "cache" / "x").mkdir(parents=True)
     assert cold_libraries(environment) == {"attention"}
@@ -25,6 +29,9 @@ def test_kernels_are_cold_until_something_lies_in_their_cache(tmp_path: Path) ->
 def test_a_cache_elsewhere_counts_and_an_empty_one_does_not(tmp_path: Path) -> None:
     environment = {"HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "t"), "CUDA_CACHE_PATH": str(tmp_path)}
     (tmp_path / "t").mkdir()
+    environment["TMPDIR"] = str(tmp_path)
+    assert cold_libraries(environment) == {"triton", "fa4"}
+    (tmp_path / getpass.getuser() / "flash_attention_cute_dsl_cache" / "x").mkdir(parents=True)
     assert cold_libraries(environment) == {"triton"}
 
 

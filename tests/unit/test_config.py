@@ -33,6 +33,7 @@ KEYS = {
     "optimization.cfg",
     "optimization.weights_in",
     "optimization.resident_blocks",
+    "optimization.attention_backend",
     "optimization.weight_storage",
     "optimization.vae_tile",
     "optimization.vae_precision",

@@ -50,6 +50,7 @@ def imported() -> set[str]:
 def test_the_dependencies_named_are_those_declared() -> None:
     assert named("Runtime") == declared("dependencies")
     assert named("Optional") == declared("prompt")
+    assert named("Faster attention") == declared("fa4")
     assert named("Development") == declared("dev") - {"wanvram"} | {"transformers"}
 
 

@@ -4,6 +4,7 @@ examples:
   wanvram check
   wanvram check --json
   wanvram check --terminate 4711       asks first, and only for a process of yours that uses the GPU
+  wanvram check --attention            how fast each backend of attention is here, in seconds; `--attention auto` of a run uses it
   wanvram check --cards                the cards that --gpu knows, without a GPU; --json: every figure and its source
 
 Warms the GPU up where there is one. Ends no process by itself; every measuring run stores the same checks in its record.
@@ -18,10 +19,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from wanvram.errors import InputError, WanvramError
-from wanvram.report.check import cards_text, check_text
+from wanvram.errors import DeviceError, InputError, WanvramError
+from wanvram.kernels.attention_backends import BACKENDS
+from wanvram.machine.attention_cache import HEAD_DIM
+from wanvram.report.check import attention_text, cards_text, check_text
 from wanvram.simulate.card import EFFICIENCY, card_to_json
-from wanvram.simulate.gpus import GPUS
+from wanvram.simulate.gpus import GPU, GPUS
 from wanvram.simulate.host import HOST
 from wanvram.units import human
 
@@ -37,12 +40,19 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cards", action="store_true", help="list the cards that can be simulated, and look at nothing here"
     )
+    parser.add_argument(
+        "--attention", action="store_true", help="measure the backends of attention and keep the result for later runs"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.cards + args.attention + (args.terminate is not None) > 1:
+        raise InputError("--cards, --attention and --terminate: give one of them")
     if args.cards:
         return _list_cards(args)
+    if args.attention:
+        return _check_attention(args)
     from wanvram.machine.checks import run_checks, warm_up
 
     checks = run_checks()
@@ -59,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list_cards(args: argparse.Namespace) -> int:
-    if args.terminate is not None:
-        raise InputError("--cards and --terminate: give one of them; --cards looks at nothing on this machine")
     if not args.json:
         print(cards_text(list(GPUS.values())), end="")
         return 0
@@ -68,9 +76,38 @@ def _list_cards(args: argparse.Namespace) -> int:
         "schema": 1,
         "efficiency": dataclasses.asdict(EFFICIENCY),
         "host": dataclasses.asdict(HOST),
+        "attention": {card.key: _attention_of(card) for card in GPUS.values()},
         "cards": [card_to_json(card) for card in GPUS.values()],
     }
     print(json.dumps(document, ensure_ascii=False))
+    return 0
+
+
+def _attention_of(card: GPU) -> list[dict[str, Any]]:
+    """What can attend in 16 bits on the card, PyTorch's own choice first; pace: of the share `efficiency.attention`."""
+    able = [backend for backend in BACKENDS if backend.takes(card.compute_capability, 2, HEAD_DIM)]
+    rates = [backend.rate(card.compute_capability) for backend in able]
+    return [{"backend": b.name, "pace": r.pace, "source": r.source} for b, r in zip(able, rates, strict=True)]
+
+
+def _check_attention(args: argparse.Namespace) -> int:
+    from wanvram.machine.attention_cache import keep
+    from wanvram.machine.attention_choice import fastest
+    from wanvram.machine.attention_speed import conditions_here, measure
+    from wanvram.machine.usable_gpu import require_gpu
+
+    require_gpu("attention was not measured")
+    conditions = conditions_here()
+    if conditions is None:
+        raise DeviceError("attention was not measured: the driver (NVML) does not say which GPU this is")
+    measured, missing = measure(conditions)
+    path, best = keep(measured), fastest(measured)
+    if args.json:
+        document = {"schema": 1, **dataclasses.asdict(measured), "missing": missing, "fastest": best, "file": str(path)}
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        print(attention_text(measured, missing, best), end="")
+        print(f"Wrote {path}")
     return 0
 
 

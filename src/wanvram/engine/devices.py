@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wanvram.record import Copies
+from wanvram.record import AttentionChoice, Copies
 from wanvram.recorder.meters import CpuMeter, Meter
 from wanvram.simulate.memory import SimulatedMemory
 
@@ -148,6 +148,7 @@ class Device(Placing, Copying, Measuring, Booking):
     kind: str
     name: str
     computes_half = True  # float16 products are as good as any
+    attention: AttentionChoice | None = None  # what computes the transformer's; None: PyTorch decides
 
 
 class CpuDevice(Device):

@@ -6,6 +6,7 @@ import torch
 
 from wanvram.config import Strategy
 from wanvram.engine.devices import Device
+from wanvram.kernels.attention_backends import LONG_KEYS, is_for_long
 from wanvram.kernels.conv import conv3d
 from wanvram.kernels.elementwise import rms_norm_
 from wanvram.kernels.scaled_attention import attention
@@ -18,7 +19,7 @@ ROWS, COLUMNS = 64, 128
 CHANNELS, EDGE = 16, 16
 
 
-def use_libraries(device: Device, strategy: Strategy) -> None:
+def use_libraries(device: Device, strategy: Strategy, asked: str) -> None:
     """One smallest operation of each: PyTorch's own kernels, products, attention, convolution, ours. Values do not matter."""
     matmul, vae = PRECISIONS[PRECISION.of(strategy)].matmul, PRECISIONS[strategy.vae_precision].matmul
     x = device.empty((ROWS, COLUMNS), matmul)
@@ -28,7 +29,11 @@ def use_libraries(device: Device, strategy: Strategy) -> None:
     torch.addmm(weight[0], x, weight)
     rms_norm_(x, device.empty((COLUMNS,), torch.float32), 1e-6)
     heads = x.view(ROWS, 1, COLUMNS)
-    attention(heads, heads, heads)
+    attention(heads, heads, heads, asked)
+    if is_for_long(asked):
+        many = device.empty((LONG_KEYS + ROWS, 1, COLUMNS), matmul)
+        attention(heads, many, many, asked)
+        del many
     window, kernel = (
         device.empty((count, 3, size, size, CHANNELS), vae).permute(0, 4, 1, 2, 3)  # channels_last_3d
         for count, size in ((1, EDGE), (CHANNELS, 3))

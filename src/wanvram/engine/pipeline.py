@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from wanvram.engine.first_use import use_libraries
 from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
+from wanvram.kernels.attention_backends import AUTO
 from wanvram.knobs import PRECISION, chunk_rows
 from wanvram.models.dit import Condition, Prepared, Time, WanDiT
 from wanvram.models.precision import PRECISIONS
@@ -143,7 +144,7 @@ class Pipeline:
     def _start(self) -> None:
         """Under a limit the libraries come first, so that what they leave of it is known before weights are loaded."""
         with self.recorder.span("start", kind="load"):
-            use_libraries(self.device, self.config.strategy)
+            use_libraries(self.device, self.config.strategy, _asked(self.device))
             self.device.empty_cache()
             self.device.hold_to_limit()
 
@@ -354,6 +355,7 @@ class Pipeline:
         dit = _transformer(component)
         rows = chunk_rows(self.inputs.geometry.tokens(self.inputs.noise_shape), strategy.rows_per_chunk)
         heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
+        asked: dict[str, Any] = {"rows_per_chunk": rows, "heads_per_group": heads, "attention": _asked(self.device)}
         groups = [conditions] if strategy.cfg == "joint" else [[c] for c in conditions]
         coming = iter(times)
 
@@ -361,9 +363,7 @@ class Pipeline:
             time = next(coming)
             outputs: list[torch.Tensor] = []
             for group in groups:
-                outputs += dit.velocity(
-                    latent, time, group, rows_per_chunk=rows, heads_per_group=heads, walk=component.walk
-                )
+                outputs += dit.velocity(latent, time, group, walk=component.walk, **asked)
             cond, uncond = outputs
             return uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale)
 
@@ -421,6 +421,11 @@ class Pipeline:
 
 def _solver(request: Request) -> Solver:
     return cast(Solver, request.sample_solver)  # which Request has checked
+
+
+def _asked(device: Device) -> str:
+    """The backend for the transformer's attention; the CPU has no choice."""
+    return AUTO if device.attention is None else device.attention.taken
 
 
 def _transformer(component: Component) -> WanDiT:

@@ -4,49 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanvram.kernels.attention_backends import chosen
+from wanvram.kernels.attention_backends import AUTO, chosen
+from wanvram.kernels.fused_attention import Attended, heads_first, reference, rows_first
 from wanvram.kernels.operation import operation
 
-__all__ = ["attention", "scaled_dot_product"]
+__all__ = ["attention", "attention_with_sums", "scaled_dot_product"]
+
+ALIGNED = 8  # numbers of a head come in multiples of it, or PyTorch pads them first
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(D^-0.5 q k^T) v for q [Lq,H,D], k and v [Lk,H,D] -> contiguous [Lq,H,D]."""
-    result: Tensor = _attention(q, k, v)
+def attention(q: Tensor, k: Tensor, v: Tensor, asked: str = AUTO) -> Tensor:
+    """softmax(D^-0.5 q k^T) v for q [Lq,H,D], k and v [Lk,H,D] -> contiguous [Lq,H,D].
+
+    asked: a backend of the registry, taken where it takes these (attention_backends.chosen). On the CPU PyTorch computes.
+    """
+    result: Tensor = _attention(q, k, v, asked)
     return result
 
 
-@operation("(Tensor q, Tensor k, Tensor v) -> Tensor")
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    compute = _on_cuda(q.device, q.element_size(), q.shape[2]) if q.is_cuda else scaled_dot_product
-    result: Tensor = compute(q, k, v)
+def attention_with_sums(q: Tensor, k: Tensor, v: Tensor, asked: str = AUTO) -> tuple[Tensor, Tensor]:
+    """The same and the natural log-sum-exp of every row of scores, float32 [H,Lq]; the reference on the CPU."""
+    compute = _on_cuda(q.device, q.element_size(), q.shape[2], k.shape[0], asked) if q.is_cuda else reference
+    out, sums = compute(q, k, v, True)
+    assert sums is not None
+    return out, sums
+
+
+@operation("(Tensor q, Tensor k, Tensor v, str asked) -> Tensor")
+def _attention(q: Tensor, k: Tensor, v: Tensor, asked: str) -> Tensor:
+    if not q.is_cuda or q.shape[2] % ALIGNED:
+        return scaled_dot_product(q, k, v)
+    result: Tensor = _on_cuda(q.device, q.element_size(), q.shape[2], k.shape[0], asked)(q, k, v)[0]
     return result
 
 
 @cache
-def _on_cuda(device: torch.device, dtype_bytes: int, head_dim: int) -> Callable[..., Any]:
-    return chosen(torch.cuda.get_device_capability(device), dtype_bytes, head_dim).function()
+def _on_cuda(device: torch.device, dtype_bytes: int, head_dim: int, keys: int, asked: str) -> Callable[..., Attended]:
+    return chosen(torch.cuda.get_device_capability(device), dtype_bytes, head_dim, keys, asked).function()
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's, which looks for a backend itself, in the order of the registry."""
-    out = F.scaled_dot_product_attention(_heads_first(q), _heads_first(k), _heads_first(v))
-    # Flash, cuDNN and memory-efficient attention allocate [1,Lq,H,D] and return it transposed: contiguous() is free.
-    return out.squeeze(0).transpose(0, 1).contiguous()
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """View [L,H,D] as [1,H,L,D]."""
-    return x.transpose(0, 1).unsqueeze(0)
+    return rows_first(F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v)))
 
 
 @_attention.on_meta
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    del k
+def _(q: Tensor, k: Tensor, v: Tensor, asked: str) -> Tensor:
+    del k, asked
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import getpass
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,8 +22,21 @@ def cold_libraries(environment: Mapping[str, str] | None = None) -> frozenset[st
     home = Path(environment.get("HOME", "~")).expanduser()
     triton = environment.get("TRITON_CACHE_DIR") or Path(environment.get("TRITON_HOME", home)) / ".triton" / "cache"
     driver = environment.get("CUDA_CACHE_PATH") or home / ".nv" / "ComputeCache"
-    places = {"triton": Path(triton), "attention": Path(driver)}
+    fa4 = (
+        environment.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+        or _temporary(environment) / "flash_attention_cute_dsl_cache"
+    )
+    places = {"triton": Path(triton), "attention": Path(driver), "fa4": Path(fa4)}
     return frozenset(library for library, place in places.items() if _is_empty(place))
+
+
+def _temporary(environment: Mapping[str, str]) -> Path:
+    """Where flash-attn-4 keeps its compiled kernels unless told otherwise."""
+    folder = Path(environment.get("TMPDIR") or tempfile.gettempdir())
+    try:
+        return folder / getpass.getuser()
+    except (OSError, KeyError):  # a user without a name
+        return folder
 
 
 def _is_empty(place: Path) -> bool:

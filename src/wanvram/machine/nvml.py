@@ -27,6 +27,11 @@ class Gpu:
     def uuid(self) -> str:
         return str(self._nvml.nvmlDeviceGetUUID(self._handle))
 
+    @property
+    def driver(self) -> str:
+        version = self._nvml.nvmlSystemGetDriverVersion()
+        return version.decode() if isinstance(version, bytes) else str(version)
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes."""
         memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)

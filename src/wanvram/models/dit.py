@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanvram.errors import InputError
+from wanvram.kernels.attention_backends import AUTO
 from wanvram.models.dit_blocks import (
     Block,
     BlockInputs,
@@ -179,18 +180,20 @@ class WanDiT(nn.Module):
         *,
         rows_per_chunk: int | None = None,
         heads_per_group: int | None = None,
+        attention: str = AUTO,
         walk: Walk = iter,
     ) -> list[Tensor]:
         """latent float32 [C,F,H,W] -> one velocity float32 [out_dim,F,H,W] per condition.
 
         All conditions pass a unit before the next one is requested from the walk. rows_per_chunk: tokens handled
-        at once (None: all), and heads_per_group: heads that attend at once, change memory but not the result.
+        at once (None: all), and heads_per_group: heads that attend at once, change memory but not the result. attention: the
+        backend asked for.
         """
         self._check_latent(latent, rows_per_chunk)
         tables = rotary_tables(self._grid(latent), self.spec.head_dim, latent.device)
         streams = []
         for condition in conditions:
-            inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image, heads_per_group)
+            inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image, heads_per_group, attention)
             streams.append(self._start(latent, condition, inputs, rows_per_chunk))
         del tables, inputs
         visits = self._visits()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wanvram.kernels.attention_backends import AUTO
 from wanvram.kernels.elementwise import (
     gated_add_,
     gelu_tanh_,
@@ -43,7 +44,10 @@ IMAGE_NORM_EPS = 1e-5  # the two norms of the image MLP; every other norm uses t
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What every block reads besides the residual stream. heads_per_group: None means all heads attend at once."""
+    """What every block reads besides the residual stream. heads_per_group: None means all heads attend at once.
+
+    attention: the backend asked for (kernels.attention_backends).
+    """
 
     modulation: Tensor  # float32 [6, dim]
     cos: Tensor  # float32 [L, head_dim / 2]
@@ -51,6 +55,7 @@ class BlockInputs:
     text: Tensor  # [text_len, dim]
     image: Tensor | None  # [257 or 514, dim]
     heads_per_group: int | None = None
+    attention: str = AUTO
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -183,7 +188,7 @@ class SelfAttention(_Projections):
             q = self.q(h)
             del h
             rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
-            attended = attention(self._by_head(q), k, v)
+            attended = attention(self._by_head(q), k, v, inputs.attention)
             del q
             y = self.o(attended.flatten(1))
             del attended
@@ -238,7 +243,7 @@ class SelfAttention(_Projections):
         k, v = (t.view(t.shape[0], count, width) for t in (k, v))
         # As many bytes as a chunk of h had: 8190 queries x 3 heads leave a quarter of an H200 idle, 32760 x 3 do not.
         for c in chunks(x.shape[0], rows and rows * (self.num_heads // count)):
-            q[c, group].copy_(attention(q[c, group], k, v))
+            q[c, group].copy_(attention(q[c, group], k, v, inputs.attention))
 
     def _normed(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         return layer_norm_modulate(x, modulation[1], modulation[0], self.eps, 1.0, self.k.bias.dtype)
@@ -274,17 +279,17 @@ class CrossAttention(_Projections):
         """x += attention(norm(x)), without a gate."""
         pairs = self.keys_and_values(inputs.text, inputs.image)
         for c in chunks(x.shape[0], rows):
-            self._rows(x[c], norm, pairs)
+            self._rows(x[c], norm, pairs, inputs.attention)
 
-    def _rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
         h = norm(x)
         q = self.q(h)
         del h
         rms_norm_(q, self.norm_q.weight, self.eps)
         q = q.view(q.shape[0], self.num_heads, -1)
-        attended = attention(q, *pairs[0])
+        attended = attention(q, *pairs[0], asked)
         for k, v in pairs[1:]:
-            attended.add_(attention(q, k, v))
+            attended.add_(attention(q, k, v, asked))
         del q
         y = self.o(attended.flatten(1))
         del attended

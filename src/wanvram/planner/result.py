@@ -10,6 +10,7 @@ from wanvram import knobs
 from wanvram.config import Request, Strategy
 from wanvram.planner.budget import PROCESS_BYTES, Budget
 from wanvram.planner.forecasts import StageForecast, stage_seconds, total_seconds
+from wanvram.record import AttentionChoice
 
 __all__ = ["Alternative", "Offer", "Plan", "Refusal", "Rejected", "Trade", "changed_knobs"]
 
@@ -86,6 +87,7 @@ class Plan:
     # Device peak and seconds of the whole command once the run has been simulated whole; stages are then its own.
     whole_run_bytes: int | None = None
     whole_run_seconds: float | None = None
+    attention: AttentionChoice | None = None  # what the whole run attended with
 
     @property
     def peak_device_bytes(self) -> int:
@@ -120,6 +122,7 @@ class Plan:
             "host_bytes": self.host_bytes,
             "seconds_per_step": self.seconds_per_step,
             "seconds": self.seconds,
+            "attention": asdict(self.attention) if self.attention else None,
             "stages": stages,
             "rejected": [asdict(r) for r in self.rejected],
             "trades": [asdict(t) for t in self.trades],

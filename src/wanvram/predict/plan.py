@@ -14,9 +14,11 @@ from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, searc
 from wanvram.planner.forecasts import choices, components_of
 from wanvram.planner.search import planned_base
 from wanvram.predict.ahead import forecasts_ahead, processes_here
+from wanvram.predict.host import is_here
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
-from wanvram.record import RunRecord, Span
+from wanvram.record import AttentionChoice, RunRecord, Span
+from wanvram.run.attention import attention_of, card_like
 from wanvram.units import human
 
 __all__ = ["Forecasts", "plan_run", "planned_config"]
@@ -102,7 +104,8 @@ def plan_run(
             if offers:  # only now: nothing else is forecast again
                 result = search(config.request, tried, Options(base, offers=True), forecasts)
             assert isinstance(result, Plan)
-            return _confirmed(replace(result, budget=budget, whole_run_bytes=whole), record), record
+            result = replace(result, budget=budget, whole_run_bytes=whole, attention=_attention(config, result))
+            return _confirmed(result, record), record
         tried = replace(budget, margin_bytes=tried.margin + excess)
     raise BudgetError(
         f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "
@@ -111,9 +114,16 @@ def plan_run(
 
 
 def planned_config(config: RunConfig, plan: Plan) -> RunConfig:
-    """The configuration that runs the plan, with the budget as a hard cap."""
+    """The configuration that runs the plan, with the budget as a hard cap and what the plan assumed to attend with by its name."""
     budget = plan.budget
-    return replace(config, strategy=plan.strategy, gpu=budget.gpu, memory_limit_bytes=budget.usable_bytes)
+    planned = replace(config, strategy=plan.strategy, gpu=budget.gpu, memory_limit_bytes=budget.usable_bytes)
+    return replace(planned, strategy=knobs.ATTENTION.set(plan.strategy, _attention(config, plan).taken))
+
+
+def _attention(config: RunConfig, plan: Plan) -> AttentionChoice:
+    """What the knob comes to on the card that is planned for."""
+    card = plan.budget.card
+    return attention_of(replace(config, strategy=plan.strategy), card_like(card, here=is_here(card.key)))
 
 
 def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:

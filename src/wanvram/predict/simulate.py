@@ -13,9 +13,10 @@ from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.environment import describe_environment
 from wanvram.planner.budget import beyond_card, usable_memory
-from wanvram.predict.host import clock_of
+from wanvram.predict.host import clock_of, is_here
 from wanvram.record import Predicted, RunRecord, Times
 from wanvram.recorder.recorder import Recorder, repeated_seconds
+from wanvram.run.attention import attention_of, card_like
 from wanvram.run.execute import Around, Output, check_measurement, device_kind, execute, run_on
 from wanvram.run_events import TellRun
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
@@ -50,7 +51,9 @@ def simulated_device(config: RunConfig, *, keep_events: bool = False, unlimited:
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
     buffers = LibraryBuffers(gpu, Libraries(gpu))
     clock = clock_of(config, gpu)
-    return SimulatedDevice(SimulatedMemory(gpu, allocator, buffers, clock=clock, keep_events=keep_events))
+    device = SimulatedDevice(SimulatedMemory(gpu, allocator, buffers, clock=clock, keep_events=keep_events))
+    device.attention = attention_of(config, card_like(gpu, here=is_here(gpu.key)))
+    return device
 
 
 def run_or_simulate(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wanvram.machine.attention_cache import HEAD_DIM, Measured
 from wanvram.report.terminal import listed, table
 from wanvram.simulate.card import GPU
 from wanvram.units import GIB, human
 
-__all__ = ["cards_text", "check_text"]
+__all__ = ["attention_text", "cards_text", "check_text"]
 
 
 def check_text(checks: dict[str, Any]) -> str:
@@ -66,6 +67,26 @@ def _verdict(warnings: list[str]) -> str:
     if not warnings:
         return "Nothing here would falsify a measurement."
     return "\n".join(["What would falsify a measurement:", *(f"  {warning}" for warning in warnings)])
+
+
+def attention_text(measured: Measured, missing: Mapping[str, str], best: str | None) -> str:
+    """Milliseconds and TFLOP/s of each backend, why others are missing, and what `auto` makes of it. No torch."""
+    rows = [["use", "heads x queries x keys", "backend", "ms", "TFLOP/s"]]
+    for shape in measured.shapes:
+        size = f"{shape.heads} x {shape.queries} x {shape.keys}"
+        flops = 4 * shape.heads * shape.queries * shape.keys * HEAD_DIM
+        for name, time in sorted(shape.seconds.items(), key=lambda item: float(item[1])):
+            rows.append([shape.use, size, name, f"{1e3 * time:.2f}", f"{flops / time / 1e12:.1f}"])
+    said = measured.conditions
+    lines = [f"{said.card}, driver {said.driver}, torch {said.torch}, cuDNN {said.cudnn}", "", table(rows)]
+    lines += ["", *(f"{name}: {why}" for name, why in missing.items())] if missing else []
+    taken = "" if best is None else f"fastest for self- and cross-attention together: {best}"
+    return (
+        "\n".join(
+            [*lines, "", f"{taken}; --attention auto takes it on cards that wanvram's own table was not measured on."]
+        )
+        + "\n"
+    )
 
 
 def cards_text(cards: Sequence[GPU]) -> str:

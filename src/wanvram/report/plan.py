@@ -9,7 +9,9 @@ from wanvram import knobs
 from wanvram.command_line import flag_of
 from wanvram.planner.forecasts import StageForecast, stage_seconds
 from wanvram.planner.result import Offer, Plan, Rejected, Trade
-from wanvram.report.terminal import table
+from wanvram.record import AttentionChoice
+from wanvram.report.terminal import attention_line, table
+from wanvram.report.translations import Texts
 from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["longest_table", "summarize_plan"]
@@ -48,8 +50,16 @@ def _headline(plan: Plan) -> str:
             f"(margin kept: {human(budget.margin)})",
             f"Time: {step} per step, {whole} in all{_outside_stages(plan)}",
             f"Host RAM: {human(plan.host_bytes)}{ram}",
+            *_attention(plan.attention),
         ]
     )
+
+
+def _attention(attention: AttentionChoice | None) -> list[str]:
+    """What was assumed, and what its time rests on."""
+    if attention is None:
+        return []
+    return [attention_line(attention, Texts()), f"  its time: {attention.self_attention.rate_source}"]
 
 
 def _outside_stages(plan: Plan) -> str:

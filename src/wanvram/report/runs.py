@@ -54,8 +54,10 @@ class Run:
     borrowed: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """The configuration as dotted keys."""
-        return dotted(self.record.config)
+        """The configuration as dotted keys, and what attention came to."""
+        attention = self.record.attention
+        uses = {} if attention is None else {"self": attention.self_attention, "cross": attention.cross_attention}
+        return dotted(self.record.config) | {f"attention.{name}": use.backend for name, use in uses.items()}
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

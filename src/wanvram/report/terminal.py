@@ -15,13 +15,13 @@ from wanvram.command_line import MAX_COMMAND, plan_command
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
-from wanvram.record import RunRecord, Span
+from wanvram.record import AttentionChoice, RunRecord, Span
 from wanvram.report.runs import asked
 from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
 from wanvram.units import MIB, human, mib_cell, seconds
 
-__all__ = ["listed", "show", "summarize", "table"]
+__all__ = ["attention_line", "listed", "show", "summarize", "table"]
 
 _BAD = r"\b(DOES NOT FIT|does not fit|FAILED|[Oo]ut of memory)\b|放不下|失败|显存不足"
 _GOOD = r"(?<!whether it )\bfits\b|(?<!可询问能否)可容纳"
@@ -55,10 +55,19 @@ def _headline(record: RunRecord, texts: Texts) -> str:
         if m.device_bytes is not None:
             figures.append(f"{texts('device_line')} {human(m.device_bytes)}")
         lines += [texts("peak_line", figures=texts.listed(figures), stage=peak.name), f"      {_why(peak, texts)}"]
+    if record.attention is not None:
+        lines.append(attention_line(record.attention, texts))
     if record.simulated and record.times.in_all_seconds is not None and record.failure is None:
         lines.append(texts("in_all", time=seconds(record.times.in_all_seconds)))
     lines.append(_verdict(record, texts))
     return "\n".join(lines)
+
+
+def attention_line(attention: AttentionChoice, texts: Texts) -> str:
+    """What computes the transformer's attention, and why that."""
+    own, cross = attention.self_attention.backend, attention.cross_attention.backend
+    key = "attention_one" if own == cross else "attention_line"
+    return texts(key, own=own, cross=cross, basis=texts(f"attention_{attention.basis}"))
 
 
 def _why(peak: Span, texts: Texts) -> str:

@@ -121,6 +121,17 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "{start} there when the stage began + {activation} activation: mostly weights and tensors already there",
         "阶段开始时已有 {start} + 激活 {activation}：主要是权重和已有的张量",
     ),
+    "attention_line": (
+        "Attention: {own} among the video's tokens, {cross} to the prompt's ({basis})",
+        "注意力：视频词元之间用 {own}，对提示词用 {cross}（{basis}）",
+    ),
+    "attention_one": ("Attention: {own} ({basis})", "注意力：{own}（{basis}）"),
+    "attention_asked": ("asked for, or planned", "按要求指定或由规划决定"),
+    "attention_table": ("auto", "自动选择"),
+    "attention_check": (
+        "auto, by `wanvram check --attention` on this machine",
+        "自动选择，依据本机的 `wanvram check --attention`",
+    ),
     "in_all": ("Time: {time} in all, from the command to its end", "时间：从命令开始到结束共 {time}"),
     "verdict_failed": ("FAILED ({kind}): {message}", "失败（{kind}）：{message}"),
     "verdict_failed_in": ("FAILED ({kind}) in {stage}: {message}", "在 {stage} 阶段失败（{kind}）：{message}"),

@@ -18,10 +18,11 @@ from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.devices import CpuDevice, Device
 from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
-from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError
+from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
-from wanvram.knobs import EXPANDABLE_SEGMENTS, WEIGHTS_IN
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
+from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
 from wanvram.machine.environment import describe_environment
 from wanvram.machine.garbage import settled
@@ -33,6 +34,7 @@ from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import INTERRUPTED, deferred
 from wanvram.recorder.recorder import Recorder
+from wanvram.run.attention import attention_of, card_here
 from wanvram.run.beside import Beside, Predict
 from wanvram.run.directory import run_directory
 from wanvram.run.in_force import check_in_force, in_force
@@ -219,8 +221,16 @@ def make_device(config: RunConfig) -> Device:
     if kind == "cuda":
         # The commands did it before importing torch; a program may not have.
         put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
-        return CudaDevice(limit_bytes=config.memory_limit_bytes)
+        device = CudaDevice(limit_bytes=config.memory_limit_bytes)
+        device.attention = attention_of(config, card_here(config, device))
+        require_package(device.attention)
+        return device
     if kind == "cpu":
+        asked = ATTENTION.of(config.strategy)
+        require(
+            asked == ATTENTION.default,
+            f"{ATTENTION.name}: {asked} computes on NVIDIA GPUs; with device cpu leave it at {ATTENTION.default}",
+        )
         if config.weights == "random":
             raise InputError(
                 "full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated"
@@ -305,10 +315,12 @@ def _record(
         budget_bytes=config.memory_limit_bytes,
         components=_components(pipeline),
         stages=pipeline.recorder.spans,
+        attention=device.attention,
         environment=environment,
         host={"peak_rss_bytes": rss, "pinned_bytes": pinned},
         failure=failure,
-        notes=_notes(config, pipeline),
+        notes=_notes(config, pipeline)
+        + ([device.attention.note] if device.attention and device.attention.note else []),
     )
 
 

@@ -10,10 +10,12 @@ import torch
 from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import DeviceError, InputError
-from wanvram.kernels.attention_backends import chosen, named
-from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
+from wanvram.kernels.attention_backends import BACKENDS
+from wanvram.kernels.fused_attention import usable
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, PRECISION
 from wanvram.models.precision import PRECISIONS
-from wanvram.simulate.gpus import find_gpu
+from wanvram.run.attention import attention_of, card_like
+from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.simulate.libraries import KNOWN_TORCH
 from wanvram.specs import DIT
 from wanvram.units import human
@@ -25,7 +27,7 @@ _DEFAULTS = {"max_split_size": -1, "garbage_collection_threshold": 0.0}
 
 
 def in_force(config: RunConfig, device: CudaDevice) -> dict[str, Any]:
-    """Plain JSON values: allocator settings, its cap, the attention backend and library versions, as they are now."""
+    """Plain JSON values: allocator settings, its cap, which backends of attention work, and library versions, as they are now."""
     settings = torch.cuda.memory._snapshot(device.torch_device).get("allocator_settings", {})
     return {
         "allocator": torch.cuda.get_allocator_backend(),
@@ -39,17 +41,17 @@ def in_force(config: RunConfig, device: CudaDevice) -> dict[str, Any]:
     }
 
 
-def _attention(config: RunConfig, device: CudaDevice) -> str | None:
-    """The backend that PyTorch takes for the transformer's attention; None where it does not say."""
-    choose = getattr(torch, "_fused_sdp_choice", None)
-    if choose is None:
-        return None
+def _attention(config: RunConfig, device: CudaDevice) -> dict[str, bool]:
+    """Backends that the transformer's attention was given, and whether each can compute here."""
+    if device.attention is None:
+        return {}
     dtype = PRECISIONS[PRECISION.of(config.strategy)].matmul
-    q = torch.empty((1, 1, 64, _head_dim(config)), dtype=dtype, device=device.torch_device)
-    choice = int(choose(q, q, q))
-    del q
+    heads = torch.empty((64, 1, _head_dim(config)), dtype=dtype, device=device.torch_device)
+    uses = {use.backend for use in (device.attention.self_attention, device.attention.cross_attention)}
+    found = {backend.name: usable(backend, heads) for backend in BACKENDS if backend.name in uses}
+    del heads
     torch.cuda.empty_cache()  # the run begins with an empty allocator
-    return named(choice)
+    return found
 
 
 def _head_dim(config: RunConfig) -> int:
@@ -64,6 +66,13 @@ def check_in_force(config: RunConfig, found: dict[str, Any], device: CudaDevice)
         f"{EXPANDABLE_SEGMENTS.name} is {actual} in PyTorch's allocator but {wanted} in the configuration: "
         "it was started before it could be told; start a fresh process",
     )
+    for backend, works in found["attention"].items():
+        assumed = "the plan assumed" if config.gpu is not None else "this card is given"
+        _must(
+            works,
+            f"{assumed} {backend} for attention, but PyTorch {found['torch']} refuses it here; unset what disables it, or use "
+            f"{ATTENTION.asked(ATTENTION.default)} or another of {', '.join(ATTENTION.choices[1:])}",
+        )
     if config.memory_limit_bytes is None:
         return
     limit = found["allocator_limit_bytes"]
@@ -83,13 +92,7 @@ def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) ->
     with suppress(InputError):  # a card that no table knows was given the nearest name
         same = card.path is not None or find_gpu(here, total).key == card.key
         _must(same, f"the plan is for {card.name}, but the card here is {here}; plan again")
-    itemsize = PRECISIONS[PRECISION.of(config.strategy)].matmul.itemsize
-    backend = chosen(card.compute_capability, itemsize, _head_dim(config)).name
-    _must(
-        found["attention"] in (backend, None),
-        f"PyTorch {found['torch']} attends with {found['attention']} here, but the plan assumed {backend}: its memory and time are "
-        "not those of this run; unset what disables it or plan without --vram_budget",
-    )
+    _check_attention(config, card, device)
     version = tuple(int(part) for part in found["torch"].split("+")[0].split(".")[:2])
     first, last = KNOWN_TORCH
     _must(
@@ -100,6 +103,19 @@ def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) ->
         found["allocator"] == "native"
         and all(found["allocator_settings"].get(k, v) == v for k, v in _DEFAULTS.items()),
         f"the allocator is {found['allocator']} with {found['allocator_settings']}, but the plan assumed native with its defaults",
+    )
+
+
+def _check_attention(config: RunConfig, card: GPU, device: CudaDevice) -> None:
+    """A plan names its backend; where a configuration with a card says auto, what that means without this machine is meant."""
+    assumed = attention_of(config, card_like(card, here=False))
+    if device.attention is None or assumed.taken == device.attention.taken:
+        return
+    _must(
+        False,
+        f"attention: the plan for {card.name} assumed {assumed.taken}, but {device.attention.taken} is taken here "
+        f"({device.attention.basis}): memory and time are not those of this run; plan again here, or add "
+        f"{ATTENTION.asked(assumed.taken)}",
     )
 
 

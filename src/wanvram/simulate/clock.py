@@ -126,9 +126,11 @@ class Costs:
         """q [Lq,H,D], k [Lk,H,D]: two products of 2 Lq Lk H D each."""
         q, k = args[0], args[1]
         flops = 4 * prod(q.shape) * (k.shape[0] + RAMP_KEYS)
-        backend = chosen(self.gpu.compute_capability, q.itemsize, q.shape[2])
+        backend = chosen(self.gpu.compute_capability, q.itemsize, q.shape[2], k.shape[0], *args[3:])
         share: float = getattr(self.gpu.efficiency, backend.reached[q.itemsize])
-        return flops, (self._half if q.itemsize == 2 else self._fp32) * share, 2 * q.nbytes + 2 * k.nbytes
+        pace = backend.rate(self.gpu.compute_capability).pace
+        rate = self._half * pace if q.itemsize == 2 else self._fp32
+        return flops, rate * share, 2 * q.nbytes + 2 * k.nbytes
 
     def _convolution(self, args: Arguments, result: Any) -> Work:
         """x [N,I,...], weight [O,I,kernel...], result [N,O,...]. cuDNN may use TF32 for float32: PyTorch's default."""
@@ -191,6 +193,7 @@ class Clock:
     _copies: float = 0.0
     _reader: float = 0.0
     _encoder: float = 0.0
+    _used: set[str] = field(default_factory=set)
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
 
     def __post_init__(self) -> None:
@@ -276,12 +279,15 @@ class Clock:
     def first_use(self, library: str) -> None:
         """The host loads a library's modules and makes its plans, while the device waits."""
         cost = self.machine.first_use.get(library)
+        self._used.add(library)
         if cost is not None:
             self._host += cost.cold if library in self.cold else cost.warm
 
     def cold_seconds(self) -> float:
         """What compiling costs this run and no later one."""
-        costs = [self.machine.first_use[library] for library in self.cold if library in self.machine.first_use]
+        costs = [
+            self.machine.first_use[library] for library in self.cold & self._used if library in self.machine.first_use
+        ]
         return sum(cost.cold - cost.warm for cost in costs)
 
     def pin(self, nbytes: int) -> None:

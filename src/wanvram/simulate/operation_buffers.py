@@ -75,7 +75,7 @@ class LibraryBuffers:
 
     def _attention(self, args: tuple[Any, ...]) -> BufferPlan:
         lq, heads, head_dim = args[0].shape
-        backend = chosen(self.gpu.compute_capability, args[0].element_size(), head_dim)
+        backend = chosen(self.gpu.compute_capability, args[0].element_size(), head_dim, args[1].shape[0], *args[3:])
         before, during = backend.extra(lq, heads)
         return BufferPlan(before, during, loads=(backend.library,) if backend.library else ())
 

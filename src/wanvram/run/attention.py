@@ -1,0 +1,58 @@
+"""What a configuration's attention comes to on the card it runs on, the same for a simulated card and for the one that is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from wanvram.config import RunConfig
+from wanvram.engine.cuda import CudaDevice
+from wanvram.errors import InputError
+from wanvram.kernels.attention_backends import BACKENDS
+from wanvram.kernels.fused_attention import usable
+from wanvram.knobs import ATTENTION, PRECISION
+from wanvram.machine.attention_choice import Card, Heads, choose
+from wanvram.machine.attention_speed import checked_here
+from wanvram.models.precision import PRECISIONS
+from wanvram.record import AttentionChoice
+from wanvram.simulate.gpus import GPU, find_gpu
+from wanvram.specs import DIT
+
+__all__ = ["attention_of", "card_here", "card_like"]
+
+
+def attention_of(config: RunConfig, card: Card) -> AttentionChoice:
+    """Raises InputError where the card cannot compute what was asked for."""
+    request = config.request
+    shape = request.geometry.latent_shape(request.frame_num, request.height, request.width)
+    itemsize = PRECISIONS[PRECISION.of(config.strategy)].matmul.itemsize
+    heads = Heads(itemsize, DIT[request.facts.dit].head_dim, request.geometry.tokens(shape))
+    return choose(ATTENTION.of(config.strategy), card, heads)
+
+
+def card_like(gpu: GPU, *, here: bool) -> Card:
+    """A card that is simulated. here: it is the one in this machine, so what was measured here counts."""
+    checked, note = checked_here() if here and not gpu.measured else (None, "")
+    return Card(gpu.name, gpu.compute_capability, gpu.measured, checked, note)
+
+
+def card_here(config: RunConfig, device: CudaDevice) -> Card:
+    """The one that a run is on, with what its PyTorch refuses."""
+    name, total = device.name.removeprefix("cuda:"), torch.cuda.get_device_properties(device.torch_device).total_memory
+    try:
+        card = card_like(find_gpu(name, total), here=True)
+    except InputError:
+        checked, note = checked_here()
+        card = Card(name, torch.cuda.get_device_capability(device.torch_device), False, checked, note)
+    return replace(card, refused=_refused(config, device))
+
+
+def _refused(config: RunConfig, device: CudaDevice) -> frozenset[str]:
+    """PyTorch's backends that this build of it does not have, or that somebody disabled."""
+    dtype = PRECISIONS[PRECISION.of(config.strategy)].matmul
+    like = torch.empty((64, 1, DIT[config.request.facts.dit].head_dim), dtype=dtype, device=device.torch_device)
+    refused = frozenset(b.name for b in BACKENDS if b.sdp_choice is not None and not usable(b, like))
+    del like
+    device.empty_cache()  # the run begins with an empty allocator
+    return refused
