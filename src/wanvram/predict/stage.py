@@ -77,14 +77,12 @@ def _shortened(inputs: Inputs) -> Inputs:
 
 def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevice) -> None:
     """The component's stages, with what earlier stages hand to it held on the device."""
-    prompts = pipeline.config.request.all_prompts()
-    pipeline.prompts = list(prompts)
+    pipeline.prompts = list(pipeline.config.request.all_prompts())
     if component == "text_encoder":
         pipeline.encode_text(parts)
         return
-    contexts = [
-        device.empty((PROMPT_TOKENS, parts.specs.text_encoder.dim), torch.bfloat16) for _ in (*prompts, "negative")
-    ]
+    width = parts.specs.text_encoder.dim
+    contexts = [device.empty((PROMPT_TOKENS, width), torch.bfloat16) for _ in pipeline.texts()]
     if component == "image_encoder":
         pipeline.encode_image(parts)
     elif component == "vae_encoder":
@@ -95,7 +93,7 @@ def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevi
         pipeline.denoise_all(parts, plan)
     else:
         del contexts
-        latents = [device.empty(pipeline.inputs.noise_shape, torch.float32) for _ in prompts]
+        latents = [device.empty(pipeline.inputs.noise_shape, torch.float32) for _ in pipeline.config.videos()]
         pipeline.decode_all(parts, latents, lambda index: nullcontext())
 
 
