@@ -170,7 +170,7 @@ def _half_as_many(now: int, _: Situation) -> tuple[int, ...]:
 
 
 def _fewer_streams(now: int | None, _: Situation) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(count for count in (1, (now or 1) // 2) if count < (now or 1)))
+    return tuple(dict.fromkeys(count for count in (1, (now or 1) // 2) if 1 <= count < (now or 1)))
 
 
 def _half_the_rows(now: int | None, situation: Situation) -> tuple[int, ...]:
