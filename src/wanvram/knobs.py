@@ -305,9 +305,25 @@ def videos_per_pass(strategy: object) -> int:
     return MICRO_BATCH_SIZE.of(strategy) or 1
 
 
+def weight_passes(strategy: object, *, guided: bool) -> int:
+    """How often a denoising step walks the transformer's weights. guided: with and without the prompt."""
+    forwards = 2 if guided and CFG.of(strategy) == "sequential" else 1
+    return forwards * math.ceil(BATCH_SIZE.of(strategy) / videos_per_pass(strategy))
+
+
+def fewer_passes(strategy: object) -> list[Change]:
+    """Ways to let more videos share a pass, the fewest first; none where the user said how many, or only one is made."""
+    if MICRO_BATCH_SIZE.of(strategy) is not None:
+        return []
+    together = BATCH_SIZE.of(strategy)
+    counts = {math.ceil(together / passes) for passes in range(1, together)}
+    return [Change({MICRO_BATCH_SIZE: count}) for count in sorted(counts)]
+
+
 FROM = {home: Change({LOAD_STRATEGY: "block", WEIGHTS_IN: home}) for home in WEIGHT_HOMES}  # blocks streamed from there
 # The transformer without any saving of activations, streamed or resident.
-UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, CFG: "sequential", RESIDENT_BLOCKS: 0})
+_ONE_STREAM: dict[Knob[Any], Any] = {CFG: "sequential", MICRO_BATCH_SIZE: None}
+UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, RESIDENT_BLOCKS: 0, **_ONE_STREAM})
 RESIDENT = Change({**UNSLICED.values, LOAD_STRATEGY: "full", WEIGHTS_IN: "pinned"})
 # Half the copies, for a second residual stream: slicing makes the room for that.
 JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0})

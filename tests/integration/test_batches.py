@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tests.integration.test_strategies import FRAMES, inputs_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.engine.pipeline import Pipeline
 from wanvram.engine.residency import Component
+from wanvram.predict.simulate import simulated_device
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import make_device
 from wanvram.run.weights import choose_weights
@@ -34,15 +38,21 @@ class _Latents(Pipeline):
         self.latents += (latent.clone(),)
 
 
-def latents_of(task: str, strategy: Named, request: Named) -> tuple[torch.Tensor, ...]:
+def built(kind: type[Pipeline], task: str, strategy: Named, request: Named, device: str = "cpu") -> Pipeline:
     frames = 1 if task.startswith("t2i") else FRAMES
     asked = Request.for_task(task, frame_num=frames, **({"sample_steps": 3, "base_seed": 3} | dict(request)))
     how = Strategy(**({"precision": "fp32"} | dict(strategy)))
-    config = RunConfig(name="x", description="", device="cpu", request=asked, strategy=how, weights="tiny")
-    device = make_device(config)
-    weights = choose_weights("tiny", simulated=False, task=task, seed=3)
-    pipeline = _Latents(config, device, Recorder(device.meter, None, None), weights, inputs_of(task, frames))
-    with device.session():
+    config = RunConfig(name="x", description="", device=device, request=asked, strategy=how, weights="tiny")
+    simulated = device == "simulated"
+    place = simulated_device(config) if simulated else make_device(config)
+    weights = choose_weights("tiny", simulated=simulated, task=task, seed=3)
+    return kind(config, place, Recorder(place.meter, None, None), weights, inputs_of(task, frames))
+
+
+def latents_of(task: str, strategy: Named, request: Named) -> tuple[torch.Tensor, ...]:
+    pipeline = built(_Latents, task, strategy, request)
+    assert isinstance(pipeline, _Latents)
+    with pipeline.device.session():
         pipeline.run(lambda index: nullcontext())
     return pipeline.latents
 
@@ -123,3 +133,79 @@ def test_weights_are_walked_once_for_as_many_videos_as_pass_together(
     sizes = (("load_strategy", "block"), ("batch_size", together), ("micro_batch_size", at_once))
     latents_of("t2v-1.3B", sizes, (("prompts", PROMPTS), ("sample_steps", 1)))
     assert walks.count("dit") == passes
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------------
+
+
+class _Storages(TorchDispatchMode):
+    """Births (bytes) and deaths (-bytes) of storages, in order, while `watching`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int] = []
+        self.watching = False
+        self._known: set[int] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._known:
+                storage = leaf.untyped_storage()
+                self._known.add(storage._cdata)
+                self._log(storage.nbytes())
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes()).atexit = False
+        return result
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self._log(-nbytes)
+
+    def _log(self, nbytes: int) -> None:
+        if self.watching and nbytes:
+            self.events.append(nbytes)
+
+
+class _Watched(Pipeline):
+    """Looks at storages during denoising alone: what is loaded and decoded is not a batch's."""
+
+    storages: _Storages
+
+    def denoise_all(self, *given: Any) -> list[torch.Tensor]:
+        self.storages.watching = True
+        try:
+            return super().denoise_all(*given)
+        finally:
+            self.storages.watching = False
+
+
+def storage_events(device: str, task: str, strategy: Named, request: Named) -> list[int]:
+    pipeline = built(_Watched, task, strategy, request, device)
+    assert isinstance(pipeline, _Watched)
+    pipeline.storages = _Storages()
+    with pipeline.device.session(), pipeline.storages:
+        pipeline.run(lambda index: nullcontext())
+    return pipeline.storages.events
+
+
+PLACES: list[dict[str, Any]] = [
+    {"load_strategy": "full"},
+    {"load_strategy": "block", "cfg": "joint", "resident_blocks": 1},
+]
+
+
+@pytest.mark.parametrize("strategy", PLACES, ids=["resident", "streamed-joint"])
+@pytest.mark.parametrize(("task", "scale"), [("t2v-1.3B", 5.0), ("t2i-14B", 1.0), ("i2v-14B", 1.0), ("vace-1.3B", 5.0)])
+def test_the_simulation_of_a_batch_takes_and_gives_back_what_the_batch_does(
+    task: str, scale: float, strategy: dict[str, Any]
+) -> None:
+    """In the same order: the allocator model sees what a real allocator would."""
+    chosen = (*strategy.items(), ("batch_size", 3), ("micro_batch_size", 2))
+    asked = (("prompt", PROMPTS[0]), ("sample_guide_scale", scale), ("sample_steps", 2))
+    real, predicted = (storage_events(device, task, chosen, asked) for device in ("cpu", "simulated"))
+    assert len(real) > 100
+    assert predicted == real

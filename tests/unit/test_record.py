@@ -86,15 +86,17 @@ def test_the_json_has_no_other_keys_than_these() -> None:
         "fluctuation",
         "host",
     }
-    assert set(data) == design | {"simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted"}
+    assert set(data) == design | {
+        *("simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted", "videos")
+    }
     assert set(data["fragmentation"]) == {"at_peak", "stages"}
     assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}
     memory_keys = {
         f"{when}_{what}_bytes" for when in ("start", "peak", "end") for what in ("allocated", "reserved", "device")
     }
     stage_keys = memory_keys | {
-        "name", "part", "kind", "component", "activation_bytes", "seconds", "host_rss_bytes", "pinned_bytes", "repeats", "notes",
-        "children",
+        "name", "part", "kind", "component", "activation_bytes", "seconds", "host_rss_bytes", "pinned_bytes", "repeats", "videos",
+        "notes", "children",
     }  # fmt: skip
     assert all(set(stage) == stage_keys for stage in (*data["stages"], *data["stages"][1]["children"]))
 

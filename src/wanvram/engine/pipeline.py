@@ -343,7 +343,8 @@ class Pipeline:
         """
         component = self._use(plan.turn.model, parts)
         name = _numbered("denoise", first // BATCH_SIZE.of(self.config.strategy))
-        with self.recorder.span(name, kind="stage", component=component.name, part="denoise"):
+        with self.recorder.span(name, kind="stage", component=component.name, part="denoise") as span:
+            span.videos = len(videos)
             batch = self._waiting.pop(first) if first in self._waiting else [self._begun(video) for video in videos]
             self._steps(batch, component, plan, name)
             latents = [sampling.latent for sampling in batch] if plan.turn.is_last else []

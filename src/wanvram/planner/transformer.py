@@ -6,7 +6,17 @@ Where the weights of a streamed block come from is given; the caller tries pinne
 from __future__ import annotations
 
 from wanvram.config import Request, Strategy
-from wanvram.knobs import JOINT, LEANER, RESIDENT, RESIDENT_BLOCKS, ROWS_PER_CHUNK, UNSLICED, WEIGHTS_IN, Change
+from wanvram.knobs import (
+    JOINT,
+    LEANER,
+    RESIDENT,
+    RESIDENT_BLOCKS,
+    ROWS_PER_CHUNK,
+    UNSLICED,
+    WEIGHTS_IN,
+    Change,
+    fewer_passes,
+)
 from wanvram.planner.forecasts import StageForecast, Trial, Trials, situation, stage_seconds
 from wanvram.specs import DIT
 
@@ -52,9 +62,19 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
         found = _filled(trials, change.on(base))
         on_device = on_device or found is not None
         best = _faster(trials, best, found)
-    if best is not None and _waits(trials, best):
-        best = _faster(trials, best, _filled(trials, JOINT.on(best)))
+    for way in _sharing(trials.request, best) if best is not None else []:
+        if best is not None and not _waits(trials, best):
+            break
+        best = _faster(trials, best, _filled(trials, way))
     return best
+
+
+def _sharing(request: Request, plain: Strategy) -> list[Strategy]:
+    """`plain` with fewer copies of its weights in a step, for more streams that pass them together."""
+    empty = RESIDENT_BLOCKS.set(plain, 0)
+    ways = [change.on(empty) for change in fewer_passes(plain)]
+    joint = [JOINT.on(way) for way in (plain, *ways[-1:])] if request.guided else []
+    return [*joint[:1], *ways, *joint[1:]]
 
 
 def cannot_fit(trials: Trials, base: Strategy) -> bool:
