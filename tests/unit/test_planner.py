@@ -53,7 +53,7 @@ def planned_batch(
     gibibytes: float, *, task: tuple[str, str] = PICTURES, ram: float | None = None, **sizes: int
 ) -> Plan:
     asked = Request.for_task(task[0], size=task[1])
-    return plan(asked, budget(gibibytes, ram), Options(Strategy(**sizes)), Card())  # type: ignore[arg-type]
+    return plan(asked, budget(gibibytes, ram), Options(Strategy(**sizes)), Card(copy_rate=12e9))  # type: ignore[arg-type]
 
 
 def test_videos_share_a_pass_over_the_weights_as_far_as_a_step_waits_for_them() -> None:
