@@ -157,6 +157,10 @@ class RunConfig:
         notes = []
         if self.strategy.gradient_checkpointing:
             notes.append("gradient_checkpointing has no effect: inference keeps no gradients")
+        if knobs.CFG.differs(self.strategy) and not self.request.guided:
+            notes.append(
+                f"{knobs.CFG.name} has no effect with sample_guide_scale 1, which takes one pass and no negative prompt"
+            )
         if self.measurement.trace_path is not None and not self.measurement.trace:
             notes.append(
                 "trace_path has no effect without trace: true; tracing disturbs what is measured and is off by default"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,16 @@ from tests.integration.test_strategies import FRAMES, inputs_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wanvram.config import Request, RunConfig, Strategy
+from wanvram.cli.main import main
+from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.engine.pipeline import Pipeline
 from wanvram.engine.residency import Component
-from wanvram.predict.simulate import simulated_device
+from wanvram.predict.simulate import simulate, simulated_device
+from wanvram.record import Memory, RunRecord
 from wanvram.recorder.recorder import Recorder
+from wanvram.report.markdown import markdown_report
+from wanvram.report.runs import find_runs
+from wanvram.report.terminal import summarize
 from wanvram.run.execute import make_device
 from wanvram.run.weights import choose_weights
 
@@ -209,3 +216,145 @@ def test_the_simulation_of_a_batch_takes_and_gives_back_what_the_batch_does(
     real, predicted = (storage_events(device, task, chosen, asked) for device in ("cpu", "simulated"))
     assert len(real) > 100
     assert predicted == real
+
+
+# --- predicted ---------------------------------------------------------------------------------------------------------------
+
+
+def predicted(
+    task: str = "t2v-1.3B", *, size: str = "832*480", request: dict[str, Any] | None = None, **how: Any
+) -> RunRecord:
+    frames = 1 if task.startswith("t2i") else 5
+    asked = Request.for_task(task, size=size, frame_num=frames, sample_steps=4, base_seed=0, **(request or {}))
+    config = RunConfig(
+        "x", "", "simulated", asked, Strategy(**({"offload": True} | how)), Measurement(profile_memory=False)
+    )
+    record, _ = simulate(config, video=True)
+    assert record.failure is None, record.failure
+    return record
+
+
+def report_of(directory: Path, record: RunRecord) -> str:
+    directory.mkdir()
+    record.write(directory / "record.json")
+    return markdown_report(find_runs([directory]))
+
+
+def copied(record: RunRecord) -> int:
+    return next(c.streamed_bytes for c in record.components if c.name == "dit")
+
+
+def denoised(record: RunRecord) -> Memory:
+    return next(s.peak for s in record.stages if s.part == "denoise")
+
+
+def test_pictures_that_share_passes_take_less_time_each_and_a_stream_of_memory_more() -> None:
+    sizes = {"task": "t2i-14B", "size": "1280*720", "load_strategy": "block"}
+    alone, apart, shared = (
+        predicted(**sizes), predicted(**sizes, batch_size=3), predicted(**sizes, batch_size=3, micro_batch_size=3)
+    )  # fmt: skip
+    stream = 80 * 45 * 5120 * 4  # tokens of a picture, float32
+    first, third = denoised(apart).allocated_bytes, denoised(shared).allocated_bytes
+    assert denoised(alone).allocated_bytes < first < third
+    assert abs(third - first - 2 * stream) < stream / 8
+    one, three = alone.step_seconds(), shared.step_seconds()
+    assert one is not None
+    assert three is not None
+    assert three < 1.5 * one < apart.step_seconds()  # type: ignore[operator]
+    assert copied(apart) == pytest.approx(3 * copied(alone), rel=0.01)
+    assert copied(shared) == pytest.approx(copied(alone), rel=0.01)
+
+
+def test_a_record_says_what_each_video_took_and_what_one_takes_of_the_whole(tmp_path: Path) -> None:
+    record = predicted(batch_size=2, request={"prompts": ("a", "b", "c")})
+    own, each = record.video_seconds(), record.seconds_each()
+    assert [s.videos for s in record.stages if s.part == "denoise"] == [2, 1]
+    assert record.together == 2
+    assert len(own) == 3
+    assert None not in own
+    assert sum(time for time in own if time is not None) < record.times.in_all_seconds  # type: ignore[operator]
+    assert each == pytest.approx(record.times.in_all_seconds / 3)  # type: ignore[operator]
+    assert RunRecord.from_json(record.to_json()).to_json() == record.to_json()
+    assert "3 videos, 2 together: " in summarize(record)
+    text = report_of(tmp_path / "batch", record)
+    assert "### Videos" in text
+    assert "| 3 | " in text
+    assert "### Videos" not in report_of(tmp_path / "one", predicted())
+
+
+# --- guidance 1 --------------------------------------------------------------------------------------------------------------
+
+
+def test_with_scale_1_a_step_takes_half_the_time_and_encodes_no_negative_prompt() -> None:
+    guided, plain = predicted(), predicted(request={"sample_guide_scale": 1.0})
+    assert plain.step_seconds() == pytest.approx(0.5 * guided.step_seconds(), rel=0.01)  # type: ignore[operator]
+    assert denoised(plain).allocated_bytes < denoised(guided).allocated_bytes
+
+
+def test_with_scale_1_the_negative_prompt_has_no_say_and_the_video_is_that_of_two_passes_up_to_rounding() -> None:
+    plain = alone("t2v-1.3B", "a cat", 3, (), (("sample_guide_scale", 1.0),))
+    other = alone("t2v-1.3B", "a cat", 3, (), (("sample_guide_scale", 1.0), ("negative_prompt", "a dog")))
+    assert torch.equal(plain, other)
+    beside = alone("t2v-1.3B", "a cat", 3, (), (("sample_guide_scale", 1.0 + 1e-7),))
+    assert (plain - beside).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_joint_guidance_without_guidance_is_noted() -> None:
+    request = Request.for_task("t2v-1.3B", sample_guide_scale=1.0)
+    config = RunConfig("x", "", "simulated", request, Strategy(cfg="joint"))
+    assert any("takes one pass" in note for note in config.notes())
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------
+
+
+def generate(directory: Path, *flags: str) -> int:
+    small = ("--weights", "tiny", "--frame_num", "5", "--size", "64*64", "--sample_steps", "2", "-o", str(directory))
+    return main(["generate", *small, *flags])
+
+
+def test_one_prompt_and_two_videos_are_two_files_with_seeds_one_apart(tmp_path: Path) -> None:
+    both, first = tmp_path / "both", tmp_path / "first"
+    assert generate(both, "--prompt", "a cat", "--base_seed", "7", "--batch_size", "2") == 0
+    assert generate(first, "--prompt", "a cat", "--base_seed", "7") == 0
+    made = [both / f"video-00{number}.mp4" for number in (1, 2)]
+    assert made[0].read_bytes() == (first / "video.mp4").read_bytes()
+    assert made[0].read_bytes() != made[1].read_bytes()
+    assert [json.loads(path.with_suffix(".json").read_text())["seed"] for path in made] == [7, 8]
+    record = RunRecord.read(both / "record.json")
+    assert len(record.video_seconds()) == record.together == 2
+
+
+def test_prompts_of_a_file_in_batches_are_the_files_of_the_run_without(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\nrain\n")
+    flags = ("--prompt_file", str(prompts), "--base_seed", "1")
+    assert generate(tmp_path / "plain", *flags) == 0
+    assert generate(tmp_path / "batch", *flags, "--batch_size", "2", "--micro_batch_size", "2") == 0
+    names = [f"video-00{number}.mp4" for number in (1, 2, 3)]
+    plain, batch = ([(tmp_path / run / name).read_bytes() for name in names] for run in ("plain", "batch"))
+    assert plain == batch
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--batch_size", "0"), "--batch_size: 0 must be at least 1"),
+        (("--batch_size", "2", "--micro_batch_size", "3"), "--micro_batch_size: 3 videos cannot"),
+        (("--micro_batch_size", "2"), "--micro_batch_size: 2 videos cannot"),
+        (("--batch_size", "65"), "--batch_size: 65; at most 64 videos"),
+    ],
+)
+def test_a_bad_batch_is_a_sentence(
+    flags: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(tmp_path / "run", "--prompt", "x", *flags) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_two_prompts_of_a_file_are_no_batch_of_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    assert generate(tmp_path / "run", "--prompt_file", str(prompts), "--batch_size", "3") == 2
+    assert "--batch_size: 3, but there are 2 prompts; give at most that many" in capsys.readouterr().err
