@@ -357,7 +357,7 @@ def numerics_here(say: Callable[[Row], None]) -> None:
         model = WanDiT(spec, PRECISIONS[precision]).to("cuda")
         model.load_state_dict(weights)
         (moment,), conditions = model.prepare([500], [Condition(context)])
-        (velocity,) = model.velocity(latent, moment, conditions, rows_per_chunk=8192, attention=backend)
+        (velocity,) = model.velocity([latent], moment, conditions, rows_per_chunk=8192, attention=backend)
         return velocity.double().cpu()
 
     exact = forward("fp32", "efficient")

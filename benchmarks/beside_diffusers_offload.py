@@ -187,7 +187,9 @@ def our_dit(case: Case, cfg: str) -> Call:
     def step(frames: int) -> None:
         outputs: list[torch.Tensor] = []
         for group in groups:
-            outputs += model.velocity(latent[:, :frames], now, group, rows_per_chunk=rows, walk=component.walk)
+            outputs += model.velocity(
+                [latent[:, :frames]] * len(group), now, group, rows_per_chunk=rows, walk=component.walk
+            )
         cond, uncond = outputs
         uncond.add_(cond.sub_(uncond), alpha=GUIDANCE)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from wanvram.config import Request, RunConfig, Strategy
+from wanvram.knobs import videos_per_pass, weight_passes
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import Forecast, StageForecast
 from wanvram.planner.result import Plan
@@ -53,6 +54,7 @@ class Card:
             host,
             step if self.timed else None,
             seconds if self.timed else None,
+            config.strategy.batch_size,
         )
 
     def rate(self, home: str) -> float:
@@ -91,7 +93,7 @@ class Card:
 
     def dit(self, request: Request, s: Strategy) -> tuple[int, int, int, float]:
         block, blocks = self.block_bytes(request, s), block_count(request)
-        streams = 2 if s.cfg == "joint" else 1
+        streams = (2 if s.cfg == "joint" else 1) * videos_per_pass(s)
         tokens, dim = self.tokens(request), DIT[request.task].dim
         rows = min(tokens, s.rows_per_chunk or 8192)
         extra = tokens * dim * (4 * streams + (4 if s.attention_slicing else 8)) + rows * dim * 24
@@ -107,8 +109,13 @@ class Card:
     def step_seconds(self, request: Request, s: Strategy) -> float:
         tokens, dim, blocks = self.tokens(request), DIT[request.task].dim, block_count(request)
         slower = (1.005 if s.attention_slicing else 1.0) * (1.03 if s.rows_per_chunk else 1.0)
-        compute = FORWARDS * (2 * tokens * self.block_bytes(request, Strategy()) / 2 + 4 * tokens**2 * dim) / self.flops
+        forwards = FORWARDS if request.guided else 1
+        compute = (
+            s.batch_size
+            * forwards
+            * (2 * tokens * self.block_bytes(request, Strategy()) / 2 + 4 * tokens**2 * dim)
+            / self.flops
+        )
         streamed = 0 if s.load_strategy == "full" else blocks - min(s.resident_blocks, blocks)
-        passes = 1 if s.cfg == "joint" else FORWARDS
-        copies = passes * self.block_bytes(request, s) / self.rate(s.weights_in)
+        copies = weight_passes(s, guided=request.guided) * self.block_bytes(request, s) / self.rate(s.weights_in)
         return (blocks - streamed) * compute * slower + streamed * max(compute * slower, copies)

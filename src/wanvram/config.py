@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from wanvram import knobs
 from wanvram.errors import InputError, require
-from wanvram.request import Request, is_unicode
+from wanvram.request import Request, Video, is_unicode
 from wanvram.specs import DIT
 from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
@@ -54,7 +54,7 @@ class Strategy:
     expandable_segments: bool = knobs.EXPANDABLE_SEGMENTS.default
     gradient_checkpointing: bool = knobs.GRADIENT_CHECKPOINTING.default
     batch_size: int = knobs.BATCH_SIZE.default
-    micro_batch_size: int = knobs.MICRO_BATCH_SIZE.default
+    micro_batch_size: int | None = knobs.MICRO_BATCH_SIZE.default
     parallel_degree: int = knobs.PARALLEL_DEGREE.default
     ulysses_size: int = knobs.ULYSSES_SIZE.default
     ring_size: int = knobs.RING_SIZE.default
@@ -139,11 +139,30 @@ class RunConfig:
             f"resident_blocks: {resident}, but the transformer of {self.request.task} has {blocks} blocks; give at most that many",
         )
 
+        together, prompts = knobs.BATCH_SIZE.of(self.strategy), self.request.all_prompts()
+        require(
+            together <= len(prompts) or len(prompts) == 1,
+            f"{knobs.BATCH_SIZE.name}: {together}, but there are {len(prompts)} prompts; give at most that many",
+        )
+        last = self.videos()[-1].seed
+        require(
+            last < 2**63,
+            f"base_seed: {self.request.base_seed} leaves no seed for {together} videos; the last is 2^63-1",
+        )
+
+    def videos(self) -> tuple[Video, ...]:
+        """What is made, in order."""
+        return self.request.videos(knobs.BATCH_SIZE.of(self.strategy))
+
     def notes(self) -> list[str]:
         """What was asked for, is accepted and changes nothing; to be shown with the result."""
         notes = []
         if self.strategy.gradient_checkpointing:
             notes.append("gradient_checkpointing has no effect: inference keeps no gradients")
+        if knobs.CFG.differs(self.strategy) and not self.request.guided:
+            notes.append(
+                f"{knobs.CFG.name} has no effect with sample_guide_scale 1, which takes one pass and no negative prompt"
+            )
         if self.measurement.trace_path is not None and not self.measurement.trace:
             notes.append(
                 "trace_path has no effect without trace: true; tracing disturbs what is measured and is off by default"

@@ -25,6 +25,7 @@ S = TypeVar("S", bound="DataclassInstance")
 TARGET_ROWS = 8192
 # Latent pixels, those whose cuDNN workspaces were measured; smaller tiles have larger halos in proportion: less memory, more time.
 TILES = (80, 52, 40, 30, 20)
+MAX_VIDEOS = 64  # of one run: each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
 WEIGHT_HOMES = ("pinned", "pageable", "disk")  # the fastest first
 MODEL, OPTIMIZATION = "model_config", "optimization"  # sections of the YAML
 RUN = "run"  # among what a knob touches: every component and what is between them
@@ -56,9 +57,9 @@ class Knob(Generic[T]):
 
     choices: all values, of a knob that is text. touches: components whose memory or time it changes, the halves of the VAE
     apart, last the one it is for. lossless: the result is that of the plain resident run of the same precision, up to the
-    rounding of reordered sums; a knob that is not is left to the user, and one that is can be, too
-    (to_user). official: what the official command line assumes where the flag is absent; a command always says such a knob.
-    smaller: (value now, situation) -> values worth trying when memory is short. absent: what None means, in words.
+    rounding of reordered sums; a knob that is not is left to the user. official: what the official command line assumes
+    where the flag is absent; a command always says such a knob. smaller: (value now, situation) -> values worth trying when
+    memory is short. absent: what None means, in words. kept: loses nothing, but what the user says of it the planner keeps.
     """
 
     name: str
@@ -69,12 +70,12 @@ class Knob(Generic[T]):
     touches: tuple[str, ...] = ()
     lossless: bool = True
     official: T | None = None
-    to_user: bool = False
     smaller: Callable[[T, Situation], tuple[T, ...]] = lambda now, situation: ()
     rules: tuple[Rule, ...] = ()
     absent: str = ""
     other_flag: str = ""
     has_flag: bool = True
+    kept: bool = False
 
     @property
     def flag(self) -> str:
@@ -136,13 +137,20 @@ def _nothing_but(only: object, why: str) -> Rule:
     return Rule(lambda value, _: value == only, f"{{value}}; {why}; it must be {said}")
 
 
+def _at_most(most: int) -> Rule:
+    return Rule(lambda value, _: value <= most, f"{{value}}; at most {most} videos in one run")
+
+
 def _streamed_only(plain: object) -> Rule:
     why = "has no meaning with load_strategy full; use load_strategy block"
     return Rule(lambda value, strategy: value == plain or is_streamed(strategy), why)
 
 
 _ONE_GPU = "running on several GPUs is not implemented"
-_NO_BATCHES = "batches are not implemented"
+_WITHIN_THE_BATCH = Rule(
+    lambda value, strategy: value is None or value <= BATCH_SIZE.of(strategy),
+    "{value} videos cannot pass a block together where fewer are denoised together; give a batch_size of at least that many",
+)
 _NO_FP8_OF_FP32 = Rule(
     lambda value, strategy: value == "same" or PRECISION.of(strategy) != "fp32",
     "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
@@ -164,6 +172,10 @@ def _half(now: str, situation: Situation) -> tuple[str, ...]:
 
 def _half_as_many(now: int, _: Situation) -> tuple[int, ...]:
     return tuple(count for count in dict.fromkeys((0, now // 2)) if count < now)
+
+
+def _fewer_streams(now: int | None, _: Situation) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(count for count in (1, (now or 1) // 2) if 1 <= count < (now or 1)))
 
 
 def _half_the_rows(now: int | None, situation: Situation) -> tuple[int, ...]:
@@ -207,7 +219,7 @@ ATTENTION_SLICING = Knob(
     touches=("dit",), smaller=_only(True))
 ATTENTION = Knob(
     "attention_backend", "auto", "what computes the transformer's attention (default: auto, the fastest that is known)",
-    choices=("auto", "cudnn", "flash", "efficient", "fa4"), touches=("dit",), to_user=True, rules=(_HALF_ONLY,),
+    choices=("auto", "cudnn", "flash", "efficient", "fa4"), touches=("dit",), kept=True, rules=(_HALF_ONLY,),
     other_flag="attention")
 ROWS_PER_CHUNK: Knob[int | None] = Knob(
     "rows_per_chunk", None, f"rows of the sequence per chunk (default: near {TARGET_ROWS})", absent="chosen by size",
@@ -234,8 +246,12 @@ EXPANDABLE_SEGMENTS = Knob(
     "expandable_segments", False, "the allocator's expandable segments (default: False)",
     touches=(RUN,), smaller=_only(True))
 GRADIENT_CHECKPOINTING = Knob("gradient_checkpointing", False, "accepted; has no effect without gradients")
-BATCH_SIZE = Knob("batch_size", 1, "", rules=(_nothing_but(1, _NO_BATCHES),), has_flag=False)
-MICRO_BATCH_SIZE = Knob("micro_batch_size", 1, "", rules=(_nothing_but(1, _NO_BATCHES),), has_flag=False)
+BATCH_SIZE = Knob(
+    "batch_size", 1, "videos denoised together: prompts, or seeds of the one prompt (default: 1)",
+    touches=("vae_decoder", "dit"), rules=(_at_least(1), _at_most(MAX_VIDEOS)), kept=True)
+MICRO_BATCH_SIZE: Knob[int | None] = Knob(
+    "micro_batch_size", None, "of these, videos that pass a block before the next one comes (default: 1)", absent="1",
+    touches=("dit",), smaller=_fewer_streams, rules=(_at_least(1), _WITHIN_THE_BATCH), kept=True)
 PARALLEL_DEGREE = Knob("parallel_degree", 1, "", rules=(_nothing_but(1, _ONE_GPU),), has_flag=False)
 ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
 RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
@@ -270,17 +286,17 @@ def touching(component: str) -> tuple[Knob[Any], ...]:
 
 def planned() -> tuple[Knob[Any], ...]:
     """What the planner decides: all that loses nothing and is a component's. What touches the whole run costs nothing."""
-    return tuple(k for k in TABLE if k.lossless and k.touches and RUN not in k.touches and not k.to_user)
-
-
-def fixed() -> tuple[Knob[Any], ...]:
-    """What a plan takes as it is given."""
-    return tuple(knob for knob in TABLE if knob.to_user or not knob.lossless)
+    return tuple(knob for knob in TABLE if knob.lossless and knob.touches and RUN not in knob.touches and not knob.kept)
 
 
 def lossy() -> tuple[Knob[Any], ...]:
-    """What only the user decides."""
+    """What changes the result, and so only the user decides."""
     return tuple(knob for knob in TABLE if not knob.lossless)
+
+
+def asked() -> tuple[Knob[Any], ...]:
+    """What a plan is made for and never changes: what is lossy, how many videos are made together, and what attends."""
+    return tuple(knob for knob in TABLE if not knob.lossless or knob.kept)
 
 
 def smaller_values(strategy: S, situation: Situation) -> Iterator[tuple[Knob[Any], Any]]:
@@ -301,9 +317,30 @@ def is_streamed(strategy: object) -> bool:
     return LOAD_STRATEGY.of(strategy) == "block"
 
 
+def videos_per_pass(strategy: object) -> int:
+    """Whose streams pass a unit of weights before the next one comes."""
+    return MICRO_BATCH_SIZE.of(strategy) or 1
+
+
+def weight_passes(strategy: object, *, guided: bool) -> int:
+    """How often a denoising step walks the transformer's weights. guided: with and without the prompt."""
+    forwards = 2 if guided and CFG.of(strategy) == "sequential" else 1
+    return forwards * math.ceil(BATCH_SIZE.of(strategy) / videos_per_pass(strategy))
+
+
+def fewer_passes(strategy: object) -> list[Change]:
+    """Ways to let more videos share a pass, the fewest first; none where the user said how many, or only one is made."""
+    if MICRO_BATCH_SIZE.of(strategy) is not None:
+        return []
+    together = BATCH_SIZE.of(strategy)
+    counts = {math.ceil(together / passes) for passes in range(1, together)}
+    return [Change({MICRO_BATCH_SIZE: count}) for count in sorted(counts)]
+
+
 FROM = {home: Change({LOAD_STRATEGY: "block", WEIGHTS_IN: home}) for home in WEIGHT_HOMES}  # blocks streamed from there
 # The transformer without any saving of activations, streamed or resident.
-UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, CFG: "sequential", RESIDENT_BLOCKS: 0})
+_ONE_STREAM: dict[Knob[Any], Any] = {CFG: "sequential", MICRO_BATCH_SIZE: None}
+UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, RESIDENT_BLOCKS: 0, **_ONE_STREAM})
 RESIDENT = Change({**UNSLICED.values, LOAD_STRATEGY: "full", WEIGHTS_IN: "pinned"})
 # Half the copies, for a second residual stream: slicing makes the room for that.
 JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0})

@@ -100,7 +100,7 @@ class Span:
 
     part: the stage's name whatever the number of the prompt, `denoise` of `denoise 2`; of a load what is loaded, the halves of
     the VAE apart; the name where nothing else is given. `repeats` > 1: this span stands for that many with the same memory;
-    `seconds` is then the mean of one.
+    `seconds` is then the mean of one. videos: how many a denoising stage makes together; of other stages 1.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Span:
     repeats: int = 1
     notes: list[str] = field(default_factory=list)
     part: str = ""
+    videos: int = 1
 
     def __post_init__(self) -> None:
         self.part = self.part or self.name
@@ -162,6 +163,7 @@ class Span:
             "host_rss_bytes": self.host_rss_bytes,
             "pinned_bytes": self.pinned_bytes,
             "repeats": self.repeats,
+            "videos": self.videos,
             "notes": self.notes,
             "children": [child.to_json() for child in folded(self.children)],
         }
@@ -188,6 +190,7 @@ class Span:
             repeats=data["repeats"],
             notes=list(data.get("notes", ())),
             part=data.get("part", ""),
+            videos=data.get("videos", 1),
         )
 
 
@@ -345,10 +348,37 @@ class RunRecord:
         return result
 
     def step_seconds(self) -> float | None:
-        """A denoising step, the median: the first ones also load kernels and tune. None: unknown."""
-        steps = [step for stage in self.stages if stage.part == "denoise" for step in stage.children]
+        """A denoising step of as many videos as are made together, the median: the first ones also load kernels and tune.
+
+        None: unknown.
+        """
+        denoising = [stage for stage in self.stages if stage.part == "denoise"]
+        steps = [step for stage in denoising if stage.videos == self.together for step in stage.children]
         times = [step.seconds for step in steps if step.seconds is not None for _ in range(step.repeats)]
         return median(times) if times else None
+
+    def video_seconds(self) -> list[float | None]:
+        """Of every finished video its own time, in order: its share of the steps, decoding and saving. None: unknown.
+
+        Text, pictures and loading are for all videos of a run and in none of them.
+        """
+        columns: dict[tuple[str, str | None], list[float | None]] = {}
+        for stage in self.stages:
+            if stage.part in ("denoise", "decode", "save"):  # denoising once for each transformer that takes a turn
+                share = None if stage.seconds is None else stage.seconds / stage.videos
+                columns.setdefault((stage.part, stage.component), []).extend([share] * stage.videos)
+        times = zip(*columns.values(), strict=False)  # as many as have been through all of it
+        return [None if None in own else sum(time for time in own if time is not None) for own in times]
+
+    def seconds_each(self) -> float | None:
+        """A video of the whole command's time, with everything that they share; None: unknown, or not all were made."""
+        count, whole = len(self.video_seconds()), self.times.in_all_seconds
+        return None if whole is None or not count or self.failure is not None else whole / count
+
+    @property
+    def together(self) -> int:
+        """Videos that a denoising step advances."""
+        return max((stage.videos for stage in self.stages if stage.part == "denoise"), default=1)
 
     def prediction(self, elapsed_seconds: float) -> Predicted | None:
         """Of a simulated run that ends well, to stand beside what is measured. elapsed_seconds: what the process has taken until now."""
@@ -385,6 +415,11 @@ class RunRecord:
             "fluctuation": _highest((s.name, s.fluctuation_bytes) for s in self.stages),
             "host": self.host,
             "times": asdict(self.times),
+            "videos": {
+                "together": self.together,
+                "own_seconds": self.video_seconds(),
+                "seconds_each": self.seconds_each(),
+            },
             "predicted": asdict(self.predicted) if self.predicted else None,
             "attention": asdict(self.attention) if self.attention else None,
             "environment": self.environment,
@@ -434,6 +469,8 @@ class RunRecord:
         for span in (span for stage in self.stages for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
                 raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
+            if not 1 <= span.videos <= MAX_REPEATS:
+                raise DamagedError(f"videos of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")

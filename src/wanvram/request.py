@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import require
+from wanvram.knobs import MAX_VIDEOS
 from wanvram.specs import Geometry
 from wanvram.tasks import TASKS, Task, normal_size
 
-__all__ = ["MAX_PROMPTS", "Request", "is_unicode", "prompt_fault"]
+__all__ = ["Request", "Video", "is_unicode", "prompt_fault"]
 
 MAX_PROMPT_CHARACTERS = 20_000
-MAX_PROMPTS = 64  # each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
 LEAST_SHIFT, MOST_SHIFT = 0.01, 100  # official shifts are 3 to 16; at 1e-16 the noise levels divide by zero
 MAX_GUIDE_SCALE = 1000
 # Tiny weights make videos of any size in whole tokens, so that a first try takes seconds.
@@ -26,6 +26,14 @@ MAX_FRAMES = 4093  # 1024 latent frames: as far as the official transformer's po
 EXTEND_METHODS = ("local_qwen", "dashscope")
 # What a task does not read is refused rather than ignored. File -> what its tasks are called.
 MEDIA = {name: task.kind for task in TASKS.values() for name in task.reads}
+
+
+@dataclass(frozen=True)
+class Video:
+    """One of those that a run makes. prompt: its number among the request's, from 0. seed: of its noise."""
+
+    prompt: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Request:
         require(-1 <= self.base_seed < 2**63, f"base_seed: {self.base_seed} is outside -1..2^63-1")
 
     def _check_prompts(self) -> None:
-        require(len(self.prompts) <= MAX_PROMPTS, f"prompts: {len(self.prompts)}; at most {MAX_PROMPTS} in one run")
+        require(len(self.prompts) <= MAX_VIDEOS, f"prompts: {len(self.prompts)}; at most {MAX_VIDEOS} in one run")
         require(not (self.prompt and self.prompts), "prompts: given together with prompt; give one of them")
         texts = [("prompt", self.prompt), ("negative_prompt", self.negative_prompt)]
         for name, text in texts + [("prompts", text) for text in self.prompts]:
@@ -163,6 +171,11 @@ class Request:
         return cls(task=task, **(base | values))
 
     @property
+    def guided(self) -> bool:
+        """Whether the negative prompt has a say: with scale 1 the velocity is that of the prompt alone."""
+        return self.sample_guide_scale != 1
+
+    @property
     def facts(self) -> Task:
         """What is true of its task, whatever is asked for."""
         return TASKS[self.task]
@@ -185,6 +198,13 @@ class Request:
 
     def all_prompts(self) -> tuple[str, ...]:
         return self.prompts or (self.prompt,)
+
+    def videos(self, together: int) -> tuple[Video, ...]:
+        """One per prompt, all with the same seed; of a single prompt as many as are made together, with seeds one apart."""
+        prompts = self.all_prompts()
+        if len(prompts) > 1:
+            return tuple(Video(prompt, self.base_seed) for prompt in range(len(prompts)))
+        return tuple(Video(0, self.base_seed + number) for number in range(together))
 
 
 def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

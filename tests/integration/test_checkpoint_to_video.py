@@ -267,6 +267,15 @@ def test_several_prompts_give_one_video_each_as_if_run_alone(generated: Runs, tm
     assert len(loads) == len(set(loads)) == 3
 
 
+def test_a_batch_of_one_prompt_gives_the_videos_of_the_seeds_that_follow(generated: Runs) -> None:
+    both = generated("t2v-1.3B", "--base_seed", "7", "--batch_size", "2", "--micro_batch_size", "2")
+    alone = [made(generated("t2v-1.3B", "--base_seed", seed)) for seed in ("7", "8")]
+    for number, path in enumerate(alone, 1):
+        assert np.array_equal(frames_of(both / f"video-00{number}.mp4"), frames_of(path))
+        assert read_json(both / f"video-00{number}.json")["seed"] == 6 + number
+    assert not np.array_equal(*(frames_of(path) for path in alone))
+
+
 def test_save_file_is_where_the_video_and_its_sidecar_are(generated: Runs, tmp_path: Path) -> None:
     target = tmp_path / "new folder" / "cat.mkv"
     directory = generated("t2v-1.3B", "--save_file", str(target))

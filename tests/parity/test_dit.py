@@ -222,7 +222,7 @@ def test_many_steps_prepared_at_once_give_what_each_gives_alone(stem: str) -> No
     latent, _, condition = sample_of(stem, CASES[stem].calls()[0]["name"], 0)
     times, prepared = model.prepare([999, 500, 3], [condition])
     for timestep, time in zip([999, 500, 3], times, strict=True):
-        (together,) = model.velocity(latent, time, prepared)
+        (together,) = model.velocity([latent], time, prepared)
         (alone,) = model(latent, timestep, [condition])
         assert torch.equal(together, alone)
 

@@ -72,7 +72,7 @@ def test_the_knob_offers_auto_and_every_backend_of_the_registry() -> None:
 
 def test_a_plan_takes_the_knob_as_it_is_given() -> None:
     assert knobs.ATTENTION not in knobs.planned()
-    assert knobs.ATTENTION in knobs.fixed()
+    assert knobs.ATTENTION in knobs.asked()
 
 
 def test_every_backend_has_a_pace_with_a_source_on_every_card_it_computes_on() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import batches
 import keep_promise
 import nvml_watch
 import promise_requests
@@ -432,3 +433,43 @@ def test_the_prediction_is_read_from_the_record_under_either_name() -> None:
     assert prediction_of({"predicted": {"seconds": 1.0}}) == {"seconds": 1.0}
     assert prediction_of({"prediction": {"device_bytes": 5}}) == {"device_bytes": 5}
     assert prediction_of({"predicted": None}) == {}
+
+
+# --- videos made together ----------------------------------------------------------------------------------------------------
+
+
+def batch(name: str, step: float, predicted: float | None = None, **changes: Any) -> Row:
+    """A row of benchmarks/batches.py that keeps every bound."""
+    peaks = {quantity: {"predicted": 9, "measured": 9, "error": 0.0} for quantity in batches.BOUNDS}
+    case = next(case for case in batches.CASES if case.name == name)
+    steps = {"measured": step, "predicted": step if predicted is None else predicted}
+    row: Row = {"group": case.group, "name": name, "beside": case.beside, "exit_code": 0, "together": 1, "steps": steps}
+    return row | {"latents": {"prompt 0, seed 1": "a"}, "stages": [{"stage": "denoise"} | peaks]} | changes
+
+
+def test_batches_that_keep_every_bound_have_no_breach() -> None:
+    rows = [batch("apart", 1.0), batch("together", 2.0, together=2)]
+    rows += [batch("one-after-the-other", 1.0), batch("scale-1", 0.5)]
+    summary = batches.judge(rows)
+    assert summary["breaches"] == []
+    assert summary["latents_compared"] == 1
+    assert summary["step_ratios"]["scale-1"] == {"predicted": 0.5, "measured": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (batch("together", 2.0, latents={"prompt 0, seed 1": "b"}), "the latents of apart and together differ"),
+        (batch("together", 2.0, latents={}), "the latents of apart and together differ"),
+        (batch("together", 2.0, exit_code=1, stderr_tail="no GPU"), "failed with exit code 1: no GPU"),
+        (batch("four-pictures", 2.0, 1.2, together=4), "0.300 predicted, 0.500 measured"),
+        (batch("scale-1", 0.6), "one pass takes no half of two"),
+        (
+            batch("together", 2.0, stages=[{"stage": "decode"} | {q: {"error": -0.02} for q in batches.BOUNDS}]),
+            "decode: reserved -2.000% off",
+        ),
+    ],
+)
+def test_a_batch_that_misses_a_bound_is_a_breach(changed: Row, said: str) -> None:
+    rows = [batch(name, 1.0) for name in ("apart", "one-picture", "one-after-the-other")]
+    assert any(said in breach for breach in batches.judge([*rows, changed])["breaches"])

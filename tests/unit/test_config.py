@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,7 @@ def test_the_baseline_is_the_one_of_the_specification() -> None:
     assert (config.request.task, config.request.size) == ("t2v-1.3B", "832*480")
     assert (config.request.frame_num, config.request.sample_steps) == (81, 50)
     assert (config.strategy.load_strategy, config.strategy.precision) == ("block", "fp16")
-    assert config.strategy == dataclasses.replace(Strategy(), load_strategy="block", precision="fp16")
+    assert config.strategy == Strategy(load_strategy="block", precision="fp16", micro_batch_size=1)
 
 
 def test_memory_opt_differs_from_the_baseline_in_its_strategy_alone() -> None:
@@ -232,7 +231,20 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "name: x\noptimization: {ulysses_size: 4}": ("optimization.ulysses_size: 4", "several GPUs"),
     "name: x\noptimization: {ring_size: 0}": ("optimization.ring_size: 0", "several GPUs"),
     "name: x\noptimization: {dit_fsdp: true}": ("optimization.dit_fsdp: true", "several GPUs"),
-    "name: x\noptimization: {batch_size: 2}": ("optimization.batch_size: 2", "batches are not implemented"),
+    "name: x\noptimization: {batch_size: 0}": ("optimization.batch_size: 0", "must be at least 1"),
+    "name: x\noptimization: {batch_size: 65}": ("optimization.batch_size: 65", "at most 64 videos in one run"),
+    "name: x\noptimization: {micro_batch_size: 0}": ("optimization.micro_batch_size: 0", "must be at least 1"),
+    "name: x\noptimization: {batch_size: 2, micro_batch_size: 3}": (
+        "optimization.micro_batch_size: 3 videos",
+        "give a batch_size of at least that many",
+    ),
+    "name: x\noptimization: {batch_size: 3}\nrequest: {prompts: [a, b]}": (
+        "optimization.batch_size: 3, but there are 2 prompts; give at most that many",
+    ),
+    "name: x\noptimization: {batch_size: 2}\nrequest: {base_seed: 9223372036854775807}": (
+        "request.base_seed: 9223372036854775807",
+        "leaves no seed for 2 videos",
+    ),
     "name: x\noptimization: {rows_per_chunk: 0}": ("optimization.rows_per_chunk: 0", "at least 1"),
     "name: x\nmodel_config: {load_strategy: block}\noptimization: {resident_blocks: 41}": (
         "optimization.resident_blocks: 41",

@@ -125,8 +125,10 @@ TWO = (
 )
 
 
-def simulated(frames: int = 9, **strategy: object) -> RunRecord:
-    request = Request.for_task("t2v-other", size="64*48", frame_num=frames, sample_steps=8, base_seed=0)
+def simulated(frames: int = 9, prompts: tuple[str, ...] = (), **strategy: object) -> RunRecord:
+    request = Request.for_task(
+        "t2v-other", size="64*48", frame_num=frames, sample_steps=8, base_seed=0, prompts=prompts
+    )
     config = RunConfig(
         "made up",
         "",
@@ -181,6 +183,20 @@ def test_two_transformers_in_turn_are_loaded_used_and_released_one_after_the_oth
         weights = low.end.allocated_bytes - low.start.allocated_bytes
         # The first has gone: the second finds what that one found, cuBLASLt's workspace and the latents on their way.
         assert low.start.allocated_bytes - high.start.allocated_bytes - MIB < weights
+
+
+def test_two_transformers_in_turn_take_every_batch_over_where_the_first_left_it(register: Register) -> None:
+    register(OTHER, TWO)
+    record = simulated(prompts=("a", "b", "c"), batch_size=2, micro_batch_size=2)
+    dits = [model.name for model in TWO]
+    denoising = [stage for stage in record.stages if stage.part == "denoise"]
+    assert [(s.name, s.component, s.videos) for s in denoising] == [
+        (name, dit, videos) for dit in dits for name, videos in (("denoise", 2), ("denoise 2", 1))
+    ]
+    numbers = [int(step.name.removeprefix("step ")) for stage in denoising for step in stage.children]
+    first = numbers.index(max(numbers[: numbers.index(0, 1)])) + 1
+    assert numbers == [*range(first), *range(first), *range(first, 8), *range(first, 8)]
+    assert len(record.video_seconds()) == 3
 
 
 def test_no_file_outside_specs_and_tasks_asks_for_a_kind_of_task_in_a_list() -> None:

@@ -14,7 +14,7 @@ from planner_card import Card, plan
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError
 from wanvram.planner.budget import PROCESS_BYTES, Budget, desktop_bytes, system_ram
-from wanvram.planner.forecasts import StageForecast, Trials, choices
+from wanvram.planner.forecasts import StageForecast, Trials, choices, stage_seconds
 from wanvram.planner.longest import most_frames
 from wanvram.planner.placement import TIE
 from wanvram.planner.result import Plan, Refusal
@@ -42,6 +42,62 @@ def budget(gibibytes: float, ram: float | None = None, gpu: str = "h200") -> Bud
 
 def planned(*asked: object, gibibytes: float, ram: float | None = None, card: Card | None = None) -> Plan:
     return plan(request(*asked), budget(gibibytes, ram), Options(), card or Card())  # type: ignore[arg-type]
+
+
+# --- several videos ----------------------------------------------------------------------------------------------------------
+
+PICTURES = ("t2i-14B", "1280*720")  # copying a block takes longer than one picture's arithmetic
+
+
+def planned_batch(
+    gibibytes: float, *, task: tuple[str, str] = PICTURES, ram: float | None = None, **sizes: int
+) -> Plan:
+    asked = Request.for_task(task[0], size=task[1])
+    return plan(asked, budget(gibibytes, ram), Options(Strategy(**sizes)), Card(copy_rate=12e9))  # type: ignore[arg-type]
+
+
+def test_videos_share_a_pass_over_the_weights_as_far_as_a_step_waits_for_them() -> None:
+    one, four = planned_batch(6), planned_batch(6, batch_size=4)
+    assert four.strategy.batch_size == 4
+    assert (four.strategy.micro_batch_size or 1) > 1
+    assert four.seconds_per_step is not None
+    assert one.seconds_per_step is not None
+    assert four.seconds_per_step / 4 < 0.5 * one.seconds_per_step
+
+
+def test_videos_whose_arithmetic_hides_the_copies_share_no_pass() -> None:
+    result = planned_batch(20, task=("t2v-14B", "1280*720"), batch_size=3)
+    assert result.strategy.micro_batch_size is None
+    assert result.strategy.cfg == "sequential"
+
+
+def test_blocks_on_disk_are_read_for_several_videos_at_once() -> None:
+    result = planned_batch(8, ram=20, batch_size=8)
+    assert result.strategy.weights_in == "disk"
+    assert (result.strategy.micro_batch_size or 1) > 1
+
+
+@pytest.mark.parametrize("given", [1, 2, 4])
+def test_a_micro_batch_size_that_was_given_is_kept(given: int) -> None:
+    assert planned_batch(6, batch_size=4, micro_batch_size=given).strategy.micro_batch_size == given
+
+
+def test_the_time_of_a_plan_is_that_of_all_its_videos() -> None:
+    asked = Request.for_task("t2i-14B", prompts=tuple("abcde"), sample_steps=10)
+    result = plan(asked, budget(80), Options(Strategy(batch_size=2)), Card())
+    (dit,) = [stage for stage in result.stages if stage.component == "dit"]
+    assert dit.seconds_per_step is not None
+    assert stage_seconds(asked, dit) == pytest.approx(8.0 + dit.seconds_per_step * 10 * 2.5)
+    assert result.to_json()["strategy"]["batch_size"] == 2
+
+
+def test_without_guidance_no_plan_joins_two_passes_of_which_there_is_one() -> None:
+    card = Card(flops=FAST)
+    result = plan(request(sample_guide_scale=1.0), budget(16), Options(), card)
+    assert result.strategy.cfg == "sequential"
+    assert all(strategy.cfg == "sequential" for _, strategy, _ in card.calls)
+    guided = plan(request(), budget(16), Options(), card)
+    assert guided.strategy.cfg == "joint"
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------------------

@@ -87,14 +87,7 @@ def test_the_json_has_no_other_keys_than_these() -> None:
         "host",
     }
     assert set(data) == design | {
-        "simulated",
-        "budget_bytes",
-        "environment",
-        "failure",
-        "notes",
-        "times",
-        "predicted",
-        "attention",
+        *("simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted", "attention", "videos")
     }
     assert set(data["fragmentation"]) == {"at_peak", "stages"}
     assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}
@@ -102,8 +95,8 @@ def test_the_json_has_no_other_keys_than_these() -> None:
         f"{when}_{what}_bytes" for when in ("start", "peak", "end") for what in ("allocated", "reserved", "device")
     }
     stage_keys = memory_keys | {
-        "name", "part", "kind", "component", "activation_bytes", "seconds", "host_rss_bytes", "pinned_bytes", "repeats", "notes",
-        "children",
+        "name", "part", "kind", "component", "activation_bytes", "seconds", "host_rss_bytes", "pinned_bytes", "repeats", "videos",
+        "notes", "children",
     }  # fmt: skip
     assert all(set(stage) == stage_keys for stage in (*data["stages"], *data["stages"][1]["children"]))
 

@@ -53,7 +53,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)"
     )
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
-    add_knob_flags(fixed, knobs.fixed())
+    add_knob_flags(fixed, knobs.asked())
     parser.add_argument("--longest", action="store_true", help="find the most frames that fit; --size may name several")
     parser.add_argument(
         "--ckpt_dir", "--weights", dest="weights", help="written into the command and -o (default: random)"

@@ -24,13 +24,13 @@ from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
 from wanvram.kernels.attention_backends import AUTO
-from wanvram.knobs import PRECISION, chunk_rows
+from wanvram.knobs import BATCH_SIZE, PRECISION, chunk_rows, videos_per_pass
 from wanvram.models.dit import Condition, Prepared, Time, WanDiT
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
 from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
-from wanvram.request import Request
+from wanvram.request import Request, Video
 from wanvram.sampling import Solver, solve, timesteps_and_sigmas
 
 __all__ = ["FrameSink", "OpenSink", "Pipeline"]
@@ -41,6 +41,8 @@ SIMULATED_STEPS = 4  # first, second, one of the steady state, last: all others 
 # steps instead of 4, decoding of 832x480 reserves 40 MiB less, on an H200 as here.
 STEPS_PERIOD = 4
 
+# (latents, their time, a condition for each) -> as many velocities
+Velocities = Callable[[list[torch.Tensor], Time, list[Prepared]], list[torch.Tensor]]
 OpenSink = Callable[[int], AbstractContextManager["FrameSink | None"]]
 
 
@@ -80,23 +82,33 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a turn's steps need of the embeddings: one Time per step; one condition per prompt, the negative one last."""
+    """What a turn's steps need of the embeddings: one Time per step, one condition per prompt, and the negative one if any."""
 
     turn: _Turn
     times: list[Time]
     conditions: list[Prepared]
-
-
-Velocity = Callable[[torch.Tensor, int], torch.Tensor]
+    negative: Prepared | None
 
 
 class _Guide:
-    """What a solver asks for velocities; behind it one transformer takes over from another."""
+    """What a solver asks for its velocity, which was computed together with those of other videos."""
 
-    velocity: Velocity
+    velocity: torch.Tensor
 
-    def __call__(self, latent: torch.Tensor, timestep: int) -> torch.Tensor:
-        return self.velocity(latent, timestep)
+    def __call__(self, _latent: torch.Tensor, _timestep: int) -> torch.Tensor:
+        velocity = self.velocity
+        del self.velocity
+        return velocity
+
+
+@dataclass
+class _Sampling:
+    """A video between two steps: its solver, and the latent [channels, F, h, w] float32 that it has got to."""
+
+    video: Video
+    guide: _Guide
+    trajectory: Iterator[torch.Tensor]
+    latent: torch.Tensor
 
 
 @dataclass
@@ -117,11 +129,11 @@ class Pipeline:
     _finished: list[ComponentRecord] = field(default_factory=list)
     _streamed: dict[str, Copies] = field(default_factory=dict)
     _copied: Copies = field(default_factory=Copies)
-    # Of prompts that wait for the next transformer.
-    _waiting: dict[int, tuple[_Guide, Iterator[torch.Tensor]]] = field(default_factory=dict)
+    # Videos, by the first of those made together, that wait for the next transformer.
+    _waiting: dict[int, list[_Sampling]] = field(default_factory=dict)
 
     def run(self, open_sink: OpenSink) -> None:
-        """`open_sink(i)` opens what takes the frames of the i-th prompt."""
+        """`open_sink(i)` opens what takes the frames of the i-th video of `config.videos()`."""
         self.prompts = list(
             self.extend(self.device, self.recorder) if self.extend else self.config.request.all_prompts()
         )
@@ -218,13 +230,18 @@ class Pipeline:
     # --- stages --------------------------------------------------------------------------------------------------------------
 
     def encode_text(self, parts: Parts) -> list[torch.Tensor]:
-        """Every prompt, and the negative prompt last -> contexts [L, text_dim] on the device."""
+        """`texts()` -> contexts [L, text_dim] on the device."""
         component = self._use("text_encoder", parts)
         with self.recorder.span("encode_text", kind="stage", component="text_encoder"):
             walk = counted_walk(component.walk, self.tell, "encode_text")
-            contexts = parts.encode(component, [*self.prompts, self.config.request.negative_prompt], walk)
+            contexts = parts.encode(component, self.texts(), walk)
         self._done_with("text_encoder")
         return contexts
+
+    def texts(self) -> list[str]:
+        """Every prompt, and the negative prompt last where it guides."""
+        request = self.config.request
+        return [*self.prompts, request.negative_prompt] if request.guided else list(self.prompts)
 
     def _encode_pictures(self, parts: Parts) -> _Extra:
         """Pictures and source frames -> what the transformer reads of them, in the dtype it would round them to."""
@@ -304,36 +321,45 @@ class Pipeline:
             contexts.clear()
             del conditions
             self.device.empty_cache()
-        return _Plan(turn, times, prepared)
+        negative = prepared.pop() if self.config.request.guided else None
+        return _Plan(turn, times, prepared, negative)
 
     def denoise_all(self, parts: Parts, plan: _Plan) -> list[torch.Tensor]:
-        """One latent per prompt; between several of them a finished one waits on the host."""
-        *positive, negative = plan.conditions
+        """One latent per video after the last turn; between several of them a finished one waits on the host."""
+        videos, together = self.config.videos(), BATCH_SIZE.of(self.config.strategy)
         latents: list[torch.Tensor] = []
-        for index, condition in enumerate(positive):
-            latent = self._denoise(parts, index, [condition, negative], plan)
-            latents.append(latent if len(positive) == 1 or not plan.turn.is_last else self.device.download(latent))
-            del latent
+        for first in range(0, len(videos), together):
+            finished = self._denoise(parts, first, videos[first : first + together], plan)
+            while finished:
+                latent = finished.pop(0)
+                latents.append(latent if len(videos) == 1 else self.device.download(latent))
+                del latent
         self._done_with(plan.turn.model)
         return latents
 
-    def _denoise(self, parts: Parts, index: int, conditions: Sequence[Prepared], plan: _Plan) -> torch.Tensor:
-        """Noise, or where the transformer before left off -> latent [channels, F, h, w] float32 after the turn's steps."""
-        component, name = self._use(plan.turn.model, parts), _numbered("denoise", index)
-        with self.recorder.span(name, kind="stage", component=component.name, part="denoise"):
-            guide, trajectory = self._waiting.pop(index) if index in self._waiting else self._begun()
-            guide.velocity = self._velocity(component, conditions, plan.times)
-            latent = self._steps(trajectory, component, plan.turn, name)
-            if not plan.turn.is_last:
-                self._waiting[index] = guide, trajectory
-            del guide.velocity
-            del trajectory  # before the weights go: close() alone keeps its tensors until later on Python 3.12
-        return latent
+    def _denoise(self, parts: Parts, first: int, videos: Sequence[Video], plan: _Plan) -> list[torch.Tensor]:
+        """From noise, or where the transformer before left off, through the turn's steps -> latents after the last turn.
 
-    def _begun(self) -> tuple[_Guide, Iterator[torch.Tensor]]:
-        request, guide = self.config.request, _Guide()
+        first: the number of the first of these videos, which are denoised together.
+        """
+        component = self._use(plan.turn.model, parts)
+        name = _numbered("denoise", first // BATCH_SIZE.of(self.config.strategy))
+        with self.recorder.span(name, kind="stage", component=component.name, part="denoise") as span:
+            span.videos = len(videos)
+            batch = self._waiting.pop(first) if first in self._waiting else [self._begun(video) for video in videos]
+            self._steps(batch, component, plan, name)
+            latents = [sampling.latent for sampling in batch] if plan.turn.is_last else []
+            if not plan.turn.is_last:
+                self._waiting[first] = batch
+            del (
+                batch
+            )  # its solvers, before the weights go: close() alone keeps their tensors until later on Python 3.12
+        return latents
+
+    def _begun(self, video: Video) -> _Sampling:
+        request, guide, noise = self.config.request, _Guide(), self._noise(video.seed)
         schedule = timesteps_and_sigmas(_solver(request), self._steps_to_run(), request.sample_shift)
-        return guide, solve(_solver(request), guide, self._noise(), schedule)
+        return _Sampling(video, guide, solve(_solver(request), guide, noise, schedule), noise)
 
     def _steps_to_run(self) -> int:
         steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
@@ -341,44 +367,46 @@ class Pipeline:
             return steps
         return SIMULATED_STEPS + (0 if self.alone else (steps - SIMULATED_STEPS) % STEPS_PERIOD)
 
-    def _noise(self) -> torch.Tensor:
-        generator = self.device.generator(self.config.request.base_seed)
+    def _noise(self, seed: int) -> torch.Tensor:
+        generator = self.device.generator(seed)
         shape = self.inputs.noise_shape
         return torch.randn(shape, dtype=torch.float32, device=self.device.torch_device, generator=generator)
 
-    def _velocity(self, component: Component, conditions: Sequence[Prepared], times: Sequence[Time]) -> Velocity:
-        """Guided velocity v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards.
-
-        It is asked once per step, in order.
-        """
+    def _velocities(self, component: Component, negative: Prepared | None) -> Velocities:
+        """Guided velocities v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards; without a
+        negative prompt v = cond from one."""
         request, strategy = self.config.request, self.config.strategy
         dit = _transformer(component)
         rows = chunk_rows(self.inputs.geometry.tokens(self.inputs.noise_shape), strategy.rows_per_chunk)
         heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
         asked: dict[str, Any] = {"rows_per_chunk": rows, "heads_per_group": heads, "attention": _asked(self.device)}
-        groups = [conditions] if strategy.cfg == "joint" else [[c] for c in conditions]
-        coming = iter(times)
 
-        def velocity(latent: torch.Tensor, _timestep: int) -> torch.Tensor:
-            time = next(coming)
+        def velocities(latents: list[torch.Tensor], time: Time, conditions: list[Prepared]) -> list[torch.Tensor]:
+            groups = [conditions, [negative] * len(latents)] if negative is not None else [conditions]
+            if strategy.cfg == "joint":
+                groups = [[condition for group in groups for condition in group]]
             outputs: list[torch.Tensor] = []
             for group in groups:
-                outputs += dit.velocity(latent, time, group, walk=component.walk, **asked)
-            cond, uncond = outputs
-            return uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale)
+                shared = latents * (len(group) // len(latents))
+                outputs += dit.velocity(shared, time, group, walk=component.walk, **asked)
+            if negative is None:
+                return outputs
+            pairs = zip(outputs[: len(latents)], outputs[len(latents) :], strict=True)
+            return [uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale) for cond, uncond in pairs]
 
-        return velocity
+        return velocities
 
-    def _steps(self, trajectory: Iterator[torch.Tensor], component: Component, turn: _Turn, stage: str) -> torch.Tensor:
-        """Advances the solver through a turn under one span each; block spans on every `log_interval`-th step."""
-        interval, total = self.config.measurement.log_interval, self.config.request.sample_steps
+    def _steps(self, batch: list[_Sampling], component: Component, plan: _Plan, stage: str) -> None:
+        """Advances videos through a turn, a span for each step; block spans on every `log_interval`-th."""
+        interval, total, turn = self.config.measurement.log_interval, self.config.request.sample_steps, plan.turn
         skipped = total - self._steps_to_run()
+        velocities = self._velocities(component, plan.negative)
         for index in range(turn.start, turn.stop):
             detailed = self.config.measurement.profile_memory and index % interval == 0
             component.observe(partial(self._block_span, component.name) if detailed else None)
             number = index if index < turn.stop - 1 else index + skipped
             with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
-                latent = next(trajectory)
+                self._step(batch, velocities, plan.times[index - turn.start], plan.conditions)
             if skipped and index == turn.stop - 2:
                 span.repeats = skipped + 1
             if self.tell:
@@ -386,7 +414,16 @@ class Pipeline:
             if self.trace_step:
                 self.trace_step()
         component.observe(None)
-        return latent
+
+    def _step(self, batch: list[_Sampling], velocities: Velocities, time: Time, conditions: list[Prepared]) -> None:
+        """All videos of the batch, as many as may pass the weights together at a time."""
+        count = videos_per_pass(self.config.strategy)
+        for start in range(0, len(batch), count):
+            part = batch[start : start + count]
+            found = velocities([s.latent for s in part], time, [conditions[s.video.prompt] for s in part])
+            for sampling in part:
+                sampling.guide.velocity = found.pop(0)
+                sampling.latent = next(sampling.trajectory)
 
     def _block_span(self, component: str, group: str) -> AbstractContextManager[object]:
         """`blocks.3` and `vace_blocks.3`, whose projection comes after its main block, as `block 3` and `vace block 3`."""

@@ -140,8 +140,9 @@ class WanDiT(nn.Module):
     ) -> list[Tensor]:
         """`prepare` and `velocity` of one timestep, with the embedders in place."""
         (time,), prepared = self.prepare([timestep], conditions)
+        latents = [latent] * len(prepared)
         return self.velocity(
-            latent, time, prepared, rows_per_chunk=rows_per_chunk, heads_per_group=heads_per_group, walk=walk
+            latents, time, prepared, rows_per_chunk=rows_per_chunk, heads_per_group=heads_per_group, walk=walk
         )
 
     @torch.no_grad()
@@ -174,7 +175,7 @@ class WanDiT(nn.Module):
     @torch.no_grad()
     def velocity(
         self,
-        latent: Tensor,
+        latents: Sequence[Tensor],
         time: Time,
         conditions: Sequence[Prepared],
         *,
@@ -183,16 +184,17 @@ class WanDiT(nn.Module):
         attention: str = AUTO,
         walk: Walk = iter,
     ) -> list[Tensor]:
-        """latent float32 [C,F,H,W] -> one velocity float32 [out_dim,F,H,W] per condition.
+        """One latent float32 [C,F,H,W] per condition, all of one shape -> as many velocities float32 [out_dim,F,H,W].
 
-        All conditions pass a unit before the next one is requested from the walk. rows_per_chunk: tokens handled
-        at once (None: all), and heads_per_group: heads that attend at once, change memory but not the result. attention: the
-        backend asked for.
+        All of them pass a unit before the next one is requested from the walk, each computed alone. rows_per_chunk: tokens
+        handled at once (None: all), and heads_per_group: heads that attend at once, change memory but not the result.
+        attention: the backend asked for.
         """
-        self._check_latent(latent, rows_per_chunk)
-        tables = rotary_tables(self._grid(latent), self.spec.head_dim, latent.device)
+        first = latents[0]
+        self._check_latents(latents, rows_per_chunk)
+        tables = rotary_tables(self._grid(first), self.spec.head_dim, first.device)
         streams = []
-        for condition in conditions:
+        for latent, condition in zip(latents, conditions, strict=True):
             inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image, heads_per_group, attention)
             streams.append(self._start(latent, condition, inputs, rows_per_chunk))
         del tables, inputs
@@ -203,7 +205,7 @@ class WanDiT(nn.Module):
         outputs = []
         while streams:
             x = streams.pop(0).x
-            outputs.append(self._unpatchify(self.head(x, time.e, rows_per_chunk), latent))
+            outputs.append(self._unpatchify(self.head(x, time.e, rows_per_chunk), first))
             del x
         return outputs
 
@@ -242,8 +244,10 @@ class WanDiT(nn.Module):
         video = cells.permute(6, 0, 3, 1, 4, 2, 5).contiguous()
         return video.view(self.spec.out_dim, *latent.shape[1:])
 
-    def _check_latent(self, latent: Tensor, rows: int | None) -> None:
-        patch = self.spec.patch_size
+    def _check_latents(self, latents: Sequence[Tensor], rows: int | None) -> None:
+        latent, patch = latents[0], self.spec.patch_size
+        if any(other.shape != latent.shape for other in latents):
+            raise InputError(f"latents have the shapes {[tuple(other.shape) for other in latents]}; they must have one")
         if any(size % p for size, p in zip(latent.shape[1:], patch, strict=True)):
             raise InputError(f"latent {tuple(latent.shape)} is not a whole number of patches {patch}")
         if rows is not None and rows < 1:

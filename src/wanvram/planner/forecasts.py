@@ -23,6 +23,7 @@ __all__ = [
     "seconds_gained",
     "situation",
     "stage_seconds",
+    "steps_of",
     "total_seconds",
 ]
 
@@ -33,7 +34,8 @@ class StageForecast:
 
     Every peak includes loading; device is the driver's view with CUDA context and libraries. base_bytes: its weights on
     the device once loaded. host_bytes: weights and copies of them in host RAM, pinned or not, at most. seconds: loading and
-    stage over all prompts, without denoising steps. seconds_per_step: a steady denoising step (dit only). None: unknown.
+    stage over all videos, without denoising steps. seconds_per_step: a steady denoising step (dit only). None: unknown.
+    together: videos that such a step advances.
     """
 
     component: str
@@ -44,6 +46,7 @@ class StageForecast:
     host_bytes: int
     seconds_per_step: float | None
     seconds: float | None
+    together: int = 1
 
 
 # (config, component) -> its forecast. The device has as much memory as it takes: a forecast never runs out of memory.
@@ -67,7 +70,7 @@ def components_of(request: Request) -> tuple[str, ...]:
 
 
 def total_seconds(request: Request, stages: Iterable[StageForecast]) -> float | None:
-    """text + image + encode + steps x step + decode, over all prompts; None if any part is unknown."""
+    """text + image + encode + steps x step + decode, over all videos; None if any part is unknown."""
     total = 0.0
     for stage in stages:
         seconds = stage_seconds(request, stage)
@@ -89,7 +92,12 @@ def stage_seconds(request: Request, stage: StageForecast) -> float | None:
         return stage.seconds
     if stage.seconds is None or stage.seconds_per_step is None:
         return None
-    return stage.seconds + stage.seconds_per_step * request.sample_steps * len(request.all_prompts())
+    return stage.seconds + stage.seconds_per_step * steps_of(request, stage.together)
+
+
+def steps_of(request: Request, together: int) -> float:
+    """Denoising steps of the whole run, each of so many videos: a step of fewer counts as the part that it is."""
+    return request.sample_steps * len(request.videos(together)) / together
 
 
 @dataclass(frozen=True)

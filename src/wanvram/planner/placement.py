@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wanvram import knobs
 from wanvram.config import Strategy
-from wanvram.planner.forecasts import Trials, components_of, stage_seconds
+from wanvram.planner.forecasts import Trials, components_of, stage_seconds, steps_of
 from wanvram.planner.transformer import block_count, cannot_fit, fastest_streamed, variants, whole_transformer
 
 __all__ = ["TIE", "Placements", "placements"]
@@ -32,7 +33,10 @@ def placements(trials: Trials, base: Strategy) -> Placements | None:
     if dit_fits and _encoders_fit(trials, base):
         return Placements((base,), trials.seconds(base))
     bound = _bound(trials, base)
-    probe = _probe_disk(trials, base)
+    probe: Strategy | None = None
+    for probe in _disk_probes(trials, base):
+        if bound is None or _within(trials.seconds(probe), bound):
+            break
     if probe is None and cannot_fit(trials, knobs.FROM["disk"].on(base)):
         return None
     if bound is not None and probe is not None and _within(trials.seconds(probe), bound):
@@ -74,13 +78,17 @@ def _start(trials: Trials, base: Strategy, home: str) -> Strategy | None:
     return next((s for s in (block, knobs.T5_CPU.set(block, True)) if _encoders_fit(trials, s)), None)
 
 
-def _probe_disk(trials: Trials, base: Strategy) -> Strategy | None:
-    """Every block streamed from disk, activations saved only as far as must be."""
+def _disk_probes(trials: Trials, base: Strategy) -> Iterator[Strategy]:
+    """Every block streamed from disk, activations saved only as far as must be; then with fewer passes over the disk."""
     start = _start(trials, base, "disk")
     if start is None:
-        return None
+        return
     ways = (change.on(start) for change in variants(trials.request))
-    return next((way for way in ways if trials.fits("dit", way)), None)
+    first = next((way for way in ways if trials.fits("dit", way)), None)
+    if first is None:
+        return
+    yield first
+    yield from (way for change in knobs.fewer_passes(first) if trials.fits("dit", way := change.on(first)))
 
 
 def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
@@ -96,7 +104,7 @@ def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
 def _from_disk(trials: Trials, fastest: Strategy, probe: Strategy | None, seconds: float) -> Strategy | None:
     """The fastest way with its blocks on disk instead of in RAM, if it fits and what is known of the disk lets hope for a tie.
 
-    What a step waits for the disk falls with every resident block, and to half if both guidance passes share a block.
+    What a step waits for the disk falls with every resident block, and with the passes over the weights that it takes.
     """
     if probe is None or not knobs.is_streamed(fastest) or knobs.WEIGHTS_IN.of(fastest) == "disk":
         return None
@@ -104,8 +112,8 @@ def _from_disk(trials: Trials, fastest: Strategy, probe: Strategy | None, second
     if step is None or resident is None:
         return None
     streamed = 1 - knobs.RESIDENT_BLOCKS.of(fastest) / block_count(trials.request)
-    passes = 0.5 if knobs.CFG.of(fastest) == "joint" else 1.0
-    waiting = (step - resident) * streamed * passes * trials.request.sample_steps * len(trials.request.all_prompts())
+    now, then = (knobs.weight_passes(way, guided=trials.request.guided) for way in (probe, fastest))
+    waiting = (step - resident) * streamed * then / now * steps_of(trials.request, knobs.BATCH_SIZE.of(fastest))
     if waiting > 2 * TIE * seconds:
         return None
     way = knobs.T5_CPU.set(knobs.WEIGHTS_IN.set(fastest, "disk"), knobs.T5_CPU.of(probe))

@@ -6,7 +6,17 @@ Where the weights of a streamed block come from is given; the caller tries pinne
 from __future__ import annotations
 
 from wanvram.config import Request, Strategy
-from wanvram.knobs import JOINT, LEANER, RESIDENT, RESIDENT_BLOCKS, ROWS_PER_CHUNK, UNSLICED, WEIGHTS_IN, Change
+from wanvram.knobs import (
+    JOINT,
+    LEANER,
+    RESIDENT,
+    RESIDENT_BLOCKS,
+    ROWS_PER_CHUNK,
+    UNSLICED,
+    WEIGHTS_IN,
+    Change,
+    fewer_passes,
+)
 from wanvram.planner.forecasts import StageForecast, Trial, Trials, situation, stage_seconds
 from wanvram.specs import DIT
 
@@ -53,8 +63,26 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
         on_device = on_device or found is not None
         best = _faster(trials, best, found)
     if best is not None and _waits(trials, best):
-        best = _faster(trials, best, _filled(trials, JOINT.on(best)))
+        shared = _sharing(trials, best)
+        best = _faster(trials, best, None if shared is None else _filled(trials, shared))
     return best
+
+
+def _sharing(trials: Trials, plain: Strategy) -> Strategy | None:
+    """`plain` without resident blocks and with fewer copies of its weights in a step, for more streams that pass them together.
+
+    The fewest streams within 1 % of the fastest way that fits; None: none does.
+    """
+    empty = RESIDENT_BLOCKS.set(plain, 0)
+    ways = [change.on(empty) for change in fewer_passes(plain)]
+    joint = [JOINT.on(way) for way in (empty, *ways[-1:])] if trials.request.guided else []
+    fitting = [way for way in (*joint[:1], *ways, *joint[1:]) if trials.fits_device("dit", way)]
+    times = [trials.of("dit", way).seconds_per_step for way in fitting]
+    known = [time for time in times if time is not None]
+    if not known:
+        return None
+    limit = min(known) * (1 + NEGLIGIBLE)
+    return next(way for way, time in zip(fitting, times, strict=True) if time is not None and time <= limit)
 
 
 def cannot_fit(trials: Trials, base: Strategy) -> bool:

@@ -11,7 +11,7 @@ from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.errors import BudgetError, WanvramError
 from wanvram.machine.garbage import settled
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
-from wanvram.planner.forecasts import choices, components_of
+from wanvram.planner.forecasts import choices, components_of, steps_of
 from wanvram.planner.search import planned_base
 from wanvram.predict.ahead import forecasts_ahead, processes_here
 from wanvram.predict.host import is_here
@@ -165,7 +165,8 @@ def _stage(
     request: Request, name: str, spans: list[Span], step: float | None, forecast: StageForecast | None
 ) -> StageForecast:
     """seconds: what all denoising steps at the usual pace do not account for."""
-    steps = request.sample_steps * len(request.all_prompts()) if name == "dit" else 0
+    together = forecast.together if forecast else 1
+    steps = steps_of(request, together) if name == "dit" else 0
     times = [span.seconds for span in spans if span.kind != "load" or span.seconds is not None]
     seconds = None if None in times else sum(time for time in times if time is not None)
     loads = [span.end.allocated_bytes - span.start.allocated_bytes for span in spans if span.kind == "load"]
@@ -178,4 +179,5 @@ def _stage(
         host_bytes=forecast.host_bytes if forecast else 0,
         seconds_per_step=step if name == "dit" else None,
         seconds=None if seconds is None else seconds - steps * (step or 0.0),
+        together=together,
     )

@@ -13,7 +13,7 @@ from wanvram.engine.components import Parts
 from wanvram.engine.conditions import Frames, Inputs
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
-from wanvram.knobs import OFFLOAD
+from wanvram.knobs import BATCH_SIZE, OFFLOAD
 from wanvram.planner.forecasts import StageForecast
 from wanvram.predict.simulate import simulated_device
 from wanvram.record import Span
@@ -48,6 +48,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     spans = pipeline.recorder.spans
     (record,) = [r for r in pipeline.records() if r.name == name]
     full, part = inputs.noise_shape[1], short.noise_shape[1]
+    together = BATCH_SIZE.of(strategy)
     channels, _, rows, columns = inputs.noise_shape
     missing = (full - part) * channels * rows * columns * torch.float32.itemsize
     stages = [span for span in spans if span.part != "denoise"]
@@ -58,8 +59,9 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
         peak_allocated_bytes=max(span.peak.allocated_bytes for span in spans) + missing,
         base_bytes=record.base_bytes,
         host_bytes=memory.host_peak_bytes,
-        seconds_per_step=_mean([step for s in spans if s.part == "denoise" for step in s.children][-1:]),
+        seconds_per_step=_mean([step for s in _whole_batches(spans, together) for step in s.children][-1:]),
         seconds=_sum(stages, full / part),
+        together=together,
     )
 
 
@@ -77,14 +79,12 @@ def _shortened(inputs: Inputs) -> Inputs:
 
 def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevice) -> None:
     """The component's stages, with what earlier stages hand to it held on the device."""
-    prompts = pipeline.config.request.all_prompts()
-    pipeline.prompts = list(prompts)
+    pipeline.prompts = list(pipeline.config.request.all_prompts())
     if component == "text_encoder":
         pipeline.encode_text(parts)
         return
-    contexts = [
-        device.empty((PROMPT_TOKENS, parts.specs.text_encoder.dim), torch.bfloat16) for _ in (*prompts, "negative")
-    ]
+    width = parts.specs.text_encoder.dim
+    contexts = [device.empty((PROMPT_TOKENS, width), torch.bfloat16) for _ in pipeline.texts()]
     if component == "image_encoder":
         pipeline.encode_image(parts)
     elif component == "vae_encoder":
@@ -95,8 +95,13 @@ def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevi
         pipeline.denoise_all(parts, plan)
     else:
         del contexts
-        latents = [device.empty(pipeline.inputs.noise_shape, torch.float32) for _ in prompts]
+        latents = [device.empty(pipeline.inputs.noise_shape, torch.float32) for _ in pipeline.config.videos()]
         pipeline.decode_all(parts, latents, lambda index: nullcontext())
+
+
+def _whole_batches(spans: list[Span], together: int) -> list[Span]:
+    """Of denoising; the last batch may be of fewer videos."""
+    return [span for span in spans if span.part == "denoise" and span.videos == together]
 
 
 def _mean(spans: list[Span]) -> float | None:

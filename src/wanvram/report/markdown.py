@@ -10,6 +10,7 @@ from wanvram.foreign_text import MAX_SHOWN, shown
 from wanvram.record import Memory, RunRecord, Span
 from wanvram.report.findings import advice_first, alike, answer, card_of, ranked, ranks, together, unlimited_base
 from wanvram.report.runs import Run, asked, pairs
+from wanvram.report.terminal import videos_line
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts, shortened
 from wanvram.timeline_record import OTHER, AliveBlocks, TimelineMoment
@@ -110,6 +111,7 @@ def _run(run: Run, texts: Texts) -> list[str]:
     lines = [f"## {_text(run.label)}", "", f"{kind} ({_text(run.record.device)})", ""]
     for sentence in (said.headline, said.owner, said.change):
         lines += [_text(sentence, MAX_SENTENCE), ""] if sentence else []
+    lines += _videos(run.record, texts)
     lines += [f"### {texts('components')}", "", *_components(run, texts), ""]
     lines += [f"### {texts('stages')}", "", *_stages(run, texts), ""]
     moment = peak_moment(run.timeline)
@@ -131,6 +133,17 @@ def _run(run: Run, texts: Texts) -> list[str]:
             "",
         ]
     return lines
+
+
+def _videos(record: RunRecord, texts: Texts) -> list[str]:
+    """Nothing of a single video, whose times are those of its stages."""
+    times = record.video_seconds()
+    if len(times) < 2:
+        return []
+    rows = [[str(number), None if time is None else seconds(time)] for number, time in enumerate(times, 1)]
+    lines = [line for sentence in videos_line(record, texts) for line in (_text(sentence), "")]
+    heads = [texts(key) for key in ("video", "own_time")]
+    return [f"### {texts('video_times')}", "", *lines, *_table(heads, rows, numbers=(0, 1)), ""]
 
 
 def _components(run: Run, texts: Texts) -> list[str]:

@@ -40,15 +40,19 @@ def _headline(plan: Plan) -> str:
     spare = budget.usable_bytes - plan.peak_device_bytes
     step = "unknown" if plan.seconds_per_step is None else seconds(plan.seconds_per_step)
     whole = "unknown" if plan.seconds is None else seconds(plan.seconds)
+    together = knobs.BATCH_SIZE.of(plan.strategy)
+    count = len(r.videos(together))
+    made = f", {count} videos, {together} together" if count > 1 else ""
+    each = f", {seconds(plan.seconds / count)} a video" if count > 1 and plan.seconds is not None else ""
     ram = (
         "" if budget.ram_bytes is None else f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system"
     )
     return "\n".join(
         [
-            f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps, predicted for {budget.card.name}",
+            f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps{made}, predicted for {budget.card.name}",
             f"Fits in {human(budget.usable_bytes)}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
             f"(margin kept: {human(budget.margin)})",
-            f"Time: {step} per step, {whole} in all{_outside_stages(plan)}",
+            f"Time: {step} per step, {whole} in all{each}{_outside_stages(plan)}",
             f"Host RAM: {human(plan.host_bytes)}{ram}",
             *_attention(plan.attention),
         ]

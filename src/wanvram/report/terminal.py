@@ -21,7 +21,7 @@ from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
 from wanvram.units import MIB, human, mib_cell, seconds
 
-__all__ = ["attention_line", "listed", "show", "summarize", "table"]
+__all__ = ["attention_line", "listed", "show", "summarize", "table", "videos_line"]
 
 _BAD = r"\b(DOES NOT FIT|does not fit|FAILED|[Oo]ut of memory)\b|放不下|失败|显存不足"
 _GOOD = r"(?<!whether it )\bfits\b|(?<!可询问能否)可容纳"
@@ -59,6 +59,7 @@ def _headline(record: RunRecord, texts: Texts) -> str:
         lines.append(attention_line(record.attention, texts))
     if record.simulated and record.times.in_all_seconds is not None and record.failure is None:
         lines.append(texts("in_all", time=seconds(record.times.in_all_seconds)))
+    lines += videos_line(record, texts)
     lines.append(_verdict(record, texts))
     return "\n".join(lines)
 
@@ -68,6 +69,14 @@ def attention_line(attention: AttentionChoice, texts: Texts) -> str:
     own, cross = attention.self_attention.backend, attention.cross_attention.backend
     key = "attention_one" if own == cross else "attention_line"
     return texts(key, own=own, cross=cross, basis=texts(f"attention_{attention.basis}"))
+
+
+def videos_line(record: RunRecord, texts: Texts) -> list[str]:
+    """Of several videos what one takes; nothing of a single one, or where times are unknown."""
+    count, each, whole = len(record.video_seconds()), record.seconds_each(), record.times.in_all_seconds
+    if count < 2 or each is None or whole is None:
+        return []
+    return [texts("videos", count=count, together=record.together, each=seconds(each), time=seconds(whole))]
 
 
 def _why(peak: Span, texts: Texts) -> str:

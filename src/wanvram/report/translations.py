@@ -133,6 +133,13 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "自动选择，依据本机的 `wanvram check --attention`",
     ),
     "in_all": ("Time: {time} in all, from the command to its end", "时间：从命令开始到结束共 {time}"),
+    "videos": (
+        "{count} videos, {together} together: {each} a video of {time} in all",
+        "{count} 个视频，每批 {together} 个：共 {time}，平均每个 {each}",
+    ),
+    "video_times": ("Videos", "视频"),
+    "video": ("video", "视频"),
+    "own_time": ("own time", "自身用时"),
     "verdict_failed": ("FAILED ({kind}): {message}", "失败（{kind}）：{message}"),
     "verdict_failed_in": ("FAILED ({kind}) in {stage}: {message}", "在 {stage} 阶段失败（{kind}）：{message}"),
     "verdict_fits": ("Verdict: fits in {budget}", "结论：{budget} 可容纳"),

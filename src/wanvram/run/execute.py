@@ -244,7 +244,7 @@ def _sinks(pipeline: Pipeline, outputs: Outputs | None, *, video: bool) -> OpenS
 
     def open_sink(index: int) -> AbstractContextManager[FrameSink | None]:
         if outputs is not None:
-            return outputs.open(index, pipeline.prompts[index])
+            return outputs.open(index, pipeline.prompts[outputs.videos[index].prompt])
         return nullcontext(pipeline.device.video_sink() if video else None)
 
     return open_sink

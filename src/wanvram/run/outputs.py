@@ -1,4 +1,4 @@
-"""What a run makes: one video or picture per prompt, each with a sidecar JSON that says how to make it again."""
+"""What a run makes: one or several videos or pictures, each with a sidecar JSON that says how to make it again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from wanvram.errors import InputError, OutputError
 from wanvram.input_files import whole
 from wanvram.media.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
 from wanvram.record import write_atomically
+from wanvram.request import Video
 from wanvram.run.directory import RUN_FILES
 from wanvram.version import __version__
 
@@ -50,7 +51,7 @@ class Outputs:
         allowed = (".png",) if is_picture else VIDEO_SUFFIXES
         if self.save_file.suffix.lower() not in allowed:
             raise InputError(f"--save_file {self.save_file}: its name must end in {' or '.join(allowed)}")
-        for index in range(len(self.config.request.all_prompts())):
+        for index in range(len(self.videos)):
             if self._is_of_the_run(self.path(index).with_suffix(".json")):
                 raise InputError(
                     f"--save_file {self.path(index)}: its description {self.path(index).stem}.json would replace a file of the run"
@@ -68,35 +69,39 @@ class Outputs:
         except OSError as error:
             raise OutputError(f"cannot write to {self.save_file.parent}: {error.strerror or error}") from error
 
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        return self.config.videos()
+
     def _is_of_the_run(self, path: Path) -> bool:
         return path.name in RUN_FILES and whole(path.parent) == whole(self.directory)
 
     def path(self, index: int) -> Path:
-        """Numbered from 001 when there are several prompts."""
+        """Numbered from 001 when there are several videos."""
         default = "image.png" if self.config.request.facts.makes_picture else "video.mp4"
         path = self.save_file or self.directory / default
-        several = len(self.config.request.all_prompts()) > 1
+        several = len(self.videos) > 1
         return path.with_name(f"{path.stem}-{index + 1:03d}{path.suffix}") if several else path
 
     @contextmanager
     def open(self, index: int, prompt: str) -> Iterator[VideoWriter | PictureWriter]:
-        """The sink of the prompt with this index; the sidecar is written once the file is complete."""
+        """The sink of the video with this index; the sidecar is written once the file is complete."""
         path = self.path(index)
         writer = PictureWriter(path) if self.config.request.facts.makes_picture else VideoWriter(path)
         with writer:
             yield writer
-        sidecar = self._sidecar(path, prompt, self.config.request.all_prompts()[index])
+        sidecar = self._sidecar(path, prompt, self.videos[index])
         write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n")
 
-    def _sidecar(self, path: Path, prompt: str, given: str) -> dict[str, Any]:
+    def _sidecar(self, path: Path, prompt: str, video: Video) -> dict[str, Any]:
         request = self.config.request
         return {
             "schema": 1,
             "file": path.name,
             "prompt": prompt,
-            "prompt_given": given,
+            "prompt_given": request.all_prompts()[video.prompt],
             "negative_prompt": request.negative_prompt,
-            "seed": request.base_seed,
+            "seed": video.seed,
             "frames_per_second": None if request.facts.makes_picture else FRAMES_PER_SECOND,
             "wanvram": __version__,
             "torch": torch.__version__,
