@@ -6,8 +6,8 @@ first and stay, as the official script does with `--offload_model False`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
@@ -20,6 +20,7 @@ from wanvram.engine.components import Parts, Weights
 from wanvram.engine.conditions import Frames, Inputs, clip_features, image_condition, vace_context
 from wanvram.engine.devices import Device
 from wanvram.engine.first_use import use_libraries
+from wanvram.engine.keeping import Keeper
 from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
@@ -30,7 +31,7 @@ from wanvram.models.vae_tiles import grid
 from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
 from wanvram.request import Request
-from wanvram.sampling import Solver, solve, timesteps_and_sigmas
+from wanvram.sampling import Solver, SolverState, solve, timesteps_and_sigmas
 
 __all__ = ["FrameSink", "OpenSink", "Pipeline"]
 
@@ -99,8 +100,20 @@ class _Guide:
 
 
 @dataclass
+class _Trajectory:
+    """A video being denoised: its solver's state, and the latents that follow."""
+
+    guide: _Guide
+    state: SolverState
+    latents: Iterator[torch.Tensor]
+
+
+@dataclass
 class Pipeline:
-    """One run of one request, with one or several prompts. What it learned is in the recorder and `records()`."""
+    """One run of one request, with one or several prompts. What it learned is in the recorder and `records()`.
+
+    keeper: knows what an earlier process made of it. whole: numbers of the videos whose files are whole already.
+    """
 
     config: RunConfig
     device: Device
@@ -110,6 +123,8 @@ class Pipeline:
     tell: Tell | None = None  # hears how far each stage is
     trace_step: Callable[[], None] | None = None
     extend: PromptExtension | None = None
+    keeper: Keeper = field(default_factory=Keeper)
+    whole: Collection[int] = ()
     alone: bool = False  # one component's stages are simulated alone: what they leave in the allocator is not looked at
     prompts: list[str] = field(default_factory=list)
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
@@ -117,28 +132,51 @@ class Pipeline:
     _streamed: dict[str, Copies] = field(default_factory=dict)
     _copied: Copies = field(default_factory=Copies)
     # Of prompts that wait for the next transformer.
-    _waiting: dict[int, tuple[_Guide, Iterator[torch.Tensor]]] = field(default_factory=dict)
+    _waiting: dict[int, _Trajectory] = field(default_factory=dict)
 
     def run(self, open_sink: OpenSink) -> None:
         """`open_sink(i)` opens what takes the frames of the i-th prompt."""
-        self.prompts = list(
-            self.extend(self.device, self.recorder) if self.extend else self.config.request.all_prompts()
-        )
+        self.prompts = self._prompts()
         parts = Parts(self.config, self.device, self.weights)
         if self.config.memory_limit_bytes is not None:
             self._start()
+        latents = self._kept_latents()
+        if not latents:
+            try:
+                latents = self._denoised(parts)
+            except BaseException:
+                with suppress(Exception):  # of a device that has failed
+                    self.keeper.interrupted(self.device)
+                raise
+        self.decode_all(parts, latents, open_sink)
+
+    def _prompts(self) -> list[str]:
+        """As an earlier process extended them, else extended now, else as they are."""
+        if not self.keeper.prompts:
+            extended = self.extend(self.device, self.recorder) if self.extend else None
+            self.keeper.prompts = tuple(extended or self.config.request.all_prompts())
+        return list(self.keeper.prompts)
+
+    def _kept_latents(self) -> list[torch.Tensor]:
+        """Of a run that ended in decoding; nothing where a step is left."""
+        kept = self.keeper.take_finished(len(self.prompts), self.config.request.sample_steps)
+        return [self.device.upload(kept.pop())] if len(kept) == 1 else kept
+
+    def _denoised(self, parts: Parts) -> list[torch.Tensor]:
+        """From texts and pictures to one latent per prompt."""
         if not self.config.strategy.offload:
             for name in self._components():
                 self._load(name, parts)
         contexts = self.encode_text(parts)
         extra = self._encode_pictures(parts)
-        for turn in self._turns():
+        for turn in self._turns_left():
             plan = self.prepare(parts, contexts if turn.is_last else list(contexts), extra, turn)
             if turn.is_last:
                 del contexts, extra
             latents = self.denoise_all(parts, plan)
             del plan
-        self.decode_all(parts, latents, open_sink)
+        self.keeper.finish_all()
+        return latents
 
     def _start(self) -> None:
         """Under a limit the libraries come first, so that what they leave of it is known before weights are loaded."""
@@ -287,6 +325,11 @@ class Pipeline:
             for (name, count), stop in zip(counts, stops, strict=True)
         ]
 
+    def _turns_left(self) -> list[_Turn]:
+        """Without those whose steps an earlier process made."""
+        made = min(self.keeper.steps_kept(index) for index in range(len(self.prompts)))
+        return [turn for turn in self._turns() if made < turn.stop]
+
     def _timesteps(self) -> list[int]:
         request = self.config.request
         schedule = timesteps_and_sigmas(_solver(request), request.sample_steps, request.sample_shift)
@@ -310,9 +353,14 @@ class Pipeline:
         *positive, negative = plan.conditions
         latents: list[torch.Tensor] = []
         for index, condition in enumerate(positive):
+            if self.keeper.steps_kept(index) >= plan.turn.stop:
+                latents += [self.keeper.finished(index)] if plan.turn.is_last else []
+                continue
             latent = self._denoise(parts, index, [condition, negative], plan)
             latents.append(latent if len(positive) == 1 or not plan.turn.is_last else self.device.download(latent))
             del latent
+            if plan.turn.is_last:
+                self.keeper.finish(index, plan.turn.stop, latents[-1], self.device)
         self._done_with(plan.turn.model)
         return latents
 
@@ -320,19 +368,23 @@ class Pipeline:
         """Noise, or where the transformer before left off -> latent [channels, F, h, w] float32 after the turn's steps."""
         component, name = self._use(plan.turn.model, parts), _numbered("denoise", index)
         with self.recorder.span(name, kind="stage", component=component.name, part="denoise"):
-            guide, trajectory = self._waiting.pop(index) if index in self._waiting else self._begun()
-            guide.velocity = self._velocity(component, conditions, plan.times)
+            trajectory = self._waiting.pop(index) if index in self._waiting else self._begun(index)
+            times = plan.times[trajectory.state.made - plan.turn.start :]
+            trajectory.guide.velocity = self._velocity(component, conditions, times)
             latent = self._steps(trajectory, component, plan.turn, name)
+            del trajectory.guide.velocity, times
             if not plan.turn.is_last:
-                self._waiting[index] = guide, trajectory
-            del guide.velocity
+                self._waiting[index] = trajectory
+            else:
+                self.keeper.leave(index)
             del trajectory  # before the weights go: close() alone keeps its tensors until later on Python 3.12
         return latent
 
-    def _begun(self) -> tuple[_Guide, Iterator[torch.Tensor]]:
-        request, guide = self.config.request, _Guide()
+    def _begun(self, index: int) -> _Trajectory:
+        request, guide, noise = self.config.request, _Guide(), self._noise()
         schedule = timesteps_and_sigmas(_solver(request), self._steps_to_run(), request.sample_shift)
-        return guide, solve(_solver(request), guide, self._noise(), schedule)
+        state = self.keeper.begin(index, noise, self.device)
+        return _Trajectory(guide, state, solve(_solver(request), guide, noise, schedule, state))
 
     def _steps_to_run(self) -> int:
         steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
@@ -369,22 +421,24 @@ class Pipeline:
 
         return velocity
 
-    def _steps(self, trajectory: Iterator[torch.Tensor], component: Component, turn: _Turn, stage: str) -> torch.Tensor:
+    def _steps(self, trajectory: _Trajectory, component: Component, turn: _Turn, stage: str) -> torch.Tensor:
         """Advances the solver through a turn under one span each; block spans on every `log_interval`-th step."""
         interval, total = self.config.measurement.log_interval, self.config.request.sample_steps
         skipped = total - self._steps_to_run()
-        for index in range(turn.start, turn.stop):
+        self.keeper.begin_steps()
+        for index in range(trajectory.state.made, turn.stop):
             detailed = self.config.measurement.profile_memory and index % interval == 0
             component.observe(partial(self._block_span, component.name) if detailed else None)
             number = index if index < turn.stop - 1 else index + skipped
             with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
-                latent = next(trajectory)
+                latent = next(trajectory.latents)
             if skipped and index == turn.stop - 2:
                 span.repeats = skipped + 1
             if self.tell:
                 self.tell(Done(stage, number + 1, total, "steps", turn.stop - 1 - index))
             if self.trace_step:
                 self.trace_step()
+            self.keeper.after_step(index + 1, self.device)
         component.observe(None)
         return latent
 
@@ -394,9 +448,15 @@ class Pipeline:
         return self.recorder.span(name, kind="block", component=component)
 
     def decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
-        component = self._use("vae_decoder", parts)
         count = len(latents)
+        left = [index for index in range(count) if index not in self.whole]
+        if not left:
+            return
+        component = self._use("vae_decoder", parts)
         for index in range(count):
+            if index not in left:
+                latents.pop(0)
+                continue
             with open_sink(index) as sink:
                 name = _numbered("decode", index)
                 with self.recorder.span(name, kind="stage", component="vae", part="decode"):
@@ -404,7 +464,7 @@ class Pipeline:
                     latent = latent if count == 1 else self.device.upload(latent)
                     self._decode(component, latent, sink, name)
                     del latent
-                if index == count - 1:
+                if index == left[-1]:
                     self._done_with("vae")
                 if sink is not None:
                     with self.recorder.span(_numbered("save", index), kind="stage", part="save"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor
@@ -26,6 +27,11 @@ class SolverState:
     clean: Tensor | None = None
     previous: Tensor | None = None
     changing: bool = False
+
+    @classmethod
+    def of(cls, made: int, tensors: Mapping[str, Tensor]) -> SolverState:
+        """From what `tensors` gave."""
+        return cls(made, tensors["latent"], tensors.get("corrected"), tensors.get("clean"), tensors.get("previous"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that exist, by name."""

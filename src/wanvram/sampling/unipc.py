@@ -49,8 +49,8 @@ def unipc(velocity: Callable[[Tensor, int], Tensor], schedule: Schedule, state: 
         if step == 0:
             state.corrected = state.latent
         else:
-            weights = _corrector_weights(sigmas, step)
-            state.corrected = weighted_sum(weights, state.corrected, newest, state.clean, state.previous)
+            correction = _corrector_weights(sigmas, step)
+            state.corrected = weighted_sum(correction, state.corrected, newest, state.clean, state.previous)
         state.previous, state.clean = state.clean, newest
         del newest
         weights = multistep_weights(sigmas, step)
