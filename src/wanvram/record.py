@@ -26,6 +26,7 @@ __all__ = [
     "Failure",
     "Memory",
     "Predicted",
+    "Resumed",
     "RunRecord",
     "Span",
     "Times",
@@ -275,6 +276,16 @@ class Predicted:
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What earlier processes had made of a run that went on: steps of each video, and the numbers of the videos that were whole,
+    from 0. Everything else in the record is of the last process.
+    """
+
+    steps: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
 @dataclass
 class RunRecord:
     """One run, measured or simulated."""
@@ -292,6 +303,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     times: Times = field(default_factory=Times)
     predicted: Predicted | None = None
+    resumed: Resumed | None = None
     schema: int = SCHEMA
 
     @property
@@ -352,6 +364,7 @@ class RunRecord:
             "host": self.host,
             "times": asdict(self.times),
             "predicted": asdict(self.predicted) if self.predicted else None,
+            "resumed": asdict(self.resumed) if self.resumed else None,
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -380,6 +393,7 @@ class RunRecord:
                 notes=data["notes"],
                 times=Times(**data.get("times", {})),
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
+                resumed=Resumed(**_tuples(data["resumed"])) if data.get("resumed") else None,
             )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -407,6 +421,10 @@ class RunRecord:
             return cls.from_json(strict_json(read_text(path, MAX_RECORD_BYTES)))
         except (ValueError, RecursionError, InputError) as error:
             raise InputError(f"{path} is not a readable record: {why(error)}") from error
+
+
+def _tuples(section: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
 
 
 def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:

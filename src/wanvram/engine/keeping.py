@@ -43,6 +43,7 @@ class Keeper:
         self._finished: dict[int, KeptVideo] = {}
         self._kept_at = self._step_began = time.monotonic()
         self._step_seconds: float | None = None
+        self._is_news = False  # a step since it was last kept
 
     def steps_kept(self, video: int) -> int:
         """Steps that an earlier process made of a video that this one has not taken up yet."""
@@ -76,7 +77,7 @@ class Keeper:
     def after_step(self, made: int, device: Device) -> None:
         """made: steps of those that are denoised now."""
         now = time.monotonic()
-        self._step_seconds = now - self._step_began
+        self._step_seconds, self._is_news = now - self._step_began, True
         due = now - self._kept_at + self._step_seconds / 2 >= KEEP_SECONDS
         if self._write is not None and (due if self._every is None else made % self._every == 0):
             self._keep(device)
@@ -99,7 +100,7 @@ class Keeper:
 
     def interrupted(self, device: Device) -> None:
         """The run ends before its time: what is whole is kept."""
-        if self._write is not None and any(state.made for state in self._running.values()):
+        if self._write is not None and self._is_news:
             self._keep(device)
 
     def _keep(self, device: Device) -> None:
@@ -115,4 +116,4 @@ class Keeper:
             self._write(sorted(videos, key=lambda video: video.number), self.prompts, self._step_seconds)
         except OutputError as error:
             self.lost = f"{error}; an interruption costs what was made since it last could be"
-        self._kept_at = time.monotonic()
+        self._kept_at, self._is_news = time.monotonic(), False

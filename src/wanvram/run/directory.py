@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wanvram.errors import InputError, OutputError
 from wanvram.folder_lock import alone_in
+from wanvram.kept_state import KEPT_NAME
 
 __all__ = ["RUN_FILES", "TRACE_NAME", "run_directory", "unused_directory"]
 
@@ -16,6 +17,7 @@ TRACE_NAME = "trace.json"  # where spec.md 5.2 looks for a run's trace
 RUN_FILES = (
     "record.json",  # run.log is not among them: a series writes a run's output to it while the run prepares the directory
     "memory_events.json",
+    KEPT_NAME,
     "config.yaml",
     "environment.json",
     "timeline.json",
@@ -60,8 +62,9 @@ def run_directory(path: Path, *, force: bool) -> Iterator[Path]:
         existing = _files_of_a_run(path)
         if existing and not force:
             names = ", ".join(file.name for file in existing)
+            resume = f", --resume {path} to go on with it" if (path / KEPT_NAME).exists() else ""
             raise InputError(
-                f"{path} already holds a run ({names}); give --force to replace it or -o DIR for another place"
+                f"{path} already holds a run ({names}); give --force to replace it{resume} or -o DIR for another place"
             )
         try:
             for file in existing:

@@ -15,7 +15,7 @@ __all__ = ["SolverState", "held_after"]
 @dataclass
 class SolverState:
     """After `made` steps. latent: what the next step starts from. corrected: of UniPC, what the last prediction started from.
-    clean, previous: x0 estimates of the last step and of the one before. All are float32 of one shape; None: not made yet.
+    previous, clean: x0 estimates of the step before the last and of the last one. All are float32 of one shape; None: not made yet.
 
     No step draws noise: there is nothing else. A solver changes its state in place, so that no tensor lives longer than
     it is needed; changing: it is doing so, and an exception may have left half of a step.
@@ -24,14 +24,14 @@ class SolverState:
     made: int
     latent: Tensor
     corrected: Tensor | None = None
-    clean: Tensor | None = None
     previous: Tensor | None = None
+    clean: Tensor | None = None
     changing: bool = False
 
     @classmethod
     def of(cls, made: int, tensors: Mapping[str, Tensor]) -> SolverState:
         """From what `tensors` gave."""
-        return cls(made, tensors["latent"], tensors.get("corrected"), tensors.get("clean"), tensors.get("previous"))
+        return cls(made, tensors["latent"], tensors.get("corrected"), tensors.get("previous"), tensors.get("clean"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that exist, by name."""

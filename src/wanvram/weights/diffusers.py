@@ -183,6 +183,9 @@ class RenamedSource:
     def keys(self) -> list[str]:
         return list(self._names)
 
+    def files(self) -> list[Path]:
+        return self._source.files()
+
     def shape(self, key: str) -> Shape:
         parts = self._parts(key)
         shapes = [self._source.shape(part) for part in parts]

@@ -71,6 +71,10 @@ class TensorSource(Protocol):
 
     def keys(self) -> list[str]: ...
 
+    def files(self) -> list[Path]:
+        """In which the tensors lie."""
+        ...
+
     def shape(self, key: str) -> Shape: ...
 
     def fill(self, key: str, dest: Tensor) -> None: ...
@@ -234,6 +238,9 @@ class FileSource:
 
     def keys(self) -> list[str]:
         return list(self._tensors)
+
+    def files(self) -> list[Path]:
+        return sorted({stored.path for stored in self._tensors.values() if isinstance(stored, Stored)})
 
     def shape(self, key: str) -> Shape:
         return tuple(self._get(key).shape)
@@ -485,6 +492,9 @@ class FilteredSource:
 
     def keys(self) -> list[str]:
         return list(self._keys)
+
+    def files(self) -> list[Path]:
+        return self._source.files()
 
     def shape(self, key: str) -> Shape:
         return self._source.shape(key)
