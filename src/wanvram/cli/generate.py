@@ -121,7 +121,10 @@ def _generate(args: argparse.Namespace, resumption: Resumption | None) -> int:
 def _config(args: argparse.Namespace, resumption: Resumption | None) -> RunConfig:
     config = _of_flags(args, resumption.config if resumption else None)
     if args.keep_every is not None:
-        config = replace(config, measurement=replace(config.measurement, keep_every=args.keep_every))
+        try:
+            config = replace(config, measurement=replace(config.measurement, keep_every=args.keep_every))
+        except InputError as error:
+            raise InputError(f"--{error}") from error
     if resumption is not None:
         from wanvram.run.resume import asked, refuse_difference
 

@@ -20,6 +20,7 @@ from wanvram.input_files import open_regular
 from wanvram.kept_state import KEPT_NAME, KeptRun, KeptVideo, read_kept_videos, write_kept
 from wanvram.record import Resumed
 from wanvram.request import MEDIA
+from wanvram.run.directory import left_half_written
 from wanvram.run.outputs import Outputs
 from wanvram.run.resume import Resumption, asked, refuse_difference
 from wanvram.sampling import Solver, held_after
@@ -50,6 +51,8 @@ def keep_in(directory: Path, pipeline: Pipeline, outputs: Outputs, resumption: R
         _check_videos(path, videos, config)
     save_file = None if outputs.save_file is None else str(outputs.save_file)
     run = KeptRun(os.getcwd(), save_file, made_of)
+    for file in left_half_written(directory):
+        file.unlink(missing_ok=True)
     if kept is None:
         write_kept(path, run, [])
 
