@@ -304,24 +304,41 @@ def test_after_running_out_of_memory_another_lossless_strategy_goes_on(
     assert load_config(run / "config.yaml").strategy.load_strategy == "block"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_ended_from_outside_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_keeps_its_last_step(sent: signal.Signals, tmp_path: Path) -> None:
+    usual = uninterrupted("t2v-1.3B", "unipc", 1)
+    run = tmp_path / "run"
+    calls = []
+
+    def ended(self: WanDiT, *args: Any, velocity: Any = WanDiT.velocity, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), sent)
+        return velocity(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WanDiT, "velocity", ended)
+        assert main(command("t2v-1.3B", "unipc", 1, RESIDENT, tmp_path)) == 1
+    failure = RunRecord.read(run / "record.json").failure
+    assert failure is not None
+    assert failure.kind == "interrupted"
+    assert read_kept_run(run / KEPT_NAME).steps() in ({0: 3}, {0: 4})  # it is noticed between two blocks or steps
+    assert same(resumed(run), usual.frames)
+    assert videos_of(run) == usual.files
+
+
+def test_a_killed_command_goes_on_in_a_new_process(tmp_path: Path) -> None:
     usual = uninterrupted("t2v-1.3B", "unipc", 1)
     run = tmp_path / "run"
     work = [*command("t2v-1.3B", "unipc", 1, RESIDENT, tmp_path), "--keep_every", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "wanvram", *work],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
-    )
+    python = [sys.executable, "-m", "wanvram"]
+    process = subprocess.Popen([*python, *work], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not ((run / KEPT_NAME).exists() and read_kept_run(run / KEPT_NAME).videos):
         time.sleep(0.01)
-    process.send_signal(sent)
+    process.kill()
     process.wait(60)
-    assert process.returncode == (1 if sent == signal.SIGTERM else -sent)
-    again = [sys.executable, "-m", "wanvram", "generate", "--resume", str(run)]
-    assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
+    again = subprocess.run([*python, "generate", "--resume", str(run)], capture_output=True, timeout=120)
+    assert again.returncode == 0, again.stderr
     assert videos_of(run) == usual.files
 
 

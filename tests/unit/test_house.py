@@ -19,10 +19,10 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3050,
+    ".": 3270,
     "analysis": 3375,
-    "cli": 1825,
-    "engine": 2175,
+    "cli": 1885,
+    "engine": 2365,
     "kernels": 850,
     "machine": 775,
     "matrix": 675,
@@ -31,12 +31,12 @@ BUDGETS = {
     "planner": 1300,
     "predict": 900,
     "prompt": 1000,
-    "recorder": 1475,
+    "recorder": 1490,
     "report": 2725,
-    "run": 1000,
-    "sampling": 200,
+    "run": 1300,
+    "sampling": 255,
     "simulate": 2750,
-    "weights": 2175,
+    "weights": 2200,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -86,7 +86,16 @@ def test_the_json_has_no_other_keys_than_these() -> None:
         "fluctuation",
         "host",
     }
-    assert set(data) == design | {"simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted"}
+    assert set(data) == design | {
+        "simulated",
+        "budget_bytes",
+        "environment",
+        "failure",
+        "notes",
+        "times",
+        "predicted",
+        "resumed",
+    }
     assert set(data["fragmentation"]) == {"at_peak", "stages"}
     assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}
     memory_keys = {

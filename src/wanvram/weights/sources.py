@@ -30,7 +30,6 @@ __all__ = [
     "MANIFEST_SCHEMA",
     "ConvertedSource",
     "FileSource",
-    "FilteredSource",
     "SafetensorsSource",
     "Stored",
     "TensorSource",
@@ -481,29 +480,3 @@ def _read_weight_map(index: Path) -> dict[str, str]:
                 f"{index} names the file {shown(name)}; expected safetensors files beside the index only"
             )
     return dict(weight_map)
-
-
-class FilteredSource:
-    """The tensors of another source whose name starts with `prefix`, under their full names."""
-
-    def __init__(self, source: TensorSource, prefix: str) -> None:
-        self._source = source
-        self._keys = [key for key in source.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
-
-    def keys(self) -> list[str]:
-        return list(self._keys)
-
-    def files(self) -> list[Path]:
-        return self._source.files()
-
-    def shape(self, key: str) -> Shape:
-        return self._source.shape(key)
-
-    def fill(self, key: str, dest: Tensor) -> None:
-        self._source.fill(key, dest)
-
-    def rows(self, key: str, indices: Sequence[int]) -> Tensor:
-        return self._source.rows(key, indices)
-
-    def close(self) -> None:
-        self._source.close()
