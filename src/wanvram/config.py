@@ -70,7 +70,8 @@ class Strategy:
 class Measurement:
     """What to record. log_interval: every n-th denoising step is recorded block by block.
 
-    trace_path: inside the run directory.
+    trace_path: inside the run directory. keep_every: after so many steps a video's latents are kept to go on from; None: about every
+    two minutes, 0: never.
     """
 
     profile_memory: bool = True
@@ -78,9 +79,15 @@ class Measurement:
     trace: bool = False
     trace_path: str | None = None
     snapshot: bool = False
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         require(self.log_interval >= 1, f"log_interval: {self.log_interval} must be at least 1")
+        every = self.keep_every
+        require(
+            every is None or every >= 0,
+            f"keep_every: {every} must be at least 0 (never), or absent: about every two minutes",
+        )
         if self.trace_path is None:
             return
         path = PurePosixPath(self.trace_path)

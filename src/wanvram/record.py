@@ -29,6 +29,7 @@ __all__ = [
     "Failure",
     "Memory",
     "Predicted",
+    "Resumed",
     "RunRecord",
     "Span",
     "Times",
@@ -311,6 +312,16 @@ class AttentionChoice:
         return cls(**data | uses)
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What earlier processes had made of a run that went on: steps of each video, and the numbers of the videos that were whole,
+    from 0. Everything else in the record is of the last process.
+    """
+
+    steps: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
 @dataclass
 class RunRecord:
     """One run, measured or simulated."""
@@ -329,6 +340,7 @@ class RunRecord:
     times: Times = field(default_factory=Times)
     predicted: Predicted | None = None
     attention: AttentionChoice | None = None
+    resumed: Resumed | None = None
     schema: int = SCHEMA
 
     @property
@@ -422,6 +434,7 @@ class RunRecord:
             },
             "predicted": asdict(self.predicted) if self.predicted else None,
             "attention": asdict(self.attention) if self.attention else None,
+            "resumed": asdict(self.resumed) if self.resumed else None,
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -451,6 +464,7 @@ class RunRecord:
                 times=Times(**data.get("times", {})),
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
                 attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
+                resumed=Resumed(**_tuples(data["resumed"])) if data.get("resumed") else None,
             )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -482,6 +496,10 @@ class RunRecord:
             return cls.from_json(strict_json(read_text(path, MAX_RECORD_BYTES)))
         except (ValueError, RecursionError, InputError) as error:
             raise InputError(f"{path} is not a readable record: {why(error)}") from error
+
+
+def _tuples(section: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
 
 
 def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:

@@ -44,6 +44,7 @@ HEADS = ("wanvram", "python", "bash", "make", ".venv/bin/wanvram", ".venv/bin/py
 SMALLER: list[tuple[str, str]] = [
     (r"wanvram generate .*--config run\.yaml", ""),
     (r"wanvram generate .*--weights tiny", ""),
+    (r"wanvram generate --resume", ""),
     (r"wanvram generate .*--weights random", "--device simulated --frame_num 5 --sample_steps 2"),
     (r"wanvram generate .*--config plan\.yaml", "--device simulated"),
     (r"wanvram generate .*--vram_budget", "--device simulated --size 96*64 --frame_num 5 --sample_steps 2"),
@@ -152,6 +153,10 @@ def _provide(word: str, command: str, shelf: Path) -> None:
     elif word == "run.yaml":
         shutil.copy(shelf / "predicted" / "config.yaml", word)
         path.write_text(path.read_text(encoding="utf-8").replace("device: simulated", "device: cpu"), encoding="utf-8")
+    elif f"--resume {word}" in command:  # killed before anything was kept
+        path.mkdir(parents=True)
+        text = (shelf / "predicted" / "config.yaml").read_text(encoding="utf-8")
+        (path / "config.yaml").write_text(text.replace("device: simulated", "device: cpu"), encoding="utf-8")
     elif word == "my-4090.yaml":  # JSON is YAML
         path.write_text(json.dumps(card_to_json(find_gpu("rtx4090")) | {"key": "my-4090"}), encoding="utf-8")
     elif word == "prompts.txt":

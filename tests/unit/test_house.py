@@ -19,24 +19,24 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3300,
+    ".": 3520,
     "analysis": 3375,
-    "cli": 1875,
-    "engine": 2275,
+    "cli": 1945,
+    "engine": 2440,
     "kernels": 1050,
     "machine": 1125,
     "matrix": 675,
     "media": 625,
     "models": 2075,
     "planner": 1400,
-    "predict": 920,
+    "predict": 925,
     "prompt": 1000,
-    "recorder": 1475,
+    "recorder": 1490,
     "report": 2850,
-    "run": 1130,
-    "sampling": 200,
+    "run": 1430,
+    "sampling": 255,
     "simulate": 2750,
-    "weights": 2320,
+    "weights": 2345,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

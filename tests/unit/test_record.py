@@ -87,7 +87,8 @@ def test_the_json_has_no_other_keys_than_these() -> None:
         "host",
     }
     assert set(data) == design | {
-        *("simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted", "attention", "videos")
+        *("simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted", "attention", "videos"),
+        "resumed",
     }
     assert set(data["fragmentation"]) == {"at_peak", "stages"}
     assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}

@@ -22,11 +22,11 @@ from mapping_source import MappingSource
 from wanvram.errors import CheckpointError
 from wanvram.models.t5 import T5Encoder
 from wanvram.specs import T5
+from wanvram.weights.diffusers import FilteredSource
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, DIT_INDEX, T5_FILE, VAE_FILE, open_official
 from wanvram.weights.random import CPU_PERIOD, STD, RandomSource
 from wanvram.weights.reading_speed import largest_matrices, reading_speed
 from wanvram.weights.sources import (
-    FilteredSource,
     SafetensorsSource,
     TensorSource,
     check_keys,

@@ -101,12 +101,14 @@ def config_from_flags(
     weights: str | None,
     gpu: str | None,
     memory_limit_bytes: int | None,
+    base: RunConfig | None = None,
 ) -> RunConfig:
-    """Checked RunConfig from --config and the flags that override it; raises InputError naming the flag or key."""
+    """Checked RunConfig from --config (or `base` in its place) and the flags that override it; raises InputError naming the flag or
+    key."""
     request, strategy = _given_request(args), _given(args, [knob.name for knob in knobs.TABLE])
     others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes}
     data: dict[str, Any]
-    if args.config is None:
+    if args.config is None and base is None:
         data = {
             "name": "flags",
             "description": "from command line flags",
@@ -115,7 +117,7 @@ def config_from_flags(
         config = _from_dict(data)
         r = config.request
         return dataclasses.replace(config, name=f"{r.task}-{r.size.replace('*', 'x')}-{r.frame_num}")
-    data = load_config(args.config).to_dict()
+    data = (base or load_config(args.config)).to_dict()
     if "size" in request:
         request["size"] = normal_size(request.get("task", data["request"]["task"]), request["size"])
     if any(request.get(key, data["request"][key]) != data["request"][key] for key in ("task", "size")):

@@ -6,6 +6,7 @@ examples:
   wanvram generate --task flf2v-14B --ckpt_dir ./Wan2.1-FLF2V-14B-720P --first_frame a.png --last_frame b.png --prompt "..."
   wanvram generate --task vace-1.3B --size 832*480 --ckpt_dir ./Wan2.1-VACE-1.3B --src_ref_images cat.png,hat.png --prompt "..."
   wanvram generate --config run.yaml --prompt_file prompts.txt                     several prompts, models loaded once
+  wanvram generate --resume videos/RUN             an interrupted run goes on, also as --resume videos/RUN --vram_budget 8GiB
   wanvram generate --weights tiny --prompt "a cat"       a first try on the CPU, in seconds: a small video of noise
   wanvram generate --weights random --task t2v-1.3B --size 832*480        full size without a download: noise, real memory
 
@@ -17,10 +18,11 @@ predicts memory and time anywhere, and --device simulated shows what would be do
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wanvram.cli.budget import add_budget_flags, planned
 from wanvram.cli.common import (
@@ -36,6 +38,9 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.tasks import TASKS
 from wanvram.weights.folder import GENERATED, existing_path
+
+if TYPE_CHECKING:
+    from wanvram.run.resume import Resumption
 
 __all__ = ["prepare_parser", "run"]
 
@@ -53,10 +58,36 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--save_file", type=Path, help="the video's (or picture's) file (default: in the run directory)"
     )
     add_output_flags(parser, default="videos/<task>-<size>-<frames>-seed<seed>, with -2, -3, ... when that is taken")
+    group = parser.add_argument_group("long runs")
+    group.add_argument(
+        "--keep_every",
+        type=int,
+        metavar="N",
+        help="steps after which latents are kept to go on from (default: about every two minutes; 0: never)",
+    )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="go on with an interrupted run: the same video, with any lossless strategy of the flags beside it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args)
+    if args.resume is None:
+        return _generate(args, None)
+    for flag in ("config", "output", "save_file", "force"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag}: the run of --resume has its own; leave it out")
+    from wanvram.run.resume import interrupted_run
+
+    with interrupted_run(args.resume) as resumption:
+        print(resumption.outlook(), file=sys.stderr)
+        return _generate(args, resumption)
+
+
+def _generate(args: argparse.Namespace, resumption: Resumption | None) -> int:
+    config = _config(args, resumption)
     if config.weights not in GENERATED and config.device != "simulated":
         existing_path(config.weights)  # what costs the user most to mend comes first, and without torch
     settle_allocator(config, to_be_planned=args.vram_budget is not None)
@@ -68,22 +99,46 @@ def run(args: argparse.Namespace) -> int:
 
         config = replace(config, request=replace(config.request, base_seed=secrets.randbelow(2**31)))
     config, predicted = planned(config, args)
+    if resumption is not None and predicted is not None:
+        predicted = replace(predicted, seconds=None)  # of the whole run
     from wanvram.predict.simulate import run_or_simulate
     from wanvram.run.directory import unused_directory
     from wanvram.run.execute import Output
 
-    directory = args.output or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
-    output = Output(directory, args.force, video=True, save_file=args.save_file, predicted=predicted, debug=args.debug)
+    directory, save_file = args.resume or args.output, resumption.save_file if resumption else args.save_file
+    directory = directory or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
+    output = Output(directory, args.force, True, save_file, predicted, debug=args.debug, resume=resumption)
     record = run_or_simulate(config, output, run_printer(args))
     code = finish(record, args, directory)
     if record.simulated:
         stream = sys.stderr if args.json else sys.stdout
         print("Nothing was generated: the device is simulated, which computes sizes and no pixels.", file=stream)
+    elif record.failure is not None:
+        print(f"wanvram generate --resume {shlex.quote(str(directory))} goes on with it", file=sys.stderr)
     return code
 
 
-def _config(args: argparse.Namespace) -> RunConfig:
-    """Tiny weights run on the CPU unless something else is asked for."""
+def _config(args: argparse.Namespace, resumption: Resumption | None) -> RunConfig:
+    config = _of_flags(args, resumption.config if resumption else None)
+    if args.keep_every is not None:
+        try:
+            config = replace(config, measurement=replace(config.measurement, keep_every=args.keep_every))
+        except InputError as error:
+            raise InputError(f"--{error}") from error
+    if resumption is not None:
+        from wanvram.run.resume import asked, refuse_difference
+
+        refuse_difference(resumption.directory, asked(resumption.config), asked(config))
+    return config
+
+
+def _of_flags(args: argparse.Namespace, base: RunConfig | None) -> RunConfig:
+    """Tiny weights run on the CPU unless something else is asked for. base: of the run that goes on."""
+    if base is not None:
+        limit = memory_limit(args)
+        return config_from_flags(
+            args, device=args.device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit, base=base
+        )
     if not args.weights and args.config is None:
         raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
     if args.weights == "tiny" and args.config is None:

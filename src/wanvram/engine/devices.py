@@ -68,6 +68,10 @@ class Copying:
         """Device tensor -> new host tensor; blocks until the data are there."""
         raise NotImplementedError
 
+    def on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a device tensor holds now, to be read on the host. Nothing is allocated on the device; on the CPU it is the tensor."""
+        return tensor.cpu()
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copies between host and device, ordered with the computation."""
         destination.copy_(source)

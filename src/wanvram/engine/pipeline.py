@@ -6,8 +6,8 @@ first and stay, as the official script does with `--offload_model False`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
@@ -20,6 +20,7 @@ from wanvram.engine.components import Parts, Weights
 from wanvram.engine.conditions import Frames, Inputs, clip_features, image_condition, vace_context
 from wanvram.engine.devices import Device
 from wanvram.engine.first_use import use_libraries
+from wanvram.engine.keeping import Keeper
 from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
@@ -31,7 +32,7 @@ from wanvram.models.vae_tiles import grid
 from wanvram.record import ComponentRecord, Copies
 from wanvram.recorder.recorder import Recorder
 from wanvram.request import Request, Video
-from wanvram.sampling import Solver, solve, timesteps_and_sigmas
+from wanvram.sampling import Solver, SolverState, solve, timesteps_and_sigmas
 
 __all__ = ["FrameSink", "OpenSink", "Pipeline"]
 
@@ -103,17 +104,21 @@ class _Guide:
 
 @dataclass
 class _Sampling:
-    """A video between two steps: its solver, and the latent [channels, F, h, w] float32 that it has got to."""
+    """A video between two steps: its solver, what that knows, and the latent [channels, F, h, w] float32 it has got to."""
 
     video: Video
     guide: _Guide
+    state: SolverState
     trajectory: Iterator[torch.Tensor]
     latent: torch.Tensor
 
 
 @dataclass
 class Pipeline:
-    """One run of one request, with one or several prompts. What it learned is in the recorder and `records()`."""
+    """One run of one request, with one or several prompts. What it learned is in the recorder and `records()`.
+
+    keeper: knows what an earlier process made of it. whole: numbers of the videos whose files are whole already.
+    """
 
     config: RunConfig
     device: Device
@@ -123,6 +128,8 @@ class Pipeline:
     tell: Tell | None = None  # hears how far each stage is
     trace_step: Callable[[], None] | None = None
     extend: PromptExtension | None = None
+    keeper: Keeper = field(default_factory=Keeper)
+    whole: Collection[int] = ()
     alone: bool = False  # one component's stages are simulated alone: what they leave in the allocator is not looked at
     prompts: list[str] = field(default_factory=list)
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
@@ -134,24 +141,47 @@ class Pipeline:
 
     def run(self, open_sink: OpenSink) -> None:
         """`open_sink(i)` opens what takes the frames of the i-th video of `config.videos()`."""
-        self.prompts = list(
-            self.extend(self.device, self.recorder) if self.extend else self.config.request.all_prompts()
-        )
+        self.prompts = self._prompts()
         parts = Parts(self.config, self.device, self.weights)
         if self.config.memory_limit_bytes is not None:
             self._start()
+        latents = self._kept_latents()
+        if not latents:
+            try:
+                latents = self._denoised(parts)
+            except BaseException:
+                with suppress(Exception):  # of a device that has failed
+                    self.keeper.interrupted(self.device)
+                raise
+        self.decode_all(parts, latents, open_sink)
+
+    def _prompts(self) -> list[str]:
+        """As an earlier process extended them, else extended now, else as they are."""
+        if not self.keeper.prompts:
+            extended = self.extend(self.device, self.recorder) if self.extend else None
+            self.keeper.prompts = tuple(extended or self.config.request.all_prompts())
+        return list(self.keeper.prompts)
+
+    def _kept_latents(self) -> list[torch.Tensor]:
+        """Of a run that ended in decoding; nothing where a step is left."""
+        kept = self.keeper.take_finished(len(self.config.videos()), self.config.request.sample_steps)
+        return [self.device.upload(kept.pop())] if len(kept) == 1 else kept
+
+    def _denoised(self, parts: Parts) -> list[torch.Tensor]:
+        """From texts and pictures to one latent per prompt."""
         if not self.config.strategy.offload:
             for name in self._components():
                 self._load(name, parts)
         contexts = self.encode_text(parts)
         extra = self._encode_pictures(parts)
-        for turn in self._turns():
+        for turn in self._turns_left():
             plan = self.prepare(parts, contexts if turn.is_last else list(contexts), extra, turn)
             if turn.is_last:
                 del contexts, extra
             latents = self.denoise_all(parts, plan)
             del plan
-        self.decode_all(parts, latents, open_sink)
+        self.keeper.finish_all()
+        return latents
 
     def _start(self) -> None:
         """Under a limit the libraries come first, so that what they leave of it is known before weights are loaded."""
@@ -305,6 +335,11 @@ class Pipeline:
             for (name, count), stop in zip(counts, stops, strict=True)
         ]
 
+    def _turns_left(self) -> list[_Turn]:
+        """Without those whose steps an earlier process made."""
+        made = min(self.keeper.steps_kept(index) for index in range(len(self.config.videos())))
+        return [turn for turn in self._turns() if made < turn.stop]
+
     def _timesteps(self) -> list[int]:
         request = self.config.request
         schedule = timesteps_and_sigmas(_solver(request), request.sample_steps, request.sample_shift)
@@ -329,11 +364,17 @@ class Pipeline:
         videos, together = self.config.videos(), BATCH_SIZE.of(self.config.strategy)
         latents: list[torch.Tensor] = []
         for first in range(0, len(videos), together):
+            numbers = range(first, min(first + together, len(videos)))
+            if all(self.keeper.steps_kept(number) >= plan.turn.stop for number in numbers):
+                latents += [self.keeper.finished(number) for number in numbers] if plan.turn.is_last else []
+                continue
             finished = self._denoise(parts, first, videos[first : first + together], plan)
             while finished:
                 latent = finished.pop(0)
                 latents.append(latent if len(videos) == 1 else self.device.download(latent))
                 del latent
+            if plan.turn.is_last:
+                self.keeper.finish(dict(zip(numbers, latents[first:], strict=True)), plan.turn.stop, self.device)
         self._done_with(plan.turn.model)
         return latents
 
@@ -346,20 +387,22 @@ class Pipeline:
         name = _numbered("denoise", first // BATCH_SIZE.of(self.config.strategy))
         with self.recorder.span(name, kind="stage", component=component.name, part="denoise") as span:
             span.videos = len(videos)
-            batch = self._waiting.pop(first) if first in self._waiting else [self._begun(video) for video in videos]
+            batch = self._waiting.pop(first, None) or [self._begun(first + n, video) for n, video in enumerate(videos)]
             self._steps(batch, component, plan, name)
             latents = [sampling.latent for sampling in batch] if plan.turn.is_last else []
-            if not plan.turn.is_last:
+            if plan.turn.is_last:
+                self.keeper.leave(range(first, first + len(videos)))
+            else:
                 self._waiting[first] = batch
-            del (
-                batch
-            )  # its solvers, before the weights go: close() alone keeps their tensors until later on Python 3.12
+            # Its solvers, before the weights go: close() alone keeps their tensors until later on Python 3.12.
+            del batch
         return latents
 
-    def _begun(self, video: Video) -> _Sampling:
+    def _begun(self, number: int, video: Video) -> _Sampling:
         request, guide, noise = self.config.request, _Guide(), self._noise(video.seed)
         schedule = timesteps_and_sigmas(_solver(request), self._steps_to_run(), request.sample_shift)
-        return _Sampling(video, guide, solve(_solver(request), guide, noise, schedule), noise)
+        state = self.keeper.begin(number, noise, self.device)
+        return _Sampling(video, guide, state, solve(_solver(request), guide, noise, schedule, state), state.latent)
 
     def _steps_to_run(self) -> int:
         steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
@@ -401,26 +444,28 @@ class Pipeline:
         interval, total, turn = self.config.measurement.log_interval, self.config.request.sample_steps, plan.turn
         skipped = total - self._steps_to_run()
         velocities = self._velocities(component, plan.negative)
-        for index in range(turn.start, turn.stop):
+        self.keeper.begin_steps()
+        for index in range(min(sampling.state.made for sampling in batch), turn.stop):
             detailed = self.config.measurement.profile_memory and index % interval == 0
             component.observe(partial(self._block_span, component.name) if detailed else None)
             number = index if index < turn.stop - 1 else index + skipped
             with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
-                self._step(batch, velocities, plan.times[index - turn.start], plan.conditions)
+                self._step([s for s in batch if s.state.made == index], velocities, plan)
             if skipped and index == turn.stop - 2:
                 span.repeats = skipped + 1
             if self.tell:
                 self.tell(Done(stage, number + 1, total, "steps", turn.stop - 1 - index))
             if self.trace_step:
                 self.trace_step()
+            self.keeper.after_step(index + 1, self.device)
         component.observe(None)
 
-    def _step(self, batch: list[_Sampling], velocities: Velocities, time: Time, conditions: list[Prepared]) -> None:
-        """All videos of the batch, as many as may pass the weights together at a time."""
-        count = videos_per_pass(self.config.strategy)
+    def _step(self, batch: list[_Sampling], velocities: Velocities, plan: _Plan) -> None:
+        """Videos that have made as many steps, as many as may pass the weights together at a time."""
+        count, time = videos_per_pass(self.config.strategy), plan.times[batch[0].state.made - plan.turn.start]
         for start in range(0, len(batch), count):
             part = batch[start : start + count]
-            found = velocities([s.latent for s in part], time, [conditions[s.video.prompt] for s in part])
+            found = velocities([s.latent for s in part], time, [plan.conditions[s.video.prompt] for s in part])
             for sampling in part:
                 sampling.guide.velocity = found.pop(0)
                 sampling.latent = next(sampling.trajectory)
@@ -431,9 +476,15 @@ class Pipeline:
         return self.recorder.span(name, kind="block", component=component)
 
     def decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
-        component = self._use("vae_decoder", parts)
         count = len(latents)
+        left = [index for index in range(count) if index not in self.whole]
+        if not left:
+            return
+        component = self._use("vae_decoder", parts)
         for index in range(count):
+            if index not in left:
+                latents.pop(0)
+                continue
             with open_sink(index) as sink:
                 name = _numbered("decode", index)
                 with self.recorder.span(name, kind="stage", component="vae", part="decode"):
@@ -441,7 +492,7 @@ class Pipeline:
                     latent = latent if count == 1 else self.device.upload(latent)
                     self._decode(component, latent, sink, name)
                     del latent
-                if index == count - 1:
+                if index == left[-1]:
                     self._done_with("vae")
                 if sink is not None:
                     with self.recorder.span(_numbered("save", index), kind="stage", part="save"):

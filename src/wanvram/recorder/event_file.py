@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections import deque
@@ -12,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from wanvram.input_files import open_regular
 from wanvram.units import KIB, MIB
 
 __all__ = ["ListFile", "claim"]
@@ -24,6 +26,7 @@ PAGE = 4096
 LEAST_ROOM = 16 * KIB
 # Above this a copy takes about 5 ms; an item of more than a page then goes into the room, where a kill can tear it.
 LARGEST_COPY = 16 * MIB
+MOST_EARLIER = 256 * MIB  # of a list that goes on; a run of hours has 1
 
 
 class _Place(NamedTuple):
@@ -53,15 +56,15 @@ class ListFile:
     list under its name again and keeps its own files.
     """
 
-    def __init__(self, path: Path) -> None:
-        """`path` is taken over if it exists: a list that somebody else wrote there is replaced."""
+    def __init__(self, path: Path, *, goes_on: bool = False) -> None:
+        """`path` is taken over if it exists: a list that somebody else wrote there is replaced, or goes on. ValueError if it is none."""
         self.path = path.absolute()  # the program may change its directory
         self._lock = threading.RLock()
         self._waiting: deque[bytes] = deque()
         self._writing = False
         self._torn = False
         self._place = _NOWHERE
-        self._replace(b"[", 0, room=0)
+        self._replace(*(_earlier(path) if goes_on else (b"[", 0)), room=0)
 
     def append(self, text: str) -> None:
         """Raises OSError when the disk does not take it; the list is then as it was."""
@@ -220,6 +223,18 @@ def claim(path: Path, first: int = 1) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     raise AssertionError("unreachable")
+
+
+def _earlier(path: Path) -> tuple[bytes, int]:
+    """A list without its closing bracket, and how many items it has; an empty one where nothing is. ValueError."""
+    if not path.exists():
+        return b"[", 0
+    with open_regular(path) as file:
+        data = file.read(MOST_EARLIER + 1).rstrip()
+    items = json.loads(data) if len(data) <= MOST_EARLIER else None
+    if not isinstance(items, list):
+        raise ValueError("this is no list")
+    return data[:-1].rstrip(), len(items)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -45,12 +45,14 @@ class EventLog:
     `memory_events-2.json`, or the next number that is free.
     """
 
-    def __init__(self, path: Path, *, keep_existing: bool = False) -> None:
-        """keep_existing: a file that is there stays, and this log takes the next free number; else it is replaced."""
+    def __init__(self, path: Path, *, keep_existing: bool = False, goes_on: bool = False) -> None:
+        """keep_existing: a file that is there stays, and this log takes the next free number; goes_on: only if it is no list of
+        events, to which others are added; else it is replaced.
+        """
         self._lock = ProcessLock()
         self._pid = os.getpid()
         with writing(path):
-            self._files = {self._pid: ListFile(claim(path) if keep_existing else path)}
+            self._files = {self._pid: _list_file(path, keep_existing, goes_on)}
 
     @property
     def path(self) -> Path:
@@ -107,6 +109,13 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _list_file(path: Path, keep_existing: bool, goes_on: bool) -> ListFile:
+    if goes_on:
+        with suppress(ValueError, RecursionError):
+            return ListFile(path, goes_on=True)
+    return ListFile(claim(path) if keep_existing or goes_on else path)
 
 
 def base_memory(metadata: Any) -> int | None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from wanvram.errors import InputError, OutputError
 from wanvram.folder_lock import alone_in
+from wanvram.kept_state import KEPT_NAME
 
-__all__ = ["RUN_FILES", "TRACE_NAME", "run_directory", "unused_directory"]
+__all__ = ["RUN_FILES", "TRACE_NAME", "left_half_written", "run_directory", "unused_directory"]
 
 TRACE_NAME = "trace.json"  # where spec.md 5.2 looks for a run's trace
 RUN_FILES = (
     "record.json",  # run.log is not among them: a series writes a run's output to it while the run prepares the directory
     "memory_events.json",
+    KEPT_NAME,
     "config.yaml",
     "environment.json",
     "timeline.json",
@@ -44,6 +48,13 @@ def _files_of_a_run(path: Path) -> list[Path]:
     return [file for pattern in RUN_FILES for file in sorted(path.glob(pattern))]
 
 
+def left_half_written(path: Path) -> list[Path]:
+    """Files of a run that a killed process was writing: each has the name of the whole one and the process's number."""
+    hidden = [file for file in sorted(path.glob(".*")) if re.fullmatch(r"\..+\.\d+", file.name)]
+    named = [(file, file.name[1:].rpartition(".")[0]) for file in hidden]
+    return [file for file, name in named if any(fnmatch(name, pattern) for pattern in RUN_FILES)]
+
+
 @contextmanager
 def run_directory(path: Path, *, force: bool) -> Iterator[Path]:
     """Creates the directory, or empties it of an earlier run's files when `force`; inside, no other run may write to it.
@@ -60,11 +71,12 @@ def run_directory(path: Path, *, force: bool) -> Iterator[Path]:
         existing = _files_of_a_run(path)
         if existing and not force:
             names = ", ".join(file.name for file in existing)
+            resume = f", --resume {path} to go on with it" if (path / KEPT_NAME).exists() else ""
             raise InputError(
-                f"{path} already holds a run ({names}); give --force to replace it or -o DIR for another place"
+                f"{path} already holds a run ({names}); give --force to replace it{resume} or -o DIR for another place"
             )
         try:
-            for file in existing:
+            for file in [*existing, *left_half_written(path)]:
                 file.unlink()
             probe = path / ".wanvram-write-test"
             probe.write_bytes(b"")

@@ -20,6 +20,7 @@ from wanvram.engine.devices import CpuDevice, Device
 from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
+from wanvram.kept_state import KEPT_NAME
 from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
@@ -28,6 +29,7 @@ from wanvram.machine.environment import describe_environment
 from wanvram.machine.garbage import settled
 from wanvram.machine.host import since_process_start
 from wanvram.media.inputs import prepare_inputs
+from wanvram.output_files import writing
 from wanvram.progress_stream import ProgressStream
 from wanvram.prompt.extension import Extension, prompt_extension
 from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically
@@ -38,9 +40,11 @@ from wanvram.run.attention import attention_of, card_here
 from wanvram.run.beside import Beside, Predict
 from wanvram.run.directory import run_directory
 from wanvram.run.in_force import check_in_force, in_force
+from wanvram.run.keep import keep_in, kept_before
 from wanvram.run.outputs import Outputs
 from wanvram.run.post_mortem import largest_alive
 from wanvram.run.progress import StageProgress
+from wanvram.run.resume import Resumption
 from wanvram.run.tracing import observed
 from wanvram.run.weights import choose_weights
 from wanvram.run_events import TellRun
@@ -60,6 +64,7 @@ class Output:
     save_file: Path | None = None
     predicted: Predicted | None = None  # what the plan said, to stand beside what is measured
     debug: bool = False  # the traceback of an error is shown on stderr
+    resume: Resumption | None = None  # the interrupted run that goes on in the directory
     keep_defects: bool = True  # what nobody foresaw is a failure in the record; False: it is raised
 
 
@@ -134,14 +139,14 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
         pipeline.tell = StageProgress(around.progress, simulated=device.kind == "simulated")
     outputs = _outputs(config, device, output)
     with ExitStack() as held:  # the run directory, until the results are written
-        directory = (
-            held.enter_context(run_directory(output.directory, force=output.force)) if output.directory else None
-        )
+        directory = held.enter_context(_directory(output)) if output.directory else None
+        resumed = keep_in(directory, pipeline, outputs, output.resume) if directory and outputs else None
         if directory:
             _write_circumstances(directory, config, around.environment)
         with ExitStack() as stack:
             unwritten: list[str] = []
-            recorder.events = stack.enter_context(_event_log(directory, unwritten)) if directory else None
+            goes_on = output.resume is not None
+            recorder.events = stack.enter_context(_event_log(directory, unwritten, goes_on)) if directory else None
             if around.watch:
                 stack.enter_context(around.watch(recorder))
             lost = stack.enter_context(observed(config.measurement, pipeline, directory))
@@ -151,15 +156,30 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             failure = Failure("error", unwritten[0])
         record = _record(config, device, pipeline, failure, around.environment)
         record.notes += made.notes + (made.extend.notes if made.extend else []) + lost
+        record.notes += [pipeline.keeper.lost] if pipeline.keeper.lost else []
+        record.notes += [kept_before(resumed, config.request.sample_steps)] if resumed else []
+        record.resumed = resumed
         around.complete(record)
         if directory:
             _write_results(directory, record, around.timeline)
     return record
 
 
+def _directory(output: Output) -> AbstractContextManager[Path]:
+    """Held for this run; that of a run that goes on is held already."""
+    assert output.directory is not None
+    return nullcontext(output.directory) if output.resume else run_directory(output.directory, force=output.force)
+
+
 def _beside(config: RunConfig, output: Output, predict: Predict | None) -> Beside | None:
-    """Only of a video: a run that is measured for its own sake has the machine for itself."""
-    if not output.video or output.predicted is not None or config.weights == "tiny" or device_kind(config) != "cuda":
+    """Only of a whole video: a run that is measured for its own sake has the machine for itself."""
+    if (
+        not output.video
+        or output.resume is not None
+        or output.predicted is not None
+        or config.weights == "tiny"
+        or device_kind(config) != "cuda"
+    ):
         return None
     return None if predict is None else Beside(config, predict)
 
@@ -177,11 +197,15 @@ def _write_circumstances(directory: Path, config: RunConfig, environment: dict[s
 
 
 def _write_results(directory: Path, record: RunRecord, timeline: Timeline | None) -> None:
+    """What was kept of a run that ended well goes last."""
     record.write(directory / "record.json")
     if timeline:
         write_atomically(
             directory / "timeline.json", json.dumps(timeline.record().to_json(), ensure_ascii=False) + "\n"
         )
+    if record.failure is None:
+        with writing(directory / KEPT_NAME):
+            (directory / KEPT_NAME).unlink(missing_ok=True)
 
 
 def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | None:
@@ -189,7 +213,8 @@ def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | Non
     if not output.video or output.directory is None:
         return None
     if device.kind != "simulated":
-        return Outputs(config, output.directory, device.name, output.save_file, output.force)
+        force = output.force or output.resume is not None
+        return Outputs(config, output.directory, device.name, output.save_file, force)
     if output.save_file is not None:
         raise InputError(f"--save_file {output.save_file}: nothing is generated on the simulated device")
     return None
@@ -251,9 +276,9 @@ def _sinks(pipeline: Pipeline, outputs: Outputs | None, *, video: bool) -> OpenS
 
 
 @contextmanager
-def _event_log(directory: Path, unwritten: list[str]) -> Iterator[EventLog]:
+def _event_log(directory: Path, unwritten: list[str], goes_on: bool) -> Iterator[EventLog]:
     """What cannot be written at the end is told in `unwritten`: the record must not be lost for it."""
-    events = EventLog(directory / "memory_events.json")
+    events = EventLog(directory / "memory_events.json", goes_on=goes_on)
     try:
         yield events
     finally:

@@ -15,6 +15,7 @@ from wanvram.config import MAX_NAME_BYTES, RunConfig
 from wanvram.errors import InputError, OutputError
 from wanvram.input_files import whole
 from wanvram.media.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
+from wanvram.output_files import writing
 from wanvram.record import write_atomically
 from wanvram.request import Video
 from wanvram.run.directory import RUN_FILES
@@ -82,6 +83,17 @@ class Outputs:
         path = self.save_file or self.directory / default
         several = len(self.videos) > 1
         return path.with_name(f"{path.stem}-{index + 1:03d}{path.suffix}") if several else path
+
+    def whole(self) -> tuple[int, ...]:
+        """Numbers of the files that are there with their description, which is written last."""
+        paths = [self.path(index) for index in range(len(self.config.request.all_prompts()))]
+        return tuple(n for n, path in enumerate(paths) if path.is_file() and path.with_suffix(".json").is_file())
+
+    def forget_earlier(self) -> None:
+        """Where --force lets an earlier run's files be replaced, none of them may pass for this run's."""
+        for index in range(len(self.config.request.all_prompts())):
+            with writing(description := self.path(index).with_suffix(".json")):
+                description.unlink(missing_ok=True)
 
     @contextmanager
     def open(self, index: int, prompt: str) -> Iterator[VideoWriter | PictureWriter]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wanvram.sampling.schedule import Schedule, log_snr, weighted_sum
+from wanvram.sampling.state import SolverState
 
 __all__ = ["dpmpp", "multistep_weights"]
 
@@ -32,12 +33,13 @@ def multistep_weights(sigmas: tuple[float, ...], step: int) -> tuple[float, floa
     return after / now, gain - previous, previous
 
 
-def dpmpp(velocity: Callable[[Tensor, int], Tensor], noise: Tensor, schedule: Schedule) -> Iterator[Tensor]:
+def dpmpp(velocity: Callable[[Tensor, int], Tensor], schedule: Schedule, state: SolverState) -> Iterator[Tensor]:
     """Yields the latent after each step."""
-    latent = noise
-    previous: Tensor | None = None
-    for step, timestep in enumerate(schedule.timesteps):
-        clean = torch.add(latent, velocity(latent, timestep), alpha=-schedule.sigmas[step])
-        latent = weighted_sum(multistep_weights(schedule.sigmas, step), latent, clean, previous)
-        previous = clean
-        yield latent
+    for step in range(state.made, len(schedule.timesteps)):
+        latent = state.latent
+        clean = torch.add(latent, velocity(latent, schedule.timesteps[step]), alpha=-schedule.sigmas[step])
+        state.changing = True
+        state.latent = weighted_sum(multistep_weights(schedule.sigmas, step), latent, clean, state.clean)
+        state.clean, state.made, state.changing = clean, step + 1, False
+        del latent, clean
+        yield state.latent

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wanvram.sampling.dpmpp import multistep_weights
 from wanvram.sampling.schedule import Schedule, log_snr, weighted_sum
+from wanvram.sampling.state import SolverState
 
 __all__ = ["unipc"]
 
@@ -39,17 +40,20 @@ def _corrector_weights(sigmas: tuple[float, ...], step: int) -> tuple[float, flo
     return now / before, newest, gain - newest - oldest, oldest
 
 
-def unipc(velocity: Callable[[Tensor, int], Tensor], noise: Tensor, schedule: Schedule) -> Iterator[Tensor]:
+def unipc(velocity: Callable[[Tensor, int], Tensor], schedule: Schedule, state: SolverState) -> Iterator[Tensor]:
     """Yields the (predicted) latent after each step."""
     sigmas = schedule.sigmas
-    latent = noise
-    corrected = noise  # the latent that the last prediction started from
-    clean: Tensor | None = None
-    previous: Tensor | None = None
-    for step, timestep in enumerate(schedule.timesteps):
-        newest = torch.add(latent, velocity(latent, timestep), alpha=-sigmas[step])
-        if step > 0:
-            corrected = weighted_sum(_corrector_weights(sigmas, step), corrected, newest, clean, previous)
-        previous, clean = clean, newest
-        latent = weighted_sum(multistep_weights(sigmas, step), corrected, clean, previous)
-        yield latent
+    for step in range(state.made, len(schedule.timesteps)):
+        newest = torch.add(state.latent, velocity(state.latent, schedule.timesteps[step]), alpha=-sigmas[step])
+        state.changing = True
+        if step == 0:
+            state.corrected = state.latent
+        else:
+            correction = _corrector_weights(sigmas, step)
+            state.corrected = weighted_sum(correction, state.corrected, newest, state.clean, state.previous)
+        state.previous, state.clean = state.clean, newest
+        del newest
+        weights = multistep_weights(sigmas, step)
+        state.latent = weighted_sum(weights, state.corrected, state.clean, state.previous)
+        state.made, state.changing = step + 1, False
+        yield state.latent

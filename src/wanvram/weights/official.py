@@ -21,12 +21,18 @@ from wanvram.models.t5 import T5Encoder
 from wanvram.models.vae import WanVAE
 from wanvram.specs import CLIP, DIT, T5, VAE, DiTSpec
 from wanvram.tasks import WAN21
-from wanvram.weights.diffusers import TABLES, RenamedSource, is_diffusers, official_names, open_diffusers
+from wanvram.weights.diffusers import (
+    TABLES,
+    FilteredSource,
+    RenamedSource,
+    is_diffusers,
+    official_names,
+    open_diffusers,
+)
 from wanvram.weights.recognise import check_kind, comfy_files, explain, prefix_of
 from wanvram.weights.sources import (
     MANIFEST,
     ConvertedSource,
-    FilteredSource,
     SafetensorsSource,
     TensorSource,
     check_file,

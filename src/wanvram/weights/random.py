@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ class RandomSource:
 
     def keys(self) -> list[str]:
         return list(self._shapes)
+
+    def files(self) -> list[Path]:
+        return []
 
     def shape(self, key: str) -> tuple[int, ...]:
         if key not in self._shapes:

@@ -28,7 +28,6 @@ __all__ = [
     "MANIFEST_SCHEMA",
     "ConvertedSource",
     "FileSource",
-    "FilteredSource",
     "SafetensorsSource",
     "TensorSource",
     "check_file",
@@ -62,6 +61,10 @@ class TensorSource(Protocol):
     """Named tensors that can be written into given storage. `fill` converts to the destination's dtype."""
 
     def keys(self) -> list[str]: ...
+
+    def files(self) -> list[Path]:
+        """In which the tensors lie."""
+        ...
 
     def shape(self, key: str) -> Shape: ...
 
@@ -154,6 +157,9 @@ class FileSource:
 
     def keys(self) -> list[str]:
         return list(self._tensors)
+
+    def files(self) -> list[Path]:
+        return sorted({stored.path for stored in self._tensors.values() if isinstance(stored, Stored)})
 
     def shape(self, key: str) -> Shape:
         return tuple(self._get(key).shape)
@@ -360,26 +366,3 @@ def _read_weight_map(index: Path) -> dict[str, str]:
                 f"{index} names the file {shown(name)}; expected safetensors files beside the index only"
             )
     return dict(weight_map)
-
-
-class FilteredSource:
-    """The tensors of another source whose name starts with `prefix`, under their full names."""
-
-    def __init__(self, source: TensorSource, prefix: str) -> None:
-        self._source = source
-        self._keys = [key for key in source.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
-
-    def keys(self) -> list[str]:
-        return list(self._keys)
-
-    def shape(self, key: str) -> Shape:
-        return self._source.shape(key)
-
-    def fill(self, key: str, dest: Tensor) -> None:
-        self._source.fill(key, dest)
-
-    def rows(self, key: str, indices: Sequence[int]) -> Tensor:
-        return self._source.rows(key, indices)
-
-    def close(self) -> None:
-        self._source.close()
