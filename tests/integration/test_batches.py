@@ -336,23 +336,6 @@ def test_prompts_of_a_file_in_batches_are_the_files_of_the_run_without(tmp_path:
     assert plain == batch
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (("--batch_size", "0"), "--batch_size: 0 must be at least 1"),
-        (("--batch_size", "2", "--micro_batch_size", "3"), "--micro_batch_size: 3 videos cannot"),
-        (("--micro_batch_size", "2"), "--micro_batch_size: 2 videos cannot"),
-        (("--batch_size", "65"), "--batch_size: 65; at most 64 videos"),
-    ],
-)
-def test_a_bad_batch_is_a_sentence(
-    flags: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert generate(tmp_path / "run", "--prompt", "x", *flags) == 2
-    assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_two_prompts_of_a_file_are_no_batch_of_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
