@@ -93,7 +93,7 @@ REQUESTS = st.fixed_dictionaries(
 ).map(lambda given: tuple(given.items()))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(task=st.sampled_from(TASKS), batch=batches(), request=REQUESTS)
 def test_prompts_denoised_together_give_the_latents_of_runs_of_their_own(
     task: str, batch: tuple[int, dict[str, Any], Named], request: Named
@@ -225,7 +225,7 @@ def predicted(
     task: str = "t2v-1.3B", *, size: str = "832*480", request: dict[str, Any] | None = None, **how: Any
 ) -> RunRecord:
     frames = 1 if task.startswith("t2i") else 5
-    asked = Request.for_task(task, size=size, frame_num=frames, sample_steps=4, base_seed=0, **(request or {}))
+    asked = Request.for_task(task, size=size, frame_num=frames, sample_steps=3, base_seed=0, **(request or {}))
     config = RunConfig(
         "x", "", "simulated", asked, Strategy(**({"offload": True} | how)), Measurement(profile_memory=False)
     )
@@ -334,23 +334,6 @@ def test_prompts_of_a_file_in_batches_are_the_files_of_the_run_without(tmp_path:
     names = [f"video-00{number}.mp4" for number in (1, 2, 3)]
     plain, batch = ([(tmp_path / run / name).read_bytes() for name in names] for run in ("plain", "batch"))
     assert plain == batch
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (("--batch_size", "0"), "--batch_size: 0 must be at least 1"),
-        (("--batch_size", "2", "--micro_batch_size", "3"), "--micro_batch_size: 3 videos cannot"),
-        (("--micro_batch_size", "2"), "--micro_batch_size: 2 videos cannot"),
-        (("--batch_size", "65"), "--batch_size: 65; at most 64 videos"),
-    ],
-)
-def test_a_bad_batch_is_a_sentence(
-    flags: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert generate(tmp_path / "run", "--prompt", "x", *flags) == 2
-    assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_two_prompts_of_a_file_are_no_batch_of_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
