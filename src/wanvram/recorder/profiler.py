@@ -18,9 +18,9 @@ from wanvram.output_files import writing
 from wanvram.record import Memory, Span, write_atomically
 from wanvram.recorder.event_file import claim
 from wanvram.recorder.events import EventLog, ProcessLock, base_memory, warn
+from wanvram.recorder.guest_profile import GuestProfile
 from wanvram.recorder.meters import CpuMeter, CudaMeter, Meter
 from wanvram.recorder.stages import OpenStage, Stages
-from wanvram.recorder.tracing import setup_profiler
 
 __all__ = ["MemoryProfiler", "MemoryTracker"]
 
@@ -127,26 +127,28 @@ class MemoryProfiler:
 
     `memory_events.json` in `output_dir` is complete after every event, whatever ends the process. Files that are there stay:
     a second profiler writes `memory_events-2.json`, and so does a process forked from this one that logs events.
-    `trace=True` runs torch.profiler too (see `setup_profiler`; call `step()` once per iteration), which disturbs the memory
-    it observes.
+
+    torch.profiler is started, too, with the schedule of `setup_profiler`: a program that calls `step()` once per iteration finds
+    a trace of its third to fifth in `output_dir`; then the tracing is over. COST
+    `trace=False` leaves it out. It is a guest: what it cannot do, beside a torch.profiler of the program's own
+    for example, is a warning, and there is no trace.
 
     Any thread, asyncio task or generator may log events and be in stages. On the CPU, memory is counted in the thread that
     called `start_profiling`, because PyTorch's dispatch modes are per thread. An exception of the program always passes:
     what cannot be written while one is under way is a warning.
     """
 
-    def __init__(self, config_name: str, output_dir: str | Path, *, trace: bool = False) -> None:
+    def __init__(self, config_name: str, output_dir: str | Path, *, trace: bool = True) -> None:
         self.config_name = config_name
         self.memory_tracker = MemoryTracker(output_dir)
         self.output_dir = self.memory_tracker.output_dir
         self.events: list[dict[str, Any]] = []
-        self.profiler: torch.profiler.profile | None = None
+        self.profiler: GuestProfile | None = None
         self._trace = trace
         self._log = EventLog(self.output_dir / "memory_events.json", keep_existing=True)
         self._stages = Stages(self.memory_tracker.meter_here)
         self._lock = ProcessLock()
         self._running = False
-        self._started_in = 0
 
     @property
     def stages(self) -> list[Span]:
@@ -157,13 +159,11 @@ class MemoryProfiler:
         if self._running:
             return
         if self._trace:
-            profiler = setup_profiler(str(self.output_dir))
-            profiler.start()  # raises where the program's own torch.profiler runs
-            self.profiler = profiler
+            self.profiler = GuestProfile(str(self.output_dir))
+            self.profiler.start()
         if isinstance(self.memory_tracker.meter, CpuMeter):
             self.memory_tracker.meter.__enter__()
         self._stages.restart()
-        self._started_in = os.getpid()
         self._running = True
 
     def allocated_bytes(self) -> int:
@@ -216,17 +216,15 @@ class MemoryProfiler:
             return
         self._running = False
         with _passing(sys.exc_info()[1]):
-            try:
-                if self.profiler is not None and self._started_in == os.getpid():  # a forked process has no tracer
-                    self.profiler.stop()
-            finally:
+            if self.profiler is not None:
+                self.profiler.stop()
                 self.profiler = None
-                if isinstance(self.memory_tracker.meter, CpuMeter):
-                    self.memory_tracker.meter.__exit__(None, None, None)
-                try:
-                    self.save_events()
-                finally:
-                    self.memory_tracker.save_logs()
+            if isinstance(self.memory_tracker.meter, CpuMeter):
+                self.memory_tracker.meter.__exit__(None, None, None)
+            try:
+                self.save_events()
+            finally:
+                self.memory_tracker.save_logs()
 
     def save_events(self) -> Path:
         """The events are on disk already; this gives the file back."""
