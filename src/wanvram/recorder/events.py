@@ -57,8 +57,9 @@ class EventLog:
         """Of this process's file; of the first one's while this one has logged nothing."""
         return self._files.get(os.getpid(), self._files[self._pid]).path
 
-    def log(self, name: str, memory: Memory, metadata: Any = None) -> dict[str, Any]:
-        """With `base_memory` (bytes) in the metadata the text gives the increment over it, else the peak.
+    def log(self, name: str, memory: Memory, metadata: Any = None, *, traced: bool = False) -> dict[str, Any]:
+        """With `base_memory` (bytes) in the metadata the text gives the increment over it, else the peak. traced: said in the
+        event, because the device memory then holds torch.profiler's buffers, too.
 
         Metadata may be anything: what JSON cannot hold is written as its text. Raises OutputError when the disk is full.
         """
@@ -77,7 +78,7 @@ class EventLog:
             "allocated_bytes": memory.allocated_bytes,
             "reserved_bytes": memory.reserved_bytes,
             "device_bytes": memory.device_bytes,
-        }
+        } | ({"traced": True} if traced else {})
         written = _dumps(event)
         with writing(self.path):
             self._own_file().append(written)

@@ -22,7 +22,7 @@ from wanvram.recorder.tracing import CYCLE_STEPS, trace_settings
 
 __all__ = ["GuestProfile"]
 
-_RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+_AT_WORK = (ProfilerAction.WARMUP, ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
 _IN_USE = "torch.profiler is already in use in this process"
 
 _owner: GuestProfile | None = None  # has prepared torch.profiler and not ended it
@@ -31,13 +31,17 @@ _owner: GuestProfile | None = None  # has prepared torch.profiler and not ended 
 class GuestProfile(torch.profiler.profile):
     """With the settings of `setup_profiler`. After one trace it is over; what goes wrong ends it with a warning.
 
-    `step` counts in the thread that called it first, and does nothing in a forked process.
+    `step` counts in the thread that called it first, and does nothing in a forked process; a fork ends it. The warm-up step is recorded and
+    thrown away: torch.profiler would only be prepared in it, and nothing tells whether another one came and went meanwhile.
     """
 
     def __init__(self, log_dir: str) -> None:
-        # One cycle: nothing of an earlier one is lost, of which torch would warn.
-        super().__init__(**trace_settings(log_dir), acc_events=True)
-        self.prepared = False  # torch.profiler has taken its buffers, which the driver counts as used
+        super().__init__(**trace_settings(log_dir))
+        begin = [self.prepare_trace, self.start_trace]
+        self.action_map[ProfilerAction.NONE, ProfilerAction.WARMUP] = begin
+        self.action_map[ProfilerAction.WARMUP, ProfilerAction.RECORD] = [self.stop_trace, self._forget, *begin]
+        self.action_map[ProfilerAction.WARMUP, None] = [self.stop_trace]
+        self.prepared = False  # torch.profiler took its buffers, which the driver counts as used until the process ends
         self._over = False
         self._pid = os.getpid()
         self._thread: int | None = None
@@ -77,6 +81,9 @@ class GuestProfile(torch.profiler.profile):
             self._guarded(super().stop)
         self._end()
 
+    def _forget(self) -> None:
+        self.profiler = None
+
     def _ended(self) -> bool:
         return self._over or os.getpid() != self._pid
 
@@ -89,7 +96,7 @@ class GuestProfile(torch.profiler.profile):
     def _may_change(self) -> bool:
         """Looks at who uses torch.profiler now, and takes it for this one where a trace is about to be prepared."""
         global _owner
-        if self.current_action in _RECORDING:
+        if self.current_action in _AT_WORK:
             if not torch.autograd._profiler_enabled():
                 self._give_up("another torch.profiler took its place")
             return not self._over
@@ -97,8 +104,6 @@ class GuestProfile(torch.profiler.profile):
             self._give_up(_IN_USE)
         elif sys.getprofile() is not None:
             self._give_up("it would replace the program's own sys.setprofile")
-        elif self.current_action is ProfilerAction.WARMUP:
-            self._guarded(self.prepare_trace)  # once more: another torch.profiler may have come and gone
         elif self.schedule(self.step_num + 1) is ProfilerAction.WARMUP:
             _owner = self
             self.prepared = True
@@ -132,4 +137,14 @@ def _in_use(guest: GuestProfile) -> bool:
     if _owner is not None and _owner is not guest and _owner._pid == os.getpid():
         return True
     enabled = torch.autograd._profiler_enabled() or getattr(torch.autograd.profiler, "_is_profiler_enabled", False)
-    return bool(enabled) and guest.current_action not in _RECORDING
+    return bool(enabled) and guest.current_action not in _AT_WORK
+
+
+def _before_fork() -> None:
+    """A child that inherits a torch.profiler at work hangs or crashes when it ends."""
+    if _owner is not None and _owner._thread == threading.get_ident():
+        _owner.stop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork)

@@ -145,6 +145,7 @@ class MemoryProfiler:
         self.events: list[dict[str, Any]] = []
         self.profiler: GuestProfile | None = None
         self._trace = trace
+        self._latest_trace: GuestProfile | None = None
         self._log = EventLog(self.output_dir / "memory_events.json", keep_existing=True)
         self._stages = Stages(self.memory_tracker.meter_here)
         self._lock = ProcessLock()
@@ -161,6 +162,7 @@ class MemoryProfiler:
         if self._trace:
             self.profiler = GuestProfile(str(self.output_dir))
             self.profiler.start()
+            self._latest_trace = self.profiler
         if isinstance(self.memory_tracker.meter, CpuMeter):
             self.memory_tracker.meter.__enter__()
         self._stages.restart()
@@ -181,7 +183,7 @@ class MemoryProfiler:
             with self._lock.here():
                 over_base = base_memory(metadata) is not None
                 memory = tracker.read() if over_base else self._stages.seen(tracker.peak())
-                self.events.append(self._log.log(event_name, memory, metadata))
+                self.events.append(self._log.log(event_name, memory, metadata, traced=self._traced))
 
     @contextmanager
     def stage(self, name: str, metadata: Any = None) -> Iterator[Span]:
@@ -203,7 +205,12 @@ class MemoryProfiler:
         span = self._stages.end(stage)
         figures = {"start_bytes": span.start.allocated_bytes, "activation_bytes": span.activation_bytes}
         with self._lock.here():
-            self.events.append(self._log.log(span.name, span.peak, {**_as_mapping(metadata), **figures}))
+            given = {**_as_mapping(metadata), **figures}
+            self.events.append(self._log.log(span.name, span.peak, given, traced=self._traced))
+
+    @property
+    def _traced(self) -> bool:
+        return self._latest_trace is not None and self._latest_trace.prepared
 
     def step(self) -> None:
         """One iteration is over: advances the trace's schedule, if there is a trace."""
