@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerAction
@@ -31,15 +32,17 @@ _owner: GuestProfile | None = None  # has prepared torch.profiler and not ended 
 class GuestProfile(torch.profiler.profile):
     """With the settings of `setup_profiler`. After one trace it is over; what goes wrong ends it with a warning.
 
-    `step` counts in the thread that called it first, and does nothing in a forked process; a fork ends it. The warm-up step is recorded and
-    thrown away: torch.profiler would only be prepared in it, and nothing tells whether another one came and went meanwhile.
+    `step` counts in the thread that called it first, and does nothing in a forked process; a fork ends it. The warm-up
+    step is recorded without stacks and thrown away: torch.profiler would only be prepared in it, and nothing tells whether another
+    one came and went meanwhile.
     """
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(**trace_settings(log_dir))
         begin = [self.prepare_trace, self.start_trace]
-        self.action_map[ProfilerAction.NONE, ProfilerAction.WARMUP] = begin
-        self.action_map[ProfilerAction.WARMUP, ProfilerAction.RECORD] = [self.stop_trace, self._forget, *begin]
+        self.action_map[ProfilerAction.NONE, ProfilerAction.WARMUP] = [partial(self._begin_with, False), *begin]
+        end = [self.stop_trace, partial(self._begin_with, True)]
+        self.action_map[ProfilerAction.WARMUP, ProfilerAction.RECORD] = [*end, *begin]
         self.action_map[ProfilerAction.WARMUP, None] = [self.stop_trace]
         self.prepared = False  # torch.profiler took its buffers, which the driver counts as used until the process ends
         self._over = False
@@ -81,8 +84,9 @@ class GuestProfile(torch.profiler.profile):
             self._guarded(super().stop)
         self._end()
 
-    def _forget(self) -> None:
-        self.profiler = None
+    def _begin_with(self, details: bool) -> None:
+        self.with_stack = self.record_shapes = self.profile_memory = details
+        self.profiler = None  # and its events
 
     def _ended(self) -> bool:
         return self._over or os.getpid() != self._pid
