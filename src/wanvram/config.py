@@ -68,7 +68,7 @@ class Strategy:
 class Measurement:
     """What to record. log_interval: every n-th denoising step is recorded block by block.
 
-    trace_path: inside the run directory.
+    trace, or a trace_path inside the run directory: a few steps are traced by torch.profiler in a pass of its own.
     """
 
     profile_memory: bool = True
@@ -89,6 +89,10 @@ class Measurement:
             and not set(self.trace_path) & set("\\:\0"),
             f"trace_path: '{self.trace_path}' leaves the run directory; give a relative path without '..'",
         )
+
+    @property
+    def is_traced(self) -> bool:
+        return self.trace or self.trace_path is not None
 
     @property
     def trace_directory(self) -> str:
@@ -142,10 +146,6 @@ class RunConfig:
         notes = []
         if self.strategy.gradient_checkpointing:
             notes.append("gradient_checkpointing has no effect: inference keeps no gradients")
-        if self.measurement.trace_path is not None and not self.measurement.trace:
-            notes.append(
-                "trace_path has no effect without trace: true; tracing disturbs what is measured and is off by default"
-            )
         return notes
 
     def to_dict(self) -> dict[str, Any]:

@@ -290,8 +290,8 @@ def test_beside_the_program_s_own_torch_profiler_there_is_a_warning_and_the_prog
     tmp_path: Path,
 ) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as own:
+        profiler = MemoryProfiler("x", tmp_path)
         with pytest.warns(UserWarning, match="no trace: torch.profiler is already in use"):
-            profiler = MemoryProfiler("x", tmp_path)
             profiler.start_profiling()
         for _ in range(6):
             torch.ones(3).exp()
@@ -335,7 +335,8 @@ def test_of_two_profilers_that_count_steps_the_first_has_the_trace(tmp_path: Pat
 
 def test_a_program_s_own_profile_function_stays(tmp_path: Path) -> None:
     calls: list[str] = []
-    with MemoryProfiler("x", tmp_path) as profiler, pytest.warns(UserWarning, match="sys.setprofile"):
+    with MemoryProfiler("x", tmp_path) as profiler, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         sys.setprofile(lambda frame, event, _: calls.append(event))
         try:
             profiler.step()
@@ -344,6 +345,7 @@ def test_a_program_s_own_profile_function_stays(tmp_path: Path) -> None:
             assert calls
         finally:
             sys.setprofile(None)
+    assert any("sys.setprofile" in str(w.message) for w in said)
 
 
 def test_a_trace_is_stopped_in_the_thread_that_counts_the_steps(tmp_path: Path) -> None:
@@ -390,9 +392,13 @@ def test_a_trace_that_cannot_be_written_is_a_warning_and_half_a_file_is_none(
         Path(path).write_text('{"traceEvents": [{"name": "aten::')
 
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", half)
-    with MemoryProfiler("x", tmp_path) as profiler, pytest.warns(UserWarning, match="could not write it whole"):
-        for _ in range(5):
-            profiler.step()
+    profiler = MemoryProfiler("x", tmp_path)
+    profiler.start_profiling()
+    for _ in range(4):
+        profiler.step()
+    with pytest.warns(UserWarning, match="could not write it whole"):
+        profiler.step()
+    profiler.stop_profiling()
     assert {path.name for path in tmp_path.iterdir()} == {"memory_events.json", "memory_log.json"}
 
 
