@@ -113,7 +113,7 @@ def sentences() -> Iterator[str]:
             continue
         named = re.match(r"- (`--\w+`)", line)
         flag = named[1] if named else flag
-        for sentence in re.split(r"(?<=[。：])(?!\*)", line):
+        for sentence in re.split(r"(?<=。)", line):
             if re.search(r"\w", sentence):
                 yield f"{flag} {sentence}" if flag and flag not in sentence else sentence
 
@@ -121,7 +121,6 @@ def sentences() -> Iterator[str]:
 # --- 3.1: what is measured ---------------------------------------------------------------------------------------------------
 
 
-@says("warmup=1")
 def test_setup_profiler_has_the_printed_schedule_and_settings(tmp_path: Path) -> None:
     """Of the call only the end is printed; what is missing is `torch.profiler.profile(schedule=torch.profiler.schedule(wait=1,`."""
     head = "torch.profiler.profile(schedule=torch.profiler.schedule(wait=1,"
@@ -145,7 +144,7 @@ def test_base_memory_of_every_model_and_activation_memory_of_every_step_are_even
         assert component["base_bytes"] > 0
         assert component["activation_bytes"] > 0
     assert {f"load {c['name']}" for c in record["components"]} <= set(events)
-    steps = [span for stage in record["stages"] for span in stage["children"] if span["kind"] == "step"]
+    steps = [span for stage in record["stages"] if stage["name"] == "denoise" for span in stage["children"]]
     assert [step["name"] for step in steps] == ["step 0", "step 1"]
     assert all(step["activation_bytes"] > 0 for step in steps)
 
@@ -160,15 +159,17 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_yaml_runs_as_it_stands(tmp_path: Path) -> None:
-    """Its model is the 14B one at 720P: here on the simulated device, which is the one flag added."""
+    """It asks for the 14B model at 720P on CUDA: the flags put it on the simulated device, with tiny weights for the time it takes."""
     run = tmp_path / "run"
-    assert main(["profile", written(tmp_path, block("3.2.1")), "--device", "simulated", "-o", str(run)]) == 0
+    flags = ["--device", "simulated", "--weights", "tiny", "-o", str(run)]
+    assert main(["profile", written(tmp_path, block("3.2.1")), *flags]) == 0
     record = json.loads((run / "record.json").read_text())
     assert record["config"]["name"] == "optimization_test_1"
+    assert (record["config"]["request"]["task"], record["config"]["request"]["size"]) == ("t2v-14B", "1280*720")
     assert record["peak"]["device_bytes"] > 2**30
 
 
-TINY = "request: {task: t2v-1.3B, weights: tiny, size: 128*80, frame_num: 5, sample_steps: 2, base_seed: 1}\n"
+TINY = "request: {task: t2v-1.3B, weights: tiny, size: 64*64, frame_num: 1, sample_steps: 2, base_seed: 1}\n"
 
 
 def on_the_cpu(text: str) -> str:
@@ -284,18 +285,18 @@ def test_check_shows_the_cuda_version_warms_up_and_ends_only_what_uses_the_gpu(
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both command blocks of section 5.2 typed in a copy of the repository, in an activated environment.
 
-    Reduced: three of the configurations, with tiny weights on the CPU, where fp16 is bf16.
+    Reduced: two of the configurations, with tiny weights on the CPU, where fp16 is bf16.
     """
     folder = tmp_path_factory.mktemp("work")
     (folder / "tests" / "configs").mkdir(parents=True)
     for name in ("tests/scripts", "Wan-Test", "src"):
         (folder / name).symlink_to(ROOT / name)
     small = {
-        "size: .*": "size: 128*80\n  weights: tiny",
-        "frame_num: .*": "frame_num: 5",
+        "size: .*": "size: 64*64\n  weights: tiny",
+        "frame_num: .*": "frame_num: 1",
         "sample_steps: .*": "sample_steps: 2",
     }
-    for name in ("baseline", "t2v_1.3B_480p_5s_baseline", "t2v-1.3B-fp32"):
+    for name in ("t2v_1.3B_480p_5s_baseline", "t2v-1.3B-fp32"):
         text = (ROOT / "tests" / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
         for key, value in (small | {"device: auto": "device: cpu", "precision: fp16": "precision: bf16"}).items():
             text = re.sub(rf"^  {key}", f"  {value}", text, flags=re.MULTILINE)
@@ -315,16 +316,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @says(
-    "**执行测试**", "在指定的虚拟环境下执行", "# 激活虚拟环境", "# 执行测试脚本", "bash tests/scripts/run_memory_tests.sh",
+    "**执行测试**", "在指定的虚拟环境下执行", "bash tests/scripts/run_memory_tests.sh",
     "数据分析", "python Wan-Test/analyze_trace_file.py", "工具准备", "配置日志目录", "准备测试数据",
 )  # fmt: skip
 def test_the_printed_commands_make_the_runs_and_analyze_the_trace(work: Path) -> None:
     """Nothing was prepared: the folder of logs is made, and weights and inputs need no download."""
     printed = (work / "stdout.txt").read_text(encoding="utf-8")
     assert {path.name for path in (work / "profiler_logs").iterdir() if path.is_dir()} == {
-        "baseline", "t2v_1.3B_480p_5s_baseline", "t2v-1.3B-fp32",
+        "t2v_1.3B_480p_5s_baseline", "t2v-1.3B-fp32",
     }  # fmt: skip
-    assert "3 run, 0 already done" in printed
+    assert "2 run, 0 already done" in printed
     assert re.search(r"^trace\.json: [\d,]+ events", printed, re.MULTILINE)
     assert "ProfilerStep#2" in printed
     assert "operators by memory allocated" in printed
@@ -370,15 +371,12 @@ def test_a_printed_flag_has_its_printed_choices_and_default(flag: str) -> None:
     for task, words in enumerate(given):
         if default is None or (flag == "--task"):
             break
-        config = generate._config(parser().parse_args([*words, *SIZES.get(words[1], [])]))
+        config = generate._config(parser().parse_args([*words, "--ckpt_dir", "random"]))
         value = config_value(config, flag)
         expected = of_task[flag][task] if flag in of_task else yaml.safe_load(default[1])
         assert value == expected
     if flag == "--task":
-        assert generate._config(parser().parse_args([])).request.task == "t2v-14B"
-
-
-SIZES: dict[str, list[str]] = {}
+        assert generate._config(parser().parse_args(["--ckpt_dir", "random"])).request.task == "t2v-14B"
 
 
 def config_value(config: Any, flag: str) -> Any:
@@ -401,6 +399,7 @@ def test_generate_py_takes_every_printed_flag_and_makes_a_video(
 ) -> None:
     """Each with its value in one command; on the CPU, with tiny weights in official folders."""
     Image.fromarray(np.full((64, 96, 3), 99, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "DIR").mkdir()
     write_download(tmp_path / "DIR", "tiny-" + task.partition("-")[0])
     monkeypatch.chdir(tmp_path)
     words = f"--task {task} --ckpt_dir DIR {GIVEN} {MEDIA[task]}".split()
@@ -422,9 +421,8 @@ def test_every_sentence_and_code_block_of_sections_3_to_7_is_run_or_listed_with_
     said = list(sentences())
     known = SAID.keys() | NOT_RUN.keys()
     assert [s for s in said if not any(words in s for words in known)] == []
-    text = SPECIFICATION
-    assert [words for words in known if not any(words in s for s in said) and words not in text] == []
+    assert [words for words in known if not any(words in s for s in said)] == [], "the page no longer says this"
     numbers = {where for where, _, _ in blocks() if where and FIRST <= int(where.partition(".")[0]) <= LAST}
     assert numbers == RUN_BLOCKS
-    assert len(said) > 100
+    assert len(said) > 90
     assert all(reason for reason in NOT_RUN.values())
