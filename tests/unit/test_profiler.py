@@ -15,6 +15,7 @@ import torch
 
 import wanvram
 from wanvram import MemoryProfiler, MemoryTracker, setup_profiler
+from wanvram.analysis.events import read_events
 from wanvram.errors import OutputError
 
 MIB = 2**20
@@ -194,6 +195,8 @@ def test_events_that_are_logged_after_torch_profiler_took_its_buffers_say_so(tmp
         profiler.log_event("while")
     profiler.log_event("after")
     assert [event.get("traced") for event in events_of(tmp_path)] == [None, True, True]
+    notes = read_events(tmp_path / "memory_events.json").notes
+    assert notes == ("of 2 events the device memory holds torch.profiler's own buffers, too",)
 
 
 def test_setup_profiler_records_shapes_memory_and_stacks(tmp_path: Path) -> None:
