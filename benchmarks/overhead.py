@@ -36,11 +36,11 @@ from wanvram.engine.devices import Device
 from wanvram.engine.pipeline import Pipeline
 from wanvram.engine.stage_progress import Done
 from wanvram.media.inputs import prepare_inputs
-from wanvram.record import Memory, Span
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import make_device
 from wanvram.run.weights import GeneratedWeights
+from wanvram.spans import Memory, Span
 
 WAYS = ("on", "off", "bare")
 BOUND = 0.01

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanvram.record import ComponentRecord, Memory, RunRecord, Span
+from wanvram.record import ComponentRecord, RunRecord
+from wanvram.spans import Memory, Span
 from wanvram.units import MIB
 
 OUTSIDE = 600 * MIB  # CUDA context and libraries

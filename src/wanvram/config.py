@@ -70,8 +70,8 @@ class Strategy:
 class Measurement:
     """What to record. log_interval: every n-th denoising step is recorded block by block.
 
-    trace_path: inside the run directory. keep_every: after so many steps a video's latents are kept to go on from; None: about every
-    two minutes, 0: never.
+    trace, or a trace_path inside the run directory: a few steps are traced by torch.profiler in a pass of its own. keep_every:
+    after so many steps a video's latents are kept to go on from; None: about every two minutes, 0: never.
     """
 
     profile_memory: bool = True
@@ -98,6 +98,10 @@ class Measurement:
             and not set(self.trace_path) & set("\\:\0"),
             f"trace_path: '{self.trace_path}' leaves the run directory; give a relative path without '..'",
         )
+
+    @property
+    def is_traced(self) -> bool:
+        return self.trace or self.trace_path is not None
 
     @property
     def trace_directory(self) -> str:
@@ -169,10 +173,6 @@ class RunConfig:
         if knobs.CFG.differs(self.strategy) and not self.request.guided:
             notes.append(
                 f"{knobs.CFG.name} has no effect with sample_guide_scale 1, which takes one pass and no negative prompt"
-            )
-        if self.measurement.trace_path is not None and not self.measurement.trace:
-            notes.append(
-                "trace_path has no effect without trace: true; tracing disturbs what is measured and is off by default"
             )
         return notes
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from checkpoints import as_diffusers, tensors, write_diffusers, write_download, write_tokenizer
 from given_files import write_video
 from report_runs import Recipe, write_run
-from wanvram.record import Memory
 from wanvram.recorder.events import EventLog
 from wanvram.simulate.card import card_to_json
 from wanvram.simulate.gpus import GPUS
+from wanvram.spans import Memory
 from wanvram.units import MIB
 from wanvram.weights.convert import Conversion, convert
 from wanvram.weights.official import DIT_FILE, TOKENIZER_FILE

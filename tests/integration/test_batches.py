@@ -22,13 +22,14 @@ from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.engine.pipeline import Pipeline
 from wanvram.engine.residency import Component
 from wanvram.predict.simulate import simulate, simulated_device
-from wanvram.record import Memory, RunRecord
+from wanvram.record import RunRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import find_runs
 from wanvram.report.terminal import summarize
 from wanvram.run.execute import make_device
 from wanvram.run.weights import choose_weights
+from wanvram.spans import Memory
 
 # t2i is t2v with one frame; the others have conditions that all videos of a run share.
 TASKS = ("t2v-1.3B", "t2i-14B", "i2v-14B", "flf2v-14B", "vace-1.3B")

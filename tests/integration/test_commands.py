@@ -278,14 +278,3 @@ def test_bf16_on_a_card_without_it_is_refused(capsys: pytest.CaptureFixture[str]
     flags = ["--task", "t2v-1.3B", "--size", "832*480", "--precision", "bf16", "--gpu", "t4"]
     assert main(["estimate", *flags]) == 2
     assert "use fp16" in capsys.readouterr().err
-
-
-def test_a_trace_path_without_trace_says_that_it_has_no_effect() -> None:
-    from dataclasses import replace
-
-    from wanvram.config import load_config
-
-    config = load_config(BASELINE)
-    assert config.notes() == []
-    measurement = replace(config.measurement, trace_path="traces/x")
-    assert "trace_path has no effect" in replace(config, measurement=measurement).notes()[0]

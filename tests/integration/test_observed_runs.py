@@ -15,16 +15,18 @@ import yaml
 
 from wanvram.analysis.snapshot import DeviceHistory, read_snapshot
 from wanvram.cli.main import main
+from wanvram.engine.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "tests" / "configs" / "baseline.yaml"
 
 
 def configuration(folder: Path, *, steps: int = 5, frames: int = 1, precision: str = "fp32", **logging: Any) -> Path:
+    """Of a size that tiny weights alone have."""
     document = yaml.safe_load(BASELINE.read_text())
     document["logging"] |= logging
     document["model_config"]["precision"] = precision
-    document["request"] |= {"sample_steps": steps, "frame_num": frames, "size": "480*832"}
+    document["request"] |= {"sample_steps": steps, "frame_num": frames, "size": "80*128", "weights": "tiny"}
     path = folder / "config.yaml"
     path.write_text(json.dumps(document))
     return path
@@ -75,25 +77,61 @@ def test_replacing_a_run_takes_its_traces_too(tmp_path: Path) -> None:
     assert after.samefile(run / "trace.json")
 
 
-def test_a_run_too_short_for_a_trace_says_that_there_is_none(tmp_path: Path) -> None:
+def test_the_trace_is_of_five_steps_of_its_own_whatever_the_run_has(tmp_path: Path) -> None:
+    """The measured run has one step, no pause between its stages, and the figures that it has untraced."""
+    assert profile_tiny(configuration(tmp_path, steps=1), tmp_path / "untraced") == 0
     assert profile_tiny(configuration(tmp_path, steps=1, trace=True), tmp_path / "run") == 0
+    untraced, record = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("untraced", "run"))
+    assert [(s["name"], s["activation_bytes"]) for s in record["stages"]] == [
+        (s["name"], s["activation_bytes"]) for s in untraced["stages"]
+    ]
+    assert any("trace.json is of a pass of its own" in note for note in record["notes"])
+    trace = (tmp_path / "run" / "trace.json").read_text()
+    assert {f"ProfilerStep#{number}" in trace for number in (2, 3, 4)} == {True}
+
+
+def test_a_trace_path_alone_asks_for_a_trace(tmp_path: Path) -> None:
+    assert profile_tiny(configuration(tmp_path, trace_path="traces/x"), tmp_path / "run") == 0
+    (trace,) = (tmp_path / "run" / "traces" / "x").iterdir()
+    assert trace.samefile(tmp_path / "run" / "trace.json")
+    assert profile_tiny(configuration(tmp_path, trace_path="traces/x"), tmp_path / "run", "--force") == 0
+    (again,) = (tmp_path / "run" / "traces" / "x").iterdir()
+    assert again != trace, "a replaced run takes its traces with it"
+
+
+def test_on_the_simulated_device_a_note_says_that_there_is_no_trace(tmp_path: Path) -> None:
+    config = configuration(tmp_path, trace_path="traces/x")
+    assert (
+        main(["profile", str(config), "--weights", "tiny", "--device", "simulated", "-o", str(tmp_path / "run")]) == 0
+    )
     notes = json.loads((tmp_path / "run" / "record.json").read_text())["notes"]
-    assert "no trace was written: it begins after the second step, which the run did not reach" in notes
-    assert not (tmp_path / "run" / "trace.json").exists()
+    assert "no trace was written: nothing runs on the simulated device; --device cuda or cpu traces" in notes
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("Can't create directory")])
 def test_a_trace_that_cannot_be_written_costs_neither_the_run_nor_its_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: torch.profiler.profile) -> None:
-        raise OSError(28, "No space left on device")
+    def full(*_: Any, **__: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(torch.profiler.profile, "step", full)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
     assert profile_tiny(configuration(tmp_path, trace=True), tmp_path / "run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["failure"] is None
-    assert any("trace could not be written" in note for note in record["notes"])
+    assert any("no trace was written" in note for note in record["notes"])
     assert sum(stage["kind"] == "stage" for stage in record["stages"]) == 4
+    assert not (tmp_path / "run" / "trace.json").exists()
+
+
+def test_an_interrupted_run_is_not_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "decode_all", interrupted)
+    assert profile_tiny(configuration(tmp_path, trace=True), tmp_path / "run") == 1
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert "no trace was written: the run failed" in record["notes"]
 
 
 # --- the allocator's snapshot, on CUDA -----------------------------------------------------------------------------------------
@@ -171,6 +209,7 @@ def test_what_is_alive_at_the_peak_adds_up_to_max_memory_allocated_whatever_was_
 @pytest.mark.parametrize("weights", ["tiny", "random"])
 def test_the_snapshot_of_a_run_on_cuda_adds_up_to_the_peak_of_its_record(tmp_path: Path, weights: str) -> None:
     config = configuration(tmp_path, steps=2, frames=5, precision="fp16", snapshot=True)
+    config.write_text(config.read_text().replace("80*128", "480*832"))
     run = tmp_path / "run"
     model = ["--device", "cuda", "--weights", weights]
     in_a_fresh_process(["-m", "wanvram", "profile", str(config), *model, "-o", str(run)], expandable=False)

@@ -19,8 +19,9 @@ from wanvram.errors import InputError, WanvramError
 from wanvram.planner.forecasts import choices, components_of
 from wanvram.predict.advice import _Estimate, _ranked, advise, predict
 from wanvram.predict.simulate import simulate
-from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span
+from wanvram.record import ComponentRecord, Failure, RunRecord
 from wanvram.report.runs import read_run
+from wanvram.spans import Memory, Span
 from wanvram.units import GIB, MIB
 
 HOLES = 3 << 20  # reserved and not allocated, in every stage of the fakes

@@ -12,8 +12,9 @@ import pytest
 from wanvram.analysis.peak import component_of, describe_moment, module_of, owners, shape_of, stage_of, unusable
 from wanvram.analysis.stages import analyze_run, steady_growth
 from wanvram.errors import InputError
-from wanvram.record import ComponentRecord, Memory, RunRecord, Span
+from wanvram.record import ComponentRecord, RunRecord
 from wanvram.report.analysis_text import run_text
+from wanvram.spans import Memory, Span
 from wanvram.timeline_record import TimelineRecord, TimelineSegment, read_timeline
 from wanvram.units import MIB
 

@@ -19,8 +19,9 @@ from report_runs import Recipe, write_run
 from wanvram.analysis.events import read_events
 from wanvram.cli.main import main
 from wanvram.errors import InputError
-from wanvram.record import Failure, Memory, RunRecord
+from wanvram.record import Failure, RunRecord
 from wanvram.recorder.events import EventLog
+from wanvram.spans import Memory
 from wanvram.units import GIB, MIB, mib
 
 ROOT = Path(__file__).parents[2]

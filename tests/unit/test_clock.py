@@ -19,7 +19,7 @@ from wanvram.kernels.conv import conv3d
 from wanvram.kernels.elementwise import gated_add_
 from wanvram.kernels.scaled_attention import attention
 from wanvram.predict.simulate import simulate
-from wanvram.record import Copies, RunRecord, Span
+from wanvram.record import RunRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.clock import Clock, Costs
@@ -28,6 +28,7 @@ from wanvram.simulate.host import HOST
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.operation_buffers import LibraryBuffers
+from wanvram.spans import Copies, Span
 from wanvram.units import GIB
 
 # Every rate of this card is round: 1e12 operations, 1e11 bytes and 1e10 copied bytes per second; issuing costs nothing.

@@ -12,8 +12,9 @@ from report_runs import Recipe, write_run
 from wanvram.analysis.compare import FailCondition, compare, judge, metrics, parse_condition
 from wanvram.cli.main import main
 from wanvram.errors import InputError
-from wanvram.record import Failure, Memory, RunRecord, Span
+from wanvram.record import Failure, RunRecord
 from wanvram.report.compare import comparison_text, read_runs, runs_table
+from wanvram.spans import Memory, Span
 from wanvram.units import GIB, MIB
 
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from wanvram.errors import OutputError
-from wanvram.record import Memory
 from wanvram.recorder import event_file
 from wanvram.recorder.events import EventLog
+from wanvram.spans import Memory
 from wanvram.strict_json import strict_json
 
 MIB = 2**20

@@ -18,13 +18,14 @@ from wanvram.advice import Advice
 from wanvram.analysis.peak import weights_at
 from wanvram.cli import report
 from wanvram.errors import InputError
-from wanvram.record import Failure, Memory
+from wanvram.record import Failure
 from wanvram.report.findings import alike, answer, best_first, ranks, smallest_card, together
 from wanvram.report.html import MAX_BYTES, html_report
 from wanvram.report.markdown import markdown_report
 from wanvram.report.runs import Run, find_runs, pairs, read_run
 from wanvram.report.timeline import coarse_timeline, thinned
 from wanvram.report.translations import GLOSSARY, TEXTS, Texts
+from wanvram.spans import Memory
 from wanvram.timeline_record import read_timeline
 from wanvram.units import GIB, MIB
 

@@ -19,10 +19,10 @@ from wanvram.engine.devices import CpuDevice
 from wanvram.engine.keeping import Keeper
 from wanvram.errors import InputError, OutputError
 from wanvram.kept_state import KEPT_NAME, KeptRun, KeptVideo, read_kept_run, read_kept_videos, write_kept
-from wanvram.record import Memory
 from wanvram.recorder.event_file import ListFile
 from wanvram.recorder.events import EventLog
 from wanvram.sampling import Solver, SolverState, held_after, solve, timesteps_and_sigmas
+from wanvram.spans import Memory
 
 SHAPE = (4, 2, 3, 5)
 RUN = KeptRun("/somewhere", None, {"--prompt": "a cat"}, ("a cat", "Katze \u732b"), 1.5)

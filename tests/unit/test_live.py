@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from wanvram.cli.main import main
-from wanvram.record import Memory
 from wanvram.recorder.recorder import Recorder
 from wanvram.report.live import LiveView
 from wanvram.run_events import StageAdvanced
+from wanvram.spans import Memory
 from wanvram.units import GIB, MIB
 
 BASELINE = Path(__file__).parents[1] / "configs" / "baseline.yaml"

@@ -125,9 +125,15 @@ def test_the_repositorys_configurations_and_matrix_load_together_and_open_with_a
     assert all(path.read_text(encoding="utf-8").startswith("# Question: ") for path in paths)
     assert [path.stem for path in paths if is_matrix(path)] == ["matrix"]
     configs = load_configurations(paths)
-    assert {"baseline", "memory_opt", "precision_fp32", "offload", "ten_seconds", "card_8gib"} <= {
-        c.name for c in configs
-    }
+    assert {
+        "baseline",
+        "memory_opt",
+        "t2v-1.3B-fp32",
+        "t2v_1.3B_480p_5s_baseline",
+        "offload",
+        "ten_seconds",
+        "card_8gib",
+    } <= {c.name for c in configs}
     assert len(configs) > len(paths)
 
 

@@ -24,8 +24,9 @@ from wanvram.planner.forecasts import stage_seconds
 from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.planner.search import Options
 from wanvram.predict.plan import plan_run
-from wanvram.record import Failure, Memory, Span, Times
+from wanvram.record import Failure, Times
 from wanvram.report.plan import summarize_plan
+from wanvram.spans import Memory, Span
 from wanvram.units import GIB, MIB
 
 REQUEST = Request.for_task("t2v-14B", size="1280*720")

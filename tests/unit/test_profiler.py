@@ -15,6 +15,7 @@ import torch
 
 import wanvram
 from wanvram import MemoryProfiler, MemoryTracker, setup_profiler
+from wanvram.analysis.events import read_events
 from wanvram.errors import OutputError
 
 MIB = 2**20
@@ -136,18 +137,32 @@ def test_a_killed_program_leaves_every_event_it_had_logged(tmp_path: Path) -> No
     assert [event["name"] for event in events_of(tmp_path)] == ["one", "two"]
 
 
-def test_there_is_no_trace_unless_asked_for(tmp_path: Path) -> None:
-    with MemoryProfiler("x", tmp_path) as profiler:
-        profiler.step()
+def test_without_trace_torch_profiler_is_left_out(tmp_path: Path) -> None:
+    with MemoryProfiler("x", tmp_path, trace=False) as profiler:
         assert profiler.profiler is None
+        profiler.step()
     assert {path.name for path in tmp_path.iterdir()} == {"memory_events.json", "memory_log.json"}
 
 
-def test_a_trace_records_three_steps_after_two_for_tensorboard(tmp_path: Path) -> None:
-    with MemoryProfiler("x", tmp_path, trace=True) as profiler:
-        for _ in range(5):
+def test_torch_profiler_is_started_and_records_nothing_until_step_is_called(tmp_path: Path) -> None:
+    with MemoryProfiler("x", tmp_path) as profiler:
+        assert isinstance(profiler.profiler, torch.profiler.profile)
+        assert not torch.autograd._profiler_enabled()
+        profiler.step()
+        assert torch.autograd._profiler_enabled()
+    assert {path.name for path in tmp_path.iterdir()} == {"memory_events.json", "memory_log.json"}
+    assert not torch.autograd._profiler_enabled()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_trace_records_three_steps_after_two_for_tensorboard_and_then_no_more(tmp_path: Path, own: bool) -> None:
+    """Stepped as the specification's class must be, through its `profiler`, and with the method that ours has beside it."""
+    with MemoryProfiler("x", tmp_path) as profiler:
+        assert profiler.profiler is not None
+        step = profiler.step if own else profiler.profiler.step
+        for _ in range(12):
             torch.ones(4) @ torch.ones(4)
-            profiler.step()
+            step()
     (trace,) = tmp_path.glob("*.pt.trace.json")
     steps = {
         event["name"]
@@ -155,6 +170,33 @@ def test_a_trace_records_three_steps_after_two_for_tensorboard(tmp_path: Path) -
         if "ProfilerStep" in event.get("name", "")
     }
     assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
+
+
+@cpu_only
+def test_the_trace_changes_no_figure_of_memory_on_the_cpu(tmp_path: Path) -> None:
+    figures = []
+    for trace in (True, False):
+        with MemoryProfiler("x", tmp_path / str(trace), trace=trace) as profiler:
+            base = profiler.allocated_bytes()
+            for _ in range(6):
+                with profiler.stage("step"):
+                    torch.ones(MIB // 4) * 2
+                profiler.step()
+            profiler.log_event("end", {"base_memory": base})
+        figures.append([(e["memory_log"], (e["metadata"] or {}).get("activation_bytes")) for e in profiler.events[-1:]])
+        figures[-1] += [e["metadata"]["activation_bytes"] for e in profiler.events[:-1]]
+    assert figures[0] == figures[1]
+
+
+def test_events_that_are_logged_after_torch_profiler_took_its_buffers_say_so(tmp_path: Path) -> None:
+    with MemoryProfiler("x", tmp_path) as profiler:
+        profiler.log_event("before")
+        profiler.step()
+        profiler.log_event("while")
+    profiler.log_event("after")
+    assert [event.get("traced") for event in events_of(tmp_path)] == [None, True, True]
+    notes = read_events(tmp_path / "memory_events.json").notes
+    assert notes == ("of 2 events the device memory holds torch.profiler's own buffers, too",)
 
 
 def test_setup_profiler_records_shapes_memory_and_stacks(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -268,15 +270,136 @@ def test_a_stage_takes_any_metadata_and_its_program_s_exception_passes(metadata:
     assert {"start_bytes", "activation_bytes"} < set(event["metadata"]) or metadata is None
 
 
-def test_a_trace_that_cannot_start_beside_the_program_s_own_leaves_nothing_on(tmp_path: Path) -> None:
+# --- torch.profiler as a guest ----------------------------------------------------------------------------------------
+
+
+def test_a_trace_that_cannot_start_is_a_warning_and_leaves_nothing_on(tmp_path: Path) -> None:
     stack = _get_current_dispatch_mode_stack()
-    profiler = MemoryProfiler("x", tmp_path, trace=True)
+    profiler = MemoryProfiler("x", tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.profiler.profile, "start", lambda self: (_ for _ in ()).throw(RuntimeError("in use")))
-        with pytest.raises(RuntimeError, match="in use"):
+        patch.setattr(torch.profiler.profile, "start", lambda self: (_ for _ in ()).throw(RuntimeError("broken")))
+        with pytest.warns(UserWarning, match="no trace: broken"):
             profiler.start_profiling()
-    assert _get_current_dispatch_mode_stack() == stack
+    profiler.log_event("goes on")
     profiler.stop_profiling()
+    assert _get_current_dispatch_mode_stack() == stack
+    assert names(tmp_path) == ["goes on"]
+
+
+def test_beside_the_program_s_own_torch_profiler_there_is_a_warning_and_the_program_s_events_stay(
+    tmp_path: Path,
+) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as own:
+        profiler = MemoryProfiler("x", tmp_path)
+        with pytest.warns(UserWarning, match="no trace: torch.profiler is already in use"):
+            profiler.start_profiling()
+        for _ in range(6):
+            torch.ones(3).exp()
+            profiler.step()
+        profiler.stop_profiling()
+        torch.ones(3).tan()
+    assert {"aten::exp", "aten::tan"} <= {event.name for event in own.events()}
+    assert "ProfilerStep*" not in {event.name for event in own.events()}
+    assert not list(tmp_path.glob("*.pt.trace.json"))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_program_s_own_torch_profiler_may_come_and_go_while_this_one_waits_warms_up_or_records(
+    steps: int, tmp_path: Path
+) -> None:
+    """Two of them stopped one after the other are a segmentation fault."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with MemoryProfiler("x", tmp_path) as profiler:
+            for _ in range(steps):
+                profiler.step()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as own:
+                torch.ones(3).exp()
+            for _ in range(6):
+                profiler.step()
+    assert "aten::exp" in {event.name for event in own.events()}
+    assert any("another torch.profiler took its place" in str(w.message) for w in said) == (steps > 0)
+    assert len(list(tmp_path.glob("*.pt.trace.json"))) == (steps == 0)
+
+
+def test_of_two_profilers_that_count_steps_the_first_has_the_trace(tmp_path: Path) -> None:
+    with MemoryProfiler("a", tmp_path / "a") as first, MemoryProfiler("b", tmp_path / "b") as second:
+        first.step()
+        with pytest.warns(UserWarning, match="already in use"):
+            second.step()
+        for _ in range(6):
+            first.step()
+            second.step()
+    assert [len(list((tmp_path / name).glob("*.pt.trace.json"))) for name in "ab"] == [1, 0]
+
+
+def test_a_program_s_own_profile_function_stays(tmp_path: Path) -> None:
+    calls: list[str] = []
+    with MemoryProfiler("x", tmp_path) as profiler, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sys.setprofile(lambda frame, event, _: calls.append(event))
+        try:
+            profiler.step()
+            calls.clear()
+            len([])
+            assert calls
+        finally:
+            sys.setprofile(None)
+    assert any("sys.setprofile" in str(w.message) for w in said)
+
+
+def test_a_trace_is_stopped_in_the_thread_that_counts_the_steps(tmp_path: Path) -> None:
+    profiler = MemoryProfiler("x", tmp_path)
+    profiler.start_profiling()
+    guest = profiler.profiler
+    assert guest is not None
+    for _ in range(3):
+        profiler.step()
+    with pytest.warns(UserWarning, match="by its next step"):
+        in_threads(1, lambda _: profiler.stop_profiling())
+    assert names(tmp_path) == []
+    guest.step()
+    assert not torch.autograd._profiler_enabled()
+    assert len(list(tmp_path.glob("*.pt.trace.json"))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_ends_the_trace_which_a_child_would_go_on_recording(tmp_path: Path) -> None:
+    with MemoryProfiler("x", tmp_path) as profiler:
+        for _ in range(3):
+            profiler.step()
+        child = os.fork()
+        if child == 0:
+            os._exit(int(torch.autograd._profiler_enabled()))
+        assert os.waitpid(child, 0)[1] == 0
+    assert len(list(tmp_path.glob("*.pt.trace.json"))) == 1
+
+
+def test_a_program_that_ends_while_it_is_traced_ends_as_it_would(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from wanvram import MemoryProfiler\n"
+        "p = MemoryProfiler('x', sys.argv[1]); p.start_profiling()\n"
+        "for _ in range(3): p.step(); torch.ones(3)\n"
+        "sys.exit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 7
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning_and_half_a_file_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(_: torch.profiler.profile, path: str, **__: Any) -> None:
+        Path(path).write_text('{"traceEvents": [{"name": "aten::')
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", half)
+    profiler = MemoryProfiler("x", tmp_path)
+    profiler.start_profiling()
+    for _ in range(4):
+        profiler.step()
+    with pytest.warns(UserWarning, match="could not write it whole"):
+        profiler.step()
+    profiler.stop_profiling()
+    assert {path.name for path in tmp_path.iterdir()} == {"memory_events.json", "memory_log.json"}
 
 
 # --- counting on the CPU ----------------------------------------------------------------------------------------------

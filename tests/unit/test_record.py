@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from wanvram.errors import InputError, OutputError
-from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span, folded, write_atomically
+from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
+from wanvram.spans import Memory, Span, folded
 
 
 def memory(allocated: int, reserved: int | None = None, device: int | None = None) -> Memory:

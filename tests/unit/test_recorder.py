@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from wanvram.machine.host import available_ram_bytes, total_ram_bytes
-from wanvram.record import Failure, Memory
+from wanvram.record import Failure
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.meters import CpuMeter, CudaMeter
 from wanvram.recorder.recorder import Recorder
 from wanvram.report.event_text import event_text
 from wanvram.run_events import RunEvent, StageBegan, StageEnded
+from wanvram.spans import Memory
 
 MIB = 2**20
 

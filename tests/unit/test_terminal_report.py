@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from wanvram.cli.main import main
-from wanvram.record import ComponentRecord, Failure, Memory, RunRecord, Span
+from wanvram.record import ComponentRecord, Failure, RunRecord
 from wanvram.report.terminal import show, summarize
+from wanvram.spans import Memory, Span
 from wanvram.units import GIB, MIB
 
 CONFIG: dict[str, Any] = {"name": "lean", "request": {"task": "t2v-1.3B", "size": "832*480", "frame_num": 81}}

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.record import Failure, RunRecord, Span, dotted
+from wanvram.record import Failure, RunRecord, dotted
+from wanvram.spans import Span
 from wanvram.units import human, parse_bytes
 
 __all__ = [

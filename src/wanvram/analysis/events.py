@@ -97,7 +97,8 @@ def read_events(path: Path) -> EventSummary:
         raise InputError(f"{shown(path)} is no memory_events.json: {strange[0]}")
     if not events:
         raise InputError(f"{shown(path)} holds no events: the run ended before its first stage")
-    return _summary(_over_their_starts(events), strange)
+    traced = sum(isinstance(item, dict) and item.get("traced") is True for item in data)
+    return _summary(_over_their_starts(events), strange, traced)
 
 
 def _event(number: int, item: Any) -> _Event:
@@ -141,7 +142,7 @@ def _whole(number: int, item: dict[str, Any], key: str) -> int | None:
     return value
 
 
-def _summary(events: list[_Event], strange: Sequence[str]) -> EventSummary:
+def _summary(events: list[_Event], strange: Sequence[str], traced: int) -> EventSummary:
     first = events[0].timestamp
     by_name: dict[str, list[_Event]] = {}
     for event in events:
@@ -158,6 +159,8 @@ def _summary(events: list[_Event], strange: Sequence[str]) -> EventSummary:
     )
     if not any(event.reserved is not None for event in events):
         notes.append("the events hold no byte counts; figures are read from memory_log, to 0.01 MB")
+    if traced:
+        notes.append(f"of {traced:,} events the device memory holds torch.profiler's own buffers, too")
     return EventSummary(
         events=len(events),
         seconds=max(event.timestamp for event in events) - first,

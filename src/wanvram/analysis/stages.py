@@ -24,7 +24,8 @@ from wanvram.analysis.peak import (
 )
 from wanvram.errors import DamagedError, InputError
 from wanvram.foreign_text import quoted, shown
-from wanvram.record import ComponentRecord, Memory, RunRecord, Span
+from wanvram.record import ComponentRecord, RunRecord
+from wanvram.spans import Memory, Span
 from wanvram.timeline_record import WEIGHTS, AliveBlocks, TimelineRecord
 from wanvram.units import mib
 

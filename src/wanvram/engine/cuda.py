@@ -19,8 +19,8 @@ from wanvram.errors import BudgetError, DeviceError, OutOfMemory
 from wanvram.knobs import WEIGHTS_IN
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.host import available_ram_bytes
-from wanvram.record import Copies
 from wanvram.recorder.meters import CudaMeter
+from wanvram.spans import Copies
 from wanvram.units import human
 
 __all__ = ["CudaDevice", "own_pages"]

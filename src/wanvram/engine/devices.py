@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from wanvram.record import AttentionChoice, Copies
+from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.spans import Copies
 
 __all__ = ["Copying", "CpuDevice", "Device", "Measuring", "Placing", "SimulatedDevice"]
 

@@ -6,44 +6,42 @@ first and stay, as the official script does with `--offload_model False`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
 from wanvram.config import RunConfig
 from wanvram.engine.components import Parts, Weights
 from wanvram.engine.conditions import Frames, Inputs, clip_features, image_condition, vace_context
+from wanvram.engine.denoising import Guide, Sampling, Turn, TurnPlan, advance, asked_of, transformer, velocities_of
 from wanvram.engine.devices import Device
 from wanvram.engine.first_use import use_libraries
 from wanvram.engine.keeping import Keeper
 from wanvram.engine.residency import Component
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
-from wanvram.kernels.attention_backends import AUTO
-from wanvram.knobs import BATCH_SIZE, PRECISION, chunk_rows, videos_per_pass
-from wanvram.models.dit import Condition, Prepared, Time, WanDiT
+from wanvram.knobs import BATCH_SIZE, PRECISION, videos_per_pass
+from wanvram.models.dit import Condition
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
-from wanvram.record import ComponentRecord, Copies
+from wanvram.record import ComponentRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.request import Request, Video
-from wanvram.sampling import Solver, SolverState, solve, timesteps_and_sigmas
+from wanvram.sampling import Solver, solve, timesteps_and_sigmas
+from wanvram.spans import Copies
 
 __all__ = ["FrameSink", "OpenSink", "Pipeline"]
 
-HEAD_GROUPS = 4  # attention_slicing: on an H200 4 groups of 10 heads cost 2 % more time than one of 40 (h200.md)
 SIMULATED_STEPS = 4  # first, second, one of the steady state, last: all others repeat the last but one
 # What denoising leaves in the allocator, and so what decoding reserves, repeats every 4 steps (UniPC; 2 for DPM++): with 6
 # steps instead of 4, decoding of 832x480 reserves 40 MiB less, on an H200 as here.
 STEPS_PERIOD = 4
 
-# (latents, their time, a condition for each) -> as many velocities
-Velocities = Callable[[list[torch.Tensor], Time, list[Prepared]], list[torch.Tensor]]
 OpenSink = Callable[[int], AbstractContextManager["FrameSink | None"]]
 
 
@@ -71,48 +69,6 @@ class _Extra:
     vace_context: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """Steps start..stop of those that are run, and the transformer whose they are."""
-
-    model: str
-    start: int
-    stop: int
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a turn's steps need of the embeddings: one Time per step, one condition per prompt, and the negative one if any."""
-
-    turn: _Turn
-    times: list[Time]
-    conditions: list[Prepared]
-    negative: Prepared | None
-
-
-class _Guide:
-    """What a solver asks for its velocity, which was computed together with those of other videos."""
-
-    velocity: torch.Tensor
-
-    def __call__(self, _latent: torch.Tensor, _timestep: int) -> torch.Tensor:
-        velocity = self.velocity
-        del self.velocity
-        return velocity
-
-
-@dataclass
-class _Sampling:
-    """A video between two steps: its solver, what that knows, and the latent [channels, F, h, w] float32 it has got to."""
-
-    video: Video
-    guide: _Guide
-    state: SolverState
-    trajectory: Iterator[torch.Tensor]
-    latent: torch.Tensor
-
-
 @dataclass
 class Pipeline:
     """One run of one request, with one or several prompts. What it learned is in the recorder and `records()`.
@@ -137,7 +93,7 @@ class Pipeline:
     _streamed: dict[str, Copies] = field(default_factory=dict)
     _copied: Copies = field(default_factory=Copies)
     # Videos, by the first of those made together, that wait for the next transformer.
-    _waiting: dict[int, list[_Sampling]] = field(default_factory=dict)
+    _waiting: dict[int, list[Sampling]] = field(default_factory=dict)
 
     def run(self, open_sink: OpenSink) -> None:
         """`open_sink(i)` opens what takes the frames of the i-th video of `config.videos()`."""
@@ -186,7 +142,7 @@ class Pipeline:
     def _start(self) -> None:
         """Under a limit the libraries come first, so that what they leave of it is known before weights are loaded."""
         with self.recorder.span("start", kind="load"):
-            use_libraries(self.device, self.config.strategy, _asked(self.device))
+            use_libraries(self.device, self.config.strategy, asked_of(self.device))
             self.device.empty_cache()
             self.device.hold_to_limit()
 
@@ -322,20 +278,20 @@ class Pipeline:
         pieces = lambda: counted(make_chunks(), count, lambda piece: piece.shape[1])  # noqa: E731
         return encode(component, self.device, pieces, self.config.strategy.vae_tile)
 
-    def _turns(self) -> list[_Turn]:
+    def _turns(self) -> list[Turn]:
         """Which transformer makes which steps; of a single one only those are run that differ."""
         request, family = self.config.request, self.config.request.facts.family
         if len(family.transformers) == 1:
-            return [_Turn(family.transformers[0].name, 0, self._steps_to_run(), True)]
+            return [Turn(family.transformers[0].name, 0, self._steps_to_run(), True)]
         owners = [family.turn(t).name for t in self._timesteps()]
         counts = [(name, len(list(steps))) for name, steps in groupby(owners)]
         stops = list(accumulate(count for _, count in counts))
         return [
-            _Turn(name, stop - count, stop, stop == request.sample_steps)
+            Turn(name, stop - count, stop, stop == request.sample_steps)
             for (name, count), stop in zip(counts, stops, strict=True)
         ]
 
-    def _turns_left(self) -> list[_Turn]:
+    def _turns_left(self) -> list[Turn]:
         """Without those whose steps an earlier process made."""
         made = min(self.keeper.steps_kept(index) for index in range(len(self.config.videos())))
         return [turn for turn in self._turns() if made < turn.stop]
@@ -345,21 +301,21 @@ class Pipeline:
         schedule = timesteps_and_sigmas(_solver(request), request.sample_steps, request.sample_shift)
         return [int(t) for t in schedule.timesteps]
 
-    def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra, turn: _Turn | None = None) -> _Plan:
+    def prepare(self, parts: Parts, contexts: list[torch.Tensor], extra: _Extra, turn: Turn | None = None) -> TurnPlan:
         """Embeds time, text and pictures for a turn's steps and every prompt, and drops the weights that did it."""
         turn = turn or self._turns()[0]
         component, timesteps = self._use(turn.model, parts), self._timesteps()
         timesteps = timesteps if turn.start == 0 and turn.is_last else timesteps[turn.start : turn.stop]
         with self.recorder.span("prepare", kind="stage", component=turn.model):
             conditions = [Condition(c, extra.y, extra.clip_fea, extra.vace_context) for c in contexts]
-            times, prepared = _transformer(component).prepare(timesteps, conditions, walk=component.walk_embedders)
+            times, prepared = transformer(component).prepare(timesteps, conditions, walk=component.walk_embedders)
             contexts.clear()
             del conditions
             self.device.empty_cache()
         negative = prepared.pop() if self.config.request.guided else None
-        return _Plan(turn, times, prepared, negative)
+        return TurnPlan(turn, times, prepared, negative)
 
-    def denoise_all(self, parts: Parts, plan: _Plan) -> list[torch.Tensor]:
+    def denoise_all(self, parts: Parts, plan: TurnPlan) -> list[torch.Tensor]:
         """One latent per video after the last turn; between several of them a finished one waits on the host."""
         videos, together = self.config.videos(), BATCH_SIZE.of(self.config.strategy)
         latents: list[torch.Tensor] = []
@@ -378,7 +334,7 @@ class Pipeline:
         self._done_with(plan.turn.model)
         return latents
 
-    def _denoise(self, parts: Parts, first: int, videos: Sequence[Video], plan: _Plan) -> list[torch.Tensor]:
+    def _denoise(self, parts: Parts, first: int, videos: Sequence[Video], plan: TurnPlan) -> list[torch.Tensor]:
         """From noise, or where the transformer before left off, through the turn's steps -> latents after the last turn.
 
         first: the number of the first of these videos, which are denoised together.
@@ -398,11 +354,11 @@ class Pipeline:
             del batch
         return latents
 
-    def _begun(self, number: int, video: Video) -> _Sampling:
-        request, guide, noise = self.config.request, _Guide(), self._noise(video.seed)
+    def _begun(self, number: int, video: Video) -> Sampling:
+        request, guide, noise = self.config.request, Guide(), self._noise(video.seed)
         schedule = timesteps_and_sigmas(_solver(request), self._steps_to_run(), request.sample_shift)
         state = self.keeper.begin(number, noise, self.device)
-        return _Sampling(video, guide, state, solve(_solver(request), guide, noise, schedule, state), state.latent)
+        return Sampling(video, guide, state, solve(_solver(request), guide, noise, schedule, state), state.latent)
 
     def _steps_to_run(self) -> int:
         steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
@@ -415,42 +371,19 @@ class Pipeline:
         shape = self.inputs.noise_shape
         return torch.randn(shape, dtype=torch.float32, device=self.device.torch_device, generator=generator)
 
-    def _velocities(self, component: Component, negative: Prepared | None) -> Velocities:
-        """Guided velocities v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards; without a
-        negative prompt v = cond from one."""
-        request, strategy = self.config.request, self.config.strategy
-        dit = _transformer(component)
-        rows = chunk_rows(self.inputs.geometry.tokens(self.inputs.noise_shape), strategy.rows_per_chunk)
-        heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-        asked: dict[str, Any] = {"rows_per_chunk": rows, "heads_per_group": heads, "attention": _asked(self.device)}
-
-        def velocities(latents: list[torch.Tensor], time: Time, conditions: list[Prepared]) -> list[torch.Tensor]:
-            groups = [conditions, [negative] * len(latents)] if negative is not None else [conditions]
-            if strategy.cfg == "joint":
-                groups = [[condition for group in groups for condition in group]]
-            outputs: list[torch.Tensor] = []
-            for group in groups:
-                shared = latents * (len(group) // len(latents))
-                outputs += dit.velocity(shared, time, group, walk=component.walk, **asked)
-            if negative is None:
-                return outputs
-            pairs = zip(outputs[: len(latents)], outputs[len(latents) :], strict=True)
-            return [uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale) for cond, uncond in pairs]
-
-        return velocities
-
-    def _steps(self, batch: list[_Sampling], component: Component, plan: _Plan, stage: str) -> None:
+    def _steps(self, batch: list[Sampling], component: Component, plan: TurnPlan, stage: str) -> None:
         """Advances videos through a turn, a span for each step; block spans on every `log_interval`-th."""
         interval, total, turn = self.config.measurement.log_interval, self.config.request.sample_steps, plan.turn
         skipped = total - self._steps_to_run()
-        velocities = self._velocities(component, plan.negative)
+        velocities = velocities_of(self.config, self.device, self.inputs, component, plan.negative)
+        together = videos_per_pass(self.config.strategy)
         self.keeper.begin_steps()
         for index in range(min(sampling.state.made for sampling in batch), turn.stop):
             detailed = self.config.measurement.profile_memory and index % interval == 0
             component.observe(partial(self._block_span, component.name) if detailed else None)
             number = index if index < turn.stop - 1 else index + skipped
             with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
-                self._step([s for s in batch if s.state.made == index], velocities, plan)
+                advance([s for s in batch if s.state.made == index], velocities, plan, together)
             if skipped and index == turn.stop - 2:
                 span.repeats = skipped + 1
             if self.tell:
@@ -459,16 +392,6 @@ class Pipeline:
                 self.trace_step()
             self.keeper.after_step(index + 1, self.device)
         component.observe(None)
-
-    def _step(self, batch: list[_Sampling], velocities: Velocities, plan: _Plan) -> None:
-        """Videos that have made as many steps, as many as may pass the weights together at a time."""
-        count, time = videos_per_pass(self.config.strategy), plan.times[batch[0].state.made - plan.turn.start]
-        for start in range(0, len(batch), count):
-            part = batch[start : start + count]
-            found = velocities([s.latent for s in part], time, [plan.conditions[s.video.prompt] for s in part])
-            for sampling in part:
-                sampling.guide.velocity = found.pop(0)
-                sampling.latent = next(sampling.trajectory)
 
     def _block_span(self, component: str, group: str) -> AbstractContextManager[object]:
         """`blocks.3` and `vace_blocks.3`, whose projection comes after its main block, as `block 3` and `vace block 3`."""
@@ -509,16 +432,6 @@ class Pipeline:
 
 def _solver(request: Request) -> Solver:
     return cast(Solver, request.sample_solver)  # which Request has checked
-
-
-def _asked(device: Device) -> str:
-    """The backend for the transformer's attention; the CPU has no choice."""
-    return AUTO if device.attention is None else device.attention.taken
-
-
-def _transformer(component: Component) -> WanDiT:
-    assert isinstance(component.module, WanDiT)
-    return component.module
 
 
 def _numbered(stage: str, index: int) -> str:

@@ -17,8 +17,9 @@ from wanvram.predict.ahead import forecasts_ahead, processes_here
 from wanvram.predict.host import is_here
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
-from wanvram.record import AttentionChoice, RunRecord, Span
+from wanvram.record import AttentionChoice, RunRecord
 from wanvram.run.attention import attention_of, card_like
+from wanvram.spans import Span
 from wanvram.units import human
 
 __all__ = ["Forecasts", "plan_run", "planned_config"]

@@ -16,9 +16,9 @@ from wanvram.engine.pipeline import Pipeline
 from wanvram.knobs import BATCH_SIZE, OFFLOAD
 from wanvram.planner.forecasts import StageForecast
 from wanvram.predict.simulate import simulated_device
-from wanvram.record import Span
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import assembled
+from wanvram.spans import Span
 
 __all__ = ["simulate_stage"]
 

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from wanvram.output_files import writing
-from wanvram.record import Memory
 from wanvram.recorder.event_file import ListFile, claim
+from wanvram.spans import Memory
 from wanvram.units import MIB
 
 __all__ = ["EventLog", "ProcessLock", "base_memory", "warn"]
@@ -59,8 +59,9 @@ class EventLog:
         """Of this process's file; of the first one's while this one has logged nothing."""
         return self._files.get(os.getpid(), self._files[self._pid]).path
 
-    def log(self, name: str, memory: Memory, metadata: Any = None) -> dict[str, Any]:
-        """With `base_memory` (bytes) in the metadata the text gives the increment over it, else the peak.
+    def log(self, name: str, memory: Memory, metadata: Any = None, *, traced: bool = False) -> dict[str, Any]:
+        """With `base_memory` (bytes) in the metadata the text gives the increment over it, else the peak. traced: said in the
+        event, because the device memory then holds torch.profiler's buffers, too.
 
         Metadata may be anything: what JSON cannot hold is written as its text. Raises OutputError when the disk is full.
         """
@@ -79,7 +80,7 @@ class EventLog:
             "allocated_bytes": memory.allocated_bytes,
             "reserved_bytes": memory.reserved_bytes,
             "device_bytes": memory.device_bytes,
-        }
+        } | ({"traced": True} if traced else {})
         written = _dumps(event)
         with writing(self.path):
             self._own_file().append(written)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from wanvram.errors import DeviceError
 from wanvram.machine.driver import DRIVER_BYTES, PageTables
 from wanvram.machine.nvml import Gpu, first_gpu
-from wanvram.record import Memory
+from wanvram.spans import Memory
 from wanvram.units import MIB
 
 __all__ = ["CpuMeter", "CudaMeter", "Meter"]

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
-from wanvram.record import Failure, Memory, Span
+from wanvram.record import Failure
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import check
 from wanvram.recorder.meters import Meter
 from wanvram.run_events import StageBegan, StageEnded, TellRun
+from wanvram.spans import Memory, Span
 
 __all__ = ["Recorder", "SpanObserver", "repeated_seconds", "with_device"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-from wanvram.record import Memory, Span
 from wanvram.recorder.events import ProcessLock
 from wanvram.recorder.meters import Meter
 from wanvram.recorder.recorder import with_device
+from wanvram.spans import Memory, Span
 
 __all__ = ["OpenStage", "Stages"]
 

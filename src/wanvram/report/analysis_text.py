@@ -11,10 +11,11 @@ from wanvram.analysis.snapshot import DeviceHistory, HostMemory, Snapshot
 from wanvram.analysis.stages import Analysis, SpecMoments, Switch
 from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummary
 from wanvram.foreign_text import shown
-from wanvram.record import Memory, RunRecord
+from wanvram.record import RunRecord
 from wanvram.report.findings import advice_first, unlimited_base
 from wanvram.report.terminal import listed, table
 from wanvram.report.translations import Texts
+from wanvram.spans import Memory
 from wanvram.units import human, mib, mib_cell, seconds
 
 __all__ = ["events_text", "run_text", "snapshot_text", "trace_text"]

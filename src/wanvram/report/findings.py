@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from wanvram.advice import Advice
 from wanvram.analysis.peak import component_of, module_of, owners, shape_of
-from wanvram.record import Memory, RunRecord, Span
+from wanvram.record import RunRecord
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts
+from wanvram.spans import Memory, Span
 from wanvram.timeline_record import OTHER, WEIGHTS, AliveBlocks
 from wanvram.units import GIB, human, seconds
 

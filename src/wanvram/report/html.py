@@ -17,12 +17,13 @@ from typing import Any
 
 from wanvram.analysis.compare import working_seconds
 from wanvram.errors import InputError
-from wanvram.record import Memory, RunRecord, Span
+from wanvram.record import RunRecord
 from wanvram.report.findings import CARDS_GIB, advice_first, alike, answer, best_first, card_of, ranked, ranks, together
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import thinned
 from wanvram.report.translations import GLOSSARY, TEXTS, Texts, shortened
 from wanvram.simulate.gpus import card_of_run
+from wanvram.spans import Memory, Span
 from wanvram.timeline_record import TimelineRecord
 from wanvram.version import __version__
 

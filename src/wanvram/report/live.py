@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from wanvram.progress_stream import ProgressStream
-from wanvram.record import Memory, Span
 from wanvram.report.event_text import event_text
 from wanvram.run_events import RunEvent, StageAdvanced, StageEnded
+from wanvram.spans import Memory, Span
 from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["LiveView", "Watched"]

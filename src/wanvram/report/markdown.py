@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from wanvram.foreign_text import MAX_SHOWN, shown
-from wanvram.record import Memory, RunRecord, Span
+from wanvram.record import RunRecord
 from wanvram.report.findings import advice_first, alike, answer, card_of, ranked, ranks, together, unlimited_base
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.terminal import videos_line
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts, shortened
+from wanvram.spans import Memory, Span
 from wanvram.timeline_record import OTHER, AliveBlocks, TimelineMoment
 from wanvram.units import MIB, human, mib_cell, seconds
 

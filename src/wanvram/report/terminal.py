@@ -15,10 +15,11 @@ from wanvram.command_line import MAX_COMMAND, plan_command
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
-from wanvram.record import AttentionChoice, RunRecord, Span
+from wanvram.record import AttentionChoice, RunRecord
 from wanvram.report.runs import asked
 from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
+from wanvram.spans import Span
 from wanvram.units import MIB, human, mib_cell, seconds
 
 __all__ = ["attention_line", "listed", "show", "summarize", "table", "videos_line"]

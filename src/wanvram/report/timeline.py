@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
-from wanvram.record import Memory, RunRecord, Span
+from wanvram.record import RunRecord
+from wanvram.spans import Memory, Span
 from wanvram.timeline_record import MemoryPoint, StageKind, TimelineMoment, TimelineRecord, TimelineStage, largest
 
 __all__ = ["coarse_timeline", "peak_moment", "thinned"]

@@ -45,7 +45,7 @@ from wanvram.run.outputs import Outputs
 from wanvram.run.post_mortem import largest_alive
 from wanvram.run.progress import StageProgress
 from wanvram.run.resume import Resumption
-from wanvram.run.tracing import observed
+from wanvram.run.tracing import observed, traced_config, traced_pass
 from wanvram.run.weights import choose_weights
 from wanvram.run_events import TellRun
 from wanvram.simulate.timeline import Timeline
@@ -149,7 +149,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             recorder.events = stack.enter_context(_event_log(directory, unwritten, goes_on)) if directory else None
             if around.watch:
                 stack.enter_context(around.watch(recorder))
-            lost = stack.enter_context(observed(config.measurement, pipeline, directory))
+            lost = stack.enter_context(observed(config.measurement, directory))
             play = _run_recorded if output.keep_defects else _run
             failure = play(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
         if unwritten and failure is None:
@@ -162,6 +162,14 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
         around.complete(record)
         if directory:
             _write_results(directory, record, around.timeline)
+        del made, pipeline, outputs
+        if directory and config.measurement.is_traced:
+            failed = failure is not None and failure.kind != "oom"
+            traced = (
+                "no trace was written: the run failed" if failed else _trace(device, config, directory, around, output)
+            )
+            record.notes.append(traced)
+            record.write(directory / "record.json")
     return record
 
 
@@ -169,6 +177,19 @@ def _directory(output: Output) -> AbstractContextManager[Path]:
     """Held for this run; that of a run that goes on is held already."""
     assert output.directory is not None
     return nullcontext(output.directory) if output.resume else run_directory(output.directory, force=output.force)
+
+
+def _trace(device: Device, config: RunConfig, directory: Path, around: Around, output: Output) -> str:
+    """In a pass of its own, when what was measured is written: what became of it."""
+    if device.kind == "simulated":
+        return "no trace was written: nothing runs on the simulated device; --device cuda or cpu traces"
+    device.empty_cache()
+    pipeline = assembled(device, traced_config(config), Recorder(device.meter, None, None)).pipeline
+
+    def play(pipeline: Pipeline) -> Failure | None:
+        return _run_recorded(pipeline, lambda _: nullcontext(), debug=output.debug)
+
+    return traced_pass(config, pipeline, directory, around.progress, play)
 
 
 def _beside(config: RunConfig, output: Output, predict: Predict | None) -> Beside | None:
@@ -226,10 +247,6 @@ def check_measurement(config: RunConfig) -> None:
         raise InputError(
             "logging.snapshot: an allocator snapshot exists on CUDA only; set it to false or use --device cuda "
             "(of a predicted run: wanvram estimate --config FILE.yaml --memory_viz FILE.pickle)"
-        )
-    if config.measurement.trace and device_kind(config) == "simulated":
-        raise InputError(
-            "logging.trace: nothing runs on the simulated device; set it to false or use --device cuda or cpu"
         )
 
 
@@ -383,8 +400,6 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
         and pipeline.device.kind != "simulated"
     ):
         notes.append("generated weights are on no disk: they are made again in every pass, so times mean nothing")
-    if config.measurement.trace:
-        notes.append("torch.profiler was tracing: times and memory of this run are disturbed by it")
     if config.gpu and pipeline.device.kind != "simulated":
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     return notes

@@ -4,41 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from wanvram.config import Measurement
+from wanvram.config import Measurement, RunConfig
 from wanvram.engine.pipeline import Pipeline
-from wanvram.recorder.tracing import allocator_snapshot, setup_profiler
+from wanvram.record import Failure
+from wanvram.recorder.tracing import CYCLE_STEPS, allocator_snapshot, setup_profiler
 from wanvram.run.directory import TRACE_NAME
+from wanvram.run_events import StageAdvanced, TellRun
 
-__all__ = ["observed"]
+__all__ = ["observed", "traced_config", "traced_pass"]
 
 
 @contextmanager
-def observed(measurement: Measurement, pipeline: Pipeline, directory: Path | None) -> Iterator[list[str]]:
-    """Inside, the pipeline is traced and the allocator recorded, into the run directory, as far as asked for.
+def observed(measurement: Measurement, directory: Path | None) -> Iterator[list[str]]:
+    """Inside, the allocator's history is recorded into the run directory, if asked for.
 
-    Yields a list that holds afterwards a sentence on each file that could not be written: the run's own record, which
+    Yields a list that holds afterwards a sentence on what could not be written: the run's own record, which
     may have taken hours, must not be lost for it.
     """
     lost: list[str] = []
-    if directory is None:
-        yield lost
-        return
-    snapshot = allocator_snapshot(directory / "snapshot.pickle") if measurement.snapshot else nullcontext()
-    tracer = _Tracer(directory, measurement.trace_directory, lost) if measurement.trace else None
+    wanted = measurement.snapshot and directory is not None
+    snapshot = allocator_snapshot(directory / "snapshot.pickle") if wanted and directory else nullcontext()
     snapshot.__enter__()
     try:
-        if tracer is None:
-            yield lost
-        else:
-            pipeline.trace_step = tracer.step
-            with tracer:
-                yield lost
+        yield lost
     finally:
         try:
             snapshot.__exit__(None, None, None)
@@ -46,47 +39,79 @@ def observed(measurement: Measurement, pipeline: Pipeline, directory: Path | Non
             lost.append(f"snapshot.pickle could not be written: {error.strerror or error}")
 
 
+def traced_config(config: RunConfig) -> RunConfig:
+    """Of the pass that is traced: the steps of one trace of the first prompt, as it was given; nothing else differs."""
+    first = config.request.all_prompts()[0]
+    request = replace(config.request, prompt=first, prompts=(), sample_steps=CYCLE_STEPS, use_prompt_extend=False)
+    return replace(config, request=request, measurement=Measurement(profile_memory=False))
+
+
+def traced_pass(
+    config: RunConfig,
+    pipeline: Pipeline,
+    directory: Path,
+    tell: TellRun | None,
+    play: Callable[[Pipeline], Failure | None],
+) -> str:
+    """Plays a pipeline of `traced_config` until torch.profiler has written its trace into the run directory; nothing is decoded.
+
+    A sentence on what became of it: the measured run stays what it was.
+    """
+    try:
+        tracer = _Tracer(directory / config.measurement.trace_directory, tell)
+        pipeline.trace_step = tracer.step
+        try:
+            failure = play(pipeline)
+        except _TraceWritten:
+            failure = None
+        finally:
+            tracer.end()
+        if failure is not None:
+            return f"no trace was written: {failure.message}"
+        _same_file(tracer.written(), directory / TRACE_NAME)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return f"no trace was written: {reason}"
+    return f"{TRACE_NAME} is of a pass of its own after the measured one, its third to fifth step: torch.profiler disturbs times and memory"
+
+
+class _TraceWritten(BaseException):
+    """Ends the traced pass: no failure, so no Exception."""
+
+
 class _Tracer:
-    """torch.profiler over the denoising steps. Its first trace is also found as `trace.json` in the run directory."""
+    """torch.profiler over the denoising steps, into a folder that belongs to this run: earlier traces in it are removed."""
 
-    def __init__(self, directory: Path, traces: str, lost: list[str]) -> None:
-        self._directory = directory
-        self._traces = directory / traces
-        self._earlier = set(self._found())
-        self._lost = lost
-        self._profiler: torch.profiler.profile | None = setup_profiler(str(self._traces))
-
-    def __enter__(self) -> None:
-        assert self._profiler is not None
+    def __init__(self, traces: Path, tell: TellRun | None) -> None:
+        self._traces = traces
+        self._tell = tell
+        self._steps = 0
+        for earlier in self._found():
+            earlier.unlink()
+        self._profiler = setup_profiler(str(traces))
         self._profiler.start()
 
-    def __exit__(self, *_: object) -> None:
-        self._guarded("stop")
-        written = [path for path in self._found() if path not in self._earlier]
-        if not written:
-            if not self._lost:
-                self._lost.append("no trace was written: it begins after the second step, which the run did not reach")
-            return
-        try:
-            _same_file(written[0], self._directory / TRACE_NAME)
-        except OSError as error:
-            self._lost.append(f"{TRACE_NAME} could not be written: {error.strerror or error}")
+    def step(self) -> None:
+        """To be called after each denoising step."""
+        self._steps += 1
+        if self._tell:
+            self._tell(StageAdvanced("trace", self._steps, CYCLE_STEPS, "steps"))
+        self._profiler.step()
+        if self._steps == CYCLE_STEPS:
+            raise _TraceWritten
+
+    def end(self) -> None:
+        self._profiler.stop()
+
+    def written(self) -> Path:
+        """Raises OSError if there is none."""
+        found = self._found()
+        if not found:
+            raise OSError("torch.profiler wrote no trace")
+        return found[-1]
 
     def _found(self) -> list[Path]:
         return sorted(self._traces.glob("*.pt.trace.json"), key=lambda path: path.stat().st_mtime_ns)
-
-    def step(self) -> None:
-        """To be called after each denoising step. A trace that cannot be written ends the tracing, not the run."""
-        self._guarded("step")
-
-    def _guarded(self, call: str) -> None:
-        if self._profiler is None:
-            return
-        try:
-            getattr(self._profiler, call)()
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's own, when it cannot make the directory
-            self._profiler = None
-            self._lost.append(f"the trace could not be written: {error}")
 
 
 def _same_file(source: Path, target: Path) -> None:

@@ -15,9 +15,9 @@ from math import prod
 from typing import Any
 
 from wanvram.kernels.attention_backends import chosen
-from wanvram.record import Copies
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.host import HOST, Host, Reading
+from wanvram.spans import Copies
 
 __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
 

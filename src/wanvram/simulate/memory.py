@@ -16,12 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanvram.machine.driver import PageTables
-from wanvram.record import Memory
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.meta_results import SHORTCUTS
 from wanvram.simulate.operation_buffers import BufferPlan, LibraryBuffers
+from wanvram.spans import Memory
 
 __all__ = ["AllocationEvent", "MemoryObserver", "SimulatedMemory"]
 
