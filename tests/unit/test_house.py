@@ -21,8 +21,9 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 BUDGETS = {
     ".": 3050,
     "analysis": 3375,
-    "cli": 1825,
+    "cli": 1925,
     "engine": 2175,
+    "foreign": 2600,
     "kernels": 850,
     "machine": 775,
     "matrix": 675,

@@ -66,7 +66,13 @@ class ForeignBuffers(LibraryBuffers):
             return BufferPlan()  # depthwise: PyTorch's own kernels
         name = str(x.dtype).removeprefix("torch.")
         if _channels_last(x) or _channels_last(weight):
-            if x.dim() == 5 and x.shape[0] == 1 and not transposed and groups == 1 and all(step == 1 for step in dilation):
+            if (
+                x.dim() == 5
+                and x.shape[0] == 1
+                and not transposed
+                and groups == 1
+                and all(step == 1 for step in dilation)
+            ):
                 sizes = tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding)
                 taken = self.libraries.conv_workspace(Convolution(name, *sizes))
             else:
@@ -89,13 +95,11 @@ def _group_norm(args: Arguments) -> BufferPlan:
 def _channels_last(tensor: torch.Tensor) -> bool:
     if tensor.dim() not in (4, 5) or tensor.is_contiguous():
         return False
-    return tensor.is_contiguous(
-        memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-    )
+    return tensor.is_contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d)
 
 
 def convolution_shape(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
+    x: torch.Tensor, weight: torch.Tensor, _bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
 ) -> list[int]:
     """[N,O,...] of a convolution, or of a transposed one (rest: transposed, output_padding, groups)."""
     transposed, output_padding, groups = rest

@@ -114,7 +114,7 @@ class CudaGenerator(torch.Generator):
     asked: torch.device
 
     def __new__(cls, device: Any = "cpu") -> CudaGenerator:
-        made = super().__new__(cls, device="cpu")
+        made: CudaGenerator = super().__new__(cls, device="cpu")  # type: ignore[call-arg]
         made.asked = torch.device(device)
         return made
 
@@ -122,7 +122,7 @@ class CudaGenerator(torch.Generator):
         super().__init__()
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return self.asked
 
 
@@ -132,8 +132,8 @@ class StandIns:
     def __init__(self, memory: ForeignMemory, *, eager: bool = False) -> None:
         self.memory = memory
         self.eager = eager
-        self.event = type("Event", (CudaEvent,), {"memory": memory})
-        self.stream_class = type("Stream", (CudaStream,), {"memory": memory, "event": self.event})
+        self.event: Any = type("Event", (CudaEvent,), {"memory": memory})
+        self.stream_class: Any = type("Stream", (CudaStream,), {"memory": memory, "event": self.event})
         self.generator = torch.Generator()
         self.fraction = 1.0
 
@@ -142,13 +142,17 @@ class StandIns:
         cuda, accelerator = torch.cuda, torch.accelerator
         changes: list[tuple[Any, str, Any]] = []
         for name, stand_in in {**self._cuda(), **self._memory()}.items():
-            changes += [(module, name, stand_in) for module in (cuda, cuda.memory, cuda.random) if hasattr(module, name)]
+            changes += [
+                (module, name, stand_in) for module in (cuda, cuda.memory, cuda.random) if hasattr(module, name)
+            ]
         changes += [(accelerator, name, f) for name, f in self._accelerator().items() if hasattr(accelerator, name)]
         for owner, name, said in _refused():
             plain = getattr(owner, name, None)
             if plain is not None:  # annotations join classes with None
                 refusal = _refusal(said)
-                changes.append((owner, name, type(name, (), {"__init__": refusal}) if isinstance(plain, type) else refusal))
+                changes.append(
+                    (owner, name, type(name, (), {"__init__": refusal}) if isinstance(plain, type) else refusal)
+                )
         return [
             *changes,
             (torch, "Generator", CudaGenerator),
@@ -176,7 +180,8 @@ class StandIns:
     # --- devices and streams ---------------------------------------------------------------------------------------------
 
     def current_stream(self, *_: Any, **__: Any) -> CudaStream:
-        return self.stream_class(number=self.memory.stream)
+        current: CudaStream = self.stream_class(number=self.memory.stream)
+        return current
 
     def set_stream(self, stream: CudaStream) -> None:
         self.memory.stream = stream.stream_id
@@ -292,7 +297,7 @@ class StandIns:
     def stats(self, *_: Any, **__: Any) -> dict[str, int]:
         """The counters of torch.cuda.memory_stats that memory reports read."""
         allocator = self.memory.allocator
-        found = {}
+        found: dict[str, int] = {}
         for name, current, peak in (
             ("allocated_bytes", allocator.allocated_bytes, allocator.peak_allocated_bytes),
             ("active_bytes", allocator.allocated_bytes, allocator.peak_allocated_bytes),
@@ -304,9 +309,11 @@ class StandIns:
     def _accelerator(self) -> dict[str, Callable[..., Any]]:
         """torch.accelerator, whose names differ a little."""
         found = {**self._memory(), **self._cuda()}
-        kept = ("is_available", "device_count", "current_stream", "set_stream", "synchronize", "empty_cache")
-        kept += ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_stats")
-        kept += ("reset_peak_memory_stats", "reset_accumulated_memory_stats")
+        kept = (
+            *("is_available", "device_count", "current_stream", "set_stream", "synchronize", "empty_cache"),
+            *("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_stats"),
+            *("reset_peak_memory_stats", "reset_accumulated_memory_stats"),
+        )
         return {name: found[name] for name in kept} | {
             "current_accelerator": lambda *args, **kwargs: torch.device("cuda"),
             "current_device_index": lambda: 0,

@@ -21,7 +21,7 @@ __all__ = ["LARGE_BYTES", "Facade"]
 LARGE_BYTES = 1 << 20  # host tensors from here on have no bytes: a 14B model would need 27 GiB
 _FROM_DATA = ("tensor", "as_tensor", "asarray", "nested_tensor")
 _META = torch.device("meta")
-T = torch.Tensor
+T: Any = torch.Tensor
 
 
 class Facade(TorchFunctionMode):
@@ -161,7 +161,7 @@ class Facade(TorchFunctionMode):
             rest = dict(zip(("non_blocking", "copy"), args[1:], strict=False)) | kwargs
             args, kwargs = (self._device(other), other.dtype), {"non_blocking": rest.get("non_blocking", False)}
         if len(args) > 3 or (len(args) > 2 and isinstance(args[0], torch.dtype)):
-            *args, copy = args
+            args, copy = args[:-1], args[-1]
         device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
         place = self._place(tensor) if device is None else self.place_named(device)
         return self._moved(tensor, place, dtype or tensor.dtype, copy=copy, memory_format=layout)
@@ -190,7 +190,8 @@ class Facade(TorchFunctionMode):
         self.memory.synchronize()
         value = self.memory.values.of(tensor)
         if value is not None:
-            return T.to(value.detach(), dtype, copy=True, memory_format=layout)
+            moved: torch.Tensor = T.to(value.detach(), dtype, copy=True, memory_format=layout)
+            return moved
         with self.memory.putting(CPU):
             moved = torch.empty_like(tensor, dtype=dtype, device=_META, memory_format=layout, requires_grad=False)
         with torch.no_grad():
@@ -247,8 +248,8 @@ class Facade(TorchFunctionMode):
     def _data_ptr(self, tensor: torch.Tensor) -> int:
         """Different for different memory, which is all that code without kernels of its own makes of it."""
         if not tensor.is_meta:
-            return tensor.data_ptr()
-        return tensor.untyped_storage()._cdata * 64 + tensor.storage_offset() * tensor.itemsize
+            return int(tensor.data_ptr())
+        return int(tensor.untyped_storage()._cdata * 64 + tensor.storage_offset() * tensor.itemsize)
 
     def _pin(self, tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
         if self.memory.pinned(tensor):
@@ -265,11 +266,11 @@ class Facade(TorchFunctionMode):
 
     def _repr(self, tensor: torch.Tensor, **kwargs: Any) -> str:
         if not tensor.is_meta or self._place(tensor) == META:
-            return T.__repr__(tensor, **kwargs)
+            return str(T.__repr__(tensor, **kwargs))
         device = "" if self._place(tensor) == CPU else ", device='cuda:0'"
         value = self.memory.values.of(tensor)
         if value is not None and value.numel() < 1000:
-            return T.__repr__(value)[:-1] + f"{device})"
+            return str(T.__repr__(value))[:-1] + f"{device})"
         return f"tensor(..., size={tuple(tensor.shape)}, dtype={tensor.dtype}{device})"
 
     def _reduce(self, tensor: torch.Tensor, protocol: int) -> Any:

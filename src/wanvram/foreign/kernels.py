@@ -5,7 +5,7 @@ They are registered for the meta device while a simulation runs, so that they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -25,13 +25,13 @@ _ALIGNED = 8  # elements that a head and a row of a mask are padded to
 def whole_operations(memory: ForeignMemory) -> Iterator[None]:
     """Registers them with PyTorch's dispatcher and the simulated device, and takes both back."""
     kernels = _Kernels(memory)
-    table = {
+    table: dict[Any, Callable[..., Any]] = {
         aten.scaled_dot_product_attention.default: kernels.attention,
         aten.linear.default: kernels.linear,
         aten.rms_norm.default: kernels.rms_norm,
         aten.softmax.int: kernels.softmax,
     }
-    library = torch._C._dispatch_library("IMPL", "aten", "", "wanvram/foreign/kernels.py", 0)
+    library: Any = torch._C._dispatch_library("IMPL", "aten", "", "wanvram/foreign/kernels.py", 0)
     for operation in table:
         name = operation._schema.name.removeprefix("aten::")
         full = f"{name}.{operation._overloadname}" if operation._overloadname != "default" else name
@@ -113,11 +113,10 @@ class _Kernels:
         k: torch.Tensor,
         v: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
+        *_: Any,
         scale: float | None = None,
         enable_gqa: bool = False,
+        **__: Any,
     ) -> Any:
         """[B,H,Lq,D], [B,H,Lk,D] -> [B,H,Lq,D]; the first backend that PyTorch allows, taken apart where that is none."""
         backend = self._backend(q, k, v, attn_mask, enable_gqa)
@@ -183,7 +182,7 @@ class _Kernels:
 
 def _like_query(q: torch.Tensor, value_dim: int, backend: str) -> torch.Tensor:
     """[B,H,L,D] in memory as the query lies; of the efficient kernel always [B,L,H,D]."""
-    batch, heads, rows, dim = q.shape
+    batch, heads, rows = q.shape[:3]
     if backend == "efficient" or q.stride(1) < q.stride(2):
         return torch.empty((batch, rows, heads, value_dim), dtype=q.dtype, device="meta").transpose(1, 2)
     return torch.empty((batch, heads, rows, value_dim), dtype=q.dtype, device="meta")

@@ -18,7 +18,7 @@ import torch
 from wanvram.errors import OutOfMemory
 from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
-from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation
+from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.values import Values, tensors_in
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.clock import Clock, Price
@@ -29,9 +29,21 @@ from wanvram.units import human
 __all__ = ["CPU", "CUDA", "META", "ForeignMemory"]
 
 CUDA, CPU, META = "cuda", "cpu", "meta"  # where a storage lies; CPU: a host tensor too large to be real
-_ACROSS = ("aten.copy_", "aten.index", "aten._index_put_impl_", "aten._to_copy", "aten.set_")  # of host and device tensors
-_DATA_SHAPED = ("aten.nonzero.default", "aten.masked_select.default", "aten._unique2.default", "aten.unique_dim.default")
+_ACROSS = (
+    "aten.copy_",
+    "aten.index",
+    "aten._index_put_impl_",
+    "aten._to_copy",
+    "aten.set_",
+)  # of host and device tensors
+_DATA_SHAPED = (
+    "aten.nonzero.default",
+    "aten.masked_select.default",
+    "aten._unique2.default",
+    "aten.unique_dim.default",
+)
 _MOST_MEMORISED = 100_000
+MOST_ASSUMED = 20_000  # reads of unknown values at one place
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,13 @@ class ForeignMemory(SimulatedMemory):
         self.assumed: Counter[str] = Counter()  # places that read values which only a GPU would know
         self.untaken: Counter[str] = Counter()  # operations whose buffers beside the outputs are not known
         self.said: Counter[str] = Counter()  # what was done otherwise than asked
+        self.where: Callable[[], str | None] = lambda: None  # the line of the program that is running
         self.refused = 0  # allocations that did not fit
         self.peak_device_bytes = 0
         self.operations = 0
         self.closed = False
         self._place: dict[int, str] = {}
+        self._last = CUDA  # where the operation before was
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
         self._pinned_real: set[int] = set()
@@ -166,7 +180,7 @@ class ForeignMemory(SimulatedMemory):
         kwargs = kwargs or {}
         operation = self._foreign.get(func) or self._learn(func)
         tensors = [*tensors_in(args), *tensors_in(kwargs.values())] if kwargs else [*tensors_in(args)]
-        place = self._common_place(operation, tensors)
+        place = self._common_place(operation, tensors, kwargs)
         if place is None:
             return func(*args, **kwargs)
         if self.casts.enabled and place == CUDA:
@@ -203,7 +217,7 @@ class ForeignMemory(SimulatedMemory):
         found = self._foreign[func] = _Operation(name, view, composite, writes, price, memorised)
         return found
 
-    def _common_place(self, operation: _Operation, tensors: list[torch.Tensor]) -> str | None:
+    def _common_place(self, operation: _Operation, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> str | None:
         """None: real tensors only, or none at all and nobody asked for another place."""
         place: str | None = None
         real = False
@@ -219,13 +233,15 @@ class ForeignMemory(SimulatedMemory):
             elif own == CPU and place == CUDA and tensor.dim():
                 real = True
         if place is None:
-            return self.placing if not tensors or self.placing is not None else None
-        if place == CUDA and real and not operation.name.startswith(_ACROSS):
-            if self.placing is None and not operation.composite:
-                raise RuntimeError(
-                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
-                    f"({operation.name}; simulated)"
-                )
+            made_within = not tensors and str(kwargs.get("device")) == "meta"  # by C++ for the tensors it works on
+            return self.placing or (self._last if made_within else None)
+        self._last = place
+        apart = real and place == CUDA and self.placing is None
+        if apart and not operation.composite and not operation.name.startswith(_ACROSS):
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"({operation.name}; simulated)"
+            )
         return self.placing or place
 
     def _run(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any], place: str) -> Any:
@@ -298,6 +314,10 @@ class ForeignMemory(SimulatedMemory):
             return func(*args, **kwargs)
         except NotImplementedError as error:
             raise UnknownOperation(operation.name) from error
+        except RuntimeError as error:
+            if operation.name.startswith("aten.") or "fake impl" not in str(error):
+                raise
+            raise UnknownOperation(operation.name) from None
 
     def _read(self, func: Any, args: Any) -> Any:
         """A value for the host: zero, said so in the gaps, where only a GPU would know it."""
@@ -309,8 +329,14 @@ class ForeignMemory(SimulatedMemory):
         return False if args[0].dtype == torch.bool or len(known) > 1 else 0.0 if args[0].is_floating_point() else 0
 
     def assume(self, operation: str) -> None:
-        """Notes that unknown values were taken as zeros."""
-        self.assumed[operation] += 1
+        """Notes that unknown values were taken as zeros, and where. Raises Unsupported in a loop that such a zero never ends."""
+        place = f"{operation.removesuffix('.default')} at {self.where()}"
+        self.assumed[place] += 1
+        if self.assumed[place] > MOST_ASSUMED:
+            raise Unsupported(
+                f"{place}: {MOST_ASSUMED} times a value was read that only a GPU would know, and zero was taken; "
+                "a loop that waits for it would not end"
+            )
 
     def _data_shaped(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any], place: str) -> Any:
         """The shape of the result hangs on values: it is known where they are. What only writes needs none."""
@@ -361,9 +387,9 @@ class ForeignMemory(SimulatedMemory):
         temporary = 0
         if to != of:
             simple = target.dtype == source.dtype and _alike(target, source)
-            if CUDA == to and not simple and not target.is_contiguous():
+            if to == CUDA and not simple and not target.is_contiguous():
                 temporary = target.numel() * target.itemsize
-            if CUDA == of and not simple and not source.is_contiguous():
+            if of == CUDA and not simple and not source.is_contiguous():
                 temporary = source.numel() * source.itemsize
             self.clock.transfer(source.nbytes, pinned=True)
         if CUDA in (to, of):

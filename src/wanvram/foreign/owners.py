@@ -11,7 +11,7 @@ from wanvram.simulate.timeline import Timeline
 __all__ = ["ForeignTimeline"]
 
 _OURS = ("wanvram", "torch", "contextlib", "functools", "runpy", "importlib", "accelerate.hooks")
-_NAMED = 2  # the two innermost functions that say what is computed
+_HERE = __file__.replace("\\", "/").rpartition("/foreign/")[0]
 
 
 class ForeignTimeline(Timeline):
@@ -20,6 +20,10 @@ class ForeignTimeline(Timeline):
     def __init__(self, allocator: Any, outside_bytes: int | None = None) -> None:
         super().__init__(allocator, outside_bytes)
         self._places: Any = _ForeignPlaces()
+
+    def where(self) -> str:
+        """The line of the program that is running."""
+        return (self._places.of_caller() or "?").rpartition(" > ")[2]
 
     def begun(self) -> int:
         """The number of events so far."""
@@ -77,8 +81,9 @@ def _name(code: CodeType, names: dict[str, Any]) -> str:
     module = names.get("__name__") or ""
     if code.co_name.startswith("<") and code.co_name != "<module>":
         return ""
-    if module.partition(".")[0] in _OURS or module in _OURS:
+    path = code.co_filename.replace("\\", "/")
+    if module.partition(".")[0] in _OURS or module in _OURS or path.startswith(_HERE):
         return ""
-    file = code.co_filename.replace("\\", "/").rpartition("/")[2].removesuffix(".py")
+    file = path.rpartition("/")[2].removesuffix(".py")
     function = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")
     return file if function == "<module>" else f"{file}.{function}"

@@ -33,6 +33,8 @@ def report_text(run: SimulatedRun) -> str:
         f"peak  device {human(peak.device_bytes)}  reserved {human(peak.reserved_bytes)}  "
         f"allocated {human(peak.allocated_bytes)}  ({peak.basis})",
     ]
+    if run.refused_bytes:
+        lines.append(f"refused: {human(run.refused_bytes)} more were asked for")
     if peak.low_bytes != peak.high_bytes:
         lines.append(f"      reserved between {human(peak.low_bytes)} and {human(peak.high_bytes)}")
     lines += [f"stage {s.name}: allocated {human(s.peak_allocated_bytes)}" for s in run.stages]
@@ -48,6 +50,7 @@ def run_json(run: SimulatedRun) -> dict[str, Any]:
         "device": f"simulated:{run.gpu.key}",
         "fits": run.fits,
         "vram_bytes": run.vram_bytes,
+        "refused_bytes": run.refused_bytes,
         "peak": asdict(run.peak),
         "stages": [asdict(stage) for stage in run.stages],
         "owners": [{"module": name, "bytes": nbytes} for name, nbytes in owners(run)],

@@ -9,11 +9,12 @@ import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from wanvram.errors import InputError
+from wanvram.errors import InputError, OutOfMemory
 from wanvram.foreign.buffers import ForeignBuffers, Registered
 from wanvram.foreign.cuda_api import StandIns, patched
 from wanvram.foreign.facade import Facade
@@ -78,7 +79,11 @@ class SimulatedRun:
         self._timeline = self.allocations = timeline
         self._stages: list[ForeignStage] = []
         self.fits = True
-        self._moved: dict[int, str] = {}
+        self.refused_bytes = 0
+
+    def refuse(self, error: OutOfMemory) -> None:
+        """The program ended because the card is full."""
+        self.fits, self.refused_bytes = False, error.requested_bytes
 
     @property
     def peak(self) -> ForeignPeak:
@@ -130,7 +135,25 @@ class SimulatedRun:
             raise InputError(f"{len(missing)} of {len(named)} tensors are not on cuda: {', '.join(missing[:3])}")
 
 
+def _checked_moves(run: SimulatedRun) -> list[tuple[Any, str, Any]]:
+    """Module.to and Module.cuda that look, after a move to the card, whether everything is there."""
+
+    def checked(plain: Any) -> Any:
+        def move(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            moved = plain(module, *args, **kwargs)
+            given = [*args, *kwargs.values()]
+            if plain.__name__ == "cuda" or any(str(value).startswith("cuda") for value in given):
+                run.check(module)
+            return moved
+
+        return move
+
+    return [(torch.nn.Module, name, checked(getattr(torch.nn.Module, name))) for name in ("to", "cuda")]
+
+
 def _gaps(memory: ForeignMemory) -> Iterator[str]:
+    if not memory.allocator.peak_reserved_bytes:
+        yield "nothing was put on the card"
     for name, count in memory.untaken.items():
         yield f"{name}: {count} calls, of which what is taken beside the results is not known"
     for kind, nbytes in memory.buffers.ranged.items():
@@ -160,8 +183,7 @@ def simulated_gpu(
     """
     if _open:
         raise InputError("one GPU is simulated at a time: this is inside another simulated_gpu")
-    import torch._dynamo  # PyTorch's meta kernels import it at their first use, and must not find the stand-ins then
-
+    import_module("torch._dynamo")  # PyTorch's meta kernels do at their first use, and must not find the stand-ins then
     card = find_gpu(gpu)
     limit = None if vram is None else parse_memory(vram) if isinstance(vram, str) else vram
     outside = card.context_bytes + sum(card.module_bytes.values())
@@ -170,13 +192,14 @@ def simulated_gpu(
     memory = ForeignMemory(card, allocator, ForeignBuffers(card, Libraries(card), _REGISTERED), Clock(card))
     memory.total_bytes = total
     timeline = ForeignTimeline.attach(memory)
+    memory.where = timeline.where
     run = SimulatedRun(memory, timeline, total)
     facade = Facade(memory)
     with ExitStack() as stack:
         _open.append(run)
         stack.callback(_open.clear)
         stack.callback(memory.close)
-        stack.enter_context(patched(StandIns(memory, eager=compile_eagerly).table()))
+        stack.enter_context(patched([*StandIns(memory, eager=compile_eagerly).table(), *_checked_moves(run)]))
         stack.enter_context(whole_operations(memory))
         stack.enter_context(in_threads(facade, memory))
         stack.enter_context(memory)

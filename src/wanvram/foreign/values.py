@@ -29,7 +29,7 @@ class Values:
         if known is None:
             return None
         shared = torch.empty(0, dtype=tensor.dtype)
-        return shared.set_(known, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload,no-any-return]
+        return shared.set_(known, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def keep(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """`value` [the shape of tensor] is what the meta tensor holds; its storage must be the tensor's alone."""
@@ -44,7 +44,7 @@ class Values:
 
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> bool:
         """The operation on the values, in place or into `result`'s. False where an argument's values are not known."""
-        results = [tensor for tensor in tensors_in((result,))]
+        results = list(tensors_in((result,)))
         if not all(map(_small, results)):
             return False
         try:

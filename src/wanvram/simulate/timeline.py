@@ -35,6 +35,7 @@ from wanvram.timeline_record import (
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from wanvram.simulate.allocator import CachingAllocator
     from wanvram.simulate.memory import SimulatedMemory
@@ -110,7 +111,7 @@ class Timeline:
         allocator.on_segment = self._segment
 
     @classmethod
-    def attach(cls, memory: SimulatedMemory) -> Timeline:
+    def attach(cls, memory: SimulatedMemory) -> Self:
         """Observes `memory` from now on; nothing may have been allocated yet."""
         timeline = cls(memory.allocator, memory.device_memory())
         memory.observer = timeline
