@@ -103,15 +103,19 @@ class Facade(TorchFunctionMode):
         pinned = kwargs.pop("pin_memory", False)
         if func in (torch.scalar_tensor, torch.empty_strided, torch.arange, torch.randperm) or "out" in kwargs:
             return func(*args, **kwargs)
+        return self._on_host(func, args, kwargs, pinned)
+
+    def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any], pinned: bool = False) -> Any:
+        """Real below LARGE_BYTES, else without bytes."""
         with self.memory.ignored():
             probe = func(*args, **{k: v for k, v in kwargs.items() if k != "generator"} | {"device": _META})
-        if probe.untyped_storage().nbytes() < LARGE_BYTES:
-            result = func(*args, **kwargs)
-            if pinned:
-                self.memory.pin_real(result)
-            return result
-        with self.memory.putting(CPU, pinned):
-            return func(*args, **kwargs | {"device": _META})
+        if probe.untyped_storage().nbytes() >= LARGE_BYTES:
+            with self.memory.putting(CPU, pinned):
+                return func(*args, **kwargs | {"device": _META})
+        result = func(*args, **kwargs)
+        if pinned:
+            self.memory.pin_real(result)
+        return result
 
     def _placed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """With the device that is meant, where the storages of the result are put."""
@@ -120,8 +124,7 @@ class Facade(TorchFunctionMode):
             return func(*args, **kwargs)
         kwargs.pop("pin_memory", None)
         if place == CPU:
-            with self.memory.putting(None):
-                return func(*args, **kwargs)
+            return self._on_host(func, args, kwargs)
         with self.memory.putting(place):
             return func(*args, **kwargs | {"device": _META})
 
