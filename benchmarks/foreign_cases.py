@@ -163,6 +163,7 @@ IMAGE_VAE: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
+    "sample_size": 1024,
     "latent_channels": 16,
     "use_quant_conv": False,
     "use_post_quant_conv": False,

@@ -77,13 +77,19 @@ class CudaStream:
         self._before: list[int] = []
 
     def synchronize(self) -> None:
-        self.memory.synchronize()
+        """The host waits for this stream alone: for the copies, where it is not the default one."""
+        if self.stream_id:
+            self.memory.clock.host_waits(self.memory.clock.copies_done())
+        else:
+            self.memory.synchronize()
 
     def query(self) -> bool:
         return True
 
     def wait_stream(self, stream: Any) -> None:
-        """The order of streams changes when memory is free only under record_stream."""
+        """Which stream waits changes no memory but under record_stream, where the computation waits for the copies."""
+        if self.memory.timed and not self.stream_id:
+            self.memory.clock.wait(self.memory.clock.copies_done())
 
     def wait_event(self, event: CudaEvent) -> None:
         event.wait()
@@ -158,6 +164,7 @@ class StandIns:
             (torch, "Generator", CudaGenerator),
             (torch, "Stream", self.stream_class),
             (torch, "Event", self.event),
+            (torch.Tensor, "record_stream", lambda tensor, stream: self.memory.record_stream(tensor)),
             (torch, "clear_autocast_cache", self.memory.casts.clear),
             (torch, "set_autocast_enabled", self.memory.casts.set_enabled),
             (torch.version, "cuda", "13.0"),

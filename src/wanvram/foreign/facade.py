@@ -40,7 +40,7 @@ class Facade(TorchFunctionMode):
             T.data.__set__: self._set_data,
             T.to: self._to,
             T.cuda: lambda t, device=None, non_blocking=False, memory_format=torch.preserve_format: self._moved(
-                t, CUDA, t.dtype, memory_format=memory_format
+                t, CUDA, t.dtype, memory_format=memory_format, non_blocking=non_blocking
             ),
             T.cpu: lambda t, memory_format=torch.preserve_format: self._moved(
                 t, CPU, t.dtype, memory_format=memory_format
@@ -54,7 +54,6 @@ class Facade(TorchFunctionMode):
             T.type: self._type,
             T.new_tensor: self._new_tensor,
             T.__repr__: self._repr,
-            T.record_stream: self._record_stream,
             torch.Tensor.__reduce_ex__: self._reduce,
             torch.from_numpy: torch.from_numpy,
             torch._has_compatible_shallow_copy_type: lambda a, b: True,
@@ -165,12 +164,20 @@ class Facade(TorchFunctionMode):
             args, kwargs = (self._device(other), other.dtype), {"non_blocking": rest.get("non_blocking", False)}
         if len(args) > 3 or (len(args) > 2 and isinstance(args[0], torch.dtype)):
             args, copy = args[:-1], args[-1]
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, waits_not, layout = torch._C._nn._parse_to(*args, **kwargs)
         place = self._place(tensor) if device is None else self.place_named(device)
-        return self._moved(tensor, place, dtype or tensor.dtype, copy=copy, memory_format=layout)
+        options = {"copy": copy, "memory_format": layout, "non_blocking": waits_not}
+        return self._moved(tensor, place, dtype or tensor.dtype, **options)
 
     def _moved(
-        self, tensor: torch.Tensor, place: str, dtype: torch.dtype, *, copy: bool = False, memory_format: Any = None
+        self,
+        tensor: torch.Tensor,
+        place: str,
+        dtype: torch.dtype,
+        *,
+        copy: bool = False,
+        memory_format: Any = None,
+        non_blocking: bool = False,
     ) -> Any:
         """As Tensor.to: the same object where there is nothing to do."""
         layout = torch.preserve_format if memory_format is None else memory_format
@@ -185,7 +192,7 @@ class Facade(TorchFunctionMode):
             moved = torch.empty_like(tensor, dtype=dtype, device=_META, memory_format=layout, requires_grad=False)
         if place == CUDA:
             with torch.no_grad():
-                moved.copy_(tensor)
+                moved.copy_(tensor, non_blocking=non_blocking)
         return moved
 
     def _to_host(self, tensor: torch.Tensor, dtype: torch.dtype, layout: Any) -> torch.Tensor:
@@ -263,9 +270,6 @@ class Facade(TorchFunctionMode):
             return pinned
         with self.memory.putting(CPU, True):
             return torch.empty_like(tensor)
-
-    def _record_stream(self, tensor: torch.Tensor, stream: Any) -> None:
-        self.memory.record_stream(tensor, stream)
 
     def _repr(self, tensor: torch.Tensor, **kwargs: Any) -> str:
         if not tensor.is_meta or self._place(tensor) == META:

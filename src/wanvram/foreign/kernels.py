@@ -30,9 +30,12 @@ def whole_operations(memory: ForeignMemory) -> Iterator[None]:
         aten.linear.default: kernels.linear,
         aten.rms_norm.default: kernels.rms_norm,
         aten.softmax.int: kernels.softmax,
+        aten._safe_softmax.default: kernels.safe_softmax,
     }
     library: Any = torch._C._dispatch_library("IMPL", "aten", "", "wanvram/foreign/kernels.py", 0)
     for operation in table:
+        if operation is aten._safe_softmax.default:
+            continue  # arrives whole
         name = operation._schema.name.removeprefix("aten::")
         full = f"{name}.{operation._overloadname}" if operation._overloadname != "default" else name
         library.impl(full, "AutogradMeta", _above_autograd(operation), False)
@@ -126,11 +129,11 @@ class _Kernels:
         mask = attn_mask
         with self.memory:
             if mask is not None and mask.dtype == torch.bool:
-                lowest = torch.full((), float("-inf"), dtype=q.dtype, device=q.device)
-                mask = torch.where(mask, 0.0, lowest).to(q.dtype)
-            padded = backend.name == "efficient" and mask is not None and mask.shape[-1] % _ALIGNED
-            if padded and mask is not None:
+                mask = self._additive(mask, q.dtype)
+            if mask is not None and backend.name == "efficient" and (mask.shape[-1] % _ALIGNED or mask.stride(-1) != 1):
                 mask = torch.nn.functional.pad(mask, (0, _ALIGNED - mask.shape[-1] % _ALIGNED))
+            elif mask is not None and mask.stride(-1) != 1:
+                mask = mask.contiguous()
         return self._fused(backend, q, v)
 
     def _fused(self, backend: Backend, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -148,6 +151,10 @@ class _Kernels:
             memory._free(handle)
         for handle in reversed(first):
             memory._free(handle)
+        if memory.timed:
+            price = memory.clock.costs.price("wanvram.attention")
+            assert price is not None
+            memory.clock.compute(price, tuple(t.transpose(1, 2).flatten(0, 1) for t in (q, v)), result)
         return result
 
     def _backend(self, q: Any, k: Any, v: Any, mask: Any, gqa: bool) -> Backend | None:
@@ -170,14 +177,38 @@ class _Kernels:
                 continue
             if backend.name == "efficient" and gqa:
                 continue
-            if any(t.stride(-1) != 1 for t in (q, k, v)):
+            if any(t.stride(-1) != 1 for t in (q, k, v) if t.shape[-1] > 1):
                 continue
             return backend
         return None
 
     def _math(self, q: Any, k: Any, v: Any, mask: Any, scale: float | None, gqa: bool) -> Any:
-        result = aten._scaled_dot_product_attention_math.default.decompose(q, k, v, mask, scale=scale, enable_gqa=gqa)
-        return result[0]
+        """As attention.cpp: 16-bit inputs in float32, the scale on both factors, the mask added in place."""
+        dtype, factor = q.dtype, (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+        if mask is not None and mask.dtype == torch.bool:
+            mask = self._additive(mask, dtype)
+        if dtype in (torch.float16, torch.bfloat16):
+            q, k, v = q.to(torch.float32), k.to(torch.float32), v.to(torch.float32)
+        if gqa:
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        scores = torch.matmul(q * factor, k.transpose(-2, -1) * factor)
+        if mask is not None:
+            scores.add_(mask)
+        weights = self.safe_softmax(scores, -1)
+        del scores
+        return torch.matmul(weights, v).to(dtype)
+
+    def safe_softmax(self, x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+        """Rows that are masked whole become zeros: softmax, a mask of what is -inf, and the choice."""
+        with self.memory:
+            out = torch.softmax(x, dim, dtype=dtype)
+            masked = x == float("-inf")
+            rows = torch.all(masked, dim, keepdim=True)
+            return torch.where(rows, torch.zeros((), dtype=out.dtype, device=out.device), out)
+
+    def _additive(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        lowest = torch.full((), float("-inf"), dtype=dtype, device=mask.device)
+        return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), lowest)
 
 
 def _like_query(q: torch.Tensor, value_dim: int, backend: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ Does not own: what Python code asks for (facade.py), whole operations that CUDA 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +78,9 @@ class ForeignMemory(SimulatedMemory):
         self.operations = 0
         self.closed = False
         self._place: dict[int, str] = {}
+        self.timed = False  # whether the clock is needed: only under record_stream
+        self._recorded: set[int] = set()
+        self._awaited: deque[tuple[float, int]] = deque()  # (when the computation has passed, block)
         self._last = CUDA  # where the operation before was
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
@@ -144,14 +147,23 @@ class ForeignMemory(SimulatedMemory):
         del self._place[key]
         self.values.forget(key)
         handle = self._device.pop(key, None)
-        if handle is not None:
+        if handle is None:
+            return
+        if handle in self._recorded:
+            self._await(handle)
+        else:
             self._free(handle)
 
     def _malloc(self, nbytes: int, operation: str, tensor: torch.Tensor | None = None, *, shared: bool = False) -> int:
+        if self._awaited:
+            self._passed(self.clock.now())
         try:
             handle = super()._malloc(nbytes, operation, tensor, shared=shared)
         except OutOfMemory as error:
-            raise self._full(error) from None
+            if not self._awaited:
+                raise self._full(error) from None
+            self.synchronize()  # as the allocator does before it gives up
+            return self._malloc(nbytes, operation, tensor, shared=shared)
         self.peak_device_bytes = max(self.peak_device_bytes, self.device_memory())
         return handle
 
@@ -247,7 +259,7 @@ class ForeignMemory(SimulatedMemory):
     def _run(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any], place: str) -> Any:
         name = operation.name
         if name == "aten.copy_.default":
-            return self._copy(args[0], args[1])
+            return self._copy(*args, **kwargs)
         if name in ("aten._local_scalar_dense.default", "aten.equal.default"):
             return self._read(func, args)
         if name in _DATA_SHAPED or (name.startswith("aten.index") and _has_mask(args)):
@@ -263,6 +275,8 @@ class ForeignMemory(SimulatedMemory):
             self.load_library("kernels")
             if plan:
                 self._take(plan, before)
+            if self.timed and operation.price is not None:
+                self.clock.compute(operation.price, args, result)
         if place != META:
             self._follow(func, operation, args, kwargs, result)
         return result
@@ -372,12 +386,34 @@ class ForeignMemory(SimulatedMemory):
     def _hangs_on_values(self, operation: _Operation) -> UnknownOperation:
         return UnknownOperation(operation.name, "the shape of its result hangs on values that only a GPU would know")
 
-    def record_stream(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Its block is given back only when that stream has passed."""
+    def record_stream(self, tensor: torch.Tensor) -> None:
+        """Its block is given back only when the computation has passed: by the clock, which runs from the first such call on."""
+        self.timed = True
+        handle = self._device.get(tensor.untyped_storage()._cdata)
+        if handle is not None:
+            self._recorded.add(handle)
+
+    def _await(self, handle: int) -> None:
+        """The free of a block that another stream may still use."""
+        self._recorded.remove(handle)
+        del self.live[handle]
+        self.allocator.await_stream(handle)
+        if self.observer is not None:
+            self.observer.free(handle)
+        self._awaited.append((self.clock.mark(), handle))
+
+    def _passed(self, now: float) -> None:
+        """Gives back what was awaited until now, in seconds."""
+        while self._awaited and self._awaited[0][0] <= now:
+            self.allocator.free(self._awaited.popleft()[1])
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        self._passed(self.clock.now())
 
     # --- copies ----------------------------------------------------------------------------------------------------------
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         """aten.copy_, within the device, within the host or between them, with the temporary tensors that CUDA's needs."""
         to, of = self.place_of(target), self.place_of(source)
         if META in (to, of) and to != of:
@@ -391,7 +427,7 @@ class ForeignMemory(SimulatedMemory):
                 temporary = target.numel() * target.itemsize
             if of == CUDA and not simple and not source.is_contiguous():
                 temporary = source.numel() * source.itemsize
-            self.clock.transfer(source.nbytes, pinned=True)
+            self._transfer(source, waits=not non_blocking or to == CPU)
         if CUDA in (to, of):
             self.load_library("kernels")
         if temporary:
@@ -405,6 +441,17 @@ class ForeignMemory(SimulatedMemory):
             known.zero_()
             self.assume("aten.copy_ to the host")
         return target
+
+    def _transfer(self, source: torch.Tensor, *, waits: bool) -> None:
+        """Beside the computation on a stream of its own, else in its order; the host waits unless it was told not to."""
+        if not self.timed:
+            return
+        if self.stream:
+            self.clock.prefetch(source.nbytes, None)
+        elif waits:
+            self.clock.transfer(source.nbytes, pinned=self.pinned(source))
+        else:
+            self.clock.queue_copy(source.nbytes)
 
 
 _IN_PLACE = object()
