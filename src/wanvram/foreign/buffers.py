@@ -37,6 +37,9 @@ class ForeignBuffers(LibraryBuffers):
         super().__init__(gpu, libraries)
         self.registered = registered or {}
         self.ranged: Counter[str] = Counter()
+        self.above_bytes = (
+            0  # what one call in two dimensions may take more: half as much again, in one image VAE measured
+        )
         self.results: dict[str, Callable[..., Any]] = {"aten.convolution.default": convolution_result}
         for name, entry in self.registered.items():
             if entry.result is not None:
@@ -82,6 +85,8 @@ class ForeignBuffers(LibraryBuffers):
         taken = x.numel() * x.itemsize + output + weight.numel() * weight.itemsize
         kind = f"convolution {x.dim() - 2}d {name} contiguous"
         self.ranged[kind] = max(self.ranged[kind], taken)
+        if x.dim() == 4:
+            self.above_bytes = max(self.above_bytes, taken // 2)
         copied = () if x.is_contiguous() else (x.numel() * x.itemsize,)
         return BufferPlan(before=copied, during=(taken,), loads=("cudnn",))
 

@@ -154,7 +154,7 @@ class _Kernels:
         if memory.timed:
             price = memory.clock.costs.price("wanvram.attention")
             assert price is not None
-            memory.clock.compute(price, tuple(t.transpose(1, 2).flatten(0, 1) for t in (q, v)), result)
+            memory.launch(price, tuple(t.transpose(1, 2).flatten(0, 1) for t in (q, v)), result)
         return result
 
     def _backend(self, q: Any, k: Any, v: Any, mask: Any, gqa: bool) -> Backend | None:

@@ -43,6 +43,7 @@ _DATA_SHAPED = (
     "aten.unique_dim.default",
 )
 _MOST_MEMORISED = 100_000
+QUEUED_LAUNCHES = 1024  # kernels that CUDA takes from the host before it makes it wait
 MOST_ASSUMED = 20_000  # reads of unknown values at one place
 
 
@@ -80,6 +81,7 @@ class ForeignMemory(SimulatedMemory):
         self._place: dict[int, str] = {}
         self.timed = False  # whether the clock is needed: only under record_stream
         self._recorded: set[int] = set()
+        self._launched: deque[float] = deque()  # when each is done
         self._awaited: deque[tuple[float, int]] = deque()  # (when the computation has passed, block)
         self._last = CUDA  # where the operation before was
         self._foreign: dict[Any, _Operation] = {}
@@ -276,7 +278,7 @@ class ForeignMemory(SimulatedMemory):
             if plan:
                 self._take(plan, before)
             if self.timed and operation.price is not None:
-                self.clock.compute(operation.price, args, result)
+                self.launch(operation.price, args, result)
         if place != META:
             self._follow(func, operation, args, kwargs, result)
         return result
@@ -401,6 +403,18 @@ class ForeignMemory(SimulatedMemory):
         if self.observer is not None:
             self.observer.free(handle)
         self._awaited.append((self.clock.mark(), handle))
+        self._queued()  # the event that tells when the stream has passed
+
+    def launch(self, price: Price, args: Any, result: Any) -> None:
+        """One operation by the clock."""
+        self.clock.compute(price, args, result)
+        self._queued()
+
+    def _queued(self) -> None:
+        """The host waits where as many launches and events as the driver's queue holds are not done."""
+        self._launched.append(self.clock.mark())
+        if len(self._launched) > QUEUED_LAUNCHES:
+            self.clock.host_waits(self._launched.popleft())
 
     def _passed(self, now: float) -> None:
         """Gives back what was awaited until now, in seconds."""

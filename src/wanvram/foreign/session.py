@@ -90,10 +90,11 @@ class SimulatedRun:
         allocated, reserved = self._timeline.peaks()
         ranged = self.memory.buffers.ranged
         low = max(0, reserved - max(ranged.values(), default=0))
+        high = reserved + self.memory.buffers.above_bytes
         measured = self.gpu.measured
         basis = "estimated" if ranged or self.memory.untaken else "exact rules" if measured else "rule"
         device = max(self.memory.peak_device_bytes, self.memory.device_memory())
-        return ForeignPeak(allocated, reserved, device, low, reserved, basis)
+        return ForeignPeak(allocated, reserved, device, low, high, basis)
 
     @property
     def stages(self) -> tuple[ForeignStage, ...]:
@@ -157,7 +158,7 @@ def _gaps(memory: ForeignMemory) -> Iterator[str]:
     for name, count in memory.untaken.items():
         yield f"{name}: {count} calls, of which what is taken beside the results is not known"
     for kind, nbytes in memory.buffers.ranged.items():
-        yield f"{kind}: cuDNN's workspace is a rule, counted at its most, up to {human(nbytes)} for one call"
+        yield f"{kind}: cuDNN's workspace is a rule, up to {human(nbytes)} for one call"
     if measured := memory.buffers.gaps:
         yield measured
     for place, count in memory.assumed.items():
