@@ -24,9 +24,9 @@ def run(folder: Path, name: str, text: str, *command: str) -> subprocess.Complet
 def test_the_module_of_ones_own_is_reported_with_stages_and_gaps(tmp_path: Path) -> None:
     done = run(tmp_path, "own.py", OWN, "own.py")
     assert done.returncode == 0, done.stderr
-    assert "simulated NVIDIA GeForce RTX 4060: fits in 8.00 GiB" in done.stdout
+    assert "simulated NVIDIA GeForce RTX 4060 8GB: fits in 8.00 GiB" in done.stdout
     assert "stage forward: allocated" in done.stdout
-    assert "not known: NVIDIA GeForce RTX 4060: library buffers and CUDA context are estimates" in done.stdout
+    assert "not known: NVIDIA GeForce RTX 4060 8GB: library buffers and CUDA context are estimates" in done.stdout
 
 
 def test_the_diffusers_model_is_simulated_from_its_configuration(tmp_path: Path) -> None:

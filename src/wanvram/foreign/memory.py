@@ -19,6 +19,7 @@ from wanvram.errors import OutOfMemory
 from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
+from wanvram.foreign.results import IN_PLACE, as_meta, description, key_of, made_again
 from wanvram.foreign.values import Values, tensors_in
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.clock import Clock, Price
@@ -305,21 +306,21 @@ class ForeignMemory(SimulatedMemory):
         key: Any = None
         if operation.memorised:
             try:
-                key = (func, *map(_key, args), *((name, _key(value)) for name, value in kwargs.items()))
+                key = (func, *map(key_of, args), *((name, key_of(value)) for name, value in kwargs.items()))
                 found = self._results.get(key)
             except TypeError:
                 key = found = None
             if found is not None:
-                return args[0] if found is _IN_PLACE else _made(found)
+                return args[0] if found is IN_PLACE else made_again(found)
         result = self._meta(func, operation, args, kwargs)
         if key is not None and len(self._results) < _MOST_MEMORISED:
-            description = _description(result, args)
-            if description is not None:
-                self._results[key] = description
+            made = description(result, args)
+            if made is not None:
+                self._results[key] = made
         return result
 
     def _meta(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = _as_meta(args), {name: _as_meta(value) for name, value in kwargs.items()}
+        args, kwargs = as_meta(args), {name: as_meta(value) for name, value in kwargs.items()}
         if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type != "cpu":
             kwargs["device"] = torch.device("meta")
         if "generator" in kwargs:
@@ -362,7 +363,7 @@ class ForeignMemory(SimulatedMemory):
         if operation.name == "aten.index.Tensor":
             indices = [index if index is None else self._selected(operation, index) for index in args[1]]
             flat = [part for index in indices for part in (index if isinstance(index, tuple) else (index,))]
-            result = func(args[0], _as_meta(flat))
+            result = func(args[0], as_meta(flat))
             self._born(result, place)
             self._follow(func, operation, (args[0], flat), kwargs, result)
             return result
@@ -466,53 +467,6 @@ class ForeignMemory(SimulatedMemory):
             self.clock.transfer(source.nbytes, pinned=self.pinned(source))
         else:
             self.clock.queue_copy(source.nbytes)
-
-
-_IN_PLACE = object()
-
-
-def _key(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.is_meta
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_key, value))
-    return type(value), value
-
-
-def _as_meta(value: Any) -> Any:
-    """Real tensors with their shape and layout on meta; numbers as 0-dimensional tensors stay what they are."""
-    if isinstance(value, torch.Tensor):
-        if value.is_meta or not value.dim():
-            return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) for part in value):
-        return type(value)(_as_meta(part) for part in value)
-    return value
-
-
-def _description(result: Any, args: Any) -> Any:
-    """What makes an equal result again; None where it shares an argument's memory or is no tensor."""
-    if args and result is args[0]:
-        return _IN_PLACE
-    tensors = list(tensors_in((result,)))
-    if not tensors or not all(tensor.is_meta for tensor in tensors):
-        return None
-    storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-    if len(storages) < len(tensors) or storages & {t.untyped_storage()._cdata for t in tensors_in(args)}:
-        return None
-    if isinstance(result, torch.Tensor):
-        return result.shape, result.stride(), result.dtype
-    if not all(isinstance(part, torch.Tensor) for part in result):
-        return None
-    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors], type(result)
-
-
-def _made(found: Any) -> Any:
-    if len(found) == 3:
-        return torch.empty_strided(found[0], found[1], dtype=found[2], device="meta")
-    parts, kind = found
-    made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in parts]
-    return made if kind is list else tuple(made)
 
 
 def _has_mask(args: Any) -> bool:
