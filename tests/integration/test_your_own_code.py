@@ -34,7 +34,7 @@ def test_the_diffusers_model_is_simulated_from_its_configuration(tmp_path: Path)
     done = run(tmp_path, "flux.py", DIFFUSERS, "-m", "wanvram", "simulate", "--gpu", "rtx4090", "flux.py", "2")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\d+ MiB reserved\n", done.stdout)
-    whole = run(tmp_path, "flux.py", DIFFUSERS, "-m", "wanvram", "simulate", "--gpu", "rtx3060", "flux.py", "19")
+    whole = run(tmp_path, "flux.py", DIFFUSERS, "-m", "wanvram", "simulate", "--gpu", "rtx4060", "flux.py", "19")
     assert whole.returncode == 3
     assert "does NOT fit" in whole.stderr
 

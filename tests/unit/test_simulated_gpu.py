@@ -223,6 +223,30 @@ def test_attention_inside_multihead_attention_is_seen_too() -> None:
         assert torch.cuda.max_memory_allocated() < 64 * MIB  # the scores alone would be 512 MiB
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_encoder_layer_takes_its_fast_path_where_pytorch_takes_it(batch_first: bool) -> None:
+    """Fast: input, residual, the wide result and the narrow one. Else ReLU has a tensor of its own."""
+    with simulated_gpu("h200") as gpu, torch.no_grad():
+        layer = nn.TransformerEncoderLayer(512, 8, 2048, batch_first=batch_first, device="cuda", dtype=torch.float16)
+        layer.eval()
+        x = torch.zeros(8, 512, 512, dtype=torch.float16, device="cuda")
+        layer(x)
+        with gpu.stage("again"):
+            layer(x)
+        stage = gpu.stages[0]
+        taken = (stage.peak_allocated_bytes - stage.start_allocated_bytes) / x.nbytes
+        assert taken == (6 if batch_first else 9)
+
+
+def test_multihead_attention_returns_its_weights_on_the_fast_path() -> None:
+    with simulated_gpu("h200"), torch.no_grad():
+        layer = nn.MultiheadAttention(256, 4, batch_first=True, device="cuda").eval()
+        x = torch.zeros(2, 100, 256, device="cuda")
+        y, weights = layer(x, x, x)
+        assert (y.shape, weights.shape) == ((2, 100, 256), (2, 100, 100))
+        assert layer(x, x[:, :50].repeat(1, 2, 1), x, need_weights=False)[1] is None
+
+
 def test_a_linear_layer_of_a_transposed_input_adds_its_bias_in_place() -> None:
     with simulated_gpu("h200"), torch.no_grad():
         layer = nn.Linear(512, 512, device="cuda", dtype=torch.float16)

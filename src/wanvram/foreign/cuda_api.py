@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wanvram.foreign.errors import Unsupported
+from wanvram.foreign.fast_paths import without_modes
 from wanvram.foreign.memory import ForeignMemory
 
 __all__ = ["StandIns", "patched"]
@@ -171,6 +172,7 @@ class StandIns:
             (torch.backends.cuda, "is_built", lambda: True),
             (torch, "_has_compatible_shallow_copy_type", lambda a, b: True),
             (torch, "compile", self._compile),
+            (torch.overrides, "has_torch_function", without_modes(torch.overrides.has_torch_function)),
         ]
 
     def _compile(self, model: Any = None, **options: Any) -> Any:

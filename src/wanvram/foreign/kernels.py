@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from wanvram.foreign.fast_paths import FastPaths
 from wanvram.foreign.memory import CUDA, ForeignMemory
 from wanvram.kernels.attention_backends import Backend
 
@@ -24,17 +25,19 @@ _ALIGNED = 8  # elements that a head and a row of a mask are padded to
 @contextmanager
 def whole_operations(memory: ForeignMemory) -> Iterator[None]:
     """Registers them with PyTorch's dispatcher and the simulated device, and takes both back."""
-    kernels = _Kernels(memory)
+    kernels, fast = _Kernels(memory), FastPaths(memory)
     table: dict[Any, Callable[..., Any]] = {
         aten.scaled_dot_product_attention.default: kernels.attention,
         aten.linear.default: kernels.linear,
         aten.rms_norm.default: kernels.rms_norm,
         aten.softmax.int: kernels.softmax,
         aten._safe_softmax.default: kernels.safe_softmax,
+        aten._native_multi_head_attention.default: fast.multihead,
+        aten._transformer_encoder_layer_fwd.default: fast.encoder_layer,
     }
     library: Any = torch._C._dispatch_library("IMPL", "aten", "", "wanvram/foreign/kernels.py", 0)
     for operation in table:
-        if operation is aten._safe_softmax.default:
+        if not operation._can_decompose():
             continue  # arrives whole
         name = operation._schema.name.removeprefix("aten::")
         full = f"{name}.{operation._overloadname}" if operation._overloadname != "default" else name
