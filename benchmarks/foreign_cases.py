@@ -339,8 +339,10 @@ def on_host(make: Callable[[], Any], dtype: str) -> Any:
 def wan_pipeline(offload: str) -> Call:
     import diffusers
     import torch
+    from diffusers.pipelines.wan import pipeline_wan
     from transformers import UMT5Config, UMT5EncoderModel
 
+    pipeline_wan.prompt_clean = lambda prompt: prompt  # which needs ftfy
     text = UMT5Config(
         vocab_size=256384,
         d_model=4096,
