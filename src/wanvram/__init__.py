@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from wanvram.version import __version__
 
 if TYPE_CHECKING:
+    from wanvram.foreign.session import simulated_gpu
     from wanvram.recorder.profiler import MemoryProfiler, MemoryTracker
     from wanvram.recorder.tracing import setup_profiler
 
-__all__ = ["MemoryProfiler", "MemoryTracker", "__version__", "setup_profiler"]
+__all__ = ["MemoryProfiler", "MemoryTracker", "__version__", "setup_profiler", "simulated_gpu"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from wanvram.recorder.tracing import setup_profiler
 
         return setup_profiler
+    if name == "simulated_gpu":
+        from wanvram.foreign.session import simulated_gpu
+
+        return simulated_gpu
     raise AttributeError(f"module 'wanvram' has no attribute '{name}'")

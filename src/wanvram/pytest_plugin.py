@@ -3,7 +3,9 @@
 On CUDA the allocator of the current device is capped at the limit for the time of the test, so it runs out of memory where
 it would exceed it. On the CPU, which has no allocator to cap, the bytes in live tensors are counted, but not those of
 operations in other threads than the test's: PyTorch's dispatch modes are per thread. Under such a mode torch.jit.trace does
-not work. Tensors on meta and fake tensors take nothing. `device="cpu"` or `device="cuda"` chooses; without it CUDA is taken
+not work. Tensors on meta and fake tensors take nothing. `gpu="rtx4060"` runs the test on that card, simulated
+(wanvram.simulated_gpu): `cuda` in it needs no GPU, and its allocator is capped at the limit.
+`device="cpu"` or `device="cuda"` chooses; without it CUDA is taken
 where there is one. Tensors that live before the test count too. The peak is in the test's report as the property
 `vram_peak_bytes`. An exception of the test stays what it is, but for the one that the cap raises.
 """
@@ -26,12 +28,13 @@ MARKER = "limit_vram"
 class _Limit:
     nbytes: int
     device: str
+    gpu: str | None = None
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        'limit_vram(limit, device=None): the test fails if it takes more memory, e.g. limit_vram("2 GiB"); wanvram',
+        'limit_vram(limit, device=None, gpu=None): the test fails if it takes more memory, e.g. limit_vram("2 GiB"); wanvram',
     )
 
 
@@ -41,13 +44,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if marker is None:
         return (yield)
     limit = _limit(marker)
-    measured = _on_cuda(limit.nbytes) if limit.device == "cuda" else _on_cpu()
+    measured = _on_simulated(limit) if limit.gpu else _on_cuda(limit.nbytes) if limit.device == "cuda" else _on_cpu()
     next(measured)
     try:
         result = yield
     except BaseException as error:
         peak = _finish_after_error(measured)
-        if limit.device != "cuda" or not _is_out_of_memory(error):
+        if limit.device == "cpu" or not _is_out_of_memory(error):
             raise
         pytest.fail(f"{_said(limit, peak)}: {'. '.join(str(error).split('. ')[:2])}")
     peak = _finish(measured)
@@ -69,16 +72,19 @@ def _limit(marker: pytest.Mark) -> _Limit:
     from wanvram.errors import InputError
     from wanvram.units import parse_memory
 
-    device = marker.kwargs.get("device")
+    device, gpu = marker.kwargs.get("device"), marker.kwargs.get("gpu")
     nbytes, why = 0, ""
     try:
         nbytes = parse_memory(str(marker.args[0])) if len(marker.args) == 1 else 0
     except InputError as error:
         why = f" ({error})"
-    if nbytes < 1 or set(marker.kwargs) - {"device"} or device not in (None, "cpu", "cuda"):
+    wrong = device not in (None, "cpu", "cuda") or not isinstance(gpu, (str, type(None))) or (gpu and device == "cpu")
+    if nbytes < 1 or set(marker.kwargs) - {"device", "gpu"} or wrong:
         given = ", ".join([*map(repr, marker.args), *(f"{k}={v!r}" for k, v in marker.kwargs.items())])
         example = '@pytest.mark.limit_vram("2 GiB") or @pytest.mark.limit_vram("2 GiB", device="cpu")'
         pytest.fail(f"limit_vram({given}) means nothing{why}; write {example}", pytrace=False)
+    if gpu is not None:
+        return _Limit(nbytes, f"a simulated {gpu}", gpu)
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -123,6 +129,17 @@ def _on_cuda(nbytes: int) -> Generator[int, None, None]:
         yield int(torch.cuda.max_memory_allocated())
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
+
+
+def _on_simulated(limit: _Limit) -> Generator[int, None, None]:
+    """Yields twice, like `_on_cuda`; `cuda` between is the simulated card."""
+    from wanvram.foreign.session import simulated_gpu
+
+    assert limit.gpu is not None
+    with simulated_gpu(limit.gpu) as gpu:
+        gpu.memory.cap(limit.nbytes)
+        yield 0
+        yield gpu.peak.allocated_bytes
 
 
 def _fraction() -> float:

@@ -19,10 +19,11 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3520,
+    ".": 3560,
     "analysis": 3375,
-    "cli": 1945,
-    "engine": 2440,
+    "cli": 2050,
+    "engine": 2470,
+    "foreign": 2600,
     "kernels": 1050,
     "machine": 1125,
     "matrix": 675,
@@ -35,7 +36,7 @@ BUDGETS = {
     "report": 2850,
     "run": 1490,
     "sampling": 255,
-    "simulate": 2750,
+    "simulate": 2775,
     "weights": 2345,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page

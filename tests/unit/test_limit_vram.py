@@ -234,3 +234,40 @@ def test_on_a_gpu_exceeding_the_limit_is_a_failure_and_the_next_test_has_the_who
     found = results(tmp_path, ON_CUDA)
     assert (found["test_small"][0], found["test_after"][0]) == ("", "")
     assert "on cuda; its limit is 256.0 MiB: CUDA out of memory" in found["test_large"][0]
+
+
+ON_A_SIMULATED_CARD = """
+    import pytest, torch
+
+    @pytest.mark.limit_vram("64 MiB", gpu="rtx4060")
+    def test_fits():
+        assert torch.cuda.is_available()
+        torch.nn.Linear(2048, 2048).cuda()
+
+    @pytest.mark.limit_vram("64 MiB", gpu="rtx4060")
+    def test_is_too_large():
+        torch.zeros(100 << 20, dtype=torch.uint8, device="cuda")
+
+    @pytest.mark.limit_vram("64 MiB", gpu="rtx4060")
+    def test_fails_by_itself():
+        torch.zeros(2, device="cuda")
+        assert 1 == 2
+
+    @pytest.mark.limit_vram("64 MiB", gpu="rtx1")
+    def test_of_an_unknown_card(): pass
+
+    def test_the_card_is_gone():
+        assert torch.zeros(2).device.type == "cpu"
+        with pytest.raises((AssertionError, RuntimeError)):
+            torch.zeros(2, device="cuda:7")
+"""
+
+
+def test_on_a_simulated_card_the_limit_holds_without_a_gpu(tmp_path: Path) -> None:
+    found = results(tmp_path, ON_A_SIMULATED_CARD)
+    assert found["test_fits"] == ("", {"vram_peak_bytes": str(2048 * 2049 * 4)})
+    too_large = "limit_vram: the test took 0.0 MiB on a simulated rtx4060; its limit is 64.0 MiB: CUDA out of memory"
+    assert found["test_is_too_large"][0].startswith((too_large, f"Failed: {too_large}"))
+    assert "assert 1 == 2" in found["test_fails_by_itself"][0]
+    assert "GPU 'rtx1' is unknown" in found["test_of_an_unknown_card"][0]
+    assert found["test_the_card_is_gone"][0] == ""

@@ -144,6 +144,7 @@ class CachingAllocator:
         self._pools: dict[tuple[bool, int], _Pool] = {}
         self._live: dict[int, tuple[_Block, int]] = {}
         self._heads: dict[int, tuple[_Block, int]] = {}  # first block of every segment, with its stream
+        self._awaited: set[int] = set()
         self._addresses = _Addresses()
 
     # --- public ------------------------------------------------------------------------------------------------------------
@@ -174,9 +175,17 @@ class CachingAllocator:
         """Gives the block back to its pool, merged with free neighbours."""
         block, _ = self._live.pop(handle)
         block.allocated = False
-        self.allocated_bytes -= block.size
+        if handle in self._awaited:
+            self._awaited.remove(handle)
+        else:
+            self.allocated_bytes -= block.size
         self._merge_with_neighbours(block)
         block.pool.add(block)
+
+    def await_stream(self, handle: int) -> None:
+        """Freed, and no longer counted as allocated, while another stream still uses it: `free` gives it back when that has passed."""
+        self._awaited.add(handle)
+        self.allocated_bytes -= self._live[handle][0].size
 
     def empty_cache(self) -> None:
         """Gives whole free segments (or whole pages of expandable ones) back to the driver; large pools first."""

@@ -237,6 +237,10 @@ class Clock:
         """When everything computed so far is done."""
         return max(self._compute, self._host)
 
+    def copies_done(self) -> float:
+        """When the copies started so far are done: a mark."""
+        return self._copies
+
     def prefetch(self, nbytes: int, after: float | None) -> float:
         """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read."""
         start = max(self._copies, self._host, after or 0.0, self._read)

@@ -84,6 +84,7 @@ class SimulatedMemory(TorchDispatchMode):
         self._placing_host = False
         self._pinning = False
         self._ignoring = False
+        self.stream = 0  # whose pool of the allocator is asked
         self._operation = ""
         self.tables = PageTables()
         self._loaded: set[str] = set()
@@ -269,7 +270,7 @@ class SimulatedMemory(TorchDispatchMode):
         self._free(self._device.pop(key))
 
     def _malloc(self, nbytes: int, operation: str, tensor: torch.Tensor | None = None, *, shared: bool = False) -> int:
-        handle = self.allocator.malloc(nbytes)
+        handle = self.allocator.malloc(nbytes, self.stream)
         self.live[handle] = (nbytes, operation)
         if self.observer is not None:
             self.observer.malloc(handle, operation, tensor, shared=shared)

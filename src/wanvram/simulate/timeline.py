@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -44,6 +44,7 @@ __all__ = ["Timeline"]
 MAX_POINTS = 4000
 MAX_GROUPS = 200
 _FREE, _SEGMENT, _OUTSIDE = -1, -2, -3  # what an event is, when it is not a malloc by the owner of that number
+_AnyTimeline = TypeVar("_AnyTimeline", bound="Timeline")
 _ROOT = __name__.partition(".")[0]
 
 
@@ -110,7 +111,7 @@ class Timeline:
         allocator.on_segment = self._segment
 
     @classmethod
-    def attach(cls, memory: SimulatedMemory) -> Timeline:
+    def attach(cls: type[_AnyTimeline], memory: SimulatedMemory) -> _AnyTimeline:
         """Observes `memory` from now on; nothing may have been allocated yet."""
         timeline = cls(memory.allocator, memory.device_memory())
         memory.observer = timeline

@@ -1,0 +1,89 @@
+"""Who of a foreign program owns the memory: its own functions and those of its libraries, not PyTorch's, by file and line."""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType, FrameType
+from typing import Any
+
+from wanvram.simulate.timeline import Timeline
+
+__all__ = ["ForeignTimeline"]
+
+_OURS = ("wanvram", "torch", "contextlib", "functools", "runpy", "importlib", "accelerate.hooks")
+_HERE = __file__.replace("\\", "/").rpartition("/foreign/")[0]
+
+
+class ForeignTimeline(Timeline):
+    """A timeline whose owners are the program's functions."""
+
+    def __init__(self, allocator: Any, outside_bytes: int | None = None) -> None:
+        super().__init__(allocator, outside_bytes)
+        self._places: Any = _ForeignPlaces()
+
+    def where(self) -> str:
+        """The line of the program that is running."""
+        return (self._places.of_caller() or "?").rpartition(" > ")[2]
+
+    def begun(self) -> int:
+        """The number of events so far."""
+        return len(self._kinds)
+
+    def peaks(self, first: int = 0) -> tuple[int, int]:
+        """Highest (allocated, reserved) bytes since the event of that number."""
+        series = self._series()[:, first:]
+        return int(series[0].max()), int(series[1].max())
+
+
+class _ForeignPlaces:
+    """`attention.Attention.forward:120 > Linear...`: the innermost functions outside PyTorch."""
+
+    def __init__(self) -> None:
+        self._codes: dict[int, tuple[CodeType, str]] = {}
+        self._lines: dict[tuple[int, int], str] = {}
+        self._pairs: dict[tuple[str, str], str] = {}
+        self.names: dict[str, str] = {}
+
+    def of_caller(self) -> str | None:
+        frame: FrameType | None = sys._getframe(2)
+        inner: str | None = None
+        while frame is not None:
+            code = frame.f_code
+            known = self._codes.get(id(code))
+            if known is None:
+                known = self._codes[id(code)] = (code, _name(code, frame.f_globals))
+            if known[1]:
+                line = self._line(frame, known[1])
+                if inner is not None:
+                    return self._pair(line, inner)
+                inner = line
+            frame = frame.f_back
+        return inner
+
+    def _line(self, frame: FrameType, name: str) -> str:
+        key = id(frame.f_code), frame.f_lasti
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = f"{name}:{frame.f_lineno}"
+            self.names[line] = name
+        return line
+
+    def _pair(self, outer: str, inner: str) -> str:
+        pair = self._pairs.get((outer, inner))
+        if pair is None:
+            pair = self._pairs[outer, inner] = f"{outer} > {inner}"
+            self.names[pair] = f"{self.names[outer]} > {self.names[inner]}"
+        return pair
+
+
+def _name(code: CodeType, names: dict[str, Any]) -> str:
+    """`file.Class.function`; nothing for code that asks on behalf of others."""
+    module = names.get("__name__") or ""
+    if code.co_name.startswith("<") and code.co_name != "<module>":
+        return ""
+    path = code.co_filename.replace("\\", "/")
+    if module.partition(".")[0] in _OURS or module in _OURS or path.startswith(_HERE):
+        return ""
+    file = path.rpartition("/")[2].removesuffix(".py")
+    function = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")
+    return file if function == "<module>" else f"{file}.{function}"

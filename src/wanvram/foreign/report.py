@@ -1,0 +1,60 @@
+"""The figures of a simulated run of foreign code as text and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from wanvram.units import human
+
+if TYPE_CHECKING:
+    from wanvram.foreign.session import SimulatedRun
+
+__all__ = ["report_text", "run_json"]
+
+_OWNERS = 10
+
+
+def owners(run: SimulatedRun) -> list[tuple[str, int]]:
+    """(function:line, bytes) at the peak, largest first."""
+    moment = run.timeline().moments[0]
+    shares: Counter[str] = Counter()
+    for group in moment.alive:
+        shares[group.module or group.operation or "?"] += group.bytes
+    return shares.most_common(_OWNERS)
+
+
+def report_text(run: SimulatedRun) -> str:
+    peak = run.peak
+    verdict = "fits" if run.fits else "does NOT fit"
+    lines = [
+        f"simulated {run.gpu.name}: {verdict} in {human(run.vram_bytes)}",
+        f"peak  device {human(peak.device_bytes)}  reserved {human(peak.reserved_bytes)}  "
+        f"allocated {human(peak.allocated_bytes)}  ({peak.basis})",
+    ]
+    if run.refused_bytes:
+        lines.append(f"refused: {human(run.refused_bytes)} more were asked for")
+    if peak.low_bytes != peak.high_bytes:
+        lines.append(f"      reserved between {human(peak.low_bytes)} and {human(peak.high_bytes)}")
+    lines += [f"stage {s.name}: allocated {human(s.peak_allocated_bytes)}" for s in run.stages]
+    lines += ["at the peak:", *(f"  {human(nbytes):>12}  {name}" for name, nbytes in owners(run))]
+    lines += [f"gap: {gap}" for gap in run.gaps]
+    return "\n".join(lines) + "\n"
+
+
+def run_json(run: SimulatedRun) -> dict[str, Any]:
+    """One document: bytes are integers."""
+    return {
+        "schema": 1,
+        "device": f"simulated:{run.gpu.key}",
+        "fits": run.fits,
+        "vram_bytes": run.vram_bytes,
+        "refused_bytes": run.refused_bytes,
+        "peak": asdict(run.peak),
+        "stages": [asdict(stage) for stage in run.stages],
+        "owners": [{"module": name, "bytes": nbytes} for name, nbytes in owners(run)],
+        "host": {"peak_bytes": run.memory.host_peak_bytes, "pinned_bytes": run.memory.pinned_bytes},
+        "operations": run.memory.operations,
+        "gaps": list(run.gaps),
+    }

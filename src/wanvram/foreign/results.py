@@ -1,0 +1,57 @@
+"""Results of operations on meta tensors, remembered by the shapes, layouts and types of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from wanvram.foreign.values import tensors_in
+
+__all__ = ["IN_PLACE", "as_meta", "description", "key_of", "made_again"]
+
+IN_PLACE = object()
+
+
+def key_of(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, (list, tuple)):
+        return tuple(map(key_of, value))
+    return type(value), value
+
+
+def as_meta(value: Any) -> Any:
+    """Real tensors with their shape and layout on meta; numbers as 0-dimensional tensors stay what they are."""
+    if isinstance(value, torch.Tensor):
+        if value.is_meta or not value.dim():
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) for part in value):
+        return type(value)(as_meta(part) for part in value)
+    return value
+
+
+def description(result: Any, args: Any) -> Any:
+    """What makes an equal result again; None where it shares an argument's memory or is no tensor."""
+    if args and result is args[0]:
+        return IN_PLACE
+    tensors = list(tensors_in((result,)))
+    if not tensors or not all(tensor.is_meta for tensor in tensors):
+        return None
+    storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+    if len(storages) < len(tensors) or storages & {t.untyped_storage()._cdata for t in tensors_in(args)}:
+        return None
+    if isinstance(result, torch.Tensor):
+        return result.shape, result.stride(), result.dtype
+    if not all(isinstance(part, torch.Tensor) for part in result):
+        return None
+    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors], type(result)
+
+
+def made_again(found: Any) -> Any:
+    if len(found) == 3:
+        return torch.empty_strided(found[0], found[1], dtype=found[2], device="meta")
+    parts, kind = found
+    made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in parts]
+    return made if kind is list else tuple(made)

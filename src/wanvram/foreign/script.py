@@ -1,0 +1,98 @@
+"""A Python script as if it had been started by `python script.py args...`, on the simulated card."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wanvram.errors import InputError
+from wanvram.foreign.cuda_api import patched
+from wanvram.foreign.errors import SimulatedOutOfMemory, Unsupported
+from wanvram.foreign.session import SimulatedRun
+
+__all__ = ["run_script"]
+
+
+def run_script(path: Path, arguments: Sequence[str], run: SimulatedRun) -> int:
+    """The script's exit status: 0, what it exited with, 1 after an exception, whose traceback goes to stderr as Python's does.
+
+    `run.fits` is False after it where a full card ended the script. Raises InputError for a file that is not there, and Unsupported for
+    what cannot be simulated.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is no file")
+    with _as_main(path, arguments), no_child_processes():
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as exit_:
+            return _status(exit_.code)
+        except SimulatedOutOfMemory as error:
+            run.refuse(error)
+            return 1
+        except Unsupported:
+            raise
+        except Exception as error:
+            if full := _full(error):
+                run.refuse(full)
+            traceback.print_exception(type(error), error, _below(error))
+            return 1
+    return 0
+
+
+def _full(error: BaseException | None) -> SimulatedOutOfMemory | None:
+    """The full card behind an exception that the script made of it."""
+    while error is not None and not isinstance(error, SimulatedOutOfMemory):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _status(code: Any) -> int:
+    if code is None or isinstance(code, int):
+        return code or 0
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _below(error: BaseException) -> Any:
+    """The traceback without runpy and this file."""
+    step = error.__traceback__
+    while step is not None and step.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
+        step = step.tb_next
+    return step or error.__traceback__
+
+
+@contextmanager
+def _as_main(path: Path, arguments: Sequence[str]) -> Iterator[None]:
+    """sys.argv and sys.path as Python sets them for a script, and as they were afterwards."""
+    argv, found = sys.argv, list(sys.path)
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, found
+
+
+@contextmanager
+def no_child_processes() -> Iterator[None]:
+    """Another Python would run without the simulated card and say nothing of it: refused by name."""
+    plain = subprocess.Popen.__init__
+
+    def start(process: Any, args: Any, *rest: Any, **kwargs: Any) -> None:
+        first = args if isinstance(args, (str, bytes)) else next(iter(args), "")
+        name = os.path.basename(os.fsdecode(first).split(" ")[0])
+        if name.startswith(("python", "torchrun", "accelerate")):
+            raise Unsupported(
+                f"the child process {name} is not simulated: give its script to `wanvram simulate` itself"
+            )
+        plain(process, args, *rest, **kwargs)
+
+    with patched([(subprocess.Popen, "__init__", start)]):
+        yield

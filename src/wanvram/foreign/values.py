@@ -1,0 +1,84 @@
+"""Values of small device tensors: control flow, schedulers and indices read them, so operations on them are done on the CPU as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+__all__ = ["MOST_ELEMENTS", "Values"]
+
+MOST_ELEMENTS = 32_768  # of a storage whose values are kept; a vocabulary of logits is the largest that code looks into
+
+
+class Values:
+    """The bytes of a meta storage as a CPU storage, by the meta storage's key; views share them as they share the storage."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, torch.UntypedStorage] = {}
+
+    def forget(self, key: int) -> None:
+        self._known.pop(key, None)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The tensor's values as a CPU tensor that shares them; None where they are not known."""
+        if not tensor.is_meta:
+            return tensor
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        if known is None:
+            return None
+        shared = torch.empty(0, dtype=tensor.dtype)
+        return shared.set_(known, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def keep(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """`value` [the shape of tensor] is what the meta tensor holds; its storage must be the tensor's alone."""
+        if not _small(tensor):
+            return
+        own = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.uint8).untyped_storage()
+        key = tensor.untyped_storage()._cdata
+        self._known[key] = own
+        shared = self.of(tensor)
+        assert shared is not None
+        shared.copy_(value)
+
+    def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> bool:
+        """The operation on the values, in place or into `result`'s. False where an argument's values are not known."""
+        results = list(tensors_in((result,)))
+        if not all(map(_small, results)):
+            return False
+        try:
+            real_args, real_kwargs = self._real(args), {k: self._real(v) for k, v in kwargs.items()}
+        except KeyError:
+            return False
+        if "device" in real_kwargs:
+            real_kwargs["device"] = torch.device("cpu")
+        real_kwargs.pop("pin_memory", None)
+        found = func(*real_args, **real_kwargs)
+        for meta, real in zip(results, tensors_in((found,)), strict=True):
+            if meta.untyped_storage()._cdata not in self._known:
+                self.keep(meta, real)
+        return True
+
+    def _real(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            real = self.of(value)
+            if real is None:
+                raise KeyError
+            return real
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._real(part) for part in value)
+        return value
+
+
+def _small(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() <= MOST_ELEMENTS * tensor.itemsize
+
+
+def tensors_in(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    """The tensors among an operation's arguments or results, which nest at most in lists."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)

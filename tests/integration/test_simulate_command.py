@@ -1,0 +1,97 @@
+"""`wanvram simulate script.py` in a process of its own: streams, exit codes, files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import subprocess, sys
+import torch
+print("arguments", *sys.argv[1:])
+model = torch.nn.Linear(2048, 2048, device="cuda", dtype=torch.bfloat16)
+with torch.no_grad():
+    y = model(torch.zeros(64, 2048, device="cuda", dtype=torch.bfloat16))
+print(f"{torch.cuda.max_memory_allocated()} bytes on {torch.cuda.get_device_name()}")
+if "full" in sys.argv:
+    torch.empty(100 << 30, dtype=torch.uint8, device="cuda")
+if "wrapped" in sys.argv:
+    try:
+        torch.empty(100 << 30, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError("the pipeline failed") from error
+if "broken" in sys.argv:
+    raise ValueError("a defect of its own")
+if "status" in sys.argv:
+    sys.exit(7)
+if "child" in sys.argv:
+    subprocess.run([sys.executable, "-c", "import torch"])
+"""
+
+
+def simulate(tmp_path: Path, *words: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    command = [sys.executable, "-m", "wanvram", "simulate", "--gpu", "rtx4090", *flags, str(script), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_the_scripts_output_passes_through_and_the_report_goes_to_stderr(tmp_path: Path) -> None:
+    done = simulate(tmp_path, "--steps", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "arguments --steps 4 --json"
+    assert second.endswith(" bytes on NVIDIA GeForce RTX 4090")
+    assert done.stderr.startswith("simulated NVIDIA GeForce RTX 4090: fits in ")
+    assert "script:5" in done.stderr
+
+
+def test_with_json_the_document_alone_is_on_stdout_and_the_directory_has_timeline_and_snapshot(tmp_path: Path) -> None:
+    done = simulate(tmp_path, flags=("--json", "-o", str(tmp_path / "run")))
+    document = json.loads(done.stdout)
+    assert "arguments" in done.stderr
+    assert f"{document['peak']['allocated_bytes']} bytes on" in done.stderr
+    assert document["fits"] is True
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "memory_viz.pickle",
+        "simulation.json",
+        "timeline.json",
+    ]
+    again = simulate(tmp_path, flags=("-o", str(tmp_path / "run")))
+    assert again.returncode == 2
+    assert "give --force" in again.stderr
+
+
+@pytest.mark.parametrize("word", ["full", "wrapped"])
+def test_a_script_that_the_card_cannot_hold_exits_with_3(tmp_path: Path, word: str) -> None:
+    done = simulate(tmp_path, word)
+    assert done.returncode == 3
+    assert "does NOT fit" in done.stderr
+    assert "refused: 100.00 GiB more were asked for" in done.stderr
+
+
+def test_a_script_that_fails_by_itself_exits_with_1_and_shows_its_own_traceback(tmp_path: Path) -> None:
+    done = simulate(tmp_path, "broken")
+    assert done.returncode == 1
+    assert "ValueError: a defect of its own" in done.stderr
+    assert "runpy" not in done.stderr
+    assert simulate(tmp_path, "status").returncode == 1
+
+
+def test_a_child_process_is_refused_by_name(tmp_path: Path) -> None:
+    done = simulate(tmp_path, "child")
+    assert done.returncode == 2
+    assert "the child process python" in done.stderr
+    assert "is not simulated" in done.stderr
+
+
+def test_a_script_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wanvram", "simulate", str(tmp_path / "none.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 2
+    assert "none.py is no file" in done.stderr
