@@ -32,6 +32,7 @@ class Facade(TorchFunctionMode):
         self.cpu = torch.device("cpu")
         self._factories = {f for f in _device_constructors() if f.__name__ not in _FROM_DATA}
         self._handlers: dict[Any, Callable[..., Any]] = {
+            torch.device: _numbered,
             T.device.__get__: self._device,
             T.is_cuda.__get__: lambda t: self._place(t) == CUDA,
             T.is_cpu.__get__: lambda t: self._place(t) == CPU,
@@ -154,6 +155,22 @@ class Facade(TorchFunctionMode):
         kwargs.setdefault("device", self._device(tensor))
         return self._handlers[torch.tensor](data, **kwargs)
 
+    def load(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """torch.load: everything is read to the host, and moved to the card if that is where map_location points."""
+        where = kwargs.pop("map_location", args[1] if len(args) > 1 else None)
+        to_card = isinstance(where, (str, int, torch.device)) and self.place_named(where) == CUDA
+        found = plain(args[0], map_location="cpu" if where is None or to_card else where, **kwargs)
+        if not to_card:
+            return found
+        with torch._C.DisableTorchFunction():
+            return _everywhere(found, lambda t: self._moved(t, CUDA, t.dtype))
+
+    def save(self, plain: Callable[..., Any], content: Any, *args: Any, **kwargs: Any) -> Any:
+        """torch.save: what is on the card with its values, zeros where only a GPU would know them."""
+        with torch._C.DisableTorchFunction():
+            content = _everywhere(content, self._real)
+        plain(content, *args, **kwargs)
+
     # --- transfers -------------------------------------------------------------------------------------------------------
 
     def _to(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +181,9 @@ class Facade(TorchFunctionMode):
             args, kwargs = (self._device(other), other.dtype), {"non_blocking": rest.get("non_blocking", False)}
         if len(args) > 3 or (len(args) > 2 and isinstance(args[0], torch.dtype)):
             args, copy = args[:-1], args[-1]
+        args = tuple(torch.device("cuda", a) if type(a) is int else a for a in args)
+        if type(kwargs.get("device")) is int:
+            kwargs["device"] = torch.device("cuda", kwargs["device"])
         device, dtype, waits_not, layout = torch._C._nn._parse_to(*args, **kwargs)
         place = self._place(tensor) if device is None else self.place_named(device)
         options = {"copy": copy, "memory_format": layout, "non_blocking": waits_not}
@@ -213,9 +233,10 @@ class Facade(TorchFunctionMode):
         if not tensor.is_meta:
             return tensor
         value = self.memory.values.of(tensor)
+        if value is None or self.memory.values.assumed(tensor):
+            self.memory.assume("values read by the host")
         if value is not None:
             return value
-        self.memory.assume("values read by the host")
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
     def _numpy(self, tensor: torch.Tensor, *, force: bool = False) -> Any:
@@ -282,3 +303,17 @@ class Facade(TorchFunctionMode):
 
     def _reduce(self, tensor: torch.Tensor, protocol: int) -> Any:
         return T.__reduce_ex__(self._real(tensor) if tensor.is_meta else tensor, protocol)
+
+
+def _numbered(*args: Any, **kwargs: Any) -> torch.device:
+    """torch.device, of which a number alone means a GPU."""
+    return torch.device("cuda", args[0]) if args and type(args[0]) is int else torch.device(*args, **kwargs)
+
+
+def _everywhere(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The tensors in dicts, lists and tuples, changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return type(value)((key, _everywhere(part, change)) for key, part in value.items())
+    return type(value)(_everywhere(part, change) for part in value) if type(value) in (list, tuple) else value

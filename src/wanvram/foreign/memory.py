@@ -43,6 +43,30 @@ _DATA_SHAPED = (
     "aten._unique2.default",
     "aten.unique_dim.default",
 )
+_TO_THE_HOST = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.allclose.default")
+# Operations for which CUDA's libraries take temporary memory by rules that are not known here.
+_WITH_TEMPORARIES = (
+    *("aten.sort.", "aten.topk.", "aten.kthvalue", "aten.median", "aten.mode.", "aten.multinomial", "aten._fft_"),
+    *(
+        "aten._linalg_",
+        "aten.linalg_eig",
+        "aten.linalg_qr",
+        "aten.lstm",
+        "aten.gru",
+        "aten._cudnn_rnn",
+        "aten.cumsum.",
+        "aten.cumprod.",
+    ),
+    *(
+        "aten.unique",
+        "aten._unique",
+        "aten.nonzero.",
+        "aten.histc",
+        "aten.bincount",
+        "aten.searchsorted",
+        "aten._cdist",
+    ),
+)
 _MOST_MEMORISED = 100_000
 QUEUED_LAUNCHES = 1024  # kernels that CUDA takes from the host before it makes it wait
 MOST_ASSUMED = 20_000  # reads of unknown values at one place
@@ -58,6 +82,7 @@ class _Operation:
     writes: tuple[int | str, ...]
     price: Price | None
     memorised: bool
+    untold: bool
 
 
 class ForeignMemory(SimulatedMemory):
@@ -225,11 +250,11 @@ class ForeignMemory(SimulatedMemory):
             for index, argument in enumerate(arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        if not name.startswith(("aten.", "prim")) and not self.buffers.knows(name):
-            self.untaken[name] += 0
+        untold = name.startswith(_WITH_TEMPORARIES) or not name.startswith(("aten.", "prim", "profiler."))
         price = None if view else self.clock.costs.price(name)
         memorised = not view and "out" not in writes and not name.startswith(("aten.set_", "aten.resize_"))
-        found = self._foreign[func] = _Operation(name, view, composite, writes, price, memorised)
+        untold = untold and not composite and not self.buffers.knows(name)
+        found = self._foreign[func] = _Operation(name, view, composite, writes, price, memorised, untold)
         return found
 
     def _common_place(self, operation: _Operation, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> str | None:
@@ -263,11 +288,13 @@ class ForeignMemory(SimulatedMemory):
         name = operation.name
         if name == "aten.copy_.default":
             return self._copy(*args, **kwargs)
-        if name in ("aten._local_scalar_dense.default", "aten.equal.default"):
+        if name in _TO_THE_HOST:
             return self._read(func, args)
         if name in _DATA_SHAPED or (name.startswith("aten.index") and _has_mask(args)):
             return self._data_shaped(func, operation, args, kwargs, place)
         self.operations += 1
+        if operation.untold and place == CUDA:
+            self.untaken[name] += 1
         plan = self.libraries.plan(name, args) if place == CUDA else None
         before = [self._malloc(n, "before " + name) for n in plan.before] if plan else []
         result = self._result(func, operation, args, kwargs)
@@ -340,9 +367,10 @@ class ForeignMemory(SimulatedMemory):
         """A value for the host: zero, said so in the gaps, where only a GPU would know it."""
         known = [self.values.of(tensor) for tensor in tensors_in(args)]
         self.synchronize()
+        if any(map(self.values.assumed, tensors_in(args))) or any(value is None for value in known):
+            self.assume(f"{func}")
         if all(value is not None for value in known):
-            return func(*known)
-        self.assume(f"{func}")
+            return func(*known, *args[len(known) :])
         return False if args[0].dtype == torch.bool or len(known) > 1 else 0.0 if args[0].is_floating_point() else 0
 
     def assume(self, operation: str) -> None:
@@ -367,7 +395,7 @@ class ForeignMemory(SimulatedMemory):
             self._born(result, place)
             self._follow(func, operation, (args[0], flat), kwargs, result)
             return result
-        real = [self.values.of(value) if isinstance(value, torch.Tensor) else value for value in args]
+        real = [self.values.sure(value) if isinstance(value, torch.Tensor) else value for value in args]
         if any(value is None and given is not None for value, given in zip(real, args, strict=True)):
             raise self._hangs_on_values(operation)
         found = func(*real, **kwargs)
@@ -381,7 +409,7 @@ class ForeignMemory(SimulatedMemory):
         """A mask as the positions that it selects, one tensor for each of its dimensions."""
         if index.dtype not in (torch.bool, torch.uint8):
             return index
-        known = self.values.of(index)
+        known = self.values.sure(index)
         if known is None:
             raise self._hangs_on_values(operation)
         return known.nonzero(as_tuple=True)

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -201,6 +202,8 @@ def simulated_gpu(
         stack.callback(_open.clear)
         stack.callback(memory.close)
         stack.enter_context(patched([*StandIns(memory, eager=compile_eagerly).table(), *_checked_moves(run)]))
+        files = [(torch, "load", partial(facade.load, torch.load)), (torch, "save", partial(facade.save, torch.save))]
+        stack.enter_context(patched(files))
         stack.enter_context(whole_operations(memory))
         stack.enter_context(in_threads(facade, memory))
         stack.enter_context(memory)
