@@ -40,14 +40,14 @@ class Facade(TorchFunctionMode):
             T.get_device: lambda t: 0 if self._place(t) == CUDA else -1,
             T.data.__set__: self._set_data,
             T.to: self._to,
-            T.cuda: lambda t, device=None, non_blocking=False, memory_format=torch.preserve_format: self._moved(
+            T.cuda: lambda t, device=None, non_blocking=False, memory_format=torch.preserve_format: self.moved(
                 t, CUDA, t.dtype, memory_format=memory_format, non_blocking=non_blocking
             ),
-            T.cpu: lambda t, memory_format=torch.preserve_format: self._moved(
+            T.cpu: lambda t, memory_format=torch.preserve_format: self.moved(
                 t, CPU, t.dtype, memory_format=memory_format
             ),
             T.numpy: self._numpy,
-            T.tolist: lambda t: self._real(t).tolist(),
+            T.tolist: lambda t: self.real(t).tolist(),
             T.__array__: self._array,
             T.data_ptr: self._data_ptr,
             T.pin_memory: self._pin,
@@ -136,40 +136,24 @@ class Facade(TorchFunctionMode):
                     args = (args[0].detach().clone(), *args[1:])
                 dtype = kwargs.get("dtype") or args[0].dtype
                 place = self._place(args[0]) if device is None else self.place_named(device)
-                return self._moved(args[0], place, dtype)
+                return self.moved(args[0], place, dtype)
             parts = args[0] if args else kwargs.get("data")
             if isinstance(parts, (list, tuple)) and any(t.is_meta for t in tensors_in(parts)):
                 args = (self._plain(parts), *args[1:])
             value = func(*args, **kwargs)
-            return value if device is None else self._moved(value, self.place_named(device), value.dtype)
+            return value if device is None else self.moved(value, self.place_named(device), value.dtype)
 
         return made
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._real(value).tolist()
+            return self.real(value).tolist()
         return [self._plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
     def _new_tensor(self, tensor: torch.Tensor, data: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("dtype", tensor.dtype)
         kwargs.setdefault("device", self._device(tensor))
         return self._handlers[torch.tensor](data, **kwargs)
-
-    def load(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """torch.load: everything is read to the host, and moved to the card if that is where map_location points."""
-        where = kwargs.pop("map_location", args[1] if len(args) > 1 else None)
-        to_card = isinstance(where, (str, int, torch.device)) and self.place_named(where) == CUDA
-        found = plain(args[0], map_location="cpu" if where is None or to_card else where, **kwargs)
-        if not to_card:
-            return found
-        with torch._C.DisableTorchFunction():
-            return _everywhere(found, lambda t: self._moved(t, CUDA, t.dtype))
-
-    def save(self, plain: Callable[..., Any], content: Any, *args: Any, **kwargs: Any) -> Any:
-        """torch.save: what is on the card with its values, zeros where only a GPU would know them."""
-        with torch._C.DisableTorchFunction():
-            content = _everywhere(content, self._real)
-        plain(content, *args, **kwargs)
 
     # --- transfers -------------------------------------------------------------------------------------------------------
 
@@ -187,9 +171,9 @@ class Facade(TorchFunctionMode):
         device, dtype, waits_not, layout = torch._C._nn._parse_to(*args, **kwargs)
         place = self._place(tensor) if device is None else self.place_named(device)
         options = {"copy": copy, "memory_format": layout, "non_blocking": waits_not}
-        return self._moved(tensor, place, dtype or tensor.dtype, **options)
+        return self.moved(tensor, place, dtype or tensor.dtype, **options)
 
-    def _moved(
+    def moved(
         self,
         tensor: torch.Tensor,
         place: str,
@@ -228,7 +212,7 @@ class Facade(TorchFunctionMode):
             moved.copy_(tensor)
         return moved
 
-    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
+    def real(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the CPU with values; zeros, said so in the gaps, where they are not known."""
         if not tensor.is_meta:
             return tensor
@@ -250,7 +234,7 @@ class Facade(TorchFunctionMode):
             self.memory.assume("Tensor.numpy")
             dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
             return np.zeros(tuple(tensor.shape), dtype)
-        return self._real(tensor).numpy(force=force)
+        return self.real(tensor).numpy(force=force)
 
     def _array(self, tensor: torch.Tensor, dtype: Any = None, **_: Any) -> Any:
         found = self._numpy(tensor)
@@ -258,14 +242,14 @@ class Facade(TorchFunctionMode):
 
     def _type(self, tensor: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **_: Any) -> Any:
         if isinstance(dtype, torch.dtype):
-            return self._moved(tensor, self._place(tensor), dtype)
+            return self.moved(tensor, self._place(tensor), dtype)
         if dtype is None:
             name = tensor.new_empty(0, device="cpu").type() if tensor.is_meta else tensor.type()
             return name.replace("torch.", "torch.cuda.") if self._place(tensor) == CUDA else name
         name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
         place = CUDA if ".cuda." in name else CPU
         kind = torch.empty(0).type(name.replace(".cuda", "")).dtype
-        return self._moved(tensor, place, kind)
+        return self.moved(tensor, place, kind)
 
     def _set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Between real and meta tensors PyTorch refuses: there the insides are swapped, and the object stays the same."""
@@ -302,18 +286,9 @@ class Facade(TorchFunctionMode):
         return f"tensor(..., size={tuple(tensor.shape)}, dtype={tensor.dtype}{device})"
 
     def _reduce(self, tensor: torch.Tensor, protocol: int) -> Any:
-        return T.__reduce_ex__(self._real(tensor) if tensor.is_meta else tensor, protocol)
+        return T.__reduce_ex__(self.real(tensor) if tensor.is_meta else tensor, protocol)
 
 
 def _numbered(*args: Any, **kwargs: Any) -> torch.device:
     """torch.device, of which a number alone means a GPU."""
     return torch.device("cuda", args[0]) if args and type(args[0]) is int else torch.device(*args, **kwargs)
-
-
-def _everywhere(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The tensors in dicts, lists and tuples, changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return type(value)((key, _everywhere(part, change)) for key, part in value.items())
-    return type(value)(_everywhere(part, change) for part in value) if type(value) in (list, tuple) else value

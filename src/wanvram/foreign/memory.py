@@ -7,7 +7,7 @@ Does not own: what Python code asks for (facade.py), whole operations that CUDA 
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.results import IN_PLACE, as_meta, description, key_of, made_again
+from wanvram.foreign.timed_memory import TimedMemory
 from wanvram.foreign.values import Values, tensors_in
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
-from wanvram.simulate.memory import SimulatedMemory
 from wanvram.units import human
 
 __all__ = ["CPU", "CUDA", "META", "ForeignMemory"]
@@ -68,7 +68,6 @@ _WITH_TEMPORARIES = (
     ),
 )
 _MOST_MEMORISED = 100_000
-QUEUED_LAUNCHES = 1024  # kernels that CUDA takes from the host before it makes it wait
 MOST_ASSUMED = 20_000  # reads of unknown values at one place
 
 
@@ -85,11 +84,11 @@ class _Operation:
     untold: bool
 
 
-class ForeignMemory(SimulatedMemory):
+class ForeignMemory(TimedMemory):
     """Dispatch mode. `placing`: where the facade wants the storages of a factory; None: where the operation's tensors are."""
 
     def __init__(self, gpu: GPU, allocator: CachingAllocator, buffers: ForeignBuffers, clock: Clock) -> None:
-        super().__init__(gpu, allocator, buffers, clock=clock)
+        super().__init__(gpu, allocator, buffers, clock)
         self.buffers = buffers
         self.values = Values()
         self.placing: str | None = None
@@ -105,10 +104,6 @@ class ForeignMemory(SimulatedMemory):
         self.operations = 0
         self.closed = False
         self._place: dict[int, str] = {}
-        self.timed = False  # whether the clock is needed: only under record_stream
-        self._recorded: set[int] = set()
-        self._launched: deque[float] = deque()  # when each is done
-        self._awaited: deque[tuple[float, int]] = deque()  # (when the computation has passed, block)
         self._last = CUDA  # where the operation before was
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
@@ -416,43 +411,6 @@ class ForeignMemory(SimulatedMemory):
 
     def _hangs_on_values(self, operation: _Operation) -> UnknownOperation:
         return UnknownOperation(operation.name, "the shape of its result hangs on values that only a GPU would know")
-
-    def record_stream(self, tensor: torch.Tensor) -> None:
-        """Its block is given back only when the computation has passed: by the clock, which runs from the first such call on."""
-        self.timed = True
-        handle = self._device.get(tensor.untyped_storage()._cdata)
-        if handle is not None:
-            self._recorded.add(handle)
-
-    def _await(self, handle: int) -> None:
-        """The free of a block that another stream may still use."""
-        self._recorded.remove(handle)
-        del self.live[handle]
-        self.allocator.await_stream(handle)
-        if self.observer is not None:
-            self.observer.free(handle)
-        self._awaited.append((self.clock.mark(), handle))
-        self._queued()  # the event that tells when the stream has passed
-
-    def launch(self, price: Price, args: Any, result: Any) -> None:
-        """One operation by the clock."""
-        self.clock.compute(price, args, result)
-        self._queued()
-
-    def _queued(self) -> None:
-        """The host waits where as many launches and events as the driver's queue holds are not done."""
-        self._launched.append(self.clock.mark())
-        if len(self._launched) > QUEUED_LAUNCHES:
-            self.clock.host_waits(self._launched.popleft())
-
-    def _passed(self, now: float) -> None:
-        """Gives back what was awaited until now, in seconds."""
-        while self._awaited and self._awaited[0][0] <= now:
-            self.allocator.free(self._awaited.popleft()[1])
-
-    def synchronize(self) -> None:
-        super().synchronize()
-        self._passed(self.clock.now())
 
     # --- copies ----------------------------------------------------------------------------------------------------------
 

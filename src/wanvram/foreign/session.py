@@ -9,7 +9,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +18,7 @@ from wanvram.errors import InputError, OutOfMemory
 from wanvram.foreign.buffers import ForeignBuffers, Registered
 from wanvram.foreign.cuda_api import StandIns, patched
 from wanvram.foreign.facade import Facade
+from wanvram.foreign.files import file_stand_ins
 from wanvram.foreign.kernels import whole_operations
 from wanvram.foreign.memory import CUDA, ForeignMemory
 from wanvram.foreign.owners import ForeignTimeline
@@ -202,8 +202,7 @@ def simulated_gpu(
         stack.callback(_open.clear)
         stack.callback(memory.close)
         stack.enter_context(patched([*StandIns(memory, eager=compile_eagerly).table(), *_checked_moves(run)]))
-        files = [(torch, "load", partial(facade.load, torch.load)), (torch, "save", partial(facade.save, torch.save))]
-        stack.enter_context(patched(files))
+        stack.enter_context(patched(file_stand_ins(facade)))
         stack.enter_context(whole_operations(memory))
         stack.enter_context(in_threads(facade, memory))
         stack.enter_context(memory)
