@@ -5,8 +5,8 @@ docs/your-own-code.md. The script's output passes through and the report goes to
 
 examples:
   wanvram simulate --gpu rtx4090 my_pipeline.py --steps 4
-  wanvram simulate --gpu rtx4060 --vram 8GiB --json generate.py > simulation.json
-  wanvram simulate --gpu h100 -o simulated/ script.py
+  wanvram simulate --gpu rtx4060 --vram 8GiB --json my_pipeline.py
+  wanvram simulate --gpu h100 -o simulated script.py
 """
 
 from __future__ import annotations
