@@ -267,7 +267,18 @@ def test_json_prints_one_document_and_nothing_else() -> None:
 
 
 def test_every_verb_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("profile", "estimate", "generate", "plan", "report", "convert", "compare", "check", "analyze"):
+    for verb in (
+        "profile",
+        "estimate",
+        "generate",
+        "plan",
+        "report",
+        "convert",
+        "compare",
+        "check",
+        "analyze",
+        "simulate",
+    ):
         with pytest.raises(SystemExit) as caught:
             main([verb, "--help"])
         assert caught.value.code == 0

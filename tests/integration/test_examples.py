@@ -216,6 +216,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for pattern, small in SMALLER_YAML.items():
             text = re.sub(rf"^  {pattern}", f"  {small}", text, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8")
+    for name in ("script.py", "my_pipeline.py", "flux.py"):  # what is simulated
+        (tmp_path / name).write_text("import torch\ntorch.nn.Linear(64, 64).cuda()\n", encoding="utf-8")
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "subprocess", SimpleNamespace(**(vars(subprocess) | {"Popen": InProcess})))

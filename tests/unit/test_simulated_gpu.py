@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -336,6 +337,44 @@ def test_a_thread_of_the_program_is_simulated_too() -> None:
         thread.join()
         assert kept[0].is_cuda
         assert allocated() == 4 * MIB
+
+
+def test_weights_come_from_files_onto_the_card_and_go_back(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.save({"w": torch.ones(3)}, tmp_path / "w.pt")
+    safetensors.save_file({"w": torch.ones(1024, 1024)}, tmp_path / "w.safetensors")
+    with simulated_gpu("rtx4090"):
+        small = torch.load(tmp_path / "w.pt", map_location="cuda")["w"]
+        large = safetensors.load_file(tmp_path / "w.safetensors", device="cuda")["w"]
+        assert small.is_cuda
+        assert large.is_cuda
+        assert allocated() == 4 * MIB + 512
+        torch.save([small * 2], tmp_path / "again.pt")
+        assert torch.load(tmp_path / "again.pt")[0].tolist() == [2, 2, 2]
+
+
+def test_a_program_goes_on_with_the_first_token_and_stops_by_its_own_rule() -> None:
+    """What argmax finds hangs on unknown values; that the length is reached does not."""
+    with simulated_gpu("rtx4090") as gpu, torch.no_grad():
+        table = torch.randn(1000, 1000, device="cuda")
+        ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+        for length in range(2, 100):
+            token = table[ids[:, -1]].argmax(-1)
+            ids = torch.cat([ids, token[:, None]], -1)
+            done = torch.full((1,), length >= 8, device="cuda") | torch.isin(ids[:, -1], torch.tensor([7]).cuda())
+            if done.all():
+                break
+        assert ids.shape == (1, 8)
+        assert any("zeros were taken" in gap for gap in gpu.gaps)
+        with pytest.raises(UnknownOperation, match=r"aten\.nonzero"):
+            (ids == 0).nonzero()
+
+
+def test_operations_with_temporary_memory_of_unknown_size_are_listed() -> None:
+    with simulated_gpu("h200") as gpu:
+        torch.randn(100_000, device="cuda").sort()
+        assert gpu.gaps[0].startswith("aten.sort")
+        assert gpu.peak.basis == "estimated"
 
 
 def test_a_custom_operation_is_listed_and_can_be_stated() -> None:

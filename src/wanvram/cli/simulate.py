@@ -5,8 +5,8 @@ docs/your-own-code.md. The script's output passes through and the report goes to
 
 examples:
   wanvram simulate --gpu rtx4090 my_pipeline.py --steps 4
-  wanvram simulate --gpu rtx4060 --vram 8GiB --json generate.py > simulation.json
-  wanvram simulate --gpu h100 -o simulated/ script.py
+  wanvram simulate --gpu rtx4060 --vram 8GiB --json my_pipeline.py
+  wanvram simulate --gpu h100 -o simulated script.py
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from wanvram.cli.common import stated
 from wanvram.errors import InputError
+from wanvram.knobs import EXPANDABLE_SEGMENTS
 from wanvram.output_files import whole_file, writing
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ __all__ = ["prepare_parser", "run"]
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (default: h200, measured)")
     parser.add_argument("--vram", help="memory the script may use, for example 24GiB; exit code 3 if it does not fit")
-    parser.add_argument("--expandable_segments", action="store_true", help="the allocator's setting of that name")
+    segments = "the allocator's setting of that name"
+    parser.add_argument(EXPANDABLE_SEGMENTS.flag, dest="expandable", action="store_true", help=segments)
     parser.add_argument("--eager", action="store_true", help="run what torch.compile is asked for eagerly and say so")
     parser.add_argument("-o", "--output", type=Path, help="directory for the timeline and the allocator's snapshot")
     parser.add_argument("--force", action="store_true", help="replace what is already in the directory")
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from wanvram.foreign.session import simulated_gpu
     from wanvram.simulate.gpus import DEFAULT_GPU
 
-    settings = {"expandable_segments": args.expandable_segments, "compile_eagerly": args.eager}
+    settings = {"expandable": args.expandable, "compile_eagerly": args.eager}
     with (
         simulated_gpu(args.gpu or DEFAULT_GPU, vram=vram, **settings) as gpu,
         redirect_stdout(sys.stderr) if args.json else nullcontext(),

@@ -32,6 +32,7 @@ class Facade(TorchFunctionMode):
         self.cpu = torch.device("cpu")
         self._factories = {f for f in _device_constructors() if f.__name__ not in _FROM_DATA}
         self._handlers: dict[Any, Callable[..., Any]] = {
+            torch.device: _numbered,
             T.device.__get__: self._device,
             T.is_cuda.__get__: lambda t: self._place(t) == CUDA,
             T.is_cpu.__get__: lambda t: self._place(t) == CPU,
@@ -39,14 +40,14 @@ class Facade(TorchFunctionMode):
             T.get_device: lambda t: 0 if self._place(t) == CUDA else -1,
             T.data.__set__: self._set_data,
             T.to: self._to,
-            T.cuda: lambda t, device=None, non_blocking=False, memory_format=torch.preserve_format: self._moved(
+            T.cuda: lambda t, device=None, non_blocking=False, memory_format=torch.preserve_format: self.moved(
                 t, CUDA, t.dtype, memory_format=memory_format, non_blocking=non_blocking
             ),
-            T.cpu: lambda t, memory_format=torch.preserve_format: self._moved(
+            T.cpu: lambda t, memory_format=torch.preserve_format: self.moved(
                 t, CPU, t.dtype, memory_format=memory_format
             ),
             T.numpy: self._numpy,
-            T.tolist: lambda t: self._real(t).tolist(),
+            T.tolist: lambda t: self.real(t).tolist(),
             T.__array__: self._array,
             T.data_ptr: self._data_ptr,
             T.pin_memory: self._pin,
@@ -135,18 +136,18 @@ class Facade(TorchFunctionMode):
                     args = (args[0].detach().clone(), *args[1:])
                 dtype = kwargs.get("dtype") or args[0].dtype
                 place = self._place(args[0]) if device is None else self.place_named(device)
-                return self._moved(args[0], place, dtype)
+                return self.moved(args[0], place, dtype)
             parts = args[0] if args else kwargs.get("data")
             if isinstance(parts, (list, tuple)) and any(t.is_meta for t in tensors_in(parts)):
                 args = (self._plain(parts), *args[1:])
             value = func(*args, **kwargs)
-            return value if device is None else self._moved(value, self.place_named(device), value.dtype)
+            return value if device is None else self.moved(value, self.place_named(device), value.dtype)
 
         return made
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._real(value).tolist()
+            return self.real(value).tolist()
         return [self._plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
     def _new_tensor(self, tensor: torch.Tensor, data: Any, **kwargs: Any) -> Any:
@@ -164,12 +165,15 @@ class Facade(TorchFunctionMode):
             args, kwargs = (self._device(other), other.dtype), {"non_blocking": rest.get("non_blocking", False)}
         if len(args) > 3 or (len(args) > 2 and isinstance(args[0], torch.dtype)):
             args, copy = args[:-1], args[-1]
+        args = tuple(torch.device("cuda", a) if type(a) is int else a for a in args)
+        if type(kwargs.get("device")) is int:
+            kwargs["device"] = torch.device("cuda", kwargs["device"])
         device, dtype, waits_not, layout = torch._C._nn._parse_to(*args, **kwargs)
         place = self._place(tensor) if device is None else self.place_named(device)
         options = {"copy": copy, "memory_format": layout, "non_blocking": waits_not}
-        return self._moved(tensor, place, dtype or tensor.dtype, **options)
+        return self.moved(tensor, place, dtype or tensor.dtype, **options)
 
-    def _moved(
+    def moved(
         self,
         tensor: torch.Tensor,
         place: str,
@@ -208,14 +212,15 @@ class Facade(TorchFunctionMode):
             moved.copy_(tensor)
         return moved
 
-    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
+    def real(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the CPU with values; zeros, said so in the gaps, where they are not known."""
         if not tensor.is_meta:
             return tensor
         value = self.memory.values.of(tensor)
+        if value is None or self.memory.values.assumed(tensor):
+            self.memory.assume("values read by the host")
         if value is not None:
             return value
-        self.memory.assume("values read by the host")
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
     def _numpy(self, tensor: torch.Tensor, *, force: bool = False) -> Any:
@@ -229,7 +234,7 @@ class Facade(TorchFunctionMode):
             self.memory.assume("Tensor.numpy")
             dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
             return np.zeros(tuple(tensor.shape), dtype)
-        return self._real(tensor).numpy(force=force)
+        return self.real(tensor).numpy(force=force)
 
     def _array(self, tensor: torch.Tensor, dtype: Any = None, **_: Any) -> Any:
         found = self._numpy(tensor)
@@ -237,14 +242,14 @@ class Facade(TorchFunctionMode):
 
     def _type(self, tensor: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **_: Any) -> Any:
         if isinstance(dtype, torch.dtype):
-            return self._moved(tensor, self._place(tensor), dtype)
+            return self.moved(tensor, self._place(tensor), dtype)
         if dtype is None:
             name = tensor.new_empty(0, device="cpu").type() if tensor.is_meta else tensor.type()
             return name.replace("torch.", "torch.cuda.") if self._place(tensor) == CUDA else name
         name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
         place = CUDA if ".cuda." in name else CPU
         kind = torch.empty(0).type(name.replace(".cuda", "")).dtype
-        return self._moved(tensor, place, kind)
+        return self.moved(tensor, place, kind)
 
     def _set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Between real and meta tensors PyTorch refuses: there the insides are swapped, and the object stays the same."""
@@ -281,4 +286,9 @@ class Facade(TorchFunctionMode):
         return f"tensor(..., size={tuple(tensor.shape)}, dtype={tensor.dtype}{device})"
 
     def _reduce(self, tensor: torch.Tensor, protocol: int) -> Any:
-        return T.__reduce_ex__(self._real(tensor) if tensor.is_meta else tensor, protocol)
+        return T.__reduce_ex__(self.real(tensor) if tensor.is_meta else tensor, protocol)
+
+
+def _numbered(*args: Any, **kwargs: Any) -> torch.device:
+    """torch.device, of which a number alone means a GPU."""
+    return torch.device("cuda", args[0]) if args and type(args[0]) is int else torch.device(*args, **kwargs)

@@ -41,7 +41,7 @@ def whole_operations(memory: ForeignMemory) -> Iterator[None]:
             continue  # arrives whole
         name = operation._schema.name.removeprefix("aten::")
         full = f"{name}.{operation._overloadname}" if operation._overloadname != "default" else name
-        library.impl(full, "AutogradMeta", _above_autograd(operation), False)
+        library.impl(full, "AutogradMeta", _above_autograd(operation, memory), False)
     memory.whole.update(table)
     try:
         yield
@@ -50,11 +50,13 @@ def whole_operations(memory: ForeignMemory) -> Iterator[None]:
         memory.whole.clear()
 
 
-def _above_autograd(operation: Any) -> Any:
+def _above_autograd(operation: Any, memory: ForeignMemory) -> Any:
     """Whole where no gradient is recorded, else its parts, of which autograd keeps what it needs."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            if operation is aten.scaled_dot_product_attention.default:
+                memory.said["attention with recorded gradients is counted as taken apart, which takes more"] += 1
             return operation.decompose(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return operation(*args, **kwargs)

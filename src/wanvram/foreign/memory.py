@@ -7,7 +7,7 @@ Does not own: what Python code asks for (facade.py), whole operations that CUDA 
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.results import IN_PLACE, as_meta, description, key_of, made_again
+from wanvram.foreign.timed_memory import TimedMemory
 from wanvram.foreign.values import Values, tensors_in
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
-from wanvram.simulate.memory import SimulatedMemory
 from wanvram.units import human
 
 __all__ = ["CPU", "CUDA", "META", "ForeignMemory"]
@@ -43,8 +43,31 @@ _DATA_SHAPED = (
     "aten._unique2.default",
     "aten.unique_dim.default",
 )
+_TO_THE_HOST = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.allclose.default")
+# Operations for which CUDA's libraries take temporary memory by rules that are not known here.
+_WITH_TEMPORARIES = (
+    *("aten.sort.", "aten.topk.", "aten.kthvalue", "aten.median", "aten.mode.", "aten.multinomial", "aten._fft_"),
+    *(
+        "aten._linalg_",
+        "aten.linalg_eig",
+        "aten.linalg_qr",
+        "aten.lstm",
+        "aten.gru",
+        "aten._cudnn_rnn",
+        "aten.cumsum.",
+        "aten.cumprod.",
+    ),
+    *(
+        "aten.unique",
+        "aten._unique",
+        "aten.nonzero.",
+        "aten.histc",
+        "aten.bincount",
+        "aten.searchsorted",
+        "aten._cdist",
+    ),
+)
 _MOST_MEMORISED = 100_000
-QUEUED_LAUNCHES = 1024  # kernels that CUDA takes from the host before it makes it wait
 MOST_ASSUMED = 20_000  # reads of unknown values at one place
 
 
@@ -58,13 +81,14 @@ class _Operation:
     writes: tuple[int | str, ...]
     price: Price | None
     memorised: bool
+    untold: bool
 
 
-class ForeignMemory(SimulatedMemory):
+class ForeignMemory(TimedMemory):
     """Dispatch mode. `placing`: where the facade wants the storages of a factory; None: where the operation's tensors are."""
 
     def __init__(self, gpu: GPU, allocator: CachingAllocator, buffers: ForeignBuffers, clock: Clock) -> None:
-        super().__init__(gpu, allocator, buffers, clock=clock)
+        super().__init__(gpu, allocator, buffers, clock)
         self.buffers = buffers
         self.values = Values()
         self.placing: str | None = None
@@ -80,10 +104,6 @@ class ForeignMemory(SimulatedMemory):
         self.operations = 0
         self.closed = False
         self._place: dict[int, str] = {}
-        self.timed = False  # whether the clock is needed: only under record_stream
-        self._recorded: set[int] = set()
-        self._launched: deque[float] = deque()  # when each is done
-        self._awaited: deque[tuple[float, int]] = deque()  # (when the computation has passed, block)
         self._last = CUDA  # where the operation before was
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
@@ -225,11 +245,11 @@ class ForeignMemory(SimulatedMemory):
             for index, argument in enumerate(arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        if not name.startswith(("aten.", "prim")) and not self.buffers.knows(name):
-            self.untaken[name] += 0
+        untold = name.startswith(_WITH_TEMPORARIES) or not name.startswith(("aten.", "prim", "profiler."))
         price = None if view else self.clock.costs.price(name)
         memorised = not view and "out" not in writes and not name.startswith(("aten.set_", "aten.resize_"))
-        found = self._foreign[func] = _Operation(name, view, composite, writes, price, memorised)
+        untold = untold and not composite and not self.buffers.knows(name)
+        found = self._foreign[func] = _Operation(name, view, composite, writes, price, memorised, untold)
         return found
 
     def _common_place(self, operation: _Operation, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> str | None:
@@ -263,11 +283,13 @@ class ForeignMemory(SimulatedMemory):
         name = operation.name
         if name == "aten.copy_.default":
             return self._copy(*args, **kwargs)
-        if name in ("aten._local_scalar_dense.default", "aten.equal.default"):
+        if name in _TO_THE_HOST:
             return self._read(func, args)
         if name in _DATA_SHAPED or (name.startswith("aten.index") and _has_mask(args)):
             return self._data_shaped(func, operation, args, kwargs, place)
         self.operations += 1
+        if operation.untold and place == CUDA:
+            self.untaken[name] += 1
         plan = self.libraries.plan(name, args) if place == CUDA else None
         before = [self._malloc(n, "before " + name) for n in plan.before] if plan else []
         result = self._result(func, operation, args, kwargs)
@@ -340,9 +362,10 @@ class ForeignMemory(SimulatedMemory):
         """A value for the host: zero, said so in the gaps, where only a GPU would know it."""
         known = [self.values.of(tensor) for tensor in tensors_in(args)]
         self.synchronize()
+        if any(map(self.values.assumed, tensors_in(args))) or any(value is None for value in known):
+            self.assume(f"{func}")
         if all(value is not None for value in known):
-            return func(*known)
-        self.assume(f"{func}")
+            return func(*known, *args[len(known) :])
         return False if args[0].dtype == torch.bool or len(known) > 1 else 0.0 if args[0].is_floating_point() else 0
 
     def assume(self, operation: str) -> None:
@@ -367,7 +390,7 @@ class ForeignMemory(SimulatedMemory):
             self._born(result, place)
             self._follow(func, operation, (args[0], flat), kwargs, result)
             return result
-        real = [self.values.of(value) if isinstance(value, torch.Tensor) else value for value in args]
+        real = [self.values.sure(value) if isinstance(value, torch.Tensor) else value for value in args]
         if any(value is None and given is not None for value, given in zip(real, args, strict=True)):
             raise self._hangs_on_values(operation)
         found = func(*real, **kwargs)
@@ -381,50 +404,13 @@ class ForeignMemory(SimulatedMemory):
         """A mask as the positions that it selects, one tensor for each of its dimensions."""
         if index.dtype not in (torch.bool, torch.uint8):
             return index
-        known = self.values.of(index)
+        known = self.values.sure(index)
         if known is None:
             raise self._hangs_on_values(operation)
         return known.nonzero(as_tuple=True)
 
     def _hangs_on_values(self, operation: _Operation) -> UnknownOperation:
         return UnknownOperation(operation.name, "the shape of its result hangs on values that only a GPU would know")
-
-    def record_stream(self, tensor: torch.Tensor) -> None:
-        """Its block is given back only when the computation has passed: by the clock, which runs from the first such call on."""
-        self.timed = True
-        handle = self._device.get(tensor.untyped_storage()._cdata)
-        if handle is not None:
-            self._recorded.add(handle)
-
-    def _await(self, handle: int) -> None:
-        """The free of a block that another stream may still use."""
-        self._recorded.remove(handle)
-        del self.live[handle]
-        self.allocator.await_stream(handle)
-        if self.observer is not None:
-            self.observer.free(handle)
-        self._awaited.append((self.clock.mark(), handle))
-        self._queued()  # the event that tells when the stream has passed
-
-    def launch(self, price: Price, args: Any, result: Any) -> None:
-        """One operation by the clock."""
-        self.clock.compute(price, args, result)
-        self._queued()
-
-    def _queued(self) -> None:
-        """The host waits where as many launches and events as the driver's queue holds are not done."""
-        self._launched.append(self.clock.mark())
-        if len(self._launched) > QUEUED_LAUNCHES:
-            self.clock.host_waits(self._launched.popleft())
-
-    def _passed(self, now: float) -> None:
-        """Gives back what was awaited until now, in seconds."""
-        while self._awaited and self._awaited[0][0] <= now:
-            self.allocator.free(self._awaited.popleft()[1])
-
-    def synchronize(self) -> None:
-        super().synchronize()
-        self._passed(self.clock.now())
 
     # --- copies ----------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from wanvram.errors import InputError, OutOfMemory
 from wanvram.foreign.buffers import ForeignBuffers, Registered
 from wanvram.foreign.cuda_api import StandIns, patched
 from wanvram.foreign.facade import Facade
+from wanvram.foreign.files import file_stand_ins
 from wanvram.foreign.kernels import whole_operations
 from wanvram.foreign.memory import CUDA, ForeignMemory
 from wanvram.foreign.owners import ForeignTimeline
@@ -174,13 +175,14 @@ def simulated_gpu(
     gpu: str = DEFAULT_GPU,
     *,
     vram: str | int | None = None,
-    expandable_segments: bool = False,
+    expandable: bool = False,
     compile_eagerly: bool = False,
 ) -> Iterator[SimulatedRun]:
     """PyTorch inside the block has this card as `cuda`, and everything is as it was after it.
 
-    vram: what the process may use of it, with context and libraries. Raises InputError for an unknown card and inside another
-    simulation. Inside, torch.OutOfMemoryError is raised where the card is full.
+    vram: what the process may use of it, with context and libraries. expandable: the allocator's segments. compile_eagerly: what
+    torch.compile is asked for runs eagerly. Raises InputError for an unknown card and inside another simulation. Inside,
+    torch.OutOfMemoryError is raised where the card is full.
     """
     if _open:
         raise InputError("one GPU is simulated at a time: this is inside another simulated_gpu")
@@ -189,7 +191,7 @@ def simulated_gpu(
     limit = None if vram is None else parse_memory(vram) if isinstance(vram, str) else vram
     outside = card.context_bytes + sum(card.module_bytes.values())
     total = card.total_bytes if limit is None else limit
-    allocator = CachingAllocator(AllocatorSettings(expandable_segments), total_bytes=max(0, total - outside))
+    allocator = CachingAllocator(AllocatorSettings(expandable), total_bytes=max(0, total - outside))
     memory = ForeignMemory(card, allocator, ForeignBuffers(card, Libraries(card), _REGISTERED), Clock(card))
     memory.total_bytes = total
     timeline = ForeignTimeline.attach(memory)
@@ -201,6 +203,7 @@ def simulated_gpu(
         stack.callback(_open.clear)
         stack.callback(memory.close)
         stack.enter_context(patched([*StandIns(memory, eager=compile_eagerly).table(), *_checked_moves(run)]))
+        stack.enter_context(patched(file_stand_ins(facade)))
         stack.enter_context(whole_operations(memory))
         stack.enter_context(in_threads(facade, memory))
         stack.enter_context(memory)

@@ -17,9 +17,11 @@ class Values:
 
     def __init__(self) -> None:
         self._known: dict[int, torch.UntypedStorage] = {}
+        self._assumed: set[int] = set()  # keys of those that are zeros for want of better, or follow from such
 
     def forget(self, key: int) -> None:
         self._known.pop(key, None)
+        self._assumed.discard(key)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's values as a CPU tensor that shares them; None where they are not known."""
@@ -30,6 +32,13 @@ class Values:
             return None
         shared = torch.empty(0, dtype=tensor.dtype)
         return shared.set_(known, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def sure(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """As `of`; None also where they were assumed."""
+        return None if self.assumed(tensor) else self.of(tensor)
+
+    def assumed(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_meta and tensor.untyped_storage()._cdata in self._assumed
 
     def keep(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """`value` [the shape of tensor] is what the meta tensor holds; its storage must be the tensor's alone."""
@@ -43,22 +52,38 @@ class Values:
         shared.copy_(value)
 
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> bool:
-        """The operation on the values, in place or into `result`'s. False where an argument's values are not known."""
+        """The operation on the values, in place or into `result`'s. False where an argument's values are not known.
+
+        Of whole numbers and truth values that follow from unknown ones zeros are assumed: a program may go on with the first token.
+        """
         results = list(tensors_in((result,)))
         if not all(map(_small, results)):
             return False
         try:
             real_args, real_kwargs = self._real(args), {k: self._real(v) for k, v in kwargs.items()}
         except KeyError:
-            return False
+            return self._assume(results)
         if "device" in real_kwargs:
             real_kwargs["device"] = torch.device("cpu")
         real_kwargs.pop("pin_memory", None)
         found = func(*real_args, **real_kwargs)
+        assumed = any(self.assumed(tensor) for tensor in (*tensors_in(args), *tensors_in(kwargs.values())))
         for meta, real in zip(results, tensors_in((found,)), strict=True):
             if meta.untyped_storage()._cdata not in self._known:
                 self.keep(meta, real)
+            if assumed and meta.is_meta:
+                self._assumed.add(meta.untyped_storage()._cdata)
         return True
+
+    def _assume(self, results: list[torch.Tensor]) -> bool:
+        """False where one of them is a fraction, lies in memory that was there before, or is real."""
+        for tensor in results:
+            if tensor.is_floating_point() or tensor.is_complex() or not tensor.is_meta or self.of(tensor) is not None:
+                return False
+        for tensor in results:
+            self.keep(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype))
+            self._assumed.add(tensor.untyped_storage()._cdata)
+        return bool(results)
 
     def _real(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
