@@ -77,7 +77,9 @@ def _explain(error: yaml.YAMLError, text: str) -> tuple[str, int]:
     mark = getattr(error, "problem_mark", None)
     if isinstance(error, yaml.constructor.ConstructorError) and isinstance(error.__context__, ValueError):
         return "a value is not what its tag says", mark.line + 1 if mark else 1  # !!binary whose text is no base64
-    return getattr(error, "problem", None) or "malformed", mark.line + 1 if mark else 1
+    problem = getattr(error, "problem", None) or "malformed"
+    problem = "a list or a mapping cannot be a key" if problem == "found unhashable key" else problem
+    return problem, mark.line + 1 if mark else 1
 
 
 def read_strict_yaml(path: Path, limit: int = MAX_BYTES) -> Any:

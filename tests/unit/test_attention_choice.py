@@ -504,7 +504,7 @@ def test_a_usable_backend_computes_attention_and_takes_exactly_what_the_registry
     if not (able and usable(backend, like)):
         assert name in ("cudnn", "flash", "fa4"), "efficient computes everywhere"
         return
-    q, k, v = (torch.randn((n, 4, 128), device=device, dtype=dtype) for n in (2048, keys, keys))
+    q, k, v = (torch.randn((n, 12, 128), device=device, dtype=dtype) for n in (4096, keys, keys))
     expected, sums = reference(q, k, v, True)
     out, found_sums = backend.function()(q, k, v, True)
     torch.testing.assert_close(out, expected, rtol=1.6e-2, atol=2e-3)
@@ -516,4 +516,4 @@ def test_a_usable_backend_computes_attention_and_takes_exactly_what_the_registry
     out = backend.function()(q, k, v)[0]
     torch.cuda.synchronize()
     taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - out.nbytes
-    assert taken == sum(n for part in backend.extra(2048, 4) for n in part)
+    assert taken == sum(n for part in backend.extra(4096, 12) for n in part)

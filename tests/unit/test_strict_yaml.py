@@ -108,3 +108,10 @@ def test_a_binary_value_that_is_none_is_a_sentence_without_words_of_python(tmp_p
     path.write_text(f'a: !!binary "{value}"\n', encoding="utf-8")
     with pytest.raises(InputError, match="at line 1: a value is not what its tag says"):
         read_strict_yaml(path)
+
+
+def test_a_key_that_is_a_list_inside_a_merge_is_a_sentence_without_words_of_python(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("request: {<<: {a: 1}, ? [a]: -1}\n", encoding="utf-8")
+    with pytest.raises(InputError, match="key") as caught:
+        read_strict_yaml(tmp_path / "a.yaml")
+    assert "hashable" not in str(caught.value)
