@@ -295,6 +295,8 @@ WHERE: list[Case] = [
     ("t2v", ["--ckpt_dir", "{files}/vace"], "and 2 VACE blocks .* instead of"),
     ("vace", ["--ckpt_dir", "{files}/t2v"], "instead of .* and 2 VACE blocks"),
     ("t2v", ["--ckpt_dir", "{files}/swapped"], "not those of text_encoder umt5-xxl"),
+    ("t2v", ["--keep_every", "-1"], "--keep_every: -1 must be at least 0"),
+    ("t2v", ["--resume", "{files}/none"], "--output: the run of --resume has its own; leave it out"),
     ("t2v", ["--save_file", "{files}/new.avi"], r"--save_file \S+: its name must end in \.mp4 or \.mkv or \.mov"),
     ("t2v", ["--save_file", ""], "--save_file .*its name must end in"),
     ("t2v", ["--task", "t2i-14B", "--frame_num", "1", "--save_file", "{files}/new.jpg"], r"must end in \.png"),
