@@ -64,7 +64,9 @@ def test_of_a_run_that_was_not_traced_the_command_says_so_and_shows_its_record(t
     result = specification_command(tmp_path / "trace.json")
     assert result.returncode == 0, result.stderr
     assert "was not traced" in result.stderr
-    assert "The peak is in " in result.stdout  # of the whole process: which stage it is depends on what ran in it before
+    assert (
+        "The peak is in " in result.stdout
+    )  # of the whole process: which stage it is depends on what ran in it before
 
 
 def test_replacing_a_run_takes_its_traces_too(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -500,3 +502,19 @@ def test_what_a_reading_thread_meets_is_raised_once_no_thread_writes_any_more(tm
     with pytest.raises(CheckpointError, match="became shorter"):
         _filled(source, "w")
     assert torch.get_num_threads() == 1, "the suite's own setting, which the reading threads leave alone"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_reads_with_threads_of_its_own(safetensors_file: Path) -> None:
+    source = SafetensorsSource([safetensors_file])
+    _filled(source, "a.weight")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(_filled(source, "a.weight"), TENSORS["a.weight"]) else 1)
+    deadline = time.monotonic() + 20.0
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)

@@ -169,3 +169,7 @@ def start_threads() -> ThreadPoolExecutor:
     wait(begun)
     torch.set_num_threads(before)
     return threads
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=start_threads.cache_clear)
