@@ -6,7 +6,7 @@ import shlex
 from argparse import ArgumentParser
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from wanvram.cli import generate, plan
@@ -60,6 +60,8 @@ def requests(draw: st.DrawFn) -> Request:
         given_[name] = draw(values)
     if kind == "vace":
         given_ |= {"src_video": draw(FILES), "src_ref_images": tuple(draw(st.lists(FILES, max_size=3)))}
+    # A text that is -- and nothing else is refused at the command line; several names are joined by commas.
+    assume("--" not in given_.values() and given_.get("src_ref_images") != ("--",))
     return Request.for_task(task, **given_)
 
 
