@@ -361,6 +361,11 @@ def test_a_trace_is_stopped_in_the_thread_that_counts_the_steps(tmp_path: Path) 
     guest.step()
     assert not torch.autograd._profiler_enabled()
     assert len(list(tmp_path.glob("*.pt.trace.json"))) == 1
+    meter = (
+        profiler.memory_tracker.meter
+    )  # whose mode only this thread can take off: a later test's trace would have it
+    assert isinstance(meter, CpuMeter)
+    meter.__exit__(None, None, None)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
