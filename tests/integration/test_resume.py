@@ -316,9 +316,15 @@ def test_a_run_that_is_told_to_end_keeps_its_last_step(sent: signal.Signals, tmp
             os.kill(os.getpid(), sent)
         return velocity(self, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WanDiT, "velocity", ended)
-        assert main(command("t2v-1.3B", "unipc", 1, RESIDENT, tmp_path)) == 1
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a suite in the background is deaf to it, and so would the run be
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(WanDiT, "velocity", ended)
+            assert main(command("t2v-1.3B", "unipc", 1, RESIDENT, tmp_path)) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     failure = RunRecord.read(run / "record.json").failure
     assert failure is not None
     assert failure.kind == "interrupted"
