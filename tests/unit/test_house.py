@@ -30,7 +30,7 @@ BUDGETS = {
     "media": 625,
     "models": 2075,
     "planner": 1400,
-    "predict": 925,
+    "predict": 935,
     "prompt": 1000,
     "recorder": 1695,
     "report": 2850,

@@ -6,7 +6,7 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
-from wanvram.simulate.timeline import Timeline
+from wanvram.simulate.timeline import Places, Timeline
 
 __all__ = ["ForeignTimeline"]
 
@@ -35,45 +35,36 @@ class ForeignTimeline(Timeline):
         return int(series[0].max()), int(series[1].max())
 
 
-class _ForeignPlaces:
+class _ForeignPlaces(Places):
     """`attention.Attention.forward:120 > Linear...`: the innermost functions outside PyTorch."""
 
     def __init__(self) -> None:
-        self._codes: dict[int, tuple[CodeType, str]] = {}
-        self._lines: dict[tuple[int, int], str] = {}
-        self._pairs: dict[tuple[str, str], str] = {}
-        self.names: dict[str, str] = {}
+        super().__init__()
+        self._named: dict[int, tuple[CodeType, str]] = {}  # by id
 
     def of_caller(self) -> str | None:
         frame: FrameType | None = sys._getframe(2)
         inner: str | None = None
         while frame is not None:
             code = frame.f_code
-            known = self._codes.get(id(code))
+            known = self._named.get(id(code))
             if known is None:
-                known = self._codes[id(code)] = (code, _name(code, frame.f_globals))
+                known = self._named[id(code)] = (code, _name(code, frame.f_globals))
             if known[1]:
                 line = self._line(frame, known[1])
                 if inner is not None:
-                    return self._pair(line, inner)
+                    return self._path(line, inner)
                 inner = line
             frame = frame.f_back
         return inner
 
-    def _line(self, frame: FrameType, name: str) -> str:
-        key = id(frame.f_code), frame.f_lasti
-        line = self._lines.get(key)
-        if line is None:
-            line = self._lines[key] = f"{name}:{frame.f_lineno}"
-            self.names[line] = name
-        return line
-
-    def _pair(self, outer: str, inner: str) -> str:
-        pair = self._pairs.get((outer, inner))
-        if pair is None:
-            pair = self._pairs[outer, inner] = f"{outer} > {inner}"
-            self.names[pair] = f"{self.names[outer]} > {self.names[inner]}"
-        return pair
+    def _path(self, outer: str, inner: str) -> str:
+        """With the file of both, as `where` needs it."""
+        path = self._paths.get((outer, inner))
+        if path is None:
+            path = self._paths[outer, inner] = f"{outer} > {inner}"
+            self.names[path] = f"{self.names[outer]} > {self.names[inner]}"
+        return path
 
 
 def _name(code: CodeType, names: dict[str, Any]) -> str:

@@ -24,7 +24,6 @@ from wanvram.planner.placement import placements
 from wanvram.planner.refusal import refuse
 from wanvram.planner.result import Offer, Plan, Refusal, Rejected, changed_knobs
 from wanvram.planner.tiles import largest_tile
-from wanvram.simulate.host import HOST
 from wanvram.units import human
 
 __all__ = ["Options", "cleared", "planned_base", "search"]
@@ -152,11 +151,6 @@ def _notes(trials: Trials, chosen: Strategy) -> list[str]:
         notes.append("times are unknown: choices were ordered by how much they usually cost, not by prediction")
     if budget.ram_bytes is None:
         notes.append("host RAM was not limited; --ram 16GiB makes the plan respect it")
-    if knobs.is_streamed(chosen) and knobs.WEIGHTS_IN.of(chosen) == "disk":
-        rate = HOST.disk_bytes / 1e9
-        notes.append(
-            f"blocks are read from disk in every pass: times assume {rate:.1f} GB/s, the rate of a drive that was measured"
-        )
     lossy = [knob for knob in knobs.lossy() if knob.official is None and knob.differs(chosen)]
     notes += [f"{knob.name} {knob.of(chosen)} is lossy and was asked for" for knob in lossy]
     return notes

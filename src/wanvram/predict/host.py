@@ -21,11 +21,11 @@ from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.simulate.host import HOST, Host, Reading
 from wanvram.weights.folder import GENERATED
 from wanvram.weights.official import open_checkpoint
-from wanvram.weights.reading_speed import largest_matrices, reading_speed
+from wanvram.weights.reading_speed import ReadingSpeed, largest_matrices, reading_speed
 from wanvram.weights.sources import FileSource
 from wanvram.weights.stored import Stored
 
-__all__ = ["clock_of", "is_here"]
+__all__ = ["clock_of", "is_here", "streaming_note"]
 
 ROOM_BYTES = 2**30  # of memory: more than a processor's cache holds, as weights are; four times 0.2 s
 MOSTLY_ON_DISK = 0.5  # share of the page cache below which what a sample's first reading takes is the disk's speed
@@ -51,6 +51,16 @@ def clock_of(config: RunConfig, gpu: GPU) -> Clock:
     return Clock(gpu, here, cold_libraries())
 
 
+def streaming_note(config: RunConfig, gpu: GPU) -> str:
+    """How fast a plan takes the blocks to come that are read from disk in every pass, and how that is known."""
+    clock = clock_of(config, gpu)
+    known = clock.machine.plain != HOST.plain
+    source = "as a sample of them was read just now" if known else "the rate of a drive that was measured"
+    return (
+        f"blocks are read from disk in every pass: times assume {clock.streamed_bytes('dit') / 1e9:.1f} GB/s, {source}"
+    )
+
+
 @cache
 def _reading(weights: str, wanted: torch.dtype, measured: bool) -> Host:
     """HOST as far as a checkpoint is concerned; measured: with the speed at which this machine reads it."""
@@ -65,22 +75,18 @@ def _reading(weights: str, wanted: torch.dtype, measured: bool) -> Host:
         if stored != wanted:
             host = replace(host, stored={"dit": stored.itemsize / wanted.itemsize})
         return _as_measured(host, matrices, wanted) if measured else host
-    except (
-        InputError,
-        OSError,
-    ):  # of a checkpoint that is not here, or not whole: the run itself says what is wrong with it
-        return host
+    except (InputError, OSError):
+        return host  # no checkpoint, or not a whole one: the run itself says what is wrong with it
 
 
 def _as_measured(host: Host, matrices: list[Stored], wanted: torch.dtype) -> Host:
-    speeds = []
-    for dtype in (matrices[0].dtype, wanted):
-        room = torch.frombuffer(own_pages(ROOM_BYTES), dtype=torch.uint8).zero_()
-        speed = reading_speed(matrices, dtype, room)
-        if speed is None:
-            return host
-        speeds.append(speed)
-    plain, converted = speeds
+    def speed_into(dtype: torch.dtype) -> ReadingSpeed | None:
+        return reading_speed(matrices, dtype, torch.frombuffer(own_pages(ROOM_BYTES), dtype=torch.uint8).zero_())
+
+    plain = speed_into(matrices[0].dtype)
+    converted = plain if wanted == matrices[0].dtype else speed_into(wanted)
+    if plain is None or converted is None:
+        return host
     on_disk = host.cached_share < MOSTLY_ON_DISK
     return replace(
         host,

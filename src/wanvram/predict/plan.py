@@ -14,7 +14,7 @@ from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, searc
 from wanvram.planner.forecasts import choices, components_of, steps_of
 from wanvram.planner.search import planned_base
 from wanvram.predict.ahead import forecasts_ahead, processes_here
-from wanvram.predict.host import is_here
+from wanvram.predict.host import is_here, streaming_note
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
 from wanvram.record import AttentionChoice, RunRecord
@@ -106,6 +106,9 @@ def plan_run(
                 result = search(config.request, tried, Options(base, offers=True), forecasts)
             assert isinstance(result, Plan)
             result = replace(result, budget=budget, whole_run_bytes=whole, attention=_attention(config, result))
+            if knobs.is_streamed(result.strategy) and knobs.WEIGHTS_IN.of(result.strategy) == "disk":
+                note = streaming_note(planned_config(config, result), budget.card)
+                result = replace(result, notes=(*result.notes, note))
             return _confirmed(result, record), record
         tried = replace(budget, margin_bytes=tried.margin + excess)
     raise BudgetError(

@@ -306,6 +306,11 @@ class Clock:
         size, reading = self._files(nbytes, component)
         self._host += self._reading(size, reading.taken, self.machine.cached_share)
 
+    def streamed_bytes(self, component: str) -> float:
+        """Bytes of a component's files per second, where they are read in every pass and found as they are now."""
+        size, reading = self._files(1, component)
+        return size / self._reading(size, reading.used, self.machine.cached_share)
+
     def _files(self, nbytes: int, component: str) -> tuple[float, Reading]:
         """The bytes that are read for so many of weights, and how fast those of the page cache are."""
         factor = self.machine.stored.get(component)

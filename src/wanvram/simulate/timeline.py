@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wanvram.simulate.allocator import CachingAllocator
     from wanvram.simulate.memory import SimulatedMemory
 
-__all__ = ["Timeline"]
+__all__ = ["Places", "Timeline"]
 
 MAX_POINTS = 4000
 MAX_GROUPS = 200
@@ -106,7 +106,7 @@ class Timeline:
         self._entries: list[_Interval] = []
         self._open: list[tuple[_Interval | None, _Where]] = []
         self._where = _Where()
-        self._places = _Places()
+        self._places = Places()
         self._told = allocator.on_segment
         allocator.on_segment = self._segment
 
@@ -307,7 +307,7 @@ class Timeline:
         return tuple(result)
 
 
-class _Places:
+class Places:
     """Names the code that asks for memory, by its two innermost functions of models, else by wanvram's innermost.
 
     Whose memory a module asks for, MEMORY_IS says in it or in its package: "a model's", "the caller's", its own where nothing is
