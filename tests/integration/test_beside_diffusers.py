@@ -13,8 +13,6 @@ import torch
 
 from wanvram import simulated_gpu
 
-pytest.importorskip("diffusers", reason="an extra: pip install .[foreign]")
-pytest.importorskip("accelerate", reason="an extra: pip install .[foreign]")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

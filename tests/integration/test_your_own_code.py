@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 OWN, DIFFUSERS, CI = re.findall(
     r"^```python\n(.*?)^```", (ROOT / "docs" / "your-own-code.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
@@ -30,7 +28,6 @@ def test_the_module_of_ones_own_is_reported_with_stages_and_gaps(tmp_path: Path)
 
 
 def test_the_diffusers_model_is_simulated_from_its_configuration(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers", reason="an extra: pip install .[foreign]")
     done = run(tmp_path, "flux.py", DIFFUSERS, "-m", "wanvram", "simulate", "--gpu", "rtx4090", "flux.py", "2")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\d+ MiB reserved\n", done.stdout)
