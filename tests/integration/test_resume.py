@@ -162,6 +162,7 @@ FOLDERS: list[Path] = []
 def folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     FOLDERS[:] = [tmp_path_factory.mktemp("uninterrupted")]
     uninterrupted.cache_clear()
+    uninterrupted_batch.cache_clear()
 
 
 def same(frames: Frames, expected: Frames) -> bool:
@@ -264,6 +265,64 @@ def test_finished_videos_of_several_are_not_made_again(tmp_path: Path) -> None:
     assert videos_of(run) == usual.files
     assert (run / "video-001.mp4").stat().st_mtime_ns == first.st_mtime_ns
     assert RunRecord.read(run / "record.json").resumed == Resumed((STEPS, STEPS), (0,))
+
+
+# Two videos denoised together, a step is four forwards: two of the first video, two of the second.
+BATCHES = {"seeds": (1, ["--batch_size", "2"]), "prompts": (2, ["--batch_size", "2"])}
+
+
+@cache
+def uninterrupted_batch(kind: str) -> tuple[Frames, dict[str, bytes]]:
+    prompts, flags = BATCHES[kind]
+    folder = FOLDERS[0] / f"batch-{kind}"
+    folder.mkdir()
+    with watched() as frames:
+        assert main([*command("t2v-1.3B", "unipc", prompts, RESIDENT, folder), *flags]) == 0
+    return frames, videos_of(folder / "run")
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_batch_killed_inside_a_step_goes_on_with_every_video_from_where_it_was_kept(
+    kind: str, tmp_path: Path
+) -> None:
+    prompts, flags = BATCHES[kind]
+    killed_at_call(WanDiT, "velocity", 11, [*command("t2v-1.3B", "unipc", prompts, RESIDENT, tmp_path), *flags])
+    run = tmp_path / "run"
+    assert read_kept_run(run / KEPT_NAME).steps() == {0: 2, 1: 2}
+    assert same(resumed(run, *STREAMED, "--micro_batch_size", "2"), uninterrupted_batch(kind)[0])
+    assert videos_of(run) == uninterrupted_batch(kind)[1]
+
+
+def test_a_batch_that_ends_inside_a_step_goes_on_with_one_video_a_step_ahead(tmp_path: Path) -> None:
+    calls = []
+
+    def full(self: WanDiT, *args: Any, velocity: Any = WanDiT.velocity, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 11:
+            raise OutOfMemory("no more", requested_bytes=1, allocated_bytes=2, reserved_bytes=3)
+        return velocity(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WanDiT, "velocity", full)
+        assert main([*command("t2v-1.3B", "unipc", 1, RESIDENT, tmp_path), *BATCHES["seeds"][1]]) == 1
+    run = tmp_path / "run"
+    assert read_kept_run(run / KEPT_NAME).steps() == {0: 3, 1: 2}
+    assert same(resumed(run), uninterrupted_batch("seeds")[0])
+    assert videos_of(run) == uninterrupted_batch("seeds")[1]
+
+
+def test_finished_videos_of_a_batch_are_not_made_again_and_no_earlier_one_passes_for_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "video-003.json", "video-003.mp4"):  # of an earlier run that --force replaces
+        (run / name).touch()
+    work = [*command("t2v-1.3B", "unipc", 1, RESIDENT, tmp_path), "--batch_size", "3", "--force"]
+    killed_at_call(Outputs, "_sidecar", 3, work)
+    frames = resumed(run)
+    assert list(frames) == ["video-003.mp4"]
+    assert RunRecord.read(run / "record.json").resumed == Resumed((STEPS,) * 3, (0, 1))
+    expected = uninterrupted_batch("seeds")[1]
+    assert {name: content for name, content in videos_of(run).items() if name in expected} == expected
 
 
 def test_a_run_killed_again_and_again_arrives(tmp_path: Path) -> None:

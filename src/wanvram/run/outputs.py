@@ -86,12 +86,12 @@ class Outputs:
 
     def whole(self) -> tuple[int, ...]:
         """Numbers of the files that are there with their description, which is written last."""
-        paths = [self.path(index) for index in range(len(self.config.request.all_prompts()))]
+        paths = [self.path(index) for index in range(len(self.videos))]
         return tuple(n for n, path in enumerate(paths) if path.is_file() and path.with_suffix(".json").is_file())
 
     def forget_earlier(self) -> None:
         """Where --force lets an earlier run's files be replaced, none of them may pass for this run's."""
-        for index in range(len(self.config.request.all_prompts())):
+        for index in range(len(self.videos)):
             with writing(description := self.path(index).with_suffix(".json")):
                 description.unlink(missing_ok=True)
 
