@@ -79,7 +79,8 @@ class CastLists:
         self.enabled = False
         try:
             with self.memory:
-                cast = [self._cast(value, dtype) for value in args]
+                # The last first, as the compiler of PyTorch's wheels orders them (an H200's reserved memory agrees).
+                cast = [self._cast(value, dtype) for value in reversed(args)][::-1]
                 named = {key: self._cast(value, dtype) for key, value in kwargs.items()}
         finally:
             self.enabled = True

@@ -1,0 +1,56 @@
+"""What CUDA's own kernels take where PyTorch's meta device takes operations apart, held against figures of an H200."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wanvram import simulated_gpu
+
+MIB = 1 << 20
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+QUICK = ("torch/encoder-bf16", "torch/encoder-fp32-seq-first", "torch/autocast-mlp", "text/clip-l")
+
+
+def attended(mask: torch.Tensor) -> int:
+    """Bytes that attention of 8 heads x 256 rows x 64 takes beside its inputs."""
+    q = torch.zeros(1, 8, 256, 64, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_a_mask_that_is_a_transposed_table_sends_attention_the_long_way_in_float32() -> None:
+    with simulated_gpu("h200"):
+        table = torch.zeros(256, 256, 8, device="cuda", dtype=torch.bfloat16)
+        mask = table.permute(2, 0, 1).unsqueeze(0)
+        scores, operand = 8 * 256 * 256 * 4, 8 * 256 * 64 * 4
+        cublas = 32 * MIB
+        # q, k, v and the scaled q in float32, scores and weights in float32, and a bool for every score
+        assert (
+            attended(mask) == 4 * operand + 2 * scores + scores // 4 + cublas + 8 * 256
+        )  # the answer of `all`, a bool for every row
+        assert attended(mask.contiguous()) < operand
+
+
+def test_attention_without_any_fused_kernel_is_taken_apart() -> None:
+    with simulated_gpu("h200"), sdpa_kernel(SDPBackend.MATH):
+        assert attended(torch.zeros(256, 256, device="cuda", dtype=torch.bfloat16)) > 2 * 8 * 256 * 256 * 4
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_case_that_was_measured_on_a_gpu_is_predicted_to_the_byte(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import foreign_predict
+
+    measured = json.loads((BENCHMARKS / "2026-11-29_h200_foreign_measured.json").read_text())["cases"][name]
+    with simulated_gpu("h200"):
+        predicted = foreign_predict.run_case(name)
+    figures = ("base_bytes", "allocated_bytes", "reserved_bytes")
+    assert [predicted[key] for key in figures] == [measured[key] for key in figures]
