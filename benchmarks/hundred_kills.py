@@ -283,15 +283,21 @@ def _again(scene: Scene, operation: str, place: Path, usual: Undisturbed) -> lis
         process.returncode = 0  # it was complete
     if process.returncode != 0:
         return [f"run again it ends with {process.returncode}: {said.decode(errors='replace')[-600:]}"]
-    result = result_of(operation, out)
-    different = [key for key in sorted(usual.result.keys() | result.keys()) if usual.result.get(key) != result.get(key)]
-    return [
-        f"run again, {key} is {_shown(result.get(key))} and not {_shown(usual.result.get(key))}" for key in different
-    ]
+    return [f"run again, {what}" for what in _differences(result_of(operation, out), usual.result, "")]
 
 
-def _shown(value: Any) -> str:
-    return str(value)[-300:]
+def _differences(found: Any, usual: Any, place: str) -> Iterator[str]:
+    """Of dictionaries what differs below; of lists what one has and the other has not."""
+    if found == usual:
+        return
+    if isinstance(found, dict) and isinstance(usual, dict):
+        for key in sorted(found.keys() | usual.keys()):
+            yield from _differences(found.get(key), usual.get(key), f"{place} {key}")
+    elif isinstance(found, list) and isinstance(usual, list) and set(map(str, found)) != set(map(str, usual)):
+        more, fewer = ([x for x in a if x not in b] for a, b in ((found, usual), (usual, found)))
+        yield f"{place} has also {str(more)[:600]} and lacks {str(fewer)[:600]}"
+    else:
+        yield f"{place} is {str(found)[:300]} and not {str(usual)[:300]}"
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
