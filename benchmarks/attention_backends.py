@@ -38,7 +38,7 @@ from typing import Any
 from nvml_watch import gpu_facts, gpu_of
 from provenance import ResultFile, circumstances, conclude
 
-__all__ = ["CASES", "Case", "judge"]
+__all__ = ["CASES", "Case", "judge", "sampled", "timed"]
 
 SCRIPTS = ("attention_backends.py", "nvml_watch.py", "provenance.py")
 GIB = 2**30
@@ -315,9 +315,9 @@ def _called(torch: Any, backend: Any, q: Any, k: Any, v: Any) -> Row:
         "error": error,
     }
     del out
-    count = max(REPEATS, math.ceil(LEAST_SECONDS / _timed(torch, lambda: call(q, k, v), 1)))
+    count = max(REPEATS, math.ceil(LEAST_SECONDS / timed(torch, lambda: call(q, k, v), 1)))
     with sampled(result):
-        times = [_timed(torch, lambda: call(q, k, v), 1, warm=True) for _ in range(count)]
+        times = [timed(torch, lambda: call(q, k, v), 1, warm=True) for _ in range(count)]
     del result["nvml_bytes"]
     seconds = median(times)
     flops = 4 * q.shape[0] * k.shape[0] * q.shape[1] * HEAD_DIM
@@ -422,11 +422,11 @@ def alone_here(case: Case, say: Callable[[Row], None]) -> None:
             products()
             attend(backend)
 
-        per_block = _timed(torch, block, 1)
+        per_block = timed(torch, block, 1)
         with sampled(result):
-            per_block = _timed(torch, block, max(3, math.ceil(6.0 / per_block)))  # as warm as in a run
+            per_block = timed(torch, block, max(3, math.ceil(6.0 / per_block)))  # as warm as in a run
         del result["nvml_bytes"]
-        both = [_timed(torch, part, max(2, math.ceil(1.5 / per_block))) for part in (products, lambda: attend(backend))]  # noqa: B023
+        both = [timed(torch, part, max(2, math.ceil(1.5 / per_block))) for part in (products, lambda: attend(backend))]  # noqa: B023
         times = 2 * spec.block_count
         say(
             result
@@ -434,7 +434,7 @@ def alone_here(case: Case, say: Callable[[Row], None]) -> None:
         )
 
 
-def _timed(torch: Any, call: Callable[[], Any], count: int, *, warm: bool = False) -> float:
+def timed(torch: Any, call: Callable[[], Any], count: int, *, warm: bool = False) -> float:
     """Mean seconds of `count` calls, unless warm after one that is not counted."""
     if not warm:
         call()
