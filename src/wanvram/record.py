@@ -162,6 +162,11 @@ class RunRecord:
         """Whether a caching allocator holds the memory. On the CPU none does: reserved is allocated, and nothing fragments."""
         return self.device != "cpu"
 
+    @property
+    def foreign(self) -> bool:
+        """Of other people's code: there is no configuration that could be run again, changed."""
+        return self.config.get("foreign") is True
+
     def peak_span(self) -> Span | None:
         """The stage with the highest device (else allocated) peak; the first of equals."""
         return max(self.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)

@@ -6,11 +6,24 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
-from wanvram.simulate.timeline import Places, Timeline
+from wanvram.simulate.timeline import Places, Timeline, _Interval
+from wanvram.spans import Memory
+from wanvram.timeline_record import TimelineRecord
 
-__all__ = ["ForeignTimeline"]
+__all__ = ["WHOLE", "ForeignTimeline"]
 
-_OURS = ("wanvram", "torch", "contextlib", "functools", "runpy", "importlib", "accelerate.hooks")
+WHOLE = "run"  # the stage that stands for everything, as a snapshot has it
+
+_OURS = (
+    "wanvram",
+    "torch",
+    "contextlib",
+    "functools",
+    "runpy",
+    "importlib",
+    "accelerate.hooks",
+    "diffusers.hooks.hooks",
+)
 _HERE = __file__.replace("\\", "/").rpartition("/foreign/")[0]
 
 
@@ -21,6 +34,14 @@ class ForeignTimeline(Timeline):
         super().__init__(allocator, outside_bytes)
         self._places: Any = _ForeignPlaces()
 
+    def record(self) -> TimelineRecord:
+        """With the whole run as one more stage, the last: what a program does between the stages it names belongs to it."""
+        self._entries.append(_Interval(WHOLE, "stage", None, 0))
+        try:
+            return super().record()
+        finally:
+            self._entries.pop()
+
     def where(self) -> str:
         """The line of the program that is running."""
         return (self._places.of_caller() or "?").rpartition(" > ")[2]
@@ -29,10 +50,11 @@ class ForeignTimeline(Timeline):
         """The number of events so far."""
         return len(self._kinds)
 
-    def peaks(self, first: int = 0) -> tuple[int, int]:
-        """Highest (allocated, reserved) bytes since the event of that number."""
-        series = self._series()[:, first:]
-        return int(series[0].max()), int(series[1].max())
+    def peaks(self, first: int = 0) -> Memory:
+        """The highest of each figure since the event of that number."""
+        allocated, reserved, outside = self._series()[:, first:]
+        device = None if self._outside is None else int((reserved + outside).max()) + self._outside
+        return Memory(int(allocated.max()), int(reserved.max()), device)
 
 
 class _ForeignPlaces(Places):

@@ -27,6 +27,7 @@ from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.simulate.libraries import Libraries
+from wanvram.spans import Memory
 from wanvram.timeline_record import TimelineRecord
 from wanvram.units import human, parse_memory
 
@@ -62,12 +63,29 @@ class ForeignPeak:
 
 @dataclass(frozen=True)
 class ForeignStage:
-    """A `with gpu.stage(name):` of the run. Peaks are of the stage."""
+    """A `with gpu.stage(name):` of the run, or all of one name together: start of the first, end of the last, highest peaks."""
 
     name: str
-    start_allocated_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
+    start: Memory
+    peak: Memory
+    end: Memory
+    calls: int = 1
+
+    @property
+    def start_allocated_bytes(self) -> int:
+        return self.start.allocated_bytes
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        return self.peak.allocated_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        return self.peak.reserved_bytes
+
+    def again(self, other: ForeignStage) -> ForeignStage:
+        """With a later one of the same name."""
+        return ForeignStage(self.name, self.start, self.peak.highest(other.peak), other.end, self.calls + other.calls)
 
 
 class SimulatedRun:
@@ -78,7 +96,7 @@ class SimulatedRun:
         self.gpu: GPU = memory.gpu
         self.vram_bytes = vram_bytes
         self._timeline = self.allocations = timeline
-        self._stages: list[ForeignStage] = []
+        self.entered: list[ForeignStage] = []  # every stage by itself, in the order in which they began
         self.fits = True
         self.refused_bytes = 0
 
@@ -88,7 +106,8 @@ class SimulatedRun:
 
     @property
     def peak(self) -> ForeignPeak:
-        allocated, reserved = self._timeline.peaks()
+        highest = self._timeline.peaks()
+        allocated, reserved = highest.allocated_bytes, highest.reserved_bytes
         ranged = self.memory.buffers.ranged
         low = max(0, reserved - max(ranged.values(), default=0))
         high = reserved + self.memory.buffers.above_bytes
@@ -99,7 +118,10 @@ class SimulatedRun:
 
     @property
     def stages(self) -> tuple[ForeignStage, ...]:
-        return tuple(self._stages)
+        merged: dict[str, ForeignStage] = {}
+        for stage in self.entered:
+            merged[stage.name] = merged[stage.name].again(stage) if stage.name in merged else stage
+        return tuple(merged.values())
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -109,15 +131,19 @@ class SimulatedRun:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Names a part of the run for `stages`, the timeline and the owners. Does not touch PyTorch's peak counters."""
-        start = self.memory.allocator.allocated_bytes
-        first = self._timeline.begun()
+        start, first, place = self.memory_now(), self._timeline.begun(), len(self.entered)
+        self.entered.append(ForeignStage(name, start, start, start))
         self._timeline.begin(name, "stage", None)
         try:
             yield
         finally:
             self._timeline.end()
-            allocated, reserved = self._timeline.peaks(first)
-            self._stages.append(ForeignStage(name, start, max(allocated, start), reserved))
+            peak = start.highest(self._timeline.peaks(first))
+            self.entered[place] = ForeignStage(name, start, peak, self.memory_now())
+
+    def memory_now(self) -> Memory:
+        allocator = self.memory.allocator
+        return Memory(allocator.allocated_bytes, allocator.reserved_bytes, self.memory.device_memory())
 
     def timeline(self) -> TimelineRecord:
         """Every allocation with its owner; what `timeline.json` of a run directory holds."""
