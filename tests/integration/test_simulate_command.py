@@ -59,6 +59,7 @@ def test_with_json_the_document_alone_is_on_stdout_and_the_directory_has_timelin
     assert document["fits"] is True
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "memory_viz.pickle",
+        "record.json",
         "simulation.json",
         "timeline.json",
     ]

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from wanvram.errors import InputError, WanvramError
-from wanvram.foreign.pipeline_folder import MAX_JSON_BYTES, Component, read_json
+from wanvram.foreign.pipeline_folder import MAX_JSON_BYTES, PipelinePart, read_json
 from wanvram.foreign_text import quoted, shown
 from wanvram.input_files import read_text
 
 __all__ = ["DTYPES", "built_component", "diffusers_class", "offline"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_MODULES = 100_000  # of one component; the largest of diffusers' own has 7,000
+MAX_MODULES = 20_000  # of one component; a 14B transformer has 1,500, and 20,000 take 18 s to make
 MAX_NUMBER = 100_000_000  # of a configuration; vocabularies and positions have up to 10^7
 MAX_TOKENIZER_BYTES = 64 << 20  # of one file; UMT5's has 16 MiB
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -76,7 +76,7 @@ def diffusers_class(library: str, kind: str, what: str) -> Any:
     return found
 
 
-def built_component(component: Component, dtype: torch.dtype) -> Any:
+def built_component(component: PipelinePart, dtype: torch.dtype) -> Any:
     """On the host, in eval mode. Raises InputError that names the component and says why it cannot be built."""
     kind = diffusers_class(component.library, component.kind, f"component {component}")
     try:
@@ -89,7 +89,7 @@ def built_component(component: Component, dtype: torch.dtype) -> Any:
         raise InputError(f"component {component} cannot be built from {shown(component.folder)}: {said}") from error
 
 
-def _built(component: Component, kind: Any, dtype: torch.dtype) -> Any:
+def _built(component: PipelinePart, kind: Any, dtype: torch.dtype) -> Any:
     folder = component.folder
     diffusers, transformers = import_module("diffusers"), import_module("transformers")
     if issubclass(kind, diffusers.ModelMixin):

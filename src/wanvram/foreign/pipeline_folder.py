@@ -12,7 +12,7 @@ from wanvram.foreign_text import quoted, shown, why
 from wanvram.input_files import read_text
 from wanvram.strict_json import strict_json
 
-__all__ = ["Component", "PipelineFolder", "read_json", "read_pipeline_folder"]
+__all__ = ["PipelinePart", "PipelineFolder", "read_json", "read_pipeline_folder"]
 
 MAX_JSON_BYTES = 1 << 20  # the longest configuration of diffusers' own pipelines has 10 KiB
 MAX_COMPONENTS = 32  # the most of diffusers' own pipelines is 12
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 
 
 @dataclass(frozen=True)
-class Component:
+class PipelinePart:
     """name: of the pipeline's argument and of the folder. library: diffusers, transformers or one of diffusers' pipelines."""
 
     name: str
@@ -38,7 +38,7 @@ class PipelineFolder:
 
     path: Path
     kind: str
-    components: tuple[Component, ...]
+    components: tuple[PipelinePart, ...]
     absent: tuple[str, ...]
     options: dict[str, Any]
 
@@ -64,7 +64,7 @@ def read_pipeline_folder(path: Path) -> PipelineFolder:
             absent.append(name)
         elif all(map(_is_name, value)):
             library, kind_of_it = value
-            components.append(Component(name, library, kind_of_it, path / name))
+            components.append(PipelinePart(name, library, kind_of_it, path / name))
         else:
             raise InputError(f"{shown(index)}: {name} is {quoted(value)}; expected a library and the name of a class")
     if not 1 <= len(components) <= MAX_COMPONENTS:
