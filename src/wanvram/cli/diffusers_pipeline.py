@@ -8,12 +8,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from wanvram.cli.common import memory_limit
-from wanvram.cli.simulated_run import check_output, show_run
+from wanvram.cli.simulated_run import add_measured_flag, check_output, show_run
 from wanvram.errors import InputError
 
 __all__ = ["add_pipeline_flags", "check_no_pipeline", "estimate_pipeline"]
 
-_OWN = ("height", "width", "num_frames", "offload", "dtype", "vae_dtype")
+_OWN = ("height", "width", "num_frames", "offload", "dtype", "vae_dtype", "measured")
 _SHARED = ("diffusers", "verb", "run", "gpu", "vram", "output", "force", "json", "debug")
 MOST_PIXELS, MOST_FRAMES = 16_384, 4096  # of a side; larger is a mistake, and a card has not the memory
 
@@ -29,6 +29,7 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--offload", choices=("none", "model", "sequential", "group"), help="diffusers' offloading (default: none)"
     )
+    add_measured_flag(group)
     for flag, what in (("--dtype", "the models (default: bf16)"), ("--vae_dtype", "the VAE (default: as --dtype)")):
         group.add_argument(flag, choices=("bf16", "fp16", "fp32"), help=f"of {what}")
 
@@ -62,7 +63,8 @@ def estimate_pipeline(args: argparse.Namespace) -> int:
     call = PipelineCall(
         *(args.height, args.width, args.num_frames), args.offload or "none", dtype, args.vae_dtype or dtype
     )
-    with redirect_stdout(sys.stderr), simulated_gpu(args.gpu or DEFAULT_GPU, vram=limit) as gpu:
+    card = simulated_gpu(args.gpu or DEFAULT_GPU, vram=limit, measured=args.measured)
+    with redirect_stdout(sys.stderr), card as gpu:
         run_pipeline(folder, call, gpu)
     given = [f"--{name} {vars(args)[name]}" for name in _OWN if vars(args)[name] is not None]
     return show_run(gpu, args, folder.kind, " ".join(["--diffusers", folder.path.name, *given]))

@@ -18,7 +18,19 @@ from wanvram.version import __version__
 
 __all__ = ["main"]
 
-VERBS = ("generate", "plan", "estimate", "profile", "simulate", "analyze", "compare", "report", "check", "convert")
+VERBS = (
+    "generate",
+    "plan",
+    "estimate",
+    "profile",
+    "simulate",
+    "harvest",
+    "analyze",
+    "compare",
+    "report",
+    "check",
+    "convert",
+)
 
 
 class _Parser(argparse.ArgumentParser):

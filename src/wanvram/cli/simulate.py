@@ -7,6 +7,7 @@ examples:
   wanvram simulate --gpu rtx4090 my_pipeline.py --steps 4
   wanvram simulate --gpu rtx4060 --vram 8GiB --json my_pipeline.py
   wanvram simulate --gpu h100 -o simulated script.py
+  wanvram simulate --gpu h200 --measured h200.json script.py
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from wanvram.cli.common import stated
-from wanvram.cli.simulated_run import check_output, show_run
+from wanvram.cli.simulated_run import add_measured_flag, check_output, show_run
 from wanvram.knobs import EXPANDABLE_SEGMENTS
 
 __all__ = ["prepare_parser", "run"]
@@ -29,6 +30,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     segments = "the allocator's setting of that name"
     parser.add_argument(EXPANDABLE_SEGMENTS.flag, dest="expandable", action="store_true", help=segments)
     parser.add_argument("--eager", action="store_true", help="run what torch.compile is asked for eagerly and say so")
+    add_measured_flag(parser)
     parser.add_argument(
         "-o", "--output", type=Path, help="run directory: its record, timeline and the allocator's snapshot"
     )
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from wanvram.foreign.session import simulated_gpu
     from wanvram.simulate.gpus import DEFAULT_GPU
 
-    settings = {"expandable": args.expandable, "compile_eagerly": args.eager}
+    settings = {"expandable": args.expandable, "compile_eagerly": args.eager, "measured": args.measured}
     with (
         simulated_gpu(args.gpu or DEFAULT_GPU, vram=vram, **settings) as gpu,
         redirect_stdout(sys.stderr) if args.json else nullcontext(),

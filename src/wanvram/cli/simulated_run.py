@@ -14,7 +14,13 @@ from wanvram.output_files import whole_file, writing
 if TYPE_CHECKING:
     from wanvram.foreign.session import SimulatedRun
 
-__all__ = ["check_output", "show_run"]
+__all__ = ["add_measured_flag", "check_output", "show_run"]
+
+
+def add_measured_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="table of `wanvram harvest`: what libraries took on a real GPU"
+    )
 
 
 def check_output(args: argparse.Namespace) -> None:

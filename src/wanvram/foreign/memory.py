@@ -27,7 +27,7 @@ from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
 from wanvram.units import human
 
-__all__ = ["CPU", "CUDA", "META", "ForeignMemory"]
+__all__ = ["CPU", "CUDA", "META", "WITH_TEMPORARIES", "ForeignMemory"]
 
 CUDA, CPU, META = "cuda", "cpu", "meta"  # where a storage lies; CPU: a host tensor too large to be real
 _ACROSS = (
@@ -45,7 +45,7 @@ _DATA_SHAPED = (
 )
 _TO_THE_HOST = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.allclose.default")
 # Operations for which CUDA's libraries take temporary memory by rules that are not known here.
-_WITH_TEMPORARIES = (
+WITH_TEMPORARIES = (
     *("aten.sort.", "aten.topk.", "aten.kthvalue", "aten.median", "aten.mode.", "aten.multinomial", "aten._fft_"),
     *(
         "aten._linalg_",
@@ -245,7 +245,7 @@ class ForeignMemory(TimedMemory):
             for index, argument in enumerate(arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        untold = name.startswith(_WITH_TEMPORARIES) or not name.startswith(("aten.", "prim", "profiler."))
+        untold = name.startswith(WITH_TEMPORARIES) or not name.startswith(("aten.", "prim", "profiler."))
         price = None if view else self.clock.costs.price(name)
         memorised = not view and "out" not in writes and not name.startswith(("aten.set_", "aten.resize_"))
         untold = untold and not composite and not self.buffers.knows(name)
@@ -288,9 +288,13 @@ class ForeignMemory(TimedMemory):
         if name in _DATA_SHAPED or (name.startswith("aten.index") and _has_mask(args)):
             return self._data_shaped(func, operation, args, kwargs, place)
         self.operations += 1
-        if operation.untold and place == CUDA:
-            self.untaken[name] += 1
-        plan = self.libraries.plan(name, args) if place == CUDA else None
+        plan = None
+        if place == CUDA:
+            plan = self.buffers.measured_plan(name, args, kwargs)
+            if plan is None:
+                plan = self.libraries.plan(name, args)
+                if operation.untold:
+                    self.untaken[name] += 1
         before = [self._malloc(n, "before " + name) for n in plan.before] if plan else []
         result = self._result(func, operation, args, kwargs)
         for tensor in (result,) if isinstance(result, torch.Tensor) else tensors_in((result,)):

@@ -12,7 +12,7 @@ from wanvram.foreign_text import quoted, shown, why
 from wanvram.input_files import read_text
 from wanvram.strict_json import strict_json
 
-__all__ = ["PipelinePart", "PipelineFolder", "read_json", "read_pipeline_folder"]
+__all__ = ["PipelineFolder", "PipelinePart", "read_json", "read_pipeline_folder"]
 
 MAX_JSON_BYTES = 1 << 20  # the longest configuration of diffusers' own pipelines has 10 KiB
 MAX_COMPONENTS = 32  # the most of diffusers' own pipelines is 12

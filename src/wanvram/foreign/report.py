@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from wanvram.foreign.measured import MeasuredTable
+from wanvram.foreign_text import shown
 from wanvram.units import human
 
 if TYPE_CHECKING:
@@ -40,9 +42,19 @@ def report_text(run: SimulatedRun) -> str:
     for stage in run.stages:
         calls = f", {stage.calls} times" if stage.calls > 1 else ""
         lines.append(f"stage {stage.name}: allocated {human(stage.peak_allocated_bytes)}{calls}")
+    if run.memory.buffers.measured is not None:
+        lines.append(measured_line(run.memory.buffers.measured))
     lines += ["at the peak:", *(f"  {human(nbytes):>12}  {name}" for name, nbytes in owners(run))]
     lines += [f"gap: {gap}" for gap in run.gaps]
     return "\n".join(lines) + "\n"
+
+
+def measured_line(table: MeasuredTable) -> str:
+    """What of a harvested table was counted."""
+    device = table.device
+    calls = ", ".join(f"{count} of {name.removesuffix('.default')}" for name, count in table.used.items())
+    where = f"on {shown(device.gpu, 60)}, torch {shown(device.torch, 30)}, cuDNN {device.cudnn}"
+    return f"as measured {where}: {calls or 'no call, none has the measured arguments'}"
 
 
 def _stage_json(stage: ForeignStage) -> dict[str, Any]:
@@ -58,6 +70,7 @@ def _stage_json(stage: ForeignStage) -> dict[str, Any]:
 
 def run_json(run: SimulatedRun) -> dict[str, Any]:
     """One document: bytes are integers."""
+    table = run.memory.buffers.measured
     return {
         "schema": 1,
         "device": f"simulated:{run.gpu.key}",
@@ -69,5 +82,6 @@ def run_json(run: SimulatedRun) -> dict[str, Any]:
         "owners": [{"module": name, "bytes": nbytes} for name, nbytes in owners(run)],
         "host": {"peak_bytes": run.memory.host_peak_bytes, "pinned_bytes": run.memory.pinned_bytes},
         "operations": run.memory.operations,
+        "measured": None if table is None else {"device": asdict(table.device), "used": dict(table.used)},
         "gaps": list(run.gaps),
     }
