@@ -23,6 +23,7 @@ from wanvram.strict_json import check_types, strict_json
 __all__ = [
     "BASES",
     "MAX_RECORD_BYTES",
+    "WHOLE_RUN",
     "AttentionChoice",
     "AttentionUse",
     "ComponentRecord",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+WHOLE_RUN = "run"  # the stage that stands for everything, where a program's own are not known
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # one of 50 fully recorded 14B steps has 2 MB
 BASES = ("asked", "table", "check")  # of what attends
 FAILURES = ("oom", "error", "interrupted")

@@ -6,13 +6,12 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
+from wanvram.record import WHOLE_RUN
 from wanvram.simulate.timeline import Places, Timeline, _Interval
 from wanvram.spans import Memory
 from wanvram.timeline_record import TimelineRecord
 
-__all__ = ["WHOLE", "ForeignTimeline"]
-
-WHOLE = "run"  # the stage that stands for everything, as a snapshot has it
+__all__ = ["ForeignTimeline"]
 
 _OURS = (
     "wanvram",
@@ -36,7 +35,7 @@ class ForeignTimeline(Timeline):
 
     def record(self) -> TimelineRecord:
         """With the whole run as one more stage, the last: what a program does between the stages it names belongs to it."""
-        self._entries.append(_Interval(WHOLE, "stage", None, 0))
+        self._entries.append(_Interval(WHOLE_RUN, "stage", None, 0))
         try:
             return super().record()
         finally:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from wanvram.foreign.owners import WHOLE
 from wanvram.foreign.session import SimulatedRun
-from wanvram.record import Failure, RunRecord
+from wanvram.record import WHOLE_RUN, Failure, RunRecord
 from wanvram.spans import Memory, Span
 from wanvram.units import human
 from wanvram.version import __version__
@@ -20,7 +19,7 @@ def record_of(run: SimulatedRun, name: str, description: str) -> RunRecord:
     peak = run.peak
     highest = Memory(peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes)
     stages = [Span(s.name, "stage", None, s.start, s.peak, s.end) for s in run.entered]
-    stages.append(Span(WHOLE, "stage", None, start, start.highest(highest), run.memory_now()))
+    stages.append(Span(WHOLE_RUN, "stage", None, start, start.highest(highest), run.memory_now()))
     return RunRecord(
         device=run.memory.device_name,
         simulated=True,
