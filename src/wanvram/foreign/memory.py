@@ -82,6 +82,20 @@ class _Operation:
     price: Price | None
     memorised: bool
     untold: bool
+    whole: Callable[..., Any] | None = None
+
+
+class _Death(weakref.ref[torch.UntypedStorage]):
+    """Tells of a storage's end, and whose it was; weakref.finalize takes 3 us of the 50 of an operation."""
+
+    __slots__ = ("key",)
+
+    def __new__(cls, storage: torch.UntypedStorage, told: Callable[[_Death], None], key: int) -> _Death:
+        return super().__new__(cls, storage, told)  # type: ignore[arg-type]
+
+    def __init__(self, storage: torch.UntypedStorage, told: Callable[[_Death], None], key: int) -> None:
+        super().__init__(storage, told)  # type: ignore[arg-type]
+        self.key = key
 
 
 class ForeignMemory(TimedMemory):
@@ -108,6 +122,8 @@ class ForeignMemory(TimedMemory):
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
         self._pinned_real: set[int] = set()
+        self._deaths: dict[int, _Death] = {}
+        self._most_reserved = -1  # for which peak_device_bytes is known
 
     def cap(self, nbytes: int) -> None:
         """set_per_process_memory_fraction: reserved memory stays below it."""
@@ -158,16 +174,17 @@ class ForeignMemory(TimedMemory):
         elif place == CPU:
             self._register(storage, True, tensor)
         self._place[key] = place
-        weakref.finalize(storage, self._died, key).atexit = False
+        self._deaths[key] = _Death(storage, self._died, key)
 
     def close(self) -> None:
         """The run is over: what dies later changes none of its figures."""
         self.closed = True
 
-    def _died(self, key: int) -> None:
+    def _died(self, death: _Death) -> None:
         if self.closed:
             return
-        del self._place[key]
+        key = death.key
+        del self._place[key], self._deaths[key]
         self.values.forget(key)
         handle = self._device.pop(key, None)
         if handle is None:
@@ -187,8 +204,19 @@ class ForeignMemory(TimedMemory):
                 raise self._full(error) from None
             self.synchronize()  # as the allocator does before it gives up
             return self._malloc(nbytes, operation, tensor, shared=shared)
-        self.peak_device_bytes = max(self.peak_device_bytes, self.device_memory())
+        if self.allocator.reserved_bytes > self._most_reserved:
+            self._most_reserved = self.allocator.reserved_bytes
+            self.peak_device_bytes = max(self.peak_device_bytes, self.device_memory())
         return handle
+
+    def load_library(self, name: str) -> None:
+        if name not in self._loaded:
+            super().load_library(name)
+            self._most_reserved = -1
+
+    def _pin_changed(self) -> None:
+        super()._pin_changed()
+        self._most_reserved = -1
 
     def _full(self, error: OutOfMemory) -> SimulatedOutOfMemory:
         """In the words of PyTorch, which programs search for."""
@@ -214,7 +242,12 @@ class ForeignMemory(TimedMemory):
     ) -> Any:
         kwargs = kwargs or {}
         operation = self._foreign.get(func) or self._learn(func)
-        tensors = [*tensors_in(args), *tensors_in(kwargs.values())] if kwargs else [*tensors_in(args)]
+        tensors: list[torch.Tensor] = []
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, torch.Tensor):
+                tensors.append(value)
+            elif isinstance(value, (list, tuple)):
+                tensors += tensors_in(value)
         place = self._common_place(operation, tensors, kwargs)
         if place is None:
             return func(*args, **kwargs)
@@ -222,9 +255,8 @@ class ForeignMemory(TimedMemory):
             cast = self.casts(operation.name, args, kwargs)
             if cast is not None:
                 args, kwargs = cast
-        whole = self.whole.get(func)
-        if whole is not None and place == CUDA:
-            result = whole(*args, **kwargs)
+        if operation.whole is not None and place == CUDA:
+            result = operation.whole(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         if operation.composite:
@@ -249,7 +281,9 @@ class ForeignMemory(TimedMemory):
         price = None if view else self.clock.costs.price(name)
         memorised = not view and "out" not in writes and not name.startswith(("aten.set_", "aten.resize_"))
         untold = untold and not composite and not self.buffers.knows(name)
-        found = self._foreign[func] = _Operation(name, view, composite, writes, price, memorised, untold)
+        found = self._foreign[func] = _Operation(
+            *(name, view, composite, writes, price, memorised, untold), self.whole.get(func)
+        )
         return found
 
     def _common_place(self, operation: _Operation, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> str | None:
@@ -332,7 +366,9 @@ class ForeignMemory(TimedMemory):
         key: Any = None
         if operation.memorised:
             try:
-                key = (func, *map(key_of, args), *((name, key_of(value)) for name, value in kwargs.items()))
+                key = (operation.name, *map(key_of, args))
+                if kwargs:
+                    key = (*key, *((name, key_of(value)) for name, value in kwargs.items()))
                 found = self._results.get(key)
             except TypeError:
                 key = found = None

@@ -61,18 +61,20 @@ class _ForeignPlaces(Places):
 
     def __init__(self) -> None:
         super().__init__()
-        self._named: dict[int, tuple[CodeType, str]] = {}  # by id
+        self._named: dict[int, str] = {}  # by the id of code, which is kept for it
+        self._kept: list[CodeType] = []
 
     def of_caller(self) -> str | None:
         frame: FrameType | None = sys._getframe(2)
         inner: str | None = None
+        named = self._named
         while frame is not None:
-            code = frame.f_code
-            known = self._named.get(id(code))
+            known = named.get(id(frame.f_code))
             if known is None:
-                known = self._named[id(code)] = (code, _name(code, frame.f_globals))
-            if known[1]:
-                line = self._line(frame, known[1])
+                known = named[id(frame.f_code)] = _name(frame.f_code, frame.f_globals)
+                self._kept.append(frame.f_code)
+            if known:
+                line = self._line(frame, known)
                 if inner is not None:
                     return self._path(line, inner)
                 inner = line
