@@ -89,13 +89,15 @@ class _Death(weakref.ref[torch.UntypedStorage]):
     """Tells of a storage's end, and whose it was; weakref.finalize takes 3 us of the 50 of an operation."""
 
     __slots__ = ("key",)
+    key: int
 
     def __new__(cls, storage: torch.UntypedStorage, told: Callable[[_Death], None], key: int) -> _Death:
-        return super().__new__(cls, storage, told)  # type: ignore[arg-type]
+        made = super().__new__(cls, storage, told)
+        made.key = key
+        return made
 
-    def __init__(self, storage: torch.UntypedStorage, told: Callable[[_Death], None], key: int) -> None:
-        super().__init__(storage, told)  # type: ignore[arg-type]
-        self.key = key
+    def __init__(self, *_: Any) -> None:
+        """weakref.ref's would refuse the key."""
 
 
 class ForeignMemory(TimedMemory):
