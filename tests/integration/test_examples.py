@@ -222,7 +222,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for pattern, small in SMALLER_YAML.items():
             text = re.sub(rf"^  {pattern}", f"  {small}", text, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8")
-    write_pipeline(tmp_path / "Wan2.1-Diffusers")
+    write_pipeline(tmp_path / "Wan-Diffusers")
     MeasuredTable(MeasuredDevice("NVIDIA H200", (9, 0), 132, "2.11.0", 91900), ()).write(tmp_path / "h200.json")
     for name in ("script.py", "my_pipeline.py", "flux.py"):  # what is simulated
         (tmp_path / name).write_text("import torch\ntorch.nn.Linear(64, 64).cuda()\n", encoding="utf-8")

@@ -23,7 +23,7 @@ BUDGETS = {
     "analysis": 3375,
     "cli": 2200,
     "engine": 2470,
-    "foreign": 3450,
+    "foreign": 3550,
     "kernels": 1050,
     "machine": 1125,
     "matrix": 675,

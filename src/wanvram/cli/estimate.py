@@ -4,7 +4,7 @@ examples:
   wanvram estimate --task t2v-1.3B --size 832*480
   wanvram estimate --task t2v-14B --size 1280*720 --load_strategy full --gpu rtx4090 --vram 24GiB
   wanvram estimate --config profiler_logs/baseline/config.yaml --memory_viz baseline.pickle
-  wanvram estimate --diffusers Wan2.1-Diffusers --height 720 --width 1280 --num_frames 81 --offload model --gpu rtx4090
+  wanvram estimate --diffusers Wan-Diffusers --height 720 --width 1280 --num_frames 81 --offload model --gpu rtx4090
 """
 
 from __future__ import annotations

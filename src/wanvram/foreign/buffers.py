@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wanvram.foreign.measured import MeasuredTable, layout_of
+from wanvram.foreign.layouts import layout_of
+from wanvram.foreign.measured import MeasuredTable
 from wanvram.simulate.convolutions import Convolution
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.libraries import Libraries

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 
 from wanvram.errors import DamagedError, InputError
+from wanvram.foreign.layouts import layout_of
 from wanvram.foreign_text import quoted, shown, why
 from wanvram.input_files import read_text
 from wanvram.record import write_atomically
 from wanvram.simulate.gpus import GPU
 from wanvram.strict_json import built, strict_json
 
-__all__ = ["MeasuredDevice", "MeasuredOperation", "MeasuredTable", "arguments_text", "layout_of"]
+__all__ = ["MeasuredDevice", "MeasuredOperation", "MeasuredTable", "arguments_text"]
 
 SCHEMA = 1
 MAX_TABLE_BYTES = 64 << 20
@@ -132,12 +133,3 @@ def _text(value: Any) -> str:
     if isinstance(value, torch.device):
         return value.type if value.type != "meta" else "cuda"
     return "-" if value is None else str(value)
-
-
-def layout_of(tensor: torch.Tensor) -> str:
-    """contiguous, channels_last, or strided, which libraries copy first."""
-    if tensor.is_contiguous():
-        return "contiguous"
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(tensor.dim())
-    return "channels_last" if last is not None and tensor.is_contiguous(memory_format=last) else "strided"

@@ -19,6 +19,7 @@ from wanvram.errors import OutOfMemory
 from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
+from wanvram.foreign.layouts import alike
 from wanvram.foreign.results import IN_PLACE, as_meta, description, key_of, made_again
 from wanvram.foreign.timed_memory import TimedMemory
 from wanvram.foreign.values import Values, tensors_in
@@ -465,7 +466,7 @@ class ForeignMemory(TimedMemory):
             source.expand(target.shape)  # raises as copy_ does
         temporary = 0
         if to != of:
-            simple = target.dtype == source.dtype and _alike(target, source)
+            simple = target.dtype == source.dtype and alike(target, source)
             if to == CUDA and not simple and not target.is_contiguous():
                 temporary = target.numel() * target.itemsize
             if of == CUDA and not simple and not source.is_contiguous():
@@ -500,19 +501,3 @@ class ForeignMemory(TimedMemory):
 def _has_mask(args: Any) -> bool:
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     return any(isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether one memcpy copies between them."""
-    return a.shape == b.shape and a.stride() == b.stride() and (a.is_contiguous() or _dense(a))
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    extent = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
-        if size == 1:
-            continue
-        if stride != extent:
-            return False
-        extent *= size
-    return True
