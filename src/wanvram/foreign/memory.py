@@ -48,25 +48,9 @@ _TO_THE_HOST = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.
 # Operations for which CUDA's libraries take temporary memory by rules that are not known here.
 WITH_TEMPORARIES = (
     *("aten.sort.", "aten.topk.", "aten.kthvalue", "aten.median", "aten.mode.", "aten.multinomial", "aten._fft_"),
-    *(
-        "aten._linalg_",
-        "aten.linalg_eig",
-        "aten.linalg_qr",
-        "aten.lstm",
-        "aten.gru",
-        "aten._cudnn_rnn",
-        "aten.cumsum.",
-        "aten.cumprod.",
-    ),
-    *(
-        "aten.unique",
-        "aten._unique",
-        "aten.nonzero.",
-        "aten.histc",
-        "aten.bincount",
-        "aten.searchsorted",
-        "aten._cdist",
-    ),
+    *("aten._linalg_", "aten.linalg_eig", "aten.linalg_qr", "aten.lstm", "aten.gru", "aten._cudnn_rnn", "aten._cdist"),
+    *("aten.cumsum.", "aten.cumprod.", "aten.unique", "aten._unique", "aten.nonzero.", "aten.histc", "aten.bincount"),
+    "aten.searchsorted",
 )
 _MOST_MEMORISED = 100_000
 MOST_ASSUMED = 20_000  # reads of unknown values at one place
