@@ -23,6 +23,7 @@ from wanvram.strict_json import check_types, strict_json
 __all__ = [
     "BASES",
     "MAX_RECORD_BYTES",
+    "WHOLE_RUN",
     "AttentionChoice",
     "AttentionUse",
     "ComponentRecord",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+WHOLE_RUN = "run"  # the stage that stands for everything, where a program's own are not known
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # one of 50 fully recorded 14B steps has 2 MB
 BASES = ("asked", "table", "check")  # of what attends
 FAILURES = ("oom", "error", "interrupted")
@@ -161,6 +163,11 @@ class RunRecord:
     def cached(self) -> bool:
         """Whether a caching allocator holds the memory. On the CPU none does: reserved is allocated, and nothing fragments."""
         return self.device != "cpu"
+
+    @property
+    def foreign(self) -> bool:
+        """Of other people's code: there is no configuration that could be run again, changed."""
+        return self.config.get("foreign") is True
 
     def peak_span(self) -> Span | None:
         """The stage with the highest device (else allocated) peak; the first of equals."""

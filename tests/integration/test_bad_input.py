@@ -17,9 +17,11 @@ import pytest
 
 from checkpoints import TINY_SIZE, tiny_models, write_tokenizer
 from given_files import write_checkpoints, write_media, write_texts
+from pipeline_folders import write_pipeline
 from wanvram.cli import generate
 from wanvram.cli.main import main
 from wanvram.engine.components import Parts
+from wanvram.foreign.measured import MeasuredDevice, MeasuredTable
 from wanvram.weights.official import CLIP_FILE, DIT_FILE, T5_FILE, TOKENIZER_FILE, VAE_FILE
 
 
@@ -441,3 +443,68 @@ def test_an_estimate_refuses_the_same(
     check_sentence(message)
     assert re.search(sentence, message)
     assert not out.exists()
+
+
+# --- other people's code -----------------------------------------------------------------------------------------------------
+
+# verb, what follows it ({f}: a folder with a pipeline of diffusers, a script and damaged files), what is said
+FOREIGN: list[tuple[str, list[str], str]] = [
+    ("estimate", ["--diffusers", "{f}/absent"], "--diffusers .*absent has no model_index.json"),
+    ("estimate", ["--diffusers", "{f}"], "has no model_index.json"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--height", "0"], r"--height: 0 is outside 1\.\.16384"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--height", "100000"], "--height: 100000 is outside"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--height", "tall"], "argument --height: invalid int value"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--width", "-64"], "--width: -64 is outside"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--width", "65"], "height. and .width. have to be divisible by 16"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--num_frames", "99999"], r"--num_frames: 99999 is outside 1\.\.4096"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--offload", "disk"], "argument --offload: invalid choice"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--dtype", "fp8"], "argument --dtype: invalid choice"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--vae_dtype", "fp8"], "argument --vae_dtype: invalid choice"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--task", "t2v-14B"], "--task says nothing about --diffusers"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--size", "832*480"], "--size says nothing about --diffusers"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--memory_viz", "{f}/a.pickle"], "--memory_viz says nothing"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--gpu", "rtx9"], "rtx9"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--vram", "much"], "--vram"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--measured", "{f}/absent.json"], r"absent\.json cannot be read"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--measured", "{f}/text.json"], r"text\.json is no table that wanvram"),
+    ("estimate", ["--diffusers", "{f}/Wan", "-o", "{f}"], "is not empty; give --force"),
+    ("estimate", ["--offload", "model"], "--offload belongs to --diffusers DIR, which is missing"),
+    ("estimate", ["--num_frames", "81"], "--num_frames belongs to --diffusers DIR"),
+    ("estimate", ["--measured", "{f}/h200.json"], "--measured belongs to --diffusers DIR"),
+    ("simulate", ["{f}/absent.py"], r"absent\.py is no file"),
+    ("simulate", ["--gpu", "rtx9", "{f}/script.py"], "rtx9"),
+    ("simulate", ["--vram", "much", "{f}/script.py"], "--vram"),
+    ("simulate", ["-o", "{f}", "{f}/script.py"], "is not empty; give --force"),
+    ("simulate", ["--measured", "{f}", "{f}/script.py"], "it is a directory"),
+    ("simulate", ["--measured", "{f}/text.json", "{f}/script.py"], "is no table that wanvram harvest wrote"),
+    ("simulate", ["--gpu", "rtx4090", "--measured", "{f}/h200.json", "{f}/script.py"], r"H200 \(sm_90\), not of"),
+    ("harvest", ["-o", "{f}/text.json", "{f}/script.py"], "exists; give --force to replace it"),
+    ("harvest", ["--force", "-o", "{f}/text.json", "{f}/script.py"], "no NVIDIA GPU answers"),
+]
+
+
+@pytest.mark.parametrize(("verb", "flags", "sentence"), FOREIGN, ids=lambda value: str(value)[:60])
+def test_bad_input_of_what_simulates_foreign_code_is_a_sentence_and_exit_code_2(
+    verb: str,
+    flags: list[str],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    write_pipeline(tmp_path / "Wan")
+    (tmp_path / "script.py").write_text("raise SystemExit('the script ran')", encoding="utf-8")
+    (tmp_path / "text.json").write_text("words", encoding="utf-8")
+    MeasuredTable(MeasuredDevice("NVIDIA H200", (9, 0), 132, "2.11.0", 91900), ()).write(tmp_path / "h200.json")
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        code = main([verb, *(flag.replace("{f}", str(tmp_path)) for flag in flags)])
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    captured = capsys.readouterr()
+    check_sentence(captured.err)
+    assert re.search(sentence, captured.err), captured.err
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before

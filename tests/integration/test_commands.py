@@ -278,6 +278,7 @@ def test_every_verb_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -
         "check",
         "analyze",
         "simulate",
+        "harvest",
     ):
         with pytest.raises(SystemExit) as caught:
             main([verb, "--help"])

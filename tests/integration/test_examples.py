@@ -29,8 +29,10 @@ import yaml
 from PIL import Image
 
 from checkpoints import tiny_models, write_diffusers, write_download
+from pipeline_folders import write_pipeline
 from wanvram.cli import profile
 from wanvram.cli.main import VERBS, main
+from wanvram.foreign.measured import MeasuredDevice, MeasuredTable
 from wanvram.matrix import runner
 from wanvram.simulate.card import card_to_json
 from wanvram.simulate.gpus import find_gpu
@@ -52,6 +54,7 @@ SMALLER: list[tuple[str, str]] = [
     (r"wanvram generate --help", ""),
     (r"wanvram generate", "--device cpu --size 96*64 --frame_num 5 --sample_steps 2"),
     (r"wanvram estimate .*--config", ""),
+    (r"wanvram estimate .*--diffusers", "--height 64 --width 64"),
     (r"wanvram estimate --task t2i", "--sample_steps 2"),
     (r"wanvram estimate", "--frame_num 5 --sample_steps 2"),
     (r"wanvram plan --longest", "--size 96*64 --sample_steps 2 --gpu h200 --vram 900MiB"),
@@ -76,6 +79,7 @@ CODES = {
     r"--load_strategy full --gpu rtx4090 --vram 24GiB": {3},
     r"--fail-if": {0, 1},
     r"--terminate 4711": {2},
+    r"wanvram harvest": {2},  # it measures the card, and there is none
     r"check --attention": {0, 1},  # it measures the card, and there is none
 }
 READERS = ("analyze", "report", "compare", "estimate")  # they are given the runs that they name; others begin without
@@ -218,6 +222,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for pattern, small in SMALLER_YAML.items():
             text = re.sub(rf"^  {pattern}", f"  {small}", text, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8")
+    write_pipeline(tmp_path / "Wan-Diffusers")
+    MeasuredTable(MeasuredDevice("NVIDIA H200", (9, 0), 132, "2.11.0", 91900), ()).write(tmp_path / "h200.json")
     for name in ("script.py", "my_pipeline.py", "flux.py"):  # what is simulated
         (tmp_path / name).write_text("import torch\ntorch.nn.Linear(64, 64).cuda()\n", encoding="utf-8")
     (tmp_path / "docs").mkdir()

@@ -59,6 +59,7 @@ def test_with_json_the_document_alone_is_on_stdout_and_the_directory_has_timelin
     assert document["fits"] is True
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "memory_viz.pickle",
+        "record.json",
         "simulation.json",
         "timeline.json",
     ]
@@ -95,3 +96,24 @@ def test_a_script_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert "none.py is no file" in done.stderr
+
+
+def test_a_simulated_run_is_compared_with_a_snapshot_of_the_same_script(tmp_path: Path) -> None:
+    """The snapshot is that of the simulated allocator, in PyTorch's format: every figure is equal."""
+    assert simulate(tmp_path, flags=("-o", str(tmp_path / "run"))).returncode == 0
+    run, snapshot = tmp_path / "run", tmp_path / "snapshot.pickle"
+    (run / "memory_viz.pickle").rename(snapshot)
+    words = [sys.executable, "-m", "wanvram", "compare", str(run), str(snapshot)]
+    done = subprocess.run([*words, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (prediction,) = document["predictions"]
+    errors = {name: error["error"] for name, error in prediction["errors"].items()}
+    assert errors == dict.fromkeys(errors, 0.0)
+    assert {"peak.allocated_bytes", "peak.reserved_bytes", "stages.run.peak_reserved_bytes"} <= errors.keys()
+    failing = [*words, "--fail-if", "peak.allocated_bytes > +0%"]
+    assert subprocess.run(failing, cwd=ROOT, capture_output=True, timeout=120, check=False).returncode == 0
+    snapshot.write_bytes(b"\x80\x04 no snapshot")
+    damaged = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert damaged.returncode == 2
+    assert "snapshot.pickle" in damaged.stderr

@@ -21,9 +21,9 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 BUDGETS = {
     ".": 3560,
     "analysis": 3375,
-    "cli": 2050,
+    "cli": 2200,
     "engine": 2470,
-    "foreign": 2600,
+    "foreign": 3550,
     "kernels": 1050,
     "machine": 1125,
     "matrix": 675,

@@ -101,6 +101,8 @@ def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
     from wanvram.predict.advice import advise
 
     record = RunRecord.read(path / "record.json")
+    if record.foreign:
+        raise InputError(f"--advice: {shown(path)} is of other people's code, whose settings are not known here")
     write_advice(path, advise(RunConfig.from_dict(record.config), record, show=progress_printer(args)))
 
 

@@ -5,6 +5,7 @@ examples:
   wanvram compare expected.json profiler_logs/baseline --fail-if 'peak.reserved_bytes > +2%'
   wanvram compare profiler_logs/baseline --fail-if 'stages.denoise.peak_allocated_bytes > 8GiB'
   wanvram compare profiler_logs --json
+  wanvram compare simulated snapshot.pickle       a simulated script, and PyTorch's snapshot of it on a GPU
 
 Differences count from the first run. A limit with a sign counts from it, too; one without a sign is absolute. A run that
 failed meets every condition. Exit code 1 if a condition is met, 2 if it cannot be judged.
@@ -26,7 +27,7 @@ __all__ = ["prepare_parser", "run"]
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, folder of them, or record.json"
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, folder of them, record.json, or a snapshot"
     )
     parser.add_argument(
         "--fail-if",

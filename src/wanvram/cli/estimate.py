@@ -4,6 +4,7 @@ examples:
   wanvram estimate --task t2v-1.3B --size 832*480
   wanvram estimate --task t2v-14B --size 1280*720 --load_strategy full --gpu rtx4090 --vram 24GiB
   wanvram estimate --config profiler_logs/baseline/config.yaml --memory_viz baseline.pickle
+  wanvram estimate --diffusers Wan-Diffusers --height 720 --width 1280 --num_frames 81 --offload model --gpu rtx4090
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from wanvram.cli.common import add_output_flags, finish, memory_limit, run_printer
+from wanvram.cli.diffusers_pipeline import add_pipeline_flags, check_no_pipeline, estimate_pipeline
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
@@ -32,9 +34,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--memory_viz", type=Path, metavar="FILE.pickle", help="also write what https://pytorch.org/memory_viz opens"
     )
     add_output_flags(parser, default="nothing is written")
+    add_pipeline_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.diffusers is not None:
+        return estimate_pipeline(args)
+    check_no_pipeline(args)
     limit = memory_limit(args)
     weights = None if args.config else "random"  # those of the file: tiny ones are of another size
     config = config_from_flags(args, device="simulated", weights=weights, gpu=args.gpu, memory_limit_bytes=limit)

@@ -18,7 +18,19 @@ from wanvram.version import __version__
 
 __all__ = ["main"]
 
-VERBS = ("generate", "plan", "estimate", "profile", "simulate", "analyze", "compare", "report", "check", "convert")
+VERBS = (
+    "generate",
+    "plan",
+    "estimate",
+    "profile",
+    "simulate",
+    "harvest",
+    "analyze",
+    "compare",
+    "report",
+    "check",
+    "convert",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _VerbParser(_Parser):
-    """Of one verb, whose module is imported when the verb is meant: all ten would cost every command 0.3 s."""
+    """Of one verb, whose module is imported when the verb is meant: all of them would cost every command 0.3 s."""
 
     module = ""
 

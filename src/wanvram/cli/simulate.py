@@ -7,24 +7,19 @@ examples:
   wanvram simulate --gpu rtx4090 my_pipeline.py --steps 4
   wanvram simulate --gpu rtx4060 --vram 8GiB --json my_pipeline.py
   wanvram simulate --gpu h100 -o simulated script.py
+  wanvram simulate --gpu h200 --measured h200.json script.py
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wanvram.cli.common import stated
-from wanvram.errors import InputError
+from wanvram.cli.simulated_run import add_measured_flag, check_output, show_run
 from wanvram.knobs import EXPANDABLE_SEGMENTS
-from wanvram.output_files import whole_file, writing
-
-if TYPE_CHECKING:
-    from wanvram.foreign.session import SimulatedRun
 
 __all__ = ["prepare_parser", "run"]
 
@@ -35,7 +30,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     segments = "the allocator's setting of that name"
     parser.add_argument(EXPANDABLE_SEGMENTS.flag, dest="expandable", action="store_true", help=segments)
     parser.add_argument("--eager", action="store_true", help="run what torch.compile is asked for eagerly and say so")
-    parser.add_argument("-o", "--output", type=Path, help="directory for the timeline and the allocator's snapshot")
+    add_measured_flag(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, help="run directory: its record, timeline and the allocator's snapshot"
+    )
     parser.add_argument("--force", action="store_true", help="replace what is already in the directory")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
     parser.add_argument("script", type=Path, help="a Python file")
@@ -44,45 +42,17 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 if the script itself failed, 3 if it ran out of the card's memory."""
-    if args.output is not None and args.output.exists() and any(args.output.iterdir()) and not args.force:
-        raise InputError(f"-o {args.output} is not empty; give --force to replace what is in it")
+    check_output(args)
     vram = None if args.vram is None else stated("vram", args.vram)
     from wanvram.foreign.script import run_script
     from wanvram.foreign.session import simulated_gpu
     from wanvram.simulate.gpus import DEFAULT_GPU
 
-    settings = {"expandable": args.expandable, "compile_eagerly": args.eager}
+    settings = {"expandable": args.expandable, "compile_eagerly": args.eager, "measured": args.measured}
     with (
         simulated_gpu(args.gpu or DEFAULT_GPU, vram=vram, **settings) as gpu,
         redirect_stdout(sys.stderr) if args.json else nullcontext(),
     ):
         status = run_script(args.script, args.arguments, gpu)
-    _show(gpu, args)
-    if not gpu.fits:
-        return 3
-    return 1 if status else 0
-
-
-def _show(gpu: SimulatedRun, args: argparse.Namespace) -> None:
-    from wanvram.foreign.report import report_text, run_json
-
-    document = run_json(gpu)
-    if args.output is not None:
-        _write(gpu, document, args.output)
-    if args.json:
-        print(json.dumps(document, ensure_ascii=False))
-    else:
-        sys.stdout.flush()
-        print(report_text(gpu), end="", file=sys.stderr)
-
-
-def _write(gpu: SimulatedRun, document: object, directory: Path) -> None:
-    """simulation.json, timeline.json and memory_viz.pickle."""
-    from wanvram.report.memory_viz import export_timeline
-
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    for name, content in (("simulation.json", document), ("timeline.json", gpu.timeline().to_json())):
-        with writing(directory / name), whole_file(directory / name) as beside:
-            beside.write_text(json.dumps(content), encoding="utf-8")
-    export_timeline(directory / "memory_viz.pickle", gpu.allocations)
+    called = " ".join([args.script.name, *args.arguments])
+    return show_run(gpu, args, args.script.stem, called, text_to=sys.stderr) or (1 if status else 0)

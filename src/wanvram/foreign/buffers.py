@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wanvram.foreign.layouts import layout_of
+from wanvram.foreign.measured import MeasuredTable
 from wanvram.simulate.convolutions import Convolution
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.libraries import Libraries
@@ -33,8 +35,15 @@ class ForeignBuffers(LibraryBuffers):
     ranged: names of operations whose workspace is a rule -> the largest one counted, bytes: it may be between none and this.
     """
 
-    def __init__(self, gpu: GPU, libraries: Libraries, registered: dict[str, Registered] | None = None) -> None:
+    def __init__(
+        self,
+        gpu: GPU,
+        libraries: Libraries,
+        registered: dict[str, Registered] | None = None,
+        measured: MeasuredTable | None = None,
+    ) -> None:
         super().__init__(gpu, libraries)
+        self.measured = measured
         self.registered = registered or {}
         self.ranged: Counter[str] = Counter()
         self.above_bytes = (
@@ -59,6 +68,18 @@ class ForeignBuffers(LibraryBuffers):
             return BufferPlan(during=(entry.taken(*args),))
         planner = self._planners.get(operation)
         return planner(args) if planner is not None else None
+
+    def measured_plan(self, operation: str, args: Arguments, kwargs: dict[str, Any]) -> BufferPlan | None:
+        """What was measured for such arguments on a real card; None where nothing was."""
+        taken = None if self.measured is None else self.measured.taken(operation, args, kwargs)
+        if taken is None:
+            return None
+        copied: tuple[int, ...] = ()
+        if operation == "aten.convolution.default" and layout_of(args[0]) == "strided":
+            copied = (min(taken, args[0].numel() * args[0].itemsize),)
+            taken -= copied[0]
+        loads = ("cudnn",) if operation == "aten.convolution.default" else ()
+        return BufferPlan(before=copied, during=(taken,) if taken else (), loads=loads)
 
     def _plain_convolution(self, args: Arguments) -> BufferPlan:
         """In channels_last as measured; else cuDNN converts all three to channels_last inside: input, output and weight."""
@@ -98,9 +119,7 @@ def _group_norm(args: Arguments) -> BufferPlan:
 
 
 def _channels_last(tensor: torch.Tensor) -> bool:
-    if tensor.dim() not in (4, 5) or tensor.is_contiguous():
-        return False
-    return tensor.is_contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d)
+    return layout_of(tensor) == "channels_last"
 
 
 def convolution_shape(

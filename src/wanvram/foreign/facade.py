@@ -186,6 +186,8 @@ class Facade(TorchFunctionMode):
         """As Tensor.to: the same object where there is nothing to do."""
         layout = torch.preserve_format if memory_format is None else memory_format
         of = self._place(tensor)
+        if of == place and dtype == tensor.dtype and not copy and layout is torch.preserve_format:
+            return tensor
         if of == place or place not in (CUDA, CPU, META) or of not in (CUDA, CPU, META):
             return T.to(tensor, dtype, copy=copy, memory_format=layout)
         if of == META:

@@ -19,6 +19,7 @@ from wanvram.errors import OutOfMemory
 from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
+from wanvram.foreign.layouts import alike
 from wanvram.foreign.results import IN_PLACE, as_meta, description, key_of, made_again
 from wanvram.foreign.timed_memory import TimedMemory
 from wanvram.foreign.values import Values, tensors_in
@@ -27,7 +28,7 @@ from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
 from wanvram.units import human
 
-__all__ = ["CPU", "CUDA", "META", "ForeignMemory"]
+__all__ = ["CPU", "CUDA", "META", "WITH_TEMPORARIES", "ForeignMemory"]
 
 CUDA, CPU, META = "cuda", "cpu", "meta"  # where a storage lies; CPU: a host tensor too large to be real
 _ACROSS = (
@@ -45,27 +46,11 @@ _DATA_SHAPED = (
 )
 _TO_THE_HOST = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.allclose.default")
 # Operations for which CUDA's libraries take temporary memory by rules that are not known here.
-_WITH_TEMPORARIES = (
+WITH_TEMPORARIES = (
     *("aten.sort.", "aten.topk.", "aten.kthvalue", "aten.median", "aten.mode.", "aten.multinomial", "aten._fft_"),
-    *(
-        "aten._linalg_",
-        "aten.linalg_eig",
-        "aten.linalg_qr",
-        "aten.lstm",
-        "aten.gru",
-        "aten._cudnn_rnn",
-        "aten.cumsum.",
-        "aten.cumprod.",
-    ),
-    *(
-        "aten.unique",
-        "aten._unique",
-        "aten.nonzero.",
-        "aten.histc",
-        "aten.bincount",
-        "aten.searchsorted",
-        "aten._cdist",
-    ),
+    *("aten._linalg_", "aten.linalg_eig", "aten.linalg_qr", "aten.lstm", "aten.gru", "aten._cudnn_rnn", "aten._cdist"),
+    *("aten.cumsum.", "aten.cumprod.", "aten.unique", "aten._unique", "aten.nonzero.", "aten.histc", "aten.bincount"),
+    "aten.searchsorted",
 )
 _MOST_MEMORISED = 100_000
 MOST_ASSUMED = 20_000  # reads of unknown values at one place
@@ -82,6 +67,22 @@ class _Operation:
     price: Price | None
     memorised: bool
     untold: bool
+    whole: Callable[..., Any] | None = None
+
+
+class _Death(weakref.ref[torch.UntypedStorage]):
+    """Tells of a storage's end, and whose it was; weakref.finalize takes 3 us of the 50 of an operation."""
+
+    __slots__ = ("key",)
+    key: int
+
+    def __new__(cls, storage: torch.UntypedStorage, told: Callable[[_Death], None], key: int) -> _Death:
+        made = super().__new__(cls, storage, told)
+        made.key = key
+        return made
+
+    def __init__(self, *_: Any) -> None:
+        """weakref.ref's would refuse the key."""
 
 
 class ForeignMemory(TimedMemory):
@@ -108,6 +109,8 @@ class ForeignMemory(TimedMemory):
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
         self._pinned_real: set[int] = set()
+        self._deaths: dict[int, _Death] = {}
+        self._most_reserved = -1  # for which peak_device_bytes is known
 
     def cap(self, nbytes: int) -> None:
         """set_per_process_memory_fraction: reserved memory stays below it."""
@@ -158,16 +161,17 @@ class ForeignMemory(TimedMemory):
         elif place == CPU:
             self._register(storage, True, tensor)
         self._place[key] = place
-        weakref.finalize(storage, self._died, key).atexit = False
+        self._deaths[key] = _Death(storage, self._died, key)
 
     def close(self) -> None:
         """The run is over: what dies later changes none of its figures."""
         self.closed = True
 
-    def _died(self, key: int) -> None:
+    def _died(self, death: _Death) -> None:
         if self.closed:
             return
-        del self._place[key]
+        key = death.key
+        del self._place[key], self._deaths[key]
         self.values.forget(key)
         handle = self._device.pop(key, None)
         if handle is None:
@@ -187,8 +191,19 @@ class ForeignMemory(TimedMemory):
                 raise self._full(error) from None
             self.synchronize()  # as the allocator does before it gives up
             return self._malloc(nbytes, operation, tensor, shared=shared)
-        self.peak_device_bytes = max(self.peak_device_bytes, self.device_memory())
+        if self.allocator.reserved_bytes > self._most_reserved:
+            self._most_reserved = self.allocator.reserved_bytes
+            self.peak_device_bytes = max(self.peak_device_bytes, self.device_memory())
         return handle
+
+    def load_library(self, name: str) -> None:
+        if name not in self._loaded:
+            super().load_library(name)
+            self._most_reserved = -1
+
+    def _pin_changed(self) -> None:
+        super()._pin_changed()
+        self._most_reserved = -1
 
     def _full(self, error: OutOfMemory) -> SimulatedOutOfMemory:
         """In the words of PyTorch, which programs search for."""
@@ -214,7 +229,12 @@ class ForeignMemory(TimedMemory):
     ) -> Any:
         kwargs = kwargs or {}
         operation = self._foreign.get(func) or self._learn(func)
-        tensors = [*tensors_in(args), *tensors_in(kwargs.values())] if kwargs else [*tensors_in(args)]
+        tensors: list[torch.Tensor] = []
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, torch.Tensor):
+                tensors.append(value)
+            elif isinstance(value, (list, tuple)):
+                tensors += tensors_in(value)
         place = self._common_place(operation, tensors, kwargs)
         if place is None:
             return func(*args, **kwargs)
@@ -222,9 +242,8 @@ class ForeignMemory(TimedMemory):
             cast = self.casts(operation.name, args, kwargs)
             if cast is not None:
                 args, kwargs = cast
-        whole = self.whole.get(func)
-        if whole is not None and place == CUDA:
-            result = whole(*args, **kwargs)
+        if operation.whole is not None and place == CUDA:
+            result = operation.whole(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         if operation.composite:
@@ -245,11 +264,13 @@ class ForeignMemory(TimedMemory):
             for index, argument in enumerate(arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        untold = name.startswith(_WITH_TEMPORARIES) or not name.startswith(("aten.", "prim", "profiler."))
+        untold = name.startswith(WITH_TEMPORARIES) or not name.startswith(("aten.", "prim", "profiler."))
         price = None if view else self.clock.costs.price(name)
         memorised = not view and "out" not in writes and not name.startswith(("aten.set_", "aten.resize_"))
         untold = untold and not composite and not self.buffers.knows(name)
-        found = self._foreign[func] = _Operation(name, view, composite, writes, price, memorised, untold)
+        found = self._foreign[func] = _Operation(
+            *(name, view, composite, writes, price, memorised, untold), self.whole.get(func)
+        )
         return found
 
     def _common_place(self, operation: _Operation, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> str | None:
@@ -288,9 +309,13 @@ class ForeignMemory(TimedMemory):
         if name in _DATA_SHAPED or (name.startswith("aten.index") and _has_mask(args)):
             return self._data_shaped(func, operation, args, kwargs, place)
         self.operations += 1
-        if operation.untold and place == CUDA:
-            self.untaken[name] += 1
-        plan = self.libraries.plan(name, args) if place == CUDA else None
+        plan = None
+        if place == CUDA:
+            plan = self.buffers.measured_plan(name, args, kwargs)
+            if plan is None:
+                plan = self.libraries.plan(name, args)
+                if operation.untold:
+                    self.untaken[name] += 1
         before = [self._malloc(n, "before " + name) for n in plan.before] if plan else []
         result = self._result(func, operation, args, kwargs)
         for tensor in (result,) if isinstance(result, torch.Tensor) else tensors_in((result,)):
@@ -328,7 +353,9 @@ class ForeignMemory(TimedMemory):
         key: Any = None
         if operation.memorised:
             try:
-                key = (func, *map(key_of, args), *((name, key_of(value)) for name, value in kwargs.items()))
+                key = (operation.name, *map(key_of, args))
+                if kwargs:
+                    key = (*key, *((name, key_of(value)) for name, value in kwargs.items()))
                 found = self._results.get(key)
             except TypeError:
                 key = found = None
@@ -423,7 +450,7 @@ class ForeignMemory(TimedMemory):
             source.expand(target.shape)  # raises as copy_ does
         temporary = 0
         if to != of:
-            simple = target.dtype == source.dtype and _alike(target, source)
+            simple = target.dtype == source.dtype and alike(target, source)
             if to == CUDA and not simple and not target.is_contiguous():
                 temporary = target.numel() * target.itemsize
             if of == CUDA and not simple and not source.is_contiguous():
@@ -458,19 +485,3 @@ class ForeignMemory(TimedMemory):
 def _has_mask(args: Any) -> bool:
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     return any(isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether one memcpy copies between them."""
-    return a.shape == b.shape and a.stride() == b.stride() and (a.is_contiguous() or _dense(a))
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    extent = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
-        if size == 1:
-            continue
-        if stride != extent:
-            return False
-        extent *= size
-    return True

@@ -6,11 +6,23 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
-from wanvram.simulate.timeline import Places, Timeline
+from wanvram.record import WHOLE_RUN
+from wanvram.simulate.timeline import Places, Timeline, _Interval
+from wanvram.spans import Memory
+from wanvram.timeline_record import TimelineRecord
 
 __all__ = ["ForeignTimeline"]
 
-_OURS = ("wanvram", "torch", "contextlib", "functools", "runpy", "importlib", "accelerate.hooks")
+_OURS = (
+    "wanvram",
+    "torch",
+    "contextlib",
+    "functools",
+    "runpy",
+    "importlib",
+    "accelerate.hooks",
+    "diffusers.hooks.hooks",
+)
 _HERE = __file__.replace("\\", "/").rpartition("/foreign/")[0]
 
 
@@ -21,6 +33,14 @@ class ForeignTimeline(Timeline):
         super().__init__(allocator, outside_bytes)
         self._places: Any = _ForeignPlaces()
 
+    def record(self) -> TimelineRecord:
+        """With the whole run as one more stage, the last: what a program does between the stages it names belongs to it."""
+        self._entries.append(_Interval(WHOLE_RUN, "stage", None, 0))
+        try:
+            return super().record()
+        finally:
+            self._entries.pop()
+
     def where(self) -> str:
         """The line of the program that is running."""
         return (self._places.of_caller() or "?").rpartition(" > ")[2]
@@ -29,10 +49,11 @@ class ForeignTimeline(Timeline):
         """The number of events so far."""
         return len(self._kinds)
 
-    def peaks(self, first: int = 0) -> tuple[int, int]:
-        """Highest (allocated, reserved) bytes since the event of that number."""
-        series = self._series()[:, first:]
-        return int(series[0].max()), int(series[1].max())
+    def peaks(self, first: int = 0) -> Memory:
+        """The highest of each figure since the event of that number."""
+        allocated, reserved, outside = self._series()[:, first:]
+        device = None if self._outside is None else int((reserved + outside).max()) + self._outside
+        return Memory(int(allocated.max()), int(reserved.max()), device)
 
 
 class _ForeignPlaces(Places):
@@ -40,18 +61,20 @@ class _ForeignPlaces(Places):
 
     def __init__(self) -> None:
         super().__init__()
-        self._named: dict[int, tuple[CodeType, str]] = {}  # by id
+        self._named: dict[int, str] = {}  # by the id of code, which is kept for it
+        self._kept: list[CodeType] = []
 
     def of_caller(self) -> str | None:
         frame: FrameType | None = sys._getframe(2)
         inner: str | None = None
+        named = self._named
         while frame is not None:
-            code = frame.f_code
-            known = self._named.get(id(code))
+            known = named.get(id(frame.f_code))
             if known is None:
-                known = self._named[id(code)] = (code, _name(code, frame.f_globals))
-            if known[1]:
-                line = self._line(frame, known[1])
+                known = named[id(frame.f_code)] = _name(frame.f_code, frame.f_globals)
+                self._kept.append(frame.f_code)
+            if known:
+                line = self._line(frame, known)
                 if inner is not None:
                     return self._path(line, inner)
                 inner = line

@@ -11,6 +11,7 @@ from wanvram.foreign.values import tensors_in
 __all__ = ["IN_PLACE", "as_meta", "description", "key_of", "made_again"]
 
 IN_PLACE = object()
+_META = torch.device("meta")
 
 
 def key_of(value: Any) -> Any:
@@ -51,7 +52,7 @@ def description(result: Any, args: Any) -> Any:
 
 def made_again(found: Any) -> Any:
     if len(found) == 3:
-        return torch.empty_strided(found[0], found[1], dtype=found[2], device="meta")
+        return torch.empty_strided(found[0], found[1], dtype=found[2], device=_META)
     parts, kind = found
     made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in parts]
     return made if kind is list else tuple(made)

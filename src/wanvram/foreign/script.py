@@ -8,7 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,35 @@ from wanvram.foreign.session import SimulatedRun
 __all__ = ["run_script"]
 
 
-def run_script(path: Path, arguments: Sequence[str], run: SimulatedRun) -> int:
+def run_script(
+    path: Path,
+    arguments: Sequence[str],
+    run: SimulatedRun | None = None,
+    *,
+    inside: AbstractContextManager[Any] | None = None,
+    verb: str = "simulate",
+) -> int:
     """The script's exit status: 0, what it exited with, 1 after an exception, whose traceback goes to stderr as Python's does.
 
-    `run.fits` is False after it where a full card ended the script. Raises InputError for a file that is not there, and Unsupported for
-    what cannot be simulated.
+    `run.fits` is False after it where a full card ended the script. inside: entered around the script. verb: of wanvram, who runs it.
+    Raises InputError for a file that is not there, and Unsupported for what cannot be simulated.
     """
     if not path.is_file():
         raise InputError(f"{path} is no file")
-    with _as_main(path, arguments), no_child_processes():
+    with _as_main(path, arguments), no_child_processes(verb):
         try:
-            runpy.run_path(str(path), run_name="__main__")
+            with inside or nullcontext():
+                runpy.run_path(str(path), run_name="__main__")
         except SystemExit as exit_:
             return _status(exit_.code)
         except SimulatedOutOfMemory as error:
-            run.refuse(error)
+            if run is not None:
+                run.refuse(error)
             return 1
         except Unsupported:
             raise
         except Exception as error:
-            if full := _full(error):
+            if run is not None and (full := _full(error)):
                 run.refuse(full)
             traceback.print_exception(type(error), error, _below(error))
             return 1
@@ -81,17 +90,16 @@ def _as_main(path: Path, arguments: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def no_child_processes() -> Iterator[None]:
-    """Another Python would run without the simulated card and say nothing of it: refused by name."""
+def no_child_processes(verb: str) -> Iterator[None]:
+    """Another Python would run without the simulated card, or unwatched, and say nothing of it: refused by name."""
     plain = subprocess.Popen.__init__
 
     def start(process: Any, args: Any, *rest: Any, **kwargs: Any) -> None:
         first = args if isinstance(args, (str, bytes)) else next(iter(args), "")
         name = os.path.basename(os.fsdecode(first).split(" ")[0])
         if name.startswith(("python", "torchrun", "accelerate")):
-            raise Unsupported(
-                f"the child process {name} is not simulated: give its script to `wanvram simulate` itself"
-            )
+            missing = "simulated" if verb == "simulate" else "watched"
+            raise Unsupported(f"the child process {name} is not {missing}: give its script to `wanvram {verb}` itself")
         plain(process, args, *rest, **kwargs)
 
     with patched([(subprocess.Popen, "__init__", start)]):

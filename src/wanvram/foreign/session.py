@@ -6,10 +6,12 @@ Owns: entering and leaving, so that everything is as before, also after exceptio
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from wanvram.foreign.cuda_api import StandIns, patched
 from wanvram.foreign.facade import Facade
 from wanvram.foreign.files import file_stand_ins
 from wanvram.foreign.kernels import whole_operations
+from wanvram.foreign.measured import MeasuredTable
 from wanvram.foreign.memory import CUDA, ForeignMemory
 from wanvram.foreign.owners import ForeignTimeline
 from wanvram.foreign.threads import in_threads
@@ -27,6 +30,7 @@ from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.simulate.libraries import Libraries
+from wanvram.spans import Memory
 from wanvram.timeline_record import TimelineRecord
 from wanvram.units import human, parse_memory
 
@@ -49,7 +53,8 @@ def register_operation(name: str, *, result: Any = None, taken: Any = None) -> N
 class ForeignPeak:
     """Bytes. device: reserved, CUDA context and libraries. low, high: between these reserved lies, where kernels leave it open.
 
-    basis: "exact rules", "rule" (the allocator and PyTorch's rules on a card that was never measured) or "estimated".
+    basis: "exact rules", "rule" (the allocator and PyTorch's rules on a card that was never measured), "measured" (rules, and what
+    libraries took in a harvested table) or "estimated".
     """
 
     allocated_bytes: int
@@ -62,12 +67,29 @@ class ForeignPeak:
 
 @dataclass(frozen=True)
 class ForeignStage:
-    """A `with gpu.stage(name):` of the run. Peaks are of the stage."""
+    """A `with gpu.stage(name):` of the run, or all of one name together: start of the first, end of the last, highest peaks."""
 
     name: str
-    start_allocated_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
+    start: Memory
+    peak: Memory
+    end: Memory
+    calls: int = 1
+
+    @property
+    def start_allocated_bytes(self) -> int:
+        return self.start.allocated_bytes
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        return self.peak.allocated_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        return self.peak.reserved_bytes
+
+    def again(self, other: ForeignStage) -> ForeignStage:
+        """With a later one of the same name."""
+        return ForeignStage(self.name, self.start, self.peak.highest(other.peak), other.end, self.calls + other.calls)
 
 
 class SimulatedRun:
@@ -78,7 +100,7 @@ class SimulatedRun:
         self.gpu: GPU = memory.gpu
         self.vram_bytes = vram_bytes
         self._timeline = self.allocations = timeline
-        self._stages: list[ForeignStage] = []
+        self.entered: list[ForeignStage] = []  # every stage by itself, in the order in which they began
         self.fits = True
         self.refused_bytes = 0
 
@@ -88,18 +110,24 @@ class SimulatedRun:
 
     @property
     def peak(self) -> ForeignPeak:
-        allocated, reserved = self._timeline.peaks()
+        highest = self._timeline.peaks()
+        allocated, reserved = highest.allocated_bytes, highest.reserved_bytes
         ranged = self.memory.buffers.ranged
         low = max(0, reserved - max(ranged.values(), default=0))
         high = reserved + self.memory.buffers.above_bytes
         measured = self.gpu.measured
-        basis = "estimated" if ranged or self.memory.untaken else "exact rules" if measured else "rule"
+        table = self.memory.buffers.measured
+        known = "measured" if table is not None and table.used else "exact rules" if measured else "rule"
+        basis = "estimated" if ranged or self.memory.untaken else known
         device = max(self.memory.peak_device_bytes, self.memory.device_memory())
         return ForeignPeak(allocated, reserved, device, low, high, basis)
 
     @property
     def stages(self) -> tuple[ForeignStage, ...]:
-        return tuple(self._stages)
+        merged: dict[str, ForeignStage] = {}
+        for stage in self.entered:
+            merged[stage.name] = merged[stage.name].again(stage) if stage.name in merged else stage
+        return tuple(merged.values())
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -109,15 +137,19 @@ class SimulatedRun:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Names a part of the run for `stages`, the timeline and the owners. Does not touch PyTorch's peak counters."""
-        start = self.memory.allocator.allocated_bytes
-        first = self._timeline.begun()
+        start, first, place = self.memory_now(), self._timeline.begun(), len(self.entered)
+        self.entered.append(ForeignStage(name, start, start, start))
         self._timeline.begin(name, "stage", None)
         try:
             yield
         finally:
             self._timeline.end()
-            allocated, reserved = self._timeline.peaks(first)
-            self._stages.append(ForeignStage(name, start, max(allocated, start), reserved))
+            peak = start.highest(self._timeline.peaks(first))
+            self.entered[place] = ForeignStage(name, start, peak, self.memory_now())
+
+    def memory_now(self) -> Memory:
+        allocator = self.memory.allocator
+        return Memory(allocator.allocated_bytes, allocator.reserved_bytes, self.memory.device_memory())
 
     def timeline(self) -> TimelineRecord:
         """Every allocation with its owner; what `timeline.json` of a run directory holds."""
@@ -160,8 +192,8 @@ def _gaps(memory: ForeignMemory) -> Iterator[str]:
         yield f"{name}: {count} calls, of which what is taken beside the results is not known"
     for kind, nbytes in memory.buffers.ranged.items():
         yield f"{kind}: cuDNN's workspace is a rule, up to {human(nbytes)} for one call"
-    if measured := memory.buffers.gaps:
-        yield measured
+    if said_of_them := memory.buffers.gaps:
+        yield said_of_them
     for place, count in memory.assumed.items():
         yield f"{place}: {count} times values were read that only a GPU would know; zeros were taken"
     for said, count in memory.said.items():
@@ -177,22 +209,27 @@ def simulated_gpu(
     vram: str | int | None = None,
     expandable: bool = False,
     compile_eagerly: bool = False,
+    measured: str | os.PathLike[str] | None = None,
 ) -> Iterator[SimulatedRun]:
     """PyTorch inside the block has this card as `cuda`, and everything is as it was after it.
 
     vram: what the process may use of it, with context and libraries. expandable: the allocator's segments. compile_eagerly: what
-    torch.compile is asked for runs eagerly. Raises InputError for an unknown card and inside another simulation. Inside,
-    torch.OutOfMemoryError is raised where the card is full.
+    torch.compile is asked for runs eagerly. measured: a table of `wanvram harvest`, counted in place of rules. Raises InputError for
+    an unknown card, a table of another architecture, and inside another simulation. Inside, torch.OutOfMemoryError is raised where the
+    card is full.
     """
     if _open:
         raise InputError("one GPU is simulated at a time: this is inside another simulated_gpu")
     import_module("torch._dynamo")  # PyTorch's meta kernels do at their first use, and must not find the stand-ins then
     card = find_gpu(gpu)
+    table = None if measured is None else MeasuredTable.read(Path(measured))
+    if table is not None:
+        table.check_card(card)
     limit = None if vram is None else parse_memory(vram) if isinstance(vram, str) else vram
     outside = card.context_bytes + sum(card.module_bytes.values())
     total = card.total_bytes if limit is None else limit
     allocator = CachingAllocator(AllocatorSettings(expandable), total_bytes=max(0, total - outside))
-    memory = ForeignMemory(card, allocator, ForeignBuffers(card, Libraries(card), _REGISTERED), Clock(card))
+    memory = ForeignMemory(card, allocator, ForeignBuffers(card, Libraries(card), _REGISTERED, table), Clock(card))
     memory.total_bytes = total
     timeline = ForeignTimeline.attach(memory)
     memory.where = timeline.where

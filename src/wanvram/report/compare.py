@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from wanvram.analysis.compare import Comparison, Key, PredictionError, Violation, working_seconds
+from wanvram.analysis.snapshot import read_snapshot, snapshot_timeline
 from wanvram.foreign_text import shown
-from wanvram.input_files import state_of
-from wanvram.record import RunRecord
+from wanvram.input_files import DAMAGED_GZIP, state_of, unpacked
+from wanvram.record import WHOLE_RUN, RunRecord
 from wanvram.report.runs import Run, asked, find_runs
 from wanvram.report.terminal import listed, table
 from wanvram.report.timeline import coarse_timeline
 from wanvram.report.translations import Texts
+from wanvram.spans import Memory, Span
 from wanvram.units import MIB, mib_cell, seconds
 
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
@@ -36,7 +39,7 @@ _STAGE_FIGURES = (
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Run directories, directories of them, and record files of any name. Raises InputError."""
+    """Run directories, directories of them, record files of any name, and PyTorch's snapshots. Raises InputError."""
     runs: list[Run] = []
     taken: set[str] = set()
     for path in paths:
@@ -52,8 +55,39 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_file(path: Path) -> Run:
+    if _is_pickle(path):
+        return _read_snapshot(path)
     record = RunRecord.read(path)
     return Run(str(record.config.get("name") or path.stem), record, coarse_timeline(record), False)
+
+
+def _is_pickle(path: Path) -> bool:
+    """By content: what a pickle of protocol 2 or later begins with."""
+    with unpacked(path) as file, suppress(*DAMAGED_GZIP):
+        return file.read(1) == b"\x80"
+    return False
+
+
+def _read_snapshot(path: Path) -> Run:
+    """PyTorch's own record of a process as a measured run of one stage."""
+    snapshot = read_snapshot(path)
+    main = snapshot.main
+    peak = Memory(main.peak_allocated_bytes, main.peak_reserved_bytes, None)
+    end = Memory(main.allocated_bytes, main.reserved_bytes, None)
+    unrecorded = [] if main.complete else ["it was not recorded from the start: the peak may have been higher"]
+    record = RunRecord(
+        device=f"cuda:{main.device}",
+        simulated=False,
+        config={"name": path.name, "description": f"snapshot {path.name}", "foreign": True},
+        fits=None,
+        budget_bytes=None,
+        components=[],
+        stages=[Span(WHOLE_RUN, "stage", None, Memory(0, 0, None), peak.highest(end), end)],
+        environment={},
+        host={},
+        notes=[*snapshot.notes, *unrecorded],
+    )
+    return Run(path.name, record, snapshot_timeline(snapshot), True)
 
 
 # --- many runs -----------------------------------------------------------------------------------------------------------

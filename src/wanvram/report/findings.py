@@ -126,7 +126,7 @@ def _group_name(group: AliveBlocks, texts: Texts) -> str:
 def _advised(run: Run, texts: Texts) -> str:
     """The best lossless change, then the best lossy one if it saves more; without advice, how it is had."""
     if not run.advice:
-        return texts("no_advice")
+        return "" if run.record.foreign else texts("no_advice")
     best, *others = advice_first(run.advice)
     sentences = [_advice(run, best, texts)]
     lossy = next((a for a in others if not a.lossless and a.saved_bytes > best.saved_bytes), None)

@@ -166,6 +166,8 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
 
 
 def _asked(record: RunRecord, texts: Texts) -> str:
+    if record.foreign:
+        return shortened(record.config.get("description") or "-", MAX_TEXT)
     task, size, frames = asked(record)
     return texts("asked", task=task, size=size, frames=frames)
 

@@ -44,8 +44,11 @@ def summarize(record: RunRecord, texts: Texts | None = None) -> str:
 
 def _headline(record: RunRecord, texts: Texts) -> str:
     task, size, frames = asked(record)
-    name = record.config.get("name") or "run"
-    lines = [texts("asked_run", name=str(name), task=task, size=size, frames=frames)]
+    name = str(record.config.get("name") or "run")
+    if record.foreign:
+        lines = [f"{name}: {record.config.get('description') or '-'}"]
+    else:
+        lines = [texts("asked_run", name=name, task=task, size=size, frames=frames)]
     lines.append(texts("is_simulated" if record.simulated else "is_measured", device=record.device))
     peak = record.peak_span()
     if peak is not None:
