@@ -462,6 +462,7 @@ FOREIGN: list[tuple[str, list[str], str]] = [
     ("estimate", ["--diffusers", "{f}/Wan", "--vae_dtype", "fp8"], "argument --vae_dtype: invalid choice"),
     ("estimate", ["--diffusers", "{f}/Wan", "--task", "t2v-14B"], "--task says nothing about --diffusers"),
     ("estimate", ["--diffusers", "{f}/Wan", "--size", "832*480"], "--size says nothing about --diffusers"),
+    ("estimate", ["--diffusers", "{f}/Wan", "--offload_model", "True"], "--offload_model says nothing about --diffus"),
     ("estimate", ["--diffusers", "{f}/Wan", "--memory_viz", "{f}/a.pickle"], "--memory_viz says nothing"),
     ("estimate", ["--diffusers", "{f}/Wan", "--gpu", "rtx9"], "rtx9"),
     ("estimate", ["--diffusers", "{f}/Wan", "--vram", "much"], "--vram"),

@@ -146,6 +146,16 @@ def test_other_shapes_layouts_and_types_keep_the_rule_and_say_so(tmp_path: Path)
     assert any("convolution 2d float32 contiguous" in gap for gap in gpu.gaps)
 
 
+def test_where_some_calls_were_not_measured_the_figure_is_no_measured_one(tmp_path: Path) -> None:
+    def both(device: str) -> None:
+        convolve(device)
+        convolve(device, lambda x: x.to(memory_format=torch.channels_last))
+
+    gpu = simulated(both, written(harvested(convolve), tmp_path / "t.json"))
+    assert gpu.peak.basis == "estimated"
+    assert any("1 calls with arguments that the measured table has not" in gap for gap in gpu.gaps)
+
+
 def test_an_operation_whose_temporaries_are_unknown_is_no_gap_once_measured(tmp_path: Path) -> None:
     def code(device: str) -> None:
         torch.randn(4, 1000, device=device).topk(3)

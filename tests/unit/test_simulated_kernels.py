@@ -54,3 +54,17 @@ def test_a_case_that_was_measured_on_a_gpu_is_predicted_to_the_byte(name: str, m
         predicted = foreign_predict.run_case(name)
     figures = ("base_bytes", "allocated_bytes", "reserved_bytes")
     assert [predicted[key] for key in figures] == [measured[key] for key in figures]
+
+
+def test_a_transposed_batch_of_one_is_laid_out_as_without_a_simulation() -> None:
+    """What decides in a VAE's decoder whether everything after the attention of its middle is channels_last."""
+
+    def strides(device: str) -> list[tuple[int, ...]]:
+        tokens = torch.zeros(1, 256, 64, device=device).transpose(1, 2).reshape(1, 64, 16, 16)
+        added = tokens + torch.zeros(1, 64, 16, 16, device=device)
+        scaled = added / 1.0
+        return [t.stride() for t in (tokens, added, scaled, torch.nn.functional.interpolate(scaled, scale_factor=2.0))]
+
+    plain = strides("cpu")
+    with simulated_gpu("h200"):
+        assert strides("cuda") == plain

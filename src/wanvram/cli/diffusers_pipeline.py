@@ -9,11 +9,14 @@ from pathlib import Path
 
 from wanvram.cli.common import memory_limit
 from wanvram.cli.simulated_run import add_measured_flag, check_output, show_run
+from wanvram.command_line import flag_of
 from wanvram.errors import InputError
 
 __all__ = ["add_pipeline_flags", "check_no_pipeline", "estimate_pipeline"]
 
-_OWN = ("height", "width", "num_frames", "offload", "dtype", "vae_dtype", "measured")
+# Destination -> flag: `offload` is that of --offload_model.
+_OWN = {name: name for name in ("height", "width", "num_frames", "dtype", "vae_dtype", "measured")}
+_OWN["pipeline_offload"] = "offload"
 _SHARED = ("diffusers", "verb", "run", "gpu", "vram", "output", "force", "json", "debug")
 MOST_PIXELS, MOST_FRAMES = 16_384, 4096  # of a side; larger is a mistake, and a card has not the memory
 
@@ -27,7 +30,10 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=int, help="pixels (default: the pipeline's)")
     group.add_argument("--num_frames", type=int, help="of a video (default: the pipeline's)")
     group.add_argument(
-        "--offload", choices=("none", "model", "sequential", "group"), help="diffusers' offloading (default: none)"
+        "--offload",
+        dest="pipeline_offload",
+        choices=("none", "model", "sequential", "group"),
+        help="diffusers' offloading (default: none)",
     )
     add_measured_flag(group)
     for flag, what in (("--dtype", "the models (default: bf16)"), ("--vae_dtype", "the VAE (default: as --dtype)")):
@@ -36,9 +42,9 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_no_pipeline(args: argparse.Namespace) -> None:
     """Raises InputError for a flag that only --diffusers knows."""
-    for name in _OWN:
+    for name, flag in _OWN.items():
         if vars(args)[name] is not None:
-            raise InputError(f"--{name} belongs to --diffusers DIR, which is missing")
+            raise InputError(f"--{flag} belongs to --diffusers DIR, which is missing")
 
 
 def estimate_pipeline(args: argparse.Namespace) -> int:
@@ -47,7 +53,9 @@ def estimate_pipeline(args: argparse.Namespace) -> int:
         name for name, value in vars(args).items() if name not in (*_OWN, *_SHARED) and value not in (None, False)
     ]
     if others:
-        raise InputError(f"--{others[0]} says nothing about --diffusers; its flags are --{', --'.join(_OWN)}")
+        raise InputError(
+            f"{flag_of(others[0])} says nothing about --diffusers; its flags are --{', --'.join(_OWN.values())}"
+        )
     for name, most in (("height", MOST_PIXELS), ("width", MOST_PIXELS), ("num_frames", MOST_FRAMES)):
         if vars(args)[name] is not None and not 1 <= vars(args)[name] <= most:
             raise InputError(f"--{name}: {vars(args)[name]} is outside 1..{most}")
@@ -61,10 +69,10 @@ def estimate_pipeline(args: argparse.Namespace) -> int:
     folder = read_pipeline_folder(args.diffusers)
     dtype = args.dtype or "bf16"
     call = PipelineCall(
-        *(args.height, args.width, args.num_frames), args.offload or "none", dtype, args.vae_dtype or dtype
+        *(args.height, args.width, args.num_frames), args.pipeline_offload or "none", dtype, args.vae_dtype or dtype
     )
     card = simulated_gpu(args.gpu or DEFAULT_GPU, vram=limit, measured=args.measured)
     with redirect_stdout(sys.stderr), card as gpu:
         run_pipeline(folder, call, gpu)
-    given = [f"--{name} {vars(args)[name]}" for name in _OWN if vars(args)[name] is not None]
+    given = [f"--{flag} {vars(args)[name]}" for name, flag in _OWN.items() if vars(args)[name] is not None]
     return show_run(gpu, args, folder.kind, " ".join(["--diffusers", folder.path.name, *given]))

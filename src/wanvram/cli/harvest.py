@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 
 from wanvram.errors import InputError
@@ -54,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         table.write(output)
     if args.json:
-        print(
-            json.dumps({"schema": 1, "device": asdict(table.device), "operations": list(map(asdict, table.operations))})
-        )
+        print(json.dumps(table.to_json()))
         return 1 if status else 0
     sys.stdout.flush()
     print(f"{len(table.operations)} operations measured on {table.device.gpu}", file=sys.stderr)

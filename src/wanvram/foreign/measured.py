@@ -60,13 +60,14 @@ class MeasuredOperation:
 
 
 class MeasuredTable:
-    """used: operations that were found -> calls."""
+    """used, missed: operations -> calls that were measured, and calls of the same operations with arguments that were not."""
 
     def __init__(self, device: MeasuredDevice, operations: Iterable[MeasuredOperation]) -> None:
         self.device = device
         self.operations = tuple(operations)
         self.names = {entry.operation for entry in self.operations}
         self.used: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
         self._taken: dict[tuple[str, str], int] = {}
         for entry in self.operations:
             key = entry.operation, entry.arguments
@@ -77,8 +78,7 @@ class MeasuredTable:
         if operation not in self.names:
             return None
         found = self._taken.get((operation, arguments_text(args, kwargs)))
-        if found is not None:
-            self.used[operation] += 1
+        (self.missed if found is None else self.used)[operation] += 1
         return found
 
     def check_card(self, card: GPU) -> None:
@@ -90,13 +90,12 @@ class MeasuredTable:
                 "libraries choose other kernels there"
             )
 
+    def to_json(self) -> dict[str, Any]:
+        operations = [asdict(entry) for entry in self.operations]
+        return {"schema": SCHEMA, "device": asdict(self.device), "operations": operations}
+
     def write(self, path: Path) -> None:
-        document = {
-            "schema": SCHEMA,
-            "device": asdict(self.device),
-            "operations": [asdict(entry) for entry in self.operations],
-        }
-        write_atomically(path, json.dumps(document, indent=1) + "\n")
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> MeasuredTable:

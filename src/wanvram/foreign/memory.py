@@ -20,7 +20,7 @@ from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.layouts import alike
-from wanvram.foreign.results import IN_PLACE, as_meta, description, key_of, made_again
+from wanvram.foreign.results import IN_PLACE, as_iterated, as_meta, description, key_of, made_again
 from wanvram.foreign.timed_memory import TimedMemory
 from wanvram.foreign.values import Values, tensors_in
 from wanvram.simulate.allocator import CachingAllocator
@@ -377,7 +377,8 @@ class ForeignMemory(TimedMemory):
         args = tuple(None if isinstance(value, torch.Generator) else value for value in args)
         kwargs.pop("pin_memory", None)
         try:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            return as_iterated(result, args) if operation.memorised and not operation.writes else result
         except NotImplementedError as error:
             raise UnknownOperation(operation.name) from error
         except RuntimeError as error:

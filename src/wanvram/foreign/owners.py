@@ -7,7 +7,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from wanvram.record import WHOLE_RUN
-from wanvram.simulate.timeline import Places, Timeline, _Interval
+from wanvram.simulate.timeline import Interval, Places, Timeline
 from wanvram.spans import Memory
 from wanvram.timeline_record import TimelineRecord
 
@@ -35,7 +35,7 @@ class ForeignTimeline(Timeline):
 
     def record(self) -> TimelineRecord:
         """With the whole run as one more stage, the last: what a program does between the stages it names belongs to it."""
-        self._entries.append(_Interval(WHOLE_RUN, "stage", None, 0))
+        self._entries.append(Interval(WHOLE_RUN, "stage", None, 0))
         try:
             return super().record()
         finally:

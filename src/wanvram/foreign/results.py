@@ -8,7 +8,7 @@ import torch
 
 from wanvram.foreign.values import tensors_in
 
-__all__ = ["IN_PLACE", "as_meta", "description", "key_of", "made_again"]
+__all__ = ["IN_PLACE", "as_iterated", "as_meta", "description", "key_of", "made_again"]
 
 IN_PLACE = object()
 _META = torch.device("meta")
@@ -31,6 +31,23 @@ def as_meta(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) for part in value):
         return type(value)(as_meta(part) for part in value)
     return value
+
+
+def as_iterated(result: Any, args: Any) -> Any:
+    """A result laid out as CUDA's TensorIterator lays it out, where PyTorch's meta kernel does not.
+
+    The stride of a dimension of size 1 says nothing of the memory, but decides whether later operations take a tensor for
+    channels_last. Kernels keep that of their input, [1,C,H,W] seen through a transposed [1,HW,C]; meta's `div` by a number makes it anew.
+    """
+    first = args[0] if args else None
+    if not (isinstance(result, torch.Tensor) and isinstance(first, torch.Tensor) and result.is_meta):
+        return result
+    shape, strides = result.shape, result.stride()
+    if result is first or 1 not in shape or first.shape != shape or first.stride() == strides or first.is_contiguous():
+        return result
+    if any(a != b for size, a, b in zip(shape, first.stride(), strides, strict=True) if size > 1):
+        return result
+    return torch.empty_strided(shape, first.stride(), dtype=result.dtype, device=_META)
 
 
 def description(result: Any, args: Any) -> Any:

@@ -118,7 +118,8 @@ class SimulatedRun:
         measured = self.gpu.measured
         table = self.memory.buffers.measured
         known = "measured" if table is not None and table.used else "exact rules" if measured else "rule"
-        basis = "estimated" if ranged or self.memory.untaken else known
+        unknown = ranged or self.memory.untaken or (table is not None and table.missed)
+        basis = "estimated" if unknown else known
         device = max(self.memory.peak_device_bytes, self.memory.device_memory())
         return ForeignPeak(allocated, reserved, device, low, high, basis)
 
@@ -192,6 +193,9 @@ def _gaps(memory: ForeignMemory) -> Iterator[str]:
         yield f"{name}: {count} calls, of which what is taken beside the results is not known"
     for kind, nbytes in memory.buffers.ranged.items():
         yield f"{kind}: cuDNN's workspace is a rule, up to {human(nbytes)} for one call"
+    if (table := memory.buffers.measured) is not None:
+        for name, count in table.missed.items():
+            yield f"{name}: {count} calls with arguments that the measured table has not; their workspace is by rule"
     if said_of_them := memory.buffers.gaps:
         yield said_of_them
     for place, count in memory.assumed.items():

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wanvram.simulate.allocator import CachingAllocator
     from wanvram.simulate.memory import SimulatedMemory
 
-__all__ = ["Places", "Timeline"]
+__all__ = ["Interval", "Places", "Timeline"]
 
 MAX_POINTS = 4000
 MAX_GROUPS = 200
@@ -57,7 +57,7 @@ class _Where(NamedTuple):
 
 
 @dataclass
-class _Interval:
+class Interval:
     """A load, stage or step on the x axis."""
 
     name: str
@@ -103,8 +103,8 @@ class Timeline:
         self._segments: list[tuple[int, str, int, int]] = []  # x, event, address, bytes
         self._allocated = 0
         self._owners: dict[tuple[Any, ...], int] = {}
-        self._entries: list[_Interval] = []
-        self._open: list[tuple[_Interval | None, _Where]] = []
+        self._entries: list[Interval] = []
+        self._open: list[tuple[Interval | None, _Where]] = []
         self._where = _Where()
         self._places = Places()
         self._told = allocator.on_segment
@@ -123,7 +123,7 @@ class Timeline:
         """A span begins; every begin has its `end`. Blocks name who allocates but are no entry of their own."""
         entry = None
         if kind != "block":
-            entry = _Interval(name, cast(StageKind, kind), component, len(self._kinds))
+            entry = Interval(name, cast(StageKind, kind), component, len(self._kinds))
             self._entries.append(entry)
         self._open.append((entry, self._where))
         stage, stage_kind, outer = self._where
@@ -272,7 +272,7 @@ class Timeline:
             owners.append(MemoryOwner(component, stage, kind, place, name, operation, sizes, text))
         return owners
 
-    def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[_Interval, int, int]]) -> dict[int, str]:
+    def _weights(self, blocks: _Blocks, wholes: Sequence[tuple[Interval, int, int]]) -> dict[int, str]:
         """Index of a block -> the component whose weights it holds: born in that component's load and alive after it.
 
         A load that nothing follows broke off, and what it had loaded was freed before it ended: there, what lived with the last block.
@@ -372,8 +372,8 @@ def _describe(code: CodeType, names: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _moments(
-    wholes: Sequence[tuple[_Interval, int, int]], peaks: Sequence[int], highest: int
-) -> Iterator[tuple[str, int, _Interval | None]]:
+    wholes: Sequence[tuple[Interval, int, int]], peaks: Sequence[int], highest: int
+) -> Iterator[tuple[str, int, Interval | None]]:
     """The global peak first, then that of every load and stage."""
     yield "peak", highest, next((e for e, start, end in wholes if start <= highest <= end), None)
     for (entry, _, _), x in zip(wholes, peaks, strict=True):
