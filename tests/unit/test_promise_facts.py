@@ -138,11 +138,11 @@ def test_the_second_correction_of_a_plan_starts_from_the_first(monkeypatch: pyte
     above = iter([100 * MIB, 50 * MIB, -GIB])
     margins: list[int] = []
 
-    def whole(config: RunConfig, result: Plan) -> RunRecord:
+    def whole(*_: object) -> RunRecord:
         high = Memory(0, 0, budget.device_limit + next(above))
         return RunRecord("x", True, {}, True, None, [], [Span("denoise", "stage", "dit", high, high, high)], {}, {})
 
-    def searching(request: Request, tried: Budget, options: Options, forecast: object) -> Plan | Refusal:
+    def searching(request: Request, tried: Budget, options: Options, _: object) -> Plan | Refusal:
         margins.append(tried.margin - budget.margin)
         return search(request, tried, options, Card())
 

@@ -12,7 +12,6 @@ import pytest
 
 from unit.test_recorder import FakeMeter
 from wanvram.config import Measurement, Request, RunConfig, Strategy
-from wanvram.engine.pipeline import STEPS_PERIOD
 from wanvram.errors import InputError
 from wanvram.predict.simulate import simulate
 from wanvram.record import RunRecord
@@ -48,7 +47,7 @@ def test_spans_that_differ_in_pinned_memory_stay_apart_and_what_is_joined_keeps_
     assert folded([span("a"), span("b", rss=3)])[0].host_rss_bytes == 3, "one of two is known"
 
 
-def test_a_record_with_a_span_that_never_happened_is_damaged(tmp_path: Path) -> None:
+def test_a_record_with_a_span_that_never_happened_is_damaged() -> None:
     data = record(denoise(span("0", 1.0))).to_json()
     data["stages"][0]["repeats"] = 0
     with pytest.raises(InputError, match="repeats of 'denoise' is outside"):
