@@ -21,7 +21,7 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 BUDGETS = {
     ".": 3560,
     "analysis": 3375,
-    "cli": 2200,
+    "cli": 2230,
     "engine": 2470,
     "foreign": 3550,
     "kernels": 1050,
@@ -36,7 +36,7 @@ BUDGETS = {
     "report": 2850,
     "run": 1490,
     "sampling": 255,
-    "simulate": 2775,
+    "simulate": 2890,
     "weights": 2345,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
