@@ -17,7 +17,7 @@ from typing import Any
 from wanvram.kernels.attention_backends import chosen
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.host import HOST, Host, Reading
-from wanvram.simulate.links import NVLINK, Link
+from wanvram.simulate.links import Link, link_of
 from wanvram.spans import Copies
 
 __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
@@ -188,7 +188,7 @@ class Clock:
     gpu: GPU
     machine: Host = HOST
     cold: frozenset[str] = frozenset()  # libraries whose kernels were never compiled on this machine
-    link: Link = NVLINK  # to the other GPUs of the run
+    link: Link | None = None  # to the other GPUs of the run; None: the card's usual one
     copied: Copies = field(default_factory=Copies)
     exchanged_bytes: int = 0  # sent to other GPUs or received from them, whichever was more
     exchange_stalls: float = 0.0  # seconds that computation stood still for it
@@ -290,7 +290,8 @@ class Clock:
         """Behind earlier exchanges and everything computed so far; a mark. messages: other GPUs that are talked to."""
         self._host += messages * self.costs.slowness * MESSAGE_SECONDS
         start = max(self._linked, self._compute, self._host)
-        self._linked = start + self.link.latency + nbytes / self.link.bytes
+        self.link = self.link or link_of(self.gpu, None, 2)
+        self._linked = start + self.link.seconds(nbytes)
         self.exchanged_bytes += nbytes
         return self._linked
 
