@@ -71,7 +71,7 @@ ALONE = Place()
 class Sequence:
     """How the tokens of a video and the heads of its attention are shared by the ranks of a place.
 
-    Rows go to the ranks of SEQUENCE in order: a ring station is the neighbouring rows of its ulysses ranks. rows_per_chunk: how
+    Rows go to the ranks of SEQUENCE in order: a ring station is the neighbouring rows of its ulysses ranks. chunk_rows: how
     many rows go through a block's row-wise work at once; every rank of a station has as many chunks. Raises InputError where a
     rank would have no row or no head.
     """
@@ -79,7 +79,7 @@ class Sequence:
     place: Place
     tokens: int
     heads: int
-    rows_per_chunk: int
+    chunk_rows: int
 
     def __post_init__(self) -> None:
         place, shares = self.place, self.place.ulysses * self.place.ring
@@ -125,7 +125,7 @@ class Sequence:
         start = self.place.index(RING) * self.place.ulysses
         rows = [size(run) for run in self.rows_by_rank[start : start + self.place.ulysses]]
         # A chunk of the shortest share has a row at least.
-        count = min(-(-rows[0] // self.rows_per_chunk), rows[-1])
+        count = min(-(-rows[0] // self.chunk_rows), rows[-1])
         return [parts(length, count) for length in rows]
 
     @property

@@ -21,7 +21,7 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 BUDGETS = {
     ".": 3700,
     "analysis": 3375,
-    "cli": 2200,
+    "cli": 2230,
     "engine": 2960,
     "foreign": 3550,
     "kernels": 1130,
