@@ -44,6 +44,9 @@ class SharedSequence:
         return ((number, mine, piece) for number, (mine, piece) in enumerate(pairs))
 
     def to_heads(self, rows: Tensor, target: Tensor, chunk: int) -> None:
+        if self.ulysses.count == 1:
+            target.copy_(rows)
+            return
         length, _, width = rows.shape
         shares = self.sequence.heads_by_rank
         sent_counts = [length * size(heads) * width for heads in shares]
@@ -53,6 +56,8 @@ class SharedSequence:
         self.ulysses.exchange(target.view(-1), sent, self._counts(chunk, width), sent_counts)
 
     def to_rows(self, attended: Tensor, chunk: int) -> Tensor:
+        if self.ulysses.count == 1:
+            return attended.flatten(1)
         width, shares = attended.shape[2], self.sequence.heads_by_rank
         length = size(self.sequence.chunks[chunk])
         received_counts = [length * size(heads) * width for heads in shares]
@@ -68,7 +73,8 @@ class SharedSequence:
         mine = size(self.my_heads) * width
         return [size(chunks[chunk]) * mine for chunks in self.sequence.chunks_by_rank]
 
-    def stations(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def stations(self, pair: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        v, k = pair.pop(), pair.pop()
         rows, here, count = self.sequence.stations, self.ring.index, self.ring.count
         for step in range(1, count + 1):
             if step == count:
@@ -80,7 +86,7 @@ class SharedSequence:
             yield k, v
             self.ring.wait(mark)
             k, v = coming
-            del coming, mark
+            del coming
 
     def whole(self, tokens: Tensor) -> Tensor:
         width, runs = tokens.shape[1], self.sequence.rows_by_rank

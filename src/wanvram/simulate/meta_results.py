@@ -53,6 +53,7 @@ NOTHING = (
     "scaled_rope_",
     "gated_add_",
     "gelu_tanh_",
+    "merge_attention_",
     "rms_norm_silu",
     "fill_window",
 )
