@@ -8,10 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanvram.engine.devices import Device
 from wanvram.engine.peers import Peers
-from wanvram.sharing import RING, Sequence, size
+from wanvram.models.team import Team
+from wanvram.sharing import RING, SEQUENCE, ULYSSES, Sequence, size
 
-__all__ = ["SharedSequence"]
+__all__ = ["SharedSequence", "team_of"]
+
+
+def team_of(device: Device, tokens: int, heads: int, chunk_rows: int) -> Team | None:
+    """Those that share the sequence with this device, None where it has all of it. InputError: too many for it."""
+    place = device.place
+    if place.ulysses * place.ring == 1:
+        return None
+    sequence = Sequence(place, tokens, heads, chunk_rows)
+    return SharedSequence(sequence, *(device.peers(axis) for axis in (ULYSSES, RING, SEQUENCE)))
 
 
 @dataclass(frozen=True)
