@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from wanvram.engine.devices import Device
 from wanvram.errors import WanvramError
 
-__all__ = ["Home", "PinnedHome", "SlotRing", "StagedHome"]
+__all__ = ["Home", "Later", "PinnedHome", "SlotRing", "StagedHome"]
 
 
 class Home(Protocol):
@@ -32,8 +33,19 @@ class Home(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Later:
+    """A mark that there is once a thread has read; `then` starts something more, in the thread that walks."""
+
+    read: Future[Any]
+    then: Callable[[Any], Any]
+
+    def result(self) -> Any:
+        return self.then(self.read.result())
+
+
 class PinnedHome:
-    """Every piece has a master copy in pinned RAM. `masters`: piece -> uint8 [nbytes]."""
+    """Every piece has a master copy in pinned RAM, or on the device. `masters`: piece -> uint8 [the slot's nbytes]."""
 
     def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
         self.device = device
@@ -68,7 +80,7 @@ class StagedHome:
         return self._thread.submit(self._read_and_copy, piece, slot, after, turn)
 
     def _read_and_copy(self, piece: Any, slot: torch.Tensor, after: Any, turn: int) -> Any:
-        buffer = self._buffers[turn].narrow(0, 0, piece.nbytes)
+        buffer = self._buffers[turn].narrow(0, 0, slot.nbytes)
         self.device.reader_waits(self._copied[turn])
         try:
             self.read(piece, buffer)
@@ -97,12 +109,15 @@ class SlotRing:
     """Two device buffers that pieces pass through in turn. What comes next is known, so both are always being filled.
 
     Pieces are asked for in a cyclic order, pass after pass: the first two of the next pass are on their way while the
-    last of this one computes.
+    last of this one computes. nbytes: of a piece in its slot.
     """
 
-    def __init__(self, device: Device, home: Home, largest: int) -> None:
+    def __init__(
+        self, device: Device, home: Home, largest: int, nbytes: Callable[[Any], int] = attrgetter("nbytes")
+    ) -> None:
         self.device = device
         self.home = home
+        self.nbytes = nbytes
         self.slots = [device.empty((largest,), torch.uint8) for _ in range(2)]
         self._free: list[Any] = [None, None]  # marks after which a slot may be overwritten
         self._coming: deque[_Coming] = deque()
@@ -121,14 +136,14 @@ class SlotRing:
             coming = self._coming.popleft()
             self.device.wait(_resolved(coming.mark))
             try:
-                yield self.slots[coming.slot].narrow(0, 0, coming.piece.nbytes)
+                yield self.slots[coming.slot].narrow(0, 0, self.nbytes(coming.piece))
             finally:
                 self._free[coming.slot] = self.device.mark()
             self._start(pieces[(index + 2) % len(pieces)])
 
     def _start(self, piece: Any) -> None:
         slot = self._turn % 2
-        target = self.slots[slot].narrow(0, 0, piece.nbytes)
+        target = self.slots[slot].narrow(0, 0, self.nbytes(piece))
         self._coming.append(_Coming(piece, slot, self.home.fetch(piece, target, self._free[slot])))
         self._turn += 1  # not before: after a fetch that failed, the other slot still holds what comes next
 
@@ -142,4 +157,4 @@ class SlotRing:
 
 
 def _resolved(mark: Any) -> Any:
-    return mark.result() if isinstance(mark, Future) else mark
+    return mark.result() if isinstance(mark, (Future, Later)) else mark
