@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ALIGNMENT_BYTES", "Layout", "Place"]
+__all__ = ["ALIGNMENT_BYTES", "Layout", "TensorPlace"]
 
 ALIGNMENT_BYTES = 256  # cuBLAS and cuDNN pick their fastest kernels for operands aligned to 16 bytes; 256 is CUDA's own
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     name: str
     offset: int
     dtype: torch.dtype
@@ -29,7 +29,9 @@ class Place:
     def row_bytes(self) -> int:
         """Of one index of the first axis, which is the outermost in memory, of channels_last tensors too."""
         each = self.nbytes // self.shape[0]
-        assert self.shape[0] == 1 or self.stride[0] * self.dtype.itemsize == each, f"rows of {self.name} are not in order"
+        assert self.shape[0] == 1 or self.stride[0] * self.dtype.itemsize == each, (
+            f"rows of {self.name} are not in order"
+        )
         return each
 
     def view(self, span: torch.Tensor) -> torch.Tensor:
@@ -46,7 +48,7 @@ class Place:
 class Layout:
     """Offsets of a module's parameters in one flat byte buffer of `nbytes`."""
 
-    places: tuple[Place, ...]
+    places: tuple[TensorPlace, ...]
     nbytes: int
 
     @classmethod
@@ -58,7 +60,7 @@ class Layout:
         """Each tensor (name, dtype, shape, stride) behind the one before, aligned."""
         places, offset = [], 0
         for name, dtype, shape, stride in tensors:
-            places.append(Place(name, offset, dtype, shape, stride))
+            places.append(TensorPlace(name, offset, dtype, shape, stride))
             offset += -(-places[-1].nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return cls(tuple(places), offset)
 

@@ -208,7 +208,9 @@ class Component:
             self.device.read_from_disk(buffer.nbytes, self.name, kept)
             self._read.add(part)
 
-    def _fill_masters(self, parts: Sequence[_Part], source: TensorSource | None, home: str) -> dict[_Part, torch.Tensor]:
+    def _fill_masters(
+        self, parts: Sequence[_Part], source: TensorSource | None, home: str
+    ) -> dict[_Part, torch.Tensor]:
         """Generated weights are made on the device, which is ten times as fast, one part at a time.
 
         Raises DeviceError if RAM cannot hold them all: the system would kill the process half-way.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from wanvram.engine.devices import Device
-from wanvram.engine.layout import ALIGNMENT_BYTES, Layout, Place
+from wanvram.engine.layout import ALIGNMENT_BYTES, Layout, TensorPlace
 from wanvram.engine.packing import Packing
 from wanvram.engine.peers import Peers
 from wanvram.engine.streaming import Home, Later
@@ -99,7 +99,7 @@ def fill_run(layout: Layout, run: torch.Tensor, start: int, source: TensorSource
             _fill_part(place, part, begin - place.offset, source, prefix + place.name)
 
 
-def _fill_part(place: Place, part: torch.Tensor, begin: int, source: TensorSource, key: str) -> None:
+def _fill_part(place: TensorPlace, part: torch.Tensor, begin: int, source: TensorSource, key: str) -> None:
     """Bytes begin... of one tensor. Whole rows go where they belong, the row at either end by way of the host."""
     row, end = place.row_bytes, begin + part.nbytes
     first, last = -(-begin // row), end // row
