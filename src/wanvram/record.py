@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ __all__ = [
     "ComponentRecord",
     "Failure",
     "Predicted",
+    "RankRecord",
     "Resumed",
     "RunRecord",
     "Times",
@@ -138,9 +139,47 @@ class Resumed:
     whole: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class RankRecord:
+    """What a process of a run on several GPUs took; of a simulated run one stands for all that are alike.
+
+    pinned_bytes: host RAM at its most. exchanged_bytes: sent to other ranks. exchange_seconds: how long the computation stood still
+    for that. communication_bytes: of the device memory, what the ranks' communication took (None: not known apart).
+    """
+
+    ranks: tuple[int, ...]
+    stages: list[Span]
+    pinned_bytes: int = 0
+    exchanged_bytes: int = 0
+    exchange_seconds: float = 0.0
+    communication_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`0`, `1-3`, `1, 3`."""
+        first, last = self.ranks[0], self.ranks[-1]
+        together = len(self.ranks) > 1 and last - first == len(self.ranks) - 1
+        return f"{first}-{last}" if together else ", ".join(map(str, self.ranks))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ranks": list(self.ranks),
+            "peak": _peak_json(self.stages),
+            "stages": [stage.to_json() for stage in self.stages],
+            **{f.name: getattr(self, f.name) for f in fields(self)[2:]},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RankRecord:
+        plain = {f.name: data[f.name] for f in fields(cls)[2:]}
+        return cls(tuple(data["ranks"]), [Span.from_json(stage) for stage in data["stages"]], **plain)
+
+
 @dataclass
 class RunRecord:
-    """One run, measured or simulated."""
+    """One run, measured or simulated. ranks: of one on several GPUs every rank, once; `stages` are then those of rank 0, each as
+    long as the slowest rank takes for it.
+    """
 
     device: str
     simulated: bool
@@ -157,6 +196,7 @@ class RunRecord:
     predicted: Predicted | None = None
     attention: AttentionChoice | None = None
     resumed: Resumed | None = None
+    ranks: list[RankRecord] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property
@@ -169,16 +209,20 @@ class RunRecord:
         """Of other people's code: there is no configuration that could be run again, changed."""
         return self.config.get("foreign") is True
 
+    @property
+    def gpus(self) -> int:
+        return sum(len(rank.ranks) for rank in self.ranks) or 1
+
     def peak_span(self) -> Span | None:
-        """The stage with the highest device (else allocated) peak; the first of equals."""
-        return max(self.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+        """The stage, of any rank, with the highest device (else allocated) peak; the first of equals."""
+        return _highest_span(self._stages_of_all())
 
     def peak(self) -> Memory | None:
-        """The highest of each figure over the whole run."""
-        result: Memory | None = None
-        for span in self.stages:
-            result = span.peak if result is None else result.highest(span.peak)
-        return result
+        """The highest of each figure over the whole run and all its ranks."""
+        return _peak_of(self._stages_of_all())
+
+    def _stages_of_all(self) -> list[Span]:
+        return [span for rank in self.ranks for span in rank.stages] or self.stages
 
     def step_seconds(self) -> float | None:
         """A denoising step of as many videos as are made together, the median: the first ones also load kernels and tune.
@@ -227,7 +271,7 @@ class RunRecord:
         )
 
     def to_json(self) -> dict[str, Any]:
-        peak, where = self.peak(), self.peak_span()
+        where = self.peak_span()
         return {
             "schema": self.schema,
             "device": self.device,
@@ -235,13 +279,7 @@ class RunRecord:
             "config": self.config,
             "fits": self.fits,
             "budget_bytes": self.budget_bytes,
-            "peak": {
-                "allocated_bytes": peak.allocated_bytes if peak else 0,
-                "reserved_bytes": peak.reserved_bytes if peak else 0,
-                "device_bytes": peak.device_bytes if peak else None,
-                "stage": where.name if where else None,
-                "component": where.component if where else None,
-            },
+            "peak": _peak_json(self._stages_of_all()),
             "components": [asdict(c) for c in self.components],
             "stages": [s.to_json() for s in self.stages],
             "fragmentation": _fragmentation(self.stages, where),
@@ -256,6 +294,7 @@ class RunRecord:
             "predicted": asdict(self.predicted) if self.predicted else None,
             "attention": asdict(self.attention) if self.attention else None,
             "resumed": asdict(self.resumed) if self.resumed else None,
+            "ranks": [rank.to_json() for rank in self.ranks],
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -286,6 +325,7 @@ class RunRecord:
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
                 attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
                 resumed=Resumed(**_tuples(data["resumed"])) if data.get("resumed") else None,
+                ranks=[RankRecord.from_json(rank) for rank in data.get("ranks", ())],
             )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -301,7 +341,9 @@ class RunRecord:
             raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
         if self.attention is not None and self.attention.basis not in BASES:
             raise DamagedError(f"attention.basis is none of {', '.join(BASES)}")
-        for span in (span for stage in self.stages for span in stage.walk()):
+        if any(not rank.ranks for rank in self.ranks):
+            raise DamagedError("ranks has an entry of no rank")
+        for span in (span for stage in [*self.stages, *self._stages_of_all()] for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
                 raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
             if not 1 <= span.videos <= MAX_REPEATS:
@@ -321,6 +363,28 @@ class RunRecord:
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+
+
+def _highest_span(stages: Iterable[Span]) -> Span | None:
+    return max(stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+
+
+def _peak_of(stages: Iterable[Span]) -> Memory | None:
+    result: Memory | None = None
+    for span in stages:
+        result = span.peak if result is None else result.highest(span.peak)
+    return result
+
+
+def _peak_json(stages: Sequence[Span]) -> dict[str, Any]:
+    peak, where = _peak_of(stages), _highest_span(stages)
+    return {
+        "allocated_bytes": peak.allocated_bytes if peak else 0,
+        "reserved_bytes": peak.reserved_bytes if peak else 0,
+        "device_bytes": peak.device_bytes if peak else None,
+        "stage": where.name if where else None,
+        "component": where.component if where else None,
+    }
 
 
 def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:

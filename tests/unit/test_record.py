@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wanvram.errors import InputError, OutputError
-from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
+from wanvram.record import ComponentRecord, Failure, RankRecord, RunRecord, write_atomically
 from wanvram.spans import Memory, Span, folded
 
 
@@ -90,6 +90,7 @@ def test_the_json_has_no_other_keys_than_these() -> None:
     assert set(data) == design | {
         *("simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted", "attention", "videos"),
         "resumed",
+        "ranks",
     }
     assert set(data["fragmentation"]) == {"at_peak", "stages"}
     assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}
@@ -118,6 +119,36 @@ def test_the_peak_takes_each_figure_from_wherever_it_was_highest_and_the_stage_f
     assert a_record().to_json()["peak"] == {
         "allocated_bytes": 40, "reserved_bytes": 60, "device_bytes": 550, "stage": "denoise", "component": "dit",
     }  # fmt: skip
+
+
+def of_three_ranks() -> RunRecord:
+    record = a_record()
+    higher = [replace(stage, peak=memory(70, 80, 700)) if stage.name == "decode" else stage for stage in record.stages]
+    return replace(record, ranks=[RankRecord((0,), record.stages), RankRecord((1, 2), higher, 5, 1000, 0.5, 566)])
+
+
+def test_the_peak_of_several_ranks_is_that_of_the_rank_that_needs_most() -> None:
+    record = of_three_ranks()
+    data = record.to_json()
+    assert data["peak"] == {
+        "allocated_bytes": 70, "reserved_bytes": 80, "device_bytes": 700, "stage": "decode", "component": "vae",
+    }  # fmt: skip
+    assert [rank["peak"]["device_bytes"] for rank in data["ranks"]] == [550, 700]
+    assert record.gpus == 3
+    assert a_record().gpus == 1
+    assert [rank.name for rank in record.ranks] == ["0", "1-2"]
+    assert RankRecord((1, 3), []).name == "1, 3"
+
+
+def test_the_ranks_of_a_record_are_read_as_they_were_written(tmp_path: Path) -> None:
+    record = of_three_ranks()
+    record.write(tmp_path / "record.json")
+    again = RunRecord.read(tmp_path / "record.json")
+    assert again.to_json() == record.to_json()
+    assert [rank.ranks for rank in again.ranks] == [(0,), (1, 2)]
+    damaged = record.to_json() | {"ranks": [record.to_json()["ranks"][0] | {"ranks": []}]}
+    with pytest.raises(InputError, match="an entry of no rank"):
+        RunRecord.from_json(damaged)
 
 
 def test_the_time_of_a_step_is_the_median_whichever_stand_for_several() -> None:
