@@ -24,7 +24,7 @@ BUDGETS = {
     "cli": 2200,
     "engine": 2470,
     "foreign": 3550,
-    "kernels": 1050,
+    "kernels": 1150,
     "machine": 1125,
     "matrix": 675,
     "media": 625,
