@@ -130,10 +130,12 @@ def test_of_several_gpus_the_largest_peak_is_the_runs_and_each_has_its_own_figur
     ]
     several = replace(record, ranks=[ranks[0], replace(ranks[1], exchanged_bytes=5, failure=lost)])
     data = json.loads(json.dumps(several.to_json()))
-    assert data["peak"]["device_bytes"] == 600 and data["stages"] == record.to_json()["stages"]
+    assert data["peak"]["device_bytes"] == 600
+    assert data["stages"] == record.to_json()["stages"]
     assert [(rank["ranks"], rank["peak"]["device_bytes"]) for rank in data["ranks"]] == [([0], 550), ([1, 2], 600)]
     again = RunRecord.from_json(data)
-    assert again.ranks[1] == several.ranks[1] and json.loads(json.dumps(again.to_json())) == data
+    assert again.ranks[1] == several.ranks[1]
+    assert json.loads(json.dumps(again.to_json())) == data
     data["ranks"][1]["failure"]["kind"] = "tired"
     with pytest.raises(InputError, match=r"failure\.kind"):
         RunRecord.from_json(data)
