@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -65,7 +65,10 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a run early. kind: oom, error or interrupted. alive: the largest live allocations (what, bytes)."""
+    """What ended a run early. kind: oom, error or interrupted. alive: the largest live allocations (what, bytes).
+
+    rank: of several GPUs' processes the one that ended the run, where it is known.
+    """
 
     kind: str
     message: str
@@ -75,6 +78,11 @@ class Failure:
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     alive: tuple[tuple[str, int], ...] = ()
+    rank: int | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Failure:
+        return cls(**data | {"alive": tuple(map(tuple, data["alive"]))})
 
 
 @dataclass(frozen=True)
@@ -139,47 +147,50 @@ class Resumed:
     whole: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RankRecord:
-    """What a process of a run on several GPUs took; of a simulated run one stands for all that are alike.
-
-    pinned_bytes: host RAM at its most. exchanged_bytes: sent to other ranks. exchange_seconds: how long the computation stood still
-    for that. communication_bytes: of the device memory, what the ranks' communication took (None: not known apart).
+    """What one of several GPUs' processes took, or each of those that are alike. exchanged_bytes: sent to others; exchange_seconds:
+    that computation stood still for it. failure: what ended this one. communication_bytes: of the device memory, what talking to
+    the others takes; None: not known apart.
     """
 
     ranks: tuple[int, ...]
+    device: str
     stages: list[Span]
-    pinned_bytes: int = 0
+    host: dict[str, int]
     exchanged_bytes: int = 0
     exchange_seconds: float = 0.0
+    failure: Failure | None = None
     communication_bytes: int | None = None
 
     @property
     def name(self) -> str:
-        """`0`, `1-3`, `1, 3`."""
+        """`0`, `1-3` or `1, 3`."""
         first, last = self.ranks[0], self.ranks[-1]
         together = len(self.ranks) > 1 and last - first == len(self.ranks) - 1
         return f"{first}-{last}" if together else ", ".join(map(str, self.ranks))
 
+    def peak(self) -> Memory | None:
+        return _peak(self.stages)
+
     def to_json(self) -> dict[str, Any]:
-        return {
-            "ranks": list(self.ranks),
-            "peak": _peak_json(self.stages),
-            "stages": [stage.to_json() for stage in self.stages],
-            **{f.name: getattr(self, f.name) for f in fields(self)[2:]},
+        peak = self.peak()
+        return asdict(replace(self, stages=[])) | {
+            "peak": None if peak is None else asdict(peak),
+            "stages": [span.to_json() for span in self.stages],
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RankRecord:
-        plain = {f.name: data[f.name] for f in fields(cls)[2:]}
-        return cls(tuple(data["ranks"]), [Span.from_json(stage) for stage in data["stages"]], **plain)
+        """Raises AttributeError, KeyError, TypeError or ValueError for a damaged one."""
+        failure = Failure.from_json(data["failure"]) if data["failure"] else None
+        stages = [Span.from_json(span) for span in data["stages"]]
+        return cls(**{k: v for k, v in _tuples(data).items() if k != "peak"} | {"stages": stages, "failure": failure})
 
 
 @dataclass
 class RunRecord:
-    """One run, measured or simulated. ranks: of one on several GPUs every rank, once; `stages` are then those of rank 0, each as
-    long as the slowest rank takes for it.
-    """
+    """One run, measured or simulated. ranks: of several GPUs' processes every one; stages and host are then those of the first."""
 
     device: str
     simulated: bool
@@ -205,24 +216,24 @@ class RunRecord:
         return self.device != "cpu"
 
     @property
+    def gpus(self) -> int:
+        return sum(len(rank.ranks) for rank in self.ranks) or 1
+
+    @property
     def foreign(self) -> bool:
         """Of other people's code: there is no configuration that could be run again, changed."""
         return self.config.get("foreign") is True
 
-    @property
-    def gpus(self) -> int:
-        return sum(len(rank.ranks) for rank in self.ranks) or 1
-
     def peak_span(self) -> Span | None:
-        """The stage, of any rank, with the highest device (else allocated) peak; the first of equals."""
-        return _highest_span(self._stages_of_all())
+        """The stage with the highest device (else allocated) peak; the first of equals."""
+        return max(self._all_stages(), key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
 
     def peak(self) -> Memory | None:
-        """The highest of each figure over the whole run and all its ranks."""
-        return _peak_of(self._stages_of_all())
+        """The highest of each figure over the whole run, on any of its GPUs."""
+        return _peak(self._all_stages())
 
-    def _stages_of_all(self) -> list[Span]:
-        return [span for rank in self.ranks for span in rank.stages] or self.stages
+    def _all_stages(self) -> list[Span]:
+        return [*self.stages, *(span for rank in self.ranks for span in rank.stages)]
 
     def step_seconds(self) -> float | None:
         """A denoising step of as many videos as are made together, the median: the first ones also load kernels and tune.
@@ -271,7 +282,7 @@ class RunRecord:
         )
 
     def to_json(self) -> dict[str, Any]:
-        where = self.peak_span()
+        peak, where = self.peak(), self.peak_span()
         return {
             "schema": self.schema,
             "device": self.device,
@@ -279,7 +290,13 @@ class RunRecord:
             "config": self.config,
             "fits": self.fits,
             "budget_bytes": self.budget_bytes,
-            "peak": _peak_json(self._stages_of_all()),
+            "peak": {
+                "allocated_bytes": peak.allocated_bytes if peak else 0,
+                "reserved_bytes": peak.reserved_bytes if peak else 0,
+                "device_bytes": peak.device_bytes if peak else None,
+                "stage": where.name if where else None,
+                "component": where.component if where else None,
+            },
             "components": [asdict(c) for c in self.components],
             "stages": [s.to_json() for s in self.stages],
             "fragmentation": _fragmentation(self.stages, where),
@@ -306,9 +323,6 @@ class RunRecord:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise InputError(f"this is no wanvram record of schema {SCHEMA}")
         try:
-            failure = dict(data["failure"]) if data["failure"] else None
-            if failure:
-                failure["alive"] = tuple(map(tuple, failure["alive"]))
             record = cls(
                 device=data["device"],
                 simulated=data["simulated"],
@@ -319,13 +333,13 @@ class RunRecord:
                 stages=[Span.from_json(s) for s in data["stages"]],
                 environment=data["environment"],
                 host=data["host"],
-                failure=Failure(**failure) if failure else None,
+                failure=Failure.from_json(data["failure"]) if data["failure"] else None,
                 notes=data["notes"],
                 times=Times(**data.get("times", {})),
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
                 attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
                 resumed=Resumed(**_tuples(data["resumed"])) if data.get("resumed") else None,
-                ranks=[RankRecord.from_json(rank) for rank in data.get("ranks", ())],
+                ranks=[RankRecord.from_json(rank) for rank in data.get("ranks", [])],
             )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -337,13 +351,14 @@ class RunRecord:
         for section in _SECTIONS:
             if not isinstance(self.config.get(section, {}), dict):
                 raise DamagedError(f"config.{section} is no section")
-        if self.failure is not None and self.failure.kind not in FAILURES:
-            raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
+        for failure in (self.failure, *(rank.failure for rank in self.ranks)):
+            if failure is not None and failure.kind not in FAILURES:
+                raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
         if self.attention is not None and self.attention.basis not in BASES:
             raise DamagedError(f"attention.basis is none of {', '.join(BASES)}")
-        if any(not rank.ranks for rank in self.ranks):
+        if not all(rank.ranks for rank in self.ranks):
             raise DamagedError("ranks has an entry of no rank")
-        for span in (span for stage in [*self.stages, *self._stages_of_all()] for span in stage.walk()):
+        for span in (span for stage in self._all_stages() for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
                 raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
             if not 1 <= span.videos <= MAX_REPEATS:
@@ -361,30 +376,16 @@ class RunRecord:
             raise InputError(f"{path} is not a readable record: {why(error)}") from error
 
 
-def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
-
-
-def _highest_span(stages: Iterable[Span]) -> Span | None:
-    return max(stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
-
-
-def _peak_of(stages: Iterable[Span]) -> Memory | None:
+def _peak(stages: Iterable[Span]) -> Memory | None:
+    """The highest of each figure."""
     result: Memory | None = None
     for span in stages:
         result = span.peak if result is None else result.highest(span.peak)
     return result
 
 
-def _peak_json(stages: Sequence[Span]) -> dict[str, Any]:
-    peak, where = _peak_of(stages), _highest_span(stages)
-    return {
-        "allocated_bytes": peak.allocated_bytes if peak else 0,
-        "reserved_bytes": peak.reserved_bytes if peak else 0,
-        "device_bytes": peak.device_bytes if peak else None,
-        "stage": where.name if where else None,
-        "component": where.component if where else None,
-    }
+def _tuples(section: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
 
 
 def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:

@@ -89,8 +89,7 @@ def test_the_json_has_no_other_keys_than_these() -> None:
     }
     assert set(data) == design | {
         *("simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted", "attention", "videos"),
-        "resumed",
-        "ranks",
+        *("resumed", "ranks"),
     }
     assert set(data["fragmentation"]) == {"at_peak", "stages"}
     assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}
@@ -121,34 +120,30 @@ def test_the_peak_takes_each_figure_from_wherever_it_was_highest_and_the_stage_f
     }  # fmt: skip
 
 
-def of_three_ranks() -> RunRecord:
+def test_of_several_gpus_the_largest_peak_is_the_runs_and_each_has_its_own_figures() -> None:
     record = a_record()
-    higher = [replace(stage, peak=memory(70, 80, 700)) if stage.name == "decode" else stage for stage in record.stages]
-    return replace(record, ranks=[RankRecord((0,), record.stages), RankRecord((1, 2), higher, 5, 1000, 0.5, 566)])
-
-
-def test_the_peak_of_several_ranks_is_that_of_the_rank_that_needs_most() -> None:
-    record = of_three_ranks()
-    data = record.to_json()
-    assert data["peak"] == {
-        "allocated_bytes": 70, "reserved_bytes": 80, "device_bytes": 700, "stage": "decode", "component": "vae",
-    }  # fmt: skip
-    assert [rank["peak"]["device_bytes"] for rank in data["ranks"]] == [550, 700]
-    assert record.gpus == 3
-    assert a_record().gpus == 1
-    assert [rank.name for rank in record.ranks] == ["0", "1-2"]
-    assert RankRecord((1, 3), []).name == "1, 3"
-
-
-def test_the_ranks_of_a_record_are_read_as_they_were_written(tmp_path: Path) -> None:
-    record = of_three_ranks()
-    record.write(tmp_path / "record.json")
-    again = RunRecord.read(tmp_path / "record.json")
-    assert again.to_json() == record.to_json()
-    assert [rank.ranks for rank in again.ranks] == [(0,), (1, 2)]
-    damaged = record.to_json() | {"ranks": [record.to_json()["ranks"][0] | {"ranks": []}]}
+    other = Span("denoise", "stage", "dit", memory(10), memory(70, 80, 600), memory(10, 50, 550), 9.0)
+    lost = Failure("error", "rank 1 has ended", rank=1)
+    ranks = [
+        RankRecord((0,), "cuda:NVIDIA H200", record.stages, record.host),
+        RankRecord((1, 2), "cuda:NVIDIA H200", [other], {}),
+    ]
+    several = replace(record, ranks=[ranks[0], replace(ranks[1], exchanged_bytes=5, failure=lost)])
+    data = json.loads(json.dumps(several.to_json()))
+    assert data["peak"]["device_bytes"] == 600
+    assert data["stages"] == record.to_json()["stages"]
+    assert [(rank["ranks"], rank["peak"]["device_bytes"]) for rank in data["ranks"]] == [([0], 550), ([1, 2], 600)]
+    again = RunRecord.from_json(data)
+    assert again.ranks[1] == several.ranks[1]
+    assert json.loads(json.dumps(again.to_json())) == data
+    data["ranks"][1]["failure"]["kind"] = "tired"
+    with pytest.raises(InputError, match=r"failure\.kind"):
+        RunRecord.from_json(data)
+    assert (again.gpus, record.gpus) == (3, 1)
+    assert [rank.name for rank in again.ranks] == ["0", "1-2"]
+    assert replace(ranks[0], ranks=(1, 3)).name == "1, 3"
     with pytest.raises(InputError, match="an entry of no rank"):
-        RunRecord.from_json(damaged)
+        RunRecord.from_json(several.to_json() | {"ranks": [ranks[0].to_json() | {"ranks": []}]})
 
 
 def test_the_time_of_a_step_is_the_median_whichever_stand_for_several() -> None:
