@@ -13,7 +13,7 @@ from wanvram.errors import InputError
 from wanvram.simulate.card import GPU
 from wanvram.units import MIB
 
-__all__ = ["LINKS", "WEIGHT_CHANNELS", "Link", "communication_bytes", "link_of", "links_of"]
+__all__ = ["LINKS", "NVLINK", "WEIGHT_CHANNELS", "Link", "communication_bytes", "link_of", "links_of"]
 
 LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")
 _BUS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 55e9}  # what a copy reaches over 16 lanes, as in card_table.py
@@ -79,6 +79,12 @@ class Link:
     def shares_the_bus(self) -> bool:
         """What comes from another card takes the way that copies from the host take."""
         return self.name != "nvlink"
+
+
+# Of H100 and H200 boards, measured.
+NVLINK = Link(
+    "nvlink", _CHANNELS * _CHANNEL_BYTES, _NVLINK_SECONDS, _CHANNELS, "measured between two H200s of one host"
+)
 
 
 def link_of(gpu: GPU, name: str | None, count: int) -> Link:
