@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from wanvram import knobs
 from wanvram.errors import InputError, require
 from wanvram.request import Request, Video, is_unicode
+from wanvram.sharing import Place
 from wanvram.specs import DIT
 from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
@@ -55,6 +56,7 @@ class Strategy:
     gradient_checkpointing: bool = knobs.GRADIENT_CHECKPOINTING.default
     batch_size: int = knobs.BATCH_SIZE.default
     micro_batch_size: int | None = knobs.MICRO_BATCH_SIZE.default
+    cfg_size: int = knobs.CFG_SIZE.default
     parallel_degree: int = knobs.PARALLEL_DEGREE.default
     ulysses_size: int = knobs.ULYSSES_SIZE.default
     ring_size: int = knobs.RING_SIZE.default
@@ -160,6 +162,16 @@ class RunConfig:
             last < 2**63,
             f"base_seed: {self.request.base_seed} leaves no seed for {together} videos; the last is 2^63-1",
         )
+
+    @property
+    def gpus(self) -> int:
+        """How many make the videos together."""
+        return self.place(0).world
+
+    def place(self, rank: int) -> Place:
+        """Of one of these GPUs among the others."""
+        sizes = (knob.of(self.strategy) for knob in (knobs.ULYSSES_SIZE, knobs.RING_SIZE, knobs.CFG_SIZE))
+        return Place(rank, *sizes)
 
     def videos(self) -> tuple[Video, ...]:
         """What is made, in order."""

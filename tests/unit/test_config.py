@@ -40,6 +40,7 @@ KEYS = {
     "optimization.gradient_checkpointing",
     "optimization.batch_size",
     "optimization.micro_batch_size",
+    "optimization.cfg_size",
     "optimization.parallel_degree",
     "optimization.ulysses_size",
     "optimization.ring_size",

@@ -19,16 +19,16 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3560,
+    ".": 3790,
     "analysis": 3375,
     "cli": 2230,
-    "engine": 2470,
+    "engine": 2960,
     "foreign": 3550,
-    "kernels": 1050,
+    "kernels": 1230,
     "machine": 1125,
     "matrix": 675,
     "media": 625,
-    "models": 2100,
+    "models": 2250,
     "planner": 1400,
     "predict": 935,
     "prompt": 1000,
@@ -36,7 +36,7 @@ BUDGETS = {
     "report": 2850,
     "run": 1490,
     "sampling": 255,
-    "simulate": 2890,
+    "simulate": 3020,
     "weights": 2345,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page

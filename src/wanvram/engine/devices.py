@@ -9,13 +9,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from wanvram.engine.peers import Exchanged, Peers, TorchPeers
 from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
+from wanvram.sharing import ALONE, Place
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.peers import SimulatedPeers
 from wanvram.spans import Copies
 
 __all__ = ["Copying", "CpuDevice", "Device", "Measuring", "Placing", "SimulatedDevice"]
@@ -154,6 +158,19 @@ class Device(Placing, Copying, Measuring, Booking):
     name: str
     computes_half = True  # float16 products are as good as any
     attention: AttentionChoice | None = None  # what computes the transformer's; None: PyTorch decides
+    place: Place = ALONE  # among the GPUs of a run, set once before it begins
+
+    def peers(self, axis: str) -> Peers:
+        """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
+        return TorchPeers(self.place, axis, self._exchanged)
+
+    def exchanged(self) -> Exchanged:
+        """With other ranks since the start."""
+        return self._exchanged
+
+    @cached_property
+    def _exchanged(self) -> Exchanged:
+        return Exchanged()
 
 
 class CpuDevice(Device):
@@ -262,6 +279,12 @@ class SimulatedDevice(Device):
             self.clock.read_from_ram(source.nbytes)
         else:
             self.clock.copy_on_host(source.nbytes)
+
+    def peers(self, axis: str) -> Peers:
+        return SimulatedPeers(self.place, axis, self.clock)
+
+    def exchanged(self) -> Exchanged:
+        return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)
 
     def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
         self.clock.read_from_disk(nbytes, component, kept_bytes)

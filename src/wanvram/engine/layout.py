@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ALIGNMENT_BYTES", "Layout", "Place"]
+__all__ = ["ALIGNMENT_BYTES", "Layout", "TensorPlace"]
 
 ALIGNMENT_BYTES = 256  # cuBLAS and cuDNN pick their fastest kernels for operands aligned to 16 bytes; 256 is CUDA's own
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     name: str
     offset: int
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class Place:
 class Layout:
     """Offsets of a module's parameters in one flat byte buffer of `nbytes`."""
 
-    places: tuple[Place, ...]
+    places: tuple[TensorPlace, ...]
     nbytes: int
 
     @classmethod
@@ -38,7 +38,7 @@ class Layout:
         """Each tensor (name, dtype, shape, stride) behind the one before, aligned."""
         places, offset = [], 0
         for name, dtype, shape, stride in tensors:
-            places.append(Place(name, offset, dtype, shape, stride))
+            places.append(TensorPlace(name, offset, dtype, shape, stride))
             size = math.prod(shape) * dtype.itemsize
             offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return cls(tuple(places), offset)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wanvram.engine.layout import Layout, Place
+from wanvram.engine.layout import Layout, TensorPlace
 from wanvram.weights.fp8 import FP8, SCALE_SUFFIX, row_scales, to_fp8
 
 __all__ = ["Packing"]
@@ -56,6 +56,6 @@ def _stored(plain: Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], 
         yield place.name + SCALE_SUFFIX, torch.float32, (place.shape[0], 1), (1, 1)
 
 
-def _is_matrix(place: Place) -> bool:
+def _is_matrix(place: TensorPlace) -> bool:
     """Large products only: norms, biases and what is float32 because official keeps it so stay exact."""
     return len(place.shape) == 2 and place.dtype.itemsize == 2

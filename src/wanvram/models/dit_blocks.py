@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wanvram.kernels.attention_backends import AUTO
 from wanvram.kernels.elementwise import (
+    add_,
     gated_add_,
     gelu_tanh_,
     inverse_rms,
@@ -310,7 +311,7 @@ class CrossAttention(_Projections):
         del q
         y = self.o(attended.flatten(1))
         del attended
-        x.add_(y)
+        add_(x, y)
 
 
 class FeedForward(nn.Sequential):
@@ -393,7 +394,7 @@ class VaceBlock(Block):
             hint = self.after_proj(stream[c].to(self.matmul))
             if scale != 1.0:
                 hint.mul_(scale)
-            x[c].add_(hint)
+            add_(x[c], hint)
             del hint
 
 

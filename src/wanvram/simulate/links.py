@@ -13,7 +13,7 @@ from wanvram.errors import InputError
 from wanvram.simulate.card import GPU
 from wanvram.units import MIB
 
-__all__ = ["LINKS", "Link", "communication_bytes", "link_of", "links_of"]
+__all__ = ["LINKS", "NVLINK", "Link", "communication_bytes", "link_of", "links_of"]
 
 LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")
 _BUS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 55e9}  # what a copy reaches over 16 lanes, as in card_table.py
@@ -68,6 +68,12 @@ class Link:
     def seconds(self, nbytes: float) -> float:
         """A card sends so many bytes and receives as many."""
         return self.latency + nbytes / self.bytes
+
+
+# Of H100 and H200 boards, measured.
+NVLINK = Link(
+    "nvlink", _CHANNELS * _CHANNEL_BYTES, _NVLINK_SECONDS, _CHANNELS, "measured between two H200s of one host"
+)
 
 
 def link_of(gpu: GPU, name: str | None, count: int) -> Link:
