@@ -74,8 +74,8 @@ class Component:
     """A model whose parameters were built on `meta`, and the buffers that hold them.
 
     `units` are visited through `walk`, pass after pass. `embedders` are visited once, before, through `walk_embedders`, and are
-    gone after it. The rest is the shell. lanes: which of the two slots each unit is streamed through, where they do not take
-    turns. Call exactly one of the `load_*` methods, then use the module through the walks, then `release`.
+    gone after it. The rest is the shell. Call exactly one of the `load_*` methods, then use the module through the walks,
+    then `release`.
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Component:
         *,
         fp8: bool = False,
         generated: bool = True,
-        lanes: Sequence[int] = (),
     ) -> None:
         self.name = name
         self.module = module
@@ -97,7 +96,6 @@ class Component:
         self.parameters = sum(p.numel() for p in module.parameters())
         names = {id(p): name for name, p in module.named_parameters()}
         self._units = {id(u): _part(u, module, names, fp8) for u in units}
-        self._lanes = dict(zip(self._units.values(), lanes, strict=True)) if lanes else {}
         self._embedders = {id(e): _part(e, module, names) for e in embedders}
         placed = {id(p) for m in (*units, *embedders) for p in m.parameters()}
         shell = [(n, p) for n, p in module.named_parameters() if id(p) not in placed]
@@ -118,11 +116,13 @@ class Component:
             self._place(part, source)
         self._make_room_to_unpack()
 
-    def load_streamed(self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0) -> None:
+    def load_streamed(
+        self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0, lanes: Sequence[int] = ()
+    ) -> None:
         """The shell, two slots and some resident groups of units on the device, all else at `home`.
 
         home: pinned or pageable (RAM), or disk (the source, read again in every pass). Groups that stay resident are spread
-        evenly, so that the copies between them are, too.
+        evenly, so that the copies between them are, too. lanes: which slot each unit passes through, where they do not take turns.
         """
         self._source = source
         if self._shell.nbytes:
@@ -134,8 +134,9 @@ class Component:
         waiting = [*streamed, *self._embedders.values()]
         self._masters = {} if home == "disk" else self._fill_masters(waiting, source, pinned=home == "pinned")
         if streamed:
-            lanes = {part: lane for part, lane in self._lanes.items() if part.flat is None}
-            self._ring = SlotRing(self.device, self._home(home, largest), largest, lanes)
+            given = zip(self._units.values(), lanes, strict=True) if lanes else ()
+            through = {part: lane for part, lane in given if part.flat is None}
+            self._ring = SlotRing(self.device, self._home(home, largest), largest, through)
         self._make_room_to_unpack()
 
     def load_host(self, source: TensorSource | None) -> None:
