@@ -101,7 +101,7 @@ def _by_runs(layout: Layout, source: TensorSource, count: int) -> Tensor:
     runs = []
     for shard in (Shard(index, count) for index in range(count)):
         run = torch.zeros(shard.run_bytes(layout.nbytes), dtype=torch.uint8)
-        fill_run(layout, run, shard.start(layout.nbytes), source, "")
+        fill_run(layout, run, shard.start(layout.nbytes), source)
         runs.append(run)
     return torch.cat(runs)[: layout.nbytes]
 

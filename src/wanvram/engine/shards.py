@@ -86,28 +86,28 @@ class ShardHome:
 # --- reading a run -----------------------------------------------------------------------------------------------------------
 
 
-def fill_run(layout: Layout, run: torch.Tensor, start: int, source: TensorSource, prefix: str) -> None:
-    """Bytes start... of the flat buffer `layout` from the source into `run`. prefix + a place's name is the source's key."""
+def fill_run(layout: Layout, run: torch.Tensor, start: int, source: TensorSource) -> None:
+    """Bytes start... of the flat buffer `layout` from the source, which has the same names, into `run`."""
     for place in layout.places:
         begin, end = max(start, place.offset), min(start + run.nbytes, place.offset + place.nbytes)
         if begin >= end:
             continue
         part = run.narrow(0, begin - start, end - begin)
         if part.nbytes == place.nbytes:
-            source.fill(prefix + place.name, place.view(part))
+            source.fill(place.name, place.view(part))
         else:
-            _fill_part(place, part, begin - place.offset, source, prefix + place.name)
+            _fill_part(place, part, begin - place.offset, source)
 
 
-def _fill_part(place: TensorPlace, part: torch.Tensor, begin: int, source: TensorSource, key: str) -> None:
+def _fill_part(place: TensorPlace, part: torch.Tensor, begin: int, source: TensorSource) -> None:
     """Bytes begin... of one tensor. Whole rows go where they belong, the row at either end by way of the host."""
     row, end = place.row_bytes, begin + part.nbytes
     first, last = -(-begin // row), end // row
     if first < last:
-        source.fill_rows(key, place.rows(part.narrow(0, first * row - begin, (last - first) * row)), first)
+        source.fill_rows(place.name, place.rows(part.narrow(0, first * row - begin, (last - first) * row)), first)
     for cut in sorted({begin // row, (end - 1) // row} - set(range(first, last))):
         whole = torch.empty(row, dtype=torch.uint8)
-        source.fill_rows(key, place.rows(whole), cut)
+        source.fill_rows(place.name, place.rows(whole), cut)
         low, high = max(begin, cut * row), min(end, (cut + 1) * row)
         part.narrow(0, low - begin, high - low).copy_(whole.narrow(0, low - cut * row, high - low))
 
