@@ -19,12 +19,12 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3700,
+    ".": 3790,
     "analysis": 3375,
     "cli": 2230,
-    "engine": 2960,
+    "engine": 3020,
     "foreign": 3550,
-    "kernels": 1150,
+    "kernels": 1330,
     "machine": 1125,
     "matrix": 675,
     "media": 625,
@@ -36,8 +36,8 @@ BUDGETS = {
     "report": 2850,
     "run": 1490,
     "sampling": 255,
-    "simulate": 3020,
-    "weights": 2345,
+    "simulate": 3040,
+    "weights": 2395,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wanvram.kernels.elementwise import (
+    add_,
     gated_add_,
     gelu_tanh_,
     inverse_rms,
@@ -103,6 +104,14 @@ def test_gated_add_is_its_float64_formula(dtype: torch.dtype) -> None:
     near(x, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_add_is_pytorch_s_to_the_bit(dtype: torch.dtype) -> None:
+    x, y = randn(7, 24), randn(7, 24, seed=1, dtype=dtype)
+    expected = x + y
+    add_(x, y)
+    assert torch.equal(x, expected)
+
+
 def test_gelu_is_its_float64_formula_in_tanh_form() -> None:
     x = randn(7, 24) * 4
     wide = x.double()
@@ -167,6 +176,7 @@ def test_in_place_operations_run_on_meta_tensors() -> None:
     rms_norm_(x, weight, EPS)
     rms_norm_rope_(x, weight, cos, cos, HEADS, EPS)
     gated_add_(x, y, weight)
+    add_(x, y)
     gelu_tanh_(x)
     assert x.is_meta
 
@@ -185,7 +195,9 @@ def test_a_norm_by_column_groups_is_the_whole_norm(dtype: torch.dtype) -> None:
         assert torch.equal(group, whole[:, columns])
 
 
-@pytest.mark.parametrize("name", ["rms_norm_", "rms_norm_rope_", "gated_add_", "gelu_tanh_", "layer_norm_modulate"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm_", "rms_norm_rope_", "gated_add_", "add_", "gelu_tanh_", "layer_norm_modulate"]
+)
 def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
     x, weight = randn(6, 24), randn(24, seed=1)
     cos, sin = tables(6, 3)
@@ -193,6 +205,7 @@ def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
         "rms_norm_": (x, weight, EPS),
         "rms_norm_rope_": (x, weight, cos, sin, HEADS, EPS),
         "gated_add_": (x, randn(6, 24, seed=2), weight),
+        "add_": (x, randn(6, 24, seed=2)),
         "gelu_tanh_": (x,),
         "layer_norm_modulate": (x, weight, weight, EPS, 1.0, torch.float32),
     }[name]
@@ -200,7 +213,7 @@ def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
     torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-GPU_SIZES = [(7, 1536, 12), (33, 5120, 40)]
+GPU_SIZES = [(5, 24, 4), (7, 1536, 12), (33, 5120, 40)]
 GPU_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # two roundings, one ulp each
 
 
@@ -227,6 +240,10 @@ def on_gpu(rows: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, T
     other = randn(heads, rows, seed=5, device="cuda")
     merge_attention_(merged.view(shape), sums[:, 3:], low[3:].view(shape), other)
     results |= {"merge_attention_": merged, "merged sums": sums}
+    added = x.clone()
+    add_(added[3:], low[3:])
+    assert torch.equal(added[3:], x[3:] + low[3:])
+    results["add_"] = added
     return results | {"rms_norm_": rms, "rms_norm_rope_": rope, "gelu_tanh_": gelu, "gated_add_": x}
 
 
@@ -257,6 +274,7 @@ def test_triton_kernels_allocate_only_their_output() -> None:
     inverse, sums, heads = torch.ones(64, device="cuda"), torch.ones(40, 64, device="cuda"), (64, 40, 128)
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "gated_add_": (lambda: gated_add_(x, half, gate), 0),
+        "add_": (lambda: add_(x, half), 0),
         "rms_norm_": (lambda: rms_norm_(half, gate, EPS), 0),
         "rms_norm_rope_": (lambda: rms_norm_rope_(half, gate, cos, sin, 40, EPS), 0),
         "gelu_tanh_": (lambda: gelu_tanh_(half), 0),
