@@ -9,7 +9,7 @@ from dataclasses import replace
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import InputError
-from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
+from wanvram.knobs import DIT_FSDP, EXPANDABLE_SEGMENTS, PRECISION, T5_FSDP
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.environment import describe_environment
 from wanvram.planner.budget import beyond_card, usable_memory
@@ -42,7 +42,8 @@ def simulated_device(
     """
     card: GPU = find_gpu(config.gpu or DEFAULT_GPU)
     link = link_of(card, config.link, config.gpus) if config.gpus > 1 else None
-    gpu = card if link is None else linked(card, link, config.gpus)
+    shards = DIT_FSDP.of(config.strategy) or T5_FSDP.of(config.strategy)
+    gpu = card if link is None else linked(card, link, config.gpus, shards=shards)
     if PRECISION.of(config.strategy) == "bf16" and gpu.compute_capability < (8, 0):
         raise InputError(
             f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
