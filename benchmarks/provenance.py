@@ -80,11 +80,16 @@ class ResultFile:
     """A JSON document that is whole on the disk after every row, whatever ends the process."""
 
     def __init__(
-        self, path: Path, header: dict[str, Any], summarize: Callable[[list[dict[str, Any]]], dict[str, Any]]
+        self,
+        path: Path,
+        header: dict[str, Any],
+        summarize: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        made: list[dict[str, Any]] | None = None,
     ) -> None:
+        """made: the rows of an earlier run that this one goes on with."""
         self.path = path
         self.header = header
-        self.rows: list[dict[str, Any]] = []
+        self.rows = list(made or [])
         self._summarize = summarize
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from wanvram import knobs
 from wanvram.errors import InputError, require
 from wanvram.request import Request, Video, is_unicode
+from wanvram.sharing import LINKS, Place
 from wanvram.specs import DIT
 from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
@@ -55,6 +56,7 @@ class Strategy:
     gradient_checkpointing: bool = knobs.GRADIENT_CHECKPOINTING.default
     batch_size: int = knobs.BATCH_SIZE.default
     micro_batch_size: int | None = knobs.MICRO_BATCH_SIZE.default
+    cfg_size: int = knobs.CFG_SIZE.default
     parallel_degree: int = knobs.PARALLEL_DEGREE.default
     ulysses_size: int = knobs.ULYSSES_SIZE.default
     ring_size: int = knobs.RING_SIZE.default
@@ -111,7 +113,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One complete configuration. weights: random, tiny or a checkpoint directory. gpu: which card to simulate."""
+    """One complete configuration. weights: random, tiny or a checkpoint directory. gpu: which card to simulate; link: what joins
+    several of them there (None: what usually does).
+    """
 
     name: str
     description: str
@@ -122,6 +126,7 @@ class RunConfig:
     weights: str = "random"
     gpu: str | None = None
     memory_limit_bytes: int | None = None
+    link: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "description", "weights", "gpu"):
@@ -139,6 +144,7 @@ class RunConfig:
             "no limit)",
         )
         self.request.check_size(tiny=self.weights == "tiny")
+        require(self.link in (None, *LINKS), f"link: '{self.link}'; choose one of {', '.join(LINKS)}")
         require(self.device in DEVICES, f"device: '{self.device}'; choose one of {', '.join(DEVICES)}")
         require(
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
@@ -161,6 +167,16 @@ class RunConfig:
             f"base_seed: {self.request.base_seed} leaves no seed for {together} videos; the last is 2^63-1",
         )
 
+    @property
+    def gpus(self) -> int:
+        """How many make the videos together."""
+        return self.place(0).world
+
+    def place(self, rank: int) -> Place:
+        """Of one of these GPUs among the others."""
+        sizes = (knob.of(self.strategy) for knob in (knobs.ULYSSES_SIZE, knobs.RING_SIZE, knobs.CFG_SIZE))
+        return Place(rank, *sizes)
+
     def videos(self) -> tuple[Video, ...]:
         """What is made, in order."""
         return self.request.videos(knobs.BATCH_SIZE.of(self.strategy))
@@ -174,6 +190,8 @@ class RunConfig:
             notes.append(
                 f"{knobs.CFG.name} has no effect with sample_guide_scale 1, which takes one pass and no negative prompt"
             )
+        if self.link is not None and self.gpus == 1:
+            notes.append(f"link: {self.link} has no effect on one GPU; it joins several")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,7 +236,7 @@ class RunConfig:
 
 
 _TOP = {"name": (str,), "description": (str,)} | dict.fromkeys((*_SECTIONS, "logging", "request"), (dict,))
-_OWN = ("weights", "gpu", "memory_limit_bytes")  # of RunConfig, beside what is asked for
+_OWN = ("weights", "gpu", "memory_limit_bytes", "link")  # of RunConfig, beside what is asked for
 _TYPE_NAMES: dict[type, str] = {
     str: "text",
     bool: "true or false",

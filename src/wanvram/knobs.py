@@ -252,7 +252,9 @@ BATCH_SIZE = Knob(
 MICRO_BATCH_SIZE: Knob[int | None] = Knob(
     "micro_batch_size", None, "of these, videos that pass a block before the next one comes (default: 1)", absent="1",
     touches=("dit",), smaller=_fewer_streams, rules=(_at_least(1), _WITHIN_THE_BATCH), kept=True)
-PARALLEL_DEGREE = Knob("parallel_degree", 1, "", rules=(_nothing_but(1, _ONE_GPU),), has_flag=False)
+CFG_SIZE = Knob("cfg_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
+PARALLEL_DEGREE = Knob(
+    "parallel_degree", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),), other_flag="gpus")
 ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
 RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
 T5_FSDP = Knob("t5_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
@@ -271,7 +273,7 @@ TABLE: tuple[Knob[Any], ...] = (
         GRADIENT_CHECKPOINTING,
         BATCH_SIZE,
     ),
-    *(MICRO_BATCH_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
+    *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
 )
 
 

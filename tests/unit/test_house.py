@@ -19,25 +19,25 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3560,
+    ".": 3790,
     "analysis": 3375,
-    "cli": 2200,
-    "engine": 2470,
+    "cli": 2230,
+    "engine": 3020,
     "foreign": 3550,
-    "kernels": 1050,
+    "kernels": 1330,
     "machine": 1125,
     "matrix": 675,
     "media": 625,
-    "models": 2075,
+    "models": 2330,
     "planner": 1400,
-    "predict": 935,
+    "predict": 1150,
     "prompt": 1000,
     "recorder": 1695,
     "report": 2850,
     "run": 1490,
     "sampling": 255,
-    "simulate": 2775,
-    "weights": 2345,
+    "simulate": 3040,
+    "weights": 2395,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

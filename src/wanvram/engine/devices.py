@@ -9,13 +9,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from wanvram.engine.peers import Exchanged, Peers, TorchPeers
 from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
+from wanvram.sharing import ALONE, WORLD, Place
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.peers import SimulatedPeers
 from wanvram.spans import Copies
 
 __all__ = ["Copying", "CpuDevice", "Device", "Measuring", "Placing", "SimulatedDevice"]
@@ -154,6 +158,28 @@ class Device(Placing, Copying, Measuring, Booking):
     name: str
     computes_half = True  # float16 products are as good as any
     attention: AttentionChoice | None = None  # what computes the transformer's; None: PyTorch decides
+    place: Place = ALONE  # among the GPUs of a run, set once before it begins
+
+    def peers(self, axis: str) -> Peers:
+        """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
+        return TorchPeers(self.place, axis, self._exchanged)
+
+    def weight_peers(self) -> Peers:
+        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges."""
+        return self.peers(WORLD)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        """Starts gathering equal runs of bytes in place once `after` (a mark) has passed; returns the mark of its completion."""
+        peers.gather(whole, [whole.nbytes // peers.count] * peers.count)
+        return None
+
+    def exchanged(self) -> Exchanged:
+        """With other ranks since the start."""
+        return self._exchanged
+
+    @cached_property
+    def _exchanged(self) -> Exchanged:
+        return Exchanged()
 
 
 class CpuDevice(Device):
@@ -219,11 +245,14 @@ class SimulatedDevice(Device):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         _check_shapes(destination, source)
         host = destination if self.memory.is_host(destination) else source
-        self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        if self.memory.is_host(host):
+            self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        else:
+            destination.copy_(source)
 
     def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
         _check_shapes(destination, source)
-        return self.clock.prefetch(source.nbytes, after)
+        return self.clock.prefetch(source.nbytes, after, on_device=not self.memory.is_host(source))
 
     def mark(self) -> Any:
         return self.clock.mark()
@@ -262,6 +291,15 @@ class SimulatedDevice(Device):
             self.clock.read_from_ram(source.nbytes)
         else:
             self.clock.copy_on_host(source.nbytes)
+
+    def peers(self, axis: str) -> Peers:
+        return SimulatedPeers(self.place, axis, self.clock)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        return self.clock.start_gather(whole.nbytes // peers.count * (peers.count - 1), peers.count - 1, after)
+
+    def exchanged(self) -> Exchanged:
+        return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)
 
     def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
         self.clock.read_from_disk(nbytes, component, kept_bytes)

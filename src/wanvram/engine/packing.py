@@ -5,12 +5,12 @@ The model never sees it: a unit is unpacked into a buffer of the compute dtype b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from wanvram.engine.layout import Layout, Place
+from wanvram.engine.layout import Layout, TensorPlace
 from wanvram.weights.fp8 import FP8, SCALE_SUFFIX, row_scales, to_fp8
 
 __all__ = ["Packing"]
@@ -27,10 +27,12 @@ class Packing:
     def of(cls, plain: Layout) -> Packing:
         return cls(plain, Layout.packed(_stored(plain)))
 
-    def pack(self, flat: torch.Tensor, target: torch.Tensor) -> None:
-        """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device."""
+    def pack(self, flat: torch.Tensor, target: torch.Tensor, only: Container[str] | None = None) -> None:
+        """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device. only: names of the tensors wanted."""
         stored = dict(self.stored.views(target))
         for name, view in self.plain.views(flat):
+            if only is not None and name not in only:
+                continue
             if name + SCALE_SUFFIX not in stored:
                 stored[name].copy_(view)
                 continue
@@ -56,6 +58,6 @@ def _stored(plain: Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], 
         yield place.name + SCALE_SUFFIX, torch.float32, (place.shape[0], 1), (1, 1)
 
 
-def _is_matrix(place: Place) -> bool:
+def _is_matrix(place: TensorPlace) -> bool:
     """Large products only: norms, biases and what is float32 because official keeps it so stay exact."""
     return len(place.shape) == 2 and place.dtype.itemsize == 2

@@ -1,4 +1,4 @@
-"""Fused row-wise operations `wanvram::*`: norms, rotary embedding, gated add, GELU.
+"""Fused row-wise operations `wanvram::*`: norms, rotary embedding, adds, GELU.
 
 Arithmetic is float32 whatever the storage dtype. Each operation has a plain PyTorch reference (CPU, and CUDA without
 Triton or with WANVRAM_KERNELS=reference) and a Triton kernel that allocates nothing but its output.
@@ -12,6 +12,7 @@ from torch import Tensor
 from wanvram.kernels.operation import operation, uses_triton
 
 __all__ = [
+    "add_",
     "gated_add_",
     "gelu_tanh_",
     "inverse_rms",
@@ -56,6 +57,11 @@ def scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: T
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
     """x += y * gate for float32 x [L,D] and gate [D]; y [L,D] of any dtype."""
     _gated_add_(x, y, gate)
+
+
+def add_(x: Tensor, y: Tensor) -> None:
+    """x += y for float32 x [L,D] and y [L,D] of any dtype, to the bit; PyTorch's own takes 1.6 times as long where they differ."""
+    _add_(x, y)
 
 
 def gelu_tanh_(x: Tensor) -> None:
@@ -145,6 +151,16 @@ def _gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
         triton_elementwise.gated_add_(x, y, gate)
     else:
         x.addcmul_(y.float(), gate)
+
+
+@operation("(Tensor(a!) x, Tensor y) -> ()")
+def _add_(x: Tensor, y: Tensor) -> None:
+    if uses_triton(x):
+        from wanvram.kernels import triton_elementwise
+
+        triton_elementwise.add_(x, y)
+    else:
+        x.add_(y)
 
 
 @operation("(Tensor(a!) x) -> ()")

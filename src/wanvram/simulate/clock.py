@@ -1,8 +1,8 @@
 """What a run would take: a clock that the simulated device's operations and copies advance. No torch.
 
-Four timelines, as on a real machine: the host issues work, the device computes in order, a copy engine runs beside it, and a
-thread on the host reads weights into pinned buffers. Each moves by prices from a card's rates (gpus.py); one waits for another
-only through marks and blocking calls, so a copy is hidden exactly where it would be.
+Five timelines, as on a real machine: the host issues work, the device computes in order, a copy engine runs beside it, a thread
+on the host reads weights into pinned buffers, and a link carries what other GPUs are sent. Each moves by prices from a card's rates
+(gpus.py); one waits for another only through marks and blocking calls, so a copy is hidden exactly where it would be.
 
 Not modelled: what the weights' values and the video's content change, and other programs on the same machine.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from wanvram.kernels.attention_backends import chosen
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.host import HOST, Host, Reading
+from wanvram.simulate.links import Link, link_of
 from wanvram.spans import Copies
 
 __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
@@ -27,6 +28,7 @@ RAMP_KEYS = (
     256  # attention over few keys: filling and draining the pipeline costs a query as much as this many more keys
 )
 NARROW_CHANNELS = 128
+MESSAGE_SECONDS = 20e-6  # of the host, to issue a send and a receive (torch.distributed, 10 us each)
 CHANNEL_TILE = (
     32  # 3 output channels cost as much as 32: 0.88 ms for 96 -> 3 at 480x832 (benchmarks/*_probe_libraries.json)
 )
@@ -93,7 +95,7 @@ class Costs:
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
-        if name == "wanvram.attention":
+        if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
             return Price("convolution", self._convolution, dispatch)
@@ -186,12 +188,17 @@ class Clock:
     gpu: GPU
     machine: Host = HOST
     cold: frozenset[str] = frozenset()  # libraries whose kernels were never compiled on this machine
+    link: Link | None = None  # to the other GPUs of the run; None: the card's usual one
     copied: Copies = field(default_factory=Copies)
+    exchanged_bytes: int = 0  # sent to other GPUs or received from them, whichever was more
+    exchange_stalls: float = 0.0  # seconds that computation stood still for it
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
     _host: float = 0.0
     _compute: float = 0.0
     _copies: float = 0.0
     _reader: float = 0.0
+    _linked: float = 0.0
+    _gathered: float = 0.0
     _encoder: float = 0.0
     _used: set[str] = field(default_factory=set)
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
@@ -209,8 +216,9 @@ class Clock:
     def synchronize(self) -> None:
         """The host waits for the device: for the computation and for the copies that were started."""
         computed = max(self._host, self._compute)
-        self._stall(self._copies - computed)
-        self._host = max(computed, self._copies)
+        copied = max(self._copies, self._gathered)
+        self._stall(copied - computed)
+        self._host = max(computed, copied)
 
     # --- computation -----------------------------------------------------------------------------------------------------
 
@@ -241,11 +249,14 @@ class Clock:
         """When the copies started so far are done: a mark."""
         return self._copies
 
-    def prefetch(self, nbytes: int, after: float | None) -> float:
-        """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read."""
+    def prefetch(self, nbytes: int, after: float | None, *, on_device: bool = False) -> float:
+        """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read.
+
+        on_device: from the device's own memory.
+        """
         start = max(self._copies, self._host, after or 0.0, self._read)
         self._read = 0.0
-        seconds = nbytes / self.gpu.pcie_bytes
+        seconds = nbytes / (self.costs.bandwidth / 2 if on_device else self.gpu.pcie_bytes)
         self._copies = start + seconds
         self.copied += Copies(nbytes, seconds)
         return self._copies
@@ -277,6 +288,37 @@ class Clock:
     def copy_on_host(self, nbytes: int) -> None:
         """The host itself copies between its tensors."""
         self._host += nbytes / self.machine.copy_bytes
+
+    # --- other GPUs ------------------------------------------------------------------------------------------------------
+
+    def start_exchange(self, nbytes: int, messages: int) -> float:
+        """Behind earlier exchanges and everything computed so far; a mark. messages: other GPUs that are talked to."""
+        self._host += messages * self.costs.slowness * MESSAGE_SECONDS
+        start = max(self._linked, self._compute, self._host)
+        self._linked = start + self._link().seconds(nbytes)
+        self.exchanged_bytes += nbytes
+        return self._linked
+
+    def start_gather(self, nbytes: int, messages: int, after: float | None) -> float:
+        """Weights from other GPUs beside the computation: after earlier ones and the mark `after`; a mark for `wait`."""
+        self._host += messages * self.costs.slowness * MESSAGE_SECONDS
+        link = self._link()
+        start = max(self._gathered, self._host, after or 0.0)
+        self._gathered = start + link.gather_seconds(nbytes)
+        if link.shares_the_bus:
+            self._copies = max(self._copies, self._gathered)
+        self.exchanged_bytes += nbytes
+        return self._gathered
+
+    def _link(self) -> Link:
+        self.link = self.link or link_of(self.gpu, None, 2)
+        return self.link
+
+    def wait_for_exchange(self, mark: float) -> None:
+        """Later computation waits for it."""
+        computed = max(self._compute, self._host)
+        self.exchange_stalls += max(0.0, mark - computed)
+        self._compute = max(computed, mark)
 
     # --- once ----------------------------------------------------------------------------------------------------------------
 

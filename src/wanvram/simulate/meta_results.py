@@ -52,7 +52,9 @@ NOTHING = (
     "inverse_rms",
     "scaled_rope_",
     "gated_add_",
+    "add_",
     "gelu_tanh_",
+    "merge_attention_",
     "rms_norm_silu",
     "fill_window",
 )
