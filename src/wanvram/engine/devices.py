@@ -17,7 +17,7 @@ import torch
 from wanvram.engine.peers import Exchanged, Peers, TorchPeers
 from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
-from wanvram.sharing import ALONE, Place
+from wanvram.sharing import ALONE, WORLD, Place
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.peers import SimulatedPeers
 from wanvram.spans import Copies
@@ -164,6 +164,15 @@ class Device(Placing, Copying, Measuring, Booking):
         """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
         return TorchPeers(self.place, axis, self._exchanged)
 
+    def weight_peers(self) -> Peers:
+        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges."""
+        return self.peers(WORLD)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        """Starts gathering equal runs of bytes in place once `after` (a mark) has passed; returns the mark of its completion."""
+        peers.gather(whole, [whole.nbytes // peers.count] * peers.count)
+        return None
+
     def exchanged(self) -> Exchanged:
         """With other ranks since the start."""
         return self._exchanged
@@ -236,11 +245,14 @@ class SimulatedDevice(Device):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         _check_shapes(destination, source)
         host = destination if self.memory.is_host(destination) else source
-        self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        if self.memory.is_host(host):
+            self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        else:
+            destination.copy_(source)
 
     def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
         _check_shapes(destination, source)
-        return self.clock.prefetch(source.nbytes, after)
+        return self.clock.prefetch(source.nbytes, after, on_device=not self.memory.is_host(source))
 
     def mark(self) -> Any:
         return self.clock.mark()
@@ -282,6 +294,9 @@ class SimulatedDevice(Device):
 
     def peers(self, axis: str) -> Peers:
         return SimulatedPeers(self.place, axis, self.clock)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        return self.clock.start_gather(whole.nbytes // peers.count * (peers.count - 1), peers.count - 1, after)
 
     def exchanged(self) -> Exchanged:
         return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)

@@ -95,7 +95,7 @@ class Costs:
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
-        if name == "wanvram.attention":
+        if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
             return Price("convolution", self._convolution, dispatch)
@@ -198,6 +198,7 @@ class Clock:
     _copies: float = 0.0
     _reader: float = 0.0
     _linked: float = 0.0
+    _gathered: float = 0.0
     _encoder: float = 0.0
     _used: set[str] = field(default_factory=set)
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
@@ -215,8 +216,9 @@ class Clock:
     def synchronize(self) -> None:
         """The host waits for the device: for the computation and for the copies that were started."""
         computed = max(self._host, self._compute)
-        self._stall(self._copies - computed)
-        self._host = max(computed, self._copies)
+        copied = max(self._copies, self._gathered)
+        self._stall(copied - computed)
+        self._host = max(computed, copied)
 
     # --- computation -----------------------------------------------------------------------------------------------------
 
@@ -247,11 +249,14 @@ class Clock:
         """When the copies started so far are done: a mark."""
         return self._copies
 
-    def prefetch(self, nbytes: int, after: float | None) -> float:
-        """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read."""
+    def prefetch(self, nbytes: int, after: float | None, *, on_device: bool = False) -> float:
+        """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read.
+
+        on_device: from the device's own memory.
+        """
         start = max(self._copies, self._host, after or 0.0, self._read)
         self._read = 0.0
-        seconds = nbytes / self.gpu.pcie_bytes
+        seconds = nbytes / (self.costs.bandwidth / 2 if on_device else self.gpu.pcie_bytes)
         self._copies = start + seconds
         self.copied += Copies(nbytes, seconds)
         return self._copies
@@ -290,10 +295,24 @@ class Clock:
         """Behind earlier exchanges and everything computed so far; a mark. messages: other GPUs that are talked to."""
         self._host += messages * self.costs.slowness * MESSAGE_SECONDS
         start = max(self._linked, self._compute, self._host)
-        self.link = self.link or link_of(self.gpu, None, 2)
-        self._linked = start + self.link.seconds(nbytes)
+        self._linked = start + self._link().seconds(nbytes)
         self.exchanged_bytes += nbytes
         return self._linked
+
+    def start_gather(self, nbytes: int, messages: int, after: float | None) -> float:
+        """Weights from other GPUs beside the computation: after earlier ones and the mark `after`; a mark for `wait`."""
+        self._host += messages * self.costs.slowness * MESSAGE_SECONDS
+        link = self._link()
+        start = max(self._gathered, self._host, after or 0.0)
+        self._gathered = start + link.gather_seconds(nbytes)
+        if link.shares_the_bus:
+            self._copies = max(self._copies, self._gathered)
+        self.exchanged_bytes += nbytes
+        return self._gathered
+
+    def _link(self) -> Link:
+        self.link = self.link or link_of(self.gpu, None, 2)
+        return self.link
 
     def wait_for_exchange(self, mark: float) -> None:
         """Later computation waits for it."""
