@@ -182,12 +182,17 @@ class CudaDevice(Device):
         return end
 
     def weight_peers(self) -> Peers:
-        """Every rank asks at the same place of its run. Few channels are enough, and take 12 MiB each for every peer."""
-        if self._weight_group is None:
+        """All ranks ask for them at the same place of their runs. Few channels are enough, and take 12 MiB each for every peer."""
+        first = self._weight_group is None
+        if first:
             options = dist.ProcessGroupNCCL.Options()
             options.config.max_ctas = WEIGHT_CHANNELS
             self._weight_group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)
-        return TorchPeers(self.place, WORLD, self._exchanged, self._weight_group)
+        peers = TorchPeers(self.place, WORLD, self._exchanged, self._weight_group)
+        if first:  # the first message connects, outside the allocator
+            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+            self.hold_to_limit()
+        return peers
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
         """On a stream of its own, so that it waits for its mark only and no copy waits for it."""
