@@ -30,7 +30,7 @@ BUDGETS = {
     "media": 625,
     "models": 2250,
     "planner": 1400,
-    "predict": 935,
+    "predict": 1150,
     "prompt": 1000,
     "recorder": 1695,
     "report": 2850,

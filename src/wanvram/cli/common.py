@@ -22,10 +22,12 @@ from wanvram.record import RunRecord
 from wanvram.report.event_text import event_text
 from wanvram.report.terminal import summarize
 from wanvram.run_events import TellRun
+from wanvram.sharing import LINKS
 from wanvram.units import parse_memory
 
 __all__ = [
     "add_device_flags",
+    "add_link_flag",
     "add_output_flags",
     "finish",
     "memory_limit",
@@ -41,7 +43,14 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200)"
     )
+    add_link_flag(parser)
     parser.add_argument("--vram", help="memory the run may use, for example 8GiB; the answer says whether it fits")
+
+
+def add_link_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--link", choices=LINKS, help="what joins several simulated cards; host: RAM (default: the card's usual)"
+    )
 
 
 def add_output_flags(parser: argparse.ArgumentParser, default: str) -> None:

@@ -96,7 +96,7 @@ def _seconds(text: str) -> float:
 
 def _overridden(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """With what the flags say instead of the file."""
-    changes = {key: getattr(args, key) for key in ("device", "gpu", "weights") if getattr(args, key)}
+    changes = {key: getattr(args, key) for key in ("device", "gpu", "link", "weights") if getattr(args, key)}
     config = replace(config, **changes)
     if args.vram:
         config = replace(config, memory_limit_bytes=memory_limit(args))

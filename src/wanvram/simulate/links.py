@@ -7,15 +7,16 @@ at once take 1.40 ms, 5.2 MB 0.12 ms; without peer access 8.4 and 0.29 ms. Every
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from wanvram.errors import InputError
+from wanvram.sharing import LINKS
 from wanvram.simulate.card import GPU
 from wanvram.units import MIB
 
-__all__ = ["LINKS", "NVLINK", "WEIGHT_CHANNELS", "Link", "communication_bytes", "link_of", "links_of"]
+__all__ = ["WEIGHT_CHANNELS", "Link", "communication_bytes", "link_of", "linked", "links_of"]
 
-LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")
 _BUS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 55e9}  # what a copy reaches over 16 lanes, as in card_table.py
 
 # NVLink's published bytes per second in each direction, GB/s. Of boards that are joined in one machine however many there are,
@@ -81,12 +82,6 @@ class Link:
         return self.name != "nvlink"
 
 
-# Of H100 and H200 boards, measured.
-NVLINK = Link(
-    "nvlink", _CHANNELS * _CHANNEL_BYTES, _NVLINK_SECONDS, _CHANNELS, "measured between two H200s of one host"
-)
-
-
 def link_of(gpu: GPU, name: str | None, count: int) -> Link:
     """The link by its name, or the usual one, of `count` such cards. InputError where these cards have none of that name."""
     usual = "nvlink" if gpu.key in _SWITCHED else "host" if _is_geforce(gpu) else None
@@ -127,6 +122,14 @@ def communication_bytes(link: Link, count: int, *, shards: bool = False) -> int:
     if shards:
         init, channels = init + _SECOND, channels + min(channels, WEIGHT_CHANNELS)
     return (init + _KERNELS + _CONNECTION * channels * (count - 1)) * MIB
+
+
+def linked(gpu: GPU, link: Link, count: int, *, shards: bool) -> GPU:
+    """The card as one of `count`: what NCCL takes comes with its context, and a stated bus bounds its copies from RAM."""
+    if count < 2:
+        return gpu
+    taken = communication_bytes(link, count, shards=shards)
+    return replace(gpu, context_bytes=gpu.context_bytes + taken, pcie_bytes=min(gpu.pcie_bytes, link.bus_bytes or inf))
 
 
 def _nvlink(gpu: GPU, count: int) -> Link:
