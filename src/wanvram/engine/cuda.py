@@ -55,7 +55,6 @@ class CudaDevice(Device):
             index
         )  # PyTorch makes a pool of streams with the first, 70 MiB outside the allocator
         self._gathers: torch.cuda.Stream | None = None
-        self._weight_group: dist.ProcessGroup | None = None
         self._copied = Copies()
         self._copying: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._waiting: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -181,18 +180,12 @@ class CudaDevice(Device):
         self._copying.append((source.nbytes, start, end))
         return end
 
-    def weight_peers(self) -> Peers:
-        """All ranks ask for them at the same place of their runs. Few channels are enough, and take 12 MiB each for every peer."""
-        first = self._weight_group is None
-        if first:
-            options = dist.ProcessGroupNCCL.Options()
-            options.config.max_ctas = WEIGHT_CHANNELS
-            self._weight_group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)
-        peers = TorchPeers(self.place, WORLD, self._exchanged, self._weight_group)
-        if first:  # the first message connects, outside the allocator
-            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
-            self.hold_to_limit()
-        return peers
+    def _weight_connections(self) -> Peers:
+        """Few channels are enough, and take 12 MiB each for every peer."""
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = WEIGHT_CHANNELS
+        group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)
+        return TorchPeers(self.place, WORLD, self._exchanged, group)
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
         """On a stream of its own, so that it waits for its mark only and no copy waits for it."""
