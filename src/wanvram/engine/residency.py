@@ -210,8 +210,8 @@ class Component:
         if self._source is not None:
             self._fill_run(part, buffer, self._source)
         else:
-            kept = self._shard.run_bytes(self.weight_bytes) if part in self._read else None
-            self.device.read_from_disk(buffer.nbytes, self.name, kept)
+            kept = self.weight_bytes if part in self._read else None
+            self.device.read_from_disk(buffer.nbytes, self.name, kept, readers=self._shard.count)
             self._read.add(part)
 
     def _fill_masters(
@@ -280,7 +280,7 @@ class Component:
             self._fill(part, packed, source, touched(part.packing, self._shard.start(part.nbytes), run.nbytes))
             run.copy_(self._shard.mine(packed))
         elif source is None:
-            self.device.loaded_weights(run, self.name)
+            self.device.loaded_weights(run, self.name, readers=self._shard.count)
         else:
             check()
             fill_run(part.layout, run, self._shard.start(part.nbytes), source)
