@@ -15,7 +15,7 @@ from wanvram.knobs import DIT_FSDP, is_streamed
 from wanvram.planner.economy import SAME_RAM
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.placement import TIE, Placements
-from wanvram.planner.result import Layout
+from wanvram.planner.result import GpuLayout
 from wanvram.planner.sizes import Sizes, leanest_sizes, sizes_for, sizes_of
 from wanvram.planner.transformer import whole_transformer
 
@@ -45,7 +45,7 @@ class _Tried:
 Search = Callable[[Strategy], Found | None]
 
 
-def best_of(trials: Trials, base: Strategy, search: Search) -> tuple[Found | None, tuple[Layout, ...]]:
+def best_of(trials: Trials, base: Strategy, search: Search) -> tuple[Found | None, tuple[GpuLayout, ...]]:
     """The fastest, of those within 1 % the one with less host RAM; and of several GPUs every way with what it would take."""
     tried: list[_Tried] = []
     best: _Tried | None = None
@@ -106,17 +106,19 @@ def _is_better(trials: Trials, way: _Tried, best: _Tried | None) -> bool:
     return then < now * (1 - TIE) or trials.host(way.found.chosen) < trials.host(best.found.chosen) - SAME_RAM
 
 
-def _layout(trials: Trials, way: _Tried, is_best: bool) -> Layout:
+def _layout(trials: Trials, way: _Tried, is_best: bool) -> GpuLayout:
     sizes, found = way.sizes, way.found
     if way.base is None:
-        return Layout(sizes.cfg, sizes.ring, sizes.ulysses, False, "slower by estimate", None, None, None)
+        return GpuLayout(sizes.cfg, sizes.ring, sizes.ulysses, False, "slower by estimate", None, None, None)
     shared = DIT_FSDP.of(way.base)
     if found is None:
         needed = [t.needed for t in trials.failed if _is_of(t.strategy, sizes, shared) and t.memory == "device"]
-        return Layout(sizes.cfg, sizes.ring, sizes.ulysses, shared, "too large", None, min(needed, default=None), None)
+        return GpuLayout(
+            sizes.cfg, sizes.ring, sizes.ulysses, shared, "too large", None, min(needed, default=None), None
+        )
     step, verdict = trials.of("dit", found.chosen).seconds_per_step, "chosen" if is_best else "fits"
     peak, host = trials.peak(found.chosen), trials.host(found.chosen)
-    return Layout(sizes.cfg, sizes.ring, sizes.ulysses, shared, verdict, step, peak, host)
+    return GpuLayout(sizes.cfg, sizes.ring, sizes.ulysses, shared, verdict, step, peak, host)
 
 
 def _is_of(strategy: Strategy, sizes: Sizes, shared: bool) -> bool:

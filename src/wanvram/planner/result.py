@@ -12,7 +12,7 @@ from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import StageForecast, stage_seconds, total_seconds
 from wanvram.record import AttentionChoice
 
-__all__ = ["Alternative", "Layout", "Offer", "Plan", "Refusal", "Rejected", "Trade", "changed_knobs"]
+__all__ = ["Alternative", "GpuLayout", "Offer", "Plan", "Refusal", "Rejected", "Trade", "changed_knobs"]
 
 SCHEMA = 1
 
@@ -73,7 +73,7 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Layout:
+class GpuLayout:
     """A way in which several GPUs can share the video. verdict: chosen, fits (but is no better), too large, or slower by estimate.
 
     seconds_per_step, of a GPU device bytes and of all host bytes: of the fastest that fits; of one that is too large the least
@@ -106,7 +106,7 @@ class Plan:
     whole_run_bytes: int | None = None
     whole_run_seconds: float | None = None
     attention: AttentionChoice | None = None  # what the whole run attended with
-    layouts: tuple[Layout, ...] = ()  # of several GPUs, the most promising first
+    layouts: tuple[GpuLayout, ...] = ()  # of several GPUs, the most promising first
 
     @property
     def peak_device_bytes(self) -> int:
