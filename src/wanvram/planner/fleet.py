@@ -1,6 +1,6 @@
 """Over the ways in which several GPUs can share a video: which are searched, which is taken, and why not the others. No torch.
 
-Whole weights on every GPU come first; shared ones (`dit_fsdp`) where the transformer is streamed or does not fit, since they save
+Whole weights on every GPU come first; shared ones where the transformer is streamed or does not fit, since they save
 host RAM and copies but never a step that waits for nothing.
 """
 
@@ -107,18 +107,16 @@ def _is_better(trials: Trials, way: _Tried, best: _Tried | None) -> bool:
 
 
 def _layout(trials: Trials, way: _Tried, is_best: bool) -> GpuLayout:
-    sizes, found = way.sizes, way.found
+    found = way.found
+    shared = way.base is not None and DIT_FSDP.of(way.base)
+    sizes = {knob.name: value for knob, value in way.sizes.change.values.items()} | {DIT_FSDP.name: shared}
     if way.base is None:
-        return GpuLayout(sizes.cfg, sizes.ring, sizes.ulysses, False, "slower by estimate", None, None, None)
-    shared = DIT_FSDP.of(way.base)
+        return GpuLayout(sizes, "slower by estimate", None, None, None)
     if found is None:
-        needed = [t.needed for t in trials.failed if _is_of(t.strategy, sizes, shared) and t.memory == "device"]
-        return GpuLayout(
-            sizes.cfg, sizes.ring, sizes.ulysses, shared, "too large", None, min(needed, default=None), None
-        )
+        failed = [t for t in trials.failed if t.memory == "device" and _is_of(t.strategy, way.sizes, shared)]
+        return GpuLayout(sizes, "too large", None, min((t.needed for t in failed), default=None), None)
     step, verdict = trials.of("dit", found.chosen).seconds_per_step, "chosen" if is_best else "fits"
-    peak, host = trials.peak(found.chosen), trials.host(found.chosen)
-    return GpuLayout(sizes.cfg, sizes.ring, sizes.ulysses, shared, verdict, step, peak, host)
+    return GpuLayout(sizes, verdict, step, trials.peak(found.chosen), trials.host(found.chosen))
 
 
 def _is_of(strategy: Strategy, sizes: Sizes, shared: bool) -> bool:
