@@ -74,10 +74,10 @@ class Offer:
 
 @dataclass(frozen=True)
 class GpuLayout:
-    """A way in which several GPUs can share the video. sizes: of every axis, and whether weights are shared. verdict: chosen, fits (but is no better), too large, or slower by estimate.
+    """A way in which several GPUs can share the video. sizes: of every axis, and whether weights are shared.
 
-    seconds_per_step, of a GPU device bytes and of all host bytes: of the fastest that fits; of one that is too large the least
-    device memory that was looked at. None: not known.
+    verdict: chosen, fits (but is no better), too large, or slower by estimate. seconds_per_step, of a GPU device bytes and of all
+    host bytes: of the fastest that fits; of one that is too large the least device memory that was looked at. None: not known.
     """
 
     sizes: dict[str, Any]
