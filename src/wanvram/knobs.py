@@ -344,7 +344,8 @@ def videos_per_pass(strategy: object) -> int:
 
 def weight_passes(strategy: object, *, guided: bool) -> int:
     """How often a denoising step walks the transformer's weights. guided: with and without the prompt."""
-    forwards = 2 if guided and CFG.of(strategy) == "sequential" else 1
+    alone = CFG.of(strategy) == "sequential" and CFG_SIZE.of(strategy) == 1
+    forwards = 2 if guided and alone else 1
     return forwards * math.ceil(BATCH_SIZE.of(strategy) / videos_per_pass(strategy))
 
 
@@ -364,6 +365,19 @@ UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, RESIDENT_BLOC
 RESIDENT = Change({**UNSLICED.values, LOAD_STRATEGY: "full", WEIGHTS_IN: "pinned"})
 # Half the copies, for a second residual stream: slicing makes the room for that.
 JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0})
+
+
+def allowed(change: Change, strategy: S) -> S | None:
+    """`change` on the strategy, without slicing of attention where that is refused; None: it is refused all the same."""
+    plain = {knob: value for knob, value in change.values.items() if knob is not ATTENTION_SLICING}
+    for values in (change.values, plain):
+        try:
+            return Change(values).on(strategy)
+        except InputError:
+            continue
+    return None
+
+
 # Half the rows that are chosen by size; a quarter saves 1 % more memory at 14B 720P, idles the matrix units and is slow to simulate.
 FEW_ROWS = TARGET_ROWS // 2
 # Lossless ways to hold fewer activations, the fastest and largest first.
