@@ -137,10 +137,13 @@ class Booking:
     def generated_weights(self) -> None:
         """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
-        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked."""
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
+        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked.
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
+        readers: ranks that read as much from the same disk meanwhile, this one among them.
+        """
+
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
         """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked.
 
         kept_bytes: they were read before, with so many others since; None: for the first time.
@@ -159,13 +162,24 @@ class Device(Placing, Copying, Measuring, Booking):
     computes_half = True  # float16 products are as good as any
     attention: AttentionChoice | None = None  # what computes the transformer's; None: PyTorch decides
     place: Place = ALONE  # among the GPUs of a run, set once before it begins
+    _weight_peers: Peers | None = None
 
     def peers(self, axis: str) -> Peers:
         """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
         return TorchPeers(self.place, axis, self._exchanged)
 
     def weight_peers(self) -> Peers:
-        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges."""
+        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges.
+
+        All ranks ask for them first at the same place of their runs: the first message connects, outside the allocator.
+        """
+        if self._weight_peers is None:
+            self._weight_peers = peers = self._weight_connections()
+            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+            self.hold_to_limit()
+        return self._weight_peers
+
+    def _weight_connections(self) -> Peers:
         return self.peers(WORLD)
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
@@ -301,15 +315,15 @@ class SimulatedDevice(Device):
     def exchanged(self) -> Exchanged:
         return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
-        self.clock.read_from_disk(nbytes, component, kept_bytes)
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
+        self.clock.read_from_disk(nbytes, component, kept_bytes, readers)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
         on_host = self.memory.is_host(destination)
-        self.clock.load_from_disk(destination.nbytes, component)
+        self.clock.load_from_disk(destination.nbytes, component, readers)
         if not on_host:
             self.memory.load_library("kernels")
             self.clock.transfer(destination.nbytes, pinned=False)

@@ -24,6 +24,7 @@ from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
 from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
+from wanvram.sharing import WORLD
 from wanvram.units import human
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
@@ -209,8 +210,8 @@ class Component:
         if self._source is not None:
             self._fill_run(part, buffer, self._source)
         else:
-            kept = self._shard.run_bytes(self.weight_bytes) if part in self._read else None
-            self.device.read_from_disk(buffer.nbytes, self.name, kept)
+            kept = self.weight_bytes if part in self._read else None
+            self.device.read_from_disk(buffer.nbytes, self.name, kept, readers=self._shard.count)
             self._read.add(part)
 
     def _fill_masters(
@@ -241,12 +242,18 @@ class Component:
         return masters
 
     def _check_room(self, needed: int) -> None:
-        room = self.device.host_room()
+        """Ranks that share take theirs of one RAM, once all have looked at it."""
+        world = self.device.peers(WORLD)
+        if self._peers is not None:
+            world.meet()
+        room, needed = self.device.host_room(), needed * self._shard.count
         if room is not None and needed > room:
             raise DeviceError(
                 f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use "
                 f"{WEIGHTS_IN.asked('disk')}, {WEIGHT_STORAGE.asked('fp8')}, or plan with --vram_budget, which knows the RAM"
             )
+        if self._peers is not None:
+            world.meet()
 
     def _makes(self, source: TensorSource | None) -> bool:
         """Whether weights are made on the device, where each of their tensors is made whole."""
@@ -273,7 +280,7 @@ class Component:
             self._fill(part, packed, source, touched(part.packing, self._shard.start(part.nbytes), run.nbytes))
             run.copy_(self._shard.mine(packed))
         elif source is None:
-            self.device.loaded_weights(run, self.name)
+            self.device.loaded_weights(run, self.name, readers=self._shard.count)
         else:
             check()
             fill_run(part.layout, run, self._shard.start(part.nbytes), source)

@@ -300,13 +300,16 @@ class Clock:
         return self._linked
 
     def start_gather(self, nbytes: int, messages: int, after: float | None) -> float:
-        """Weights from other GPUs beside the computation: after earlier ones and the mark `after`; a mark for `wait`."""
+        """Weights from other GPUs beside the computation: after earlier ones and the mark `after`; a mark for `wait`.
+
+        Over a bus one thing follows another: exchanges, gathers, and copies from the host.
+        """
         self._host += messages * self.costs.slowness * MESSAGE_SECONDS
         link = self._link()
-        start = max(self._gathered, self._host, after or 0.0)
+        start = max(self._gathered, self._host, after or 0.0, self._linked if link.shares_the_bus else 0.0)
         self._gathered = start + link.gather_seconds(nbytes)
         if link.shares_the_bus:
-            self._copies = max(self._copies, self._gathered)
+            self._copies, self._linked = max(self._copies, self._gathered), self._gathered
         self.exchanged_bytes += nbytes
         return self._gathered
 
@@ -343,10 +346,10 @@ class Clock:
     def unpin(self, nbytes: int) -> None:
         self._host += nbytes / self.machine.unpin_bytes
 
-    def load_from_disk(self, nbytes: int, component: str) -> None:
-        """The host reads checkpoint files into `nbytes` of weights while nothing else happens."""
+    def load_from_disk(self, nbytes: int, component: str, readers: int = 1) -> None:
+        """The host reads checkpoint files into `nbytes` of weights while nothing else happens. readers: processes that do."""
         size, reading = self._files(nbytes, component)
-        self._host += self._reading(size, reading.taken, self.machine.cached_share)
+        self._host += self._reading(size, reading.taken, self.machine.cached_share, readers)
 
     def streamed_bytes(self, component: str) -> float:
         """Bytes of a component's files per second, where they are read in every pass and found as they are now."""
@@ -358,9 +361,9 @@ class Clock:
         factor = self.machine.stored.get(component)
         return (nbytes, self.machine.plain) if factor is None else (nbytes * factor, self.machine.converted)
 
-    def _reading(self, size: float, cached_bytes: float, cached: float) -> float:
+    def _reading(self, size: float, cached_bytes: float, cached: float, readers: int = 1) -> float:
         """Seconds; cached: the share in the page cache. Several threads read, so the disk works while others convert."""
-        return size * (cached / cached_bytes + (1 - cached) / min(self.machine.disk_bytes, cached_bytes))
+        return size * (cached / cached_bytes + (1 - cached) / min(self.machine.disk_bytes / readers, cached_bytes))
 
     def encode(self, pixels: int) -> None:
         """Frames for the encoder, a thread beside everything else."""
@@ -379,7 +382,7 @@ class Clock:
         """The reading thread copies pageable memory into a pinned buffer; the next prefetch is of it."""
         self._read_ahead(nbytes / self.machine.copy_bytes)
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None = None) -> None:
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None = None, readers: int = 1) -> None:
         """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it.
 
         kept_bytes: read before, with so many bytes of files since, which the page cache holds if it is larger.
@@ -387,7 +390,7 @@ class Clock:
         again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
         cached = 1.0 if again else self.machine.cached_share
         size, reading = self._files(nbytes, component)
-        self._read_ahead(self._reading(size, reading.used, cached))
+        self._read_ahead(self._reading(size, reading.used, cached, readers))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds
