@@ -106,7 +106,6 @@ def figures(record: RunRecord) -> Figures:
     for name, stage in zip(numbered([s.name for s in record.stages]), record.stages, strict=True):
         found[f"{name} allocated_bytes"] = stage.peak.allocated_bytes
         found[f"{name} reserved_bytes"] = stage.peak.reserved_bytes
-        found[f"{name} device_bytes"] = stage.peak.device_bytes or 0
     peak = record.peak()
     if peak is not None:
         found |= {"allocated_bytes": peak.allocated_bytes, "reserved_bytes": peak.reserved_bytes}
@@ -151,13 +150,14 @@ def of_command(row: dict[str, Any], card: str) -> Figures:
 
 
 def stages_of(rows: list[dict[str, Any]]) -> Figures:
-    """Rows with `stage` and, for each quantity, what was measured."""
+    """Rows with `stage` and, for each quantity, what was measured; of device memory the highest."""
     found: Figures = {}
     for name, row in zip(numbered([row["stage"] for row in rows]), rows, strict=True):
-        for quantity in ("allocated", "reserved", "device"):
+        for quantity in ("allocated", "reserved"):
             if row.get(quantity, {}).get("measured") is not None:
                 found[f"{name} {quantity}_bytes"] = row[quantity]["measured"]
-    return found
+    highest = max((row.get("device", {}).get("measured") or 0 for row in rows), default=0)
+    return found | ({"device_bytes": highest} if highest else {})
 
 
 def of_peaks(file: str, document: list[dict[str, Any]], card: str) -> Iterator[Case]:
@@ -170,6 +170,8 @@ def of_peaks(file: str, document: list[dict[str, Any]], card: str) -> Iterator[C
 def of_fit_card(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
     """The whole GPU's peak, by NVML; steps that read from disk are that disk's."""
     for case in document["cases"]:
+        if "error" in case:
+            continue
         measured = stages_of(case["stages"]) | {"device_bytes": case["nvml_peak_bytes"]}
         if case["config"]["optimization"].get("weights_in") != "disk" and case["step_seconds"]:
             measured["step_seconds"] = case["step_seconds"]
@@ -206,8 +208,10 @@ def of_old_promise(file: str, document: dict[str, Any], card: str) -> Iterator[C
 
 
 def of_wall_clock(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
-    """Whole commands, warm, with random weights."""
+    """Whole commands, warm, with random weights, without a plan before them: planning takes as long as the machine that plans."""
     for row in document["rows"]:
+        if "--vram_budget" in row["command"]:
+            continue
         if not row["cold"] and row["pages_in_ram"] is None and row["exit_code"] == 0:
             yield Case(file, f"{row['name']} warm", {"command_seconds": row["seconds"]}, partial(of_command, row, card))
 
@@ -239,14 +243,17 @@ def of_attention(file: str, document: dict[str, Any], card: str) -> Iterator[Cas
 
 
 def of_run(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
-    """record.json of a run."""
-    record = RunRecord.from_json(document)
-    measured = {k: v for k, v in figures(record).items() if k != "command_seconds"}
+    """record.json of a run. Its first decode also loads libraries, so that its time is not judged."""
+    measured = figures(RunRecord.from_json(document))
+    left_out = ("command_seconds", "decode_seconds")
+    measured = {k: v for k, v in measured.items() if k not in left_out and not k.endswith(" device_bytes")}
     yield Case(file, document["config"]["name"], measured, partial(of_config, document["config"], card, video=True))
 
 
-def of_advice(file: str, document: list[dict[str, Any]], card: str) -> Iterator[Case]:
-    for row in document:
+def of_advice(file: str, document: Any, card: str) -> Iterator[Case]:
+    for row in document if isinstance(document, list) else document["rows"]:
+        if "error" in row:
+            continue
         for when, peak in zip(("before", "after"), row["peaks"], strict=True):
             measured = {f"{q}_bytes": peak[f"{q}_bytes"] for q in ("allocated", "reserved", "device")}
             measured = {name: value for name, value in measured.items() if value}
