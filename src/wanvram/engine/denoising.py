@@ -12,11 +12,14 @@ from wanvram.config import RunConfig
 from wanvram.engine.conditions import Inputs
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
+from wanvram.engine.shared_stages import SharedStages
+from wanvram.engine.team import team_of
 from wanvram.kernels.attention_backends import AUTO
 from wanvram.knobs import chunk_rows
 from wanvram.models.dit import Attending, Prepared, Time, WanDiT
 from wanvram.request import Video
 from wanvram.sampling import SolverState
+from wanvram.sharing import SEQUENCE
 
 __all__ = ["Guide", "Sampling", "Turn", "TurnPlan", "Velocities", "advance", "asked_of", "transformer", "velocities_of"]
 
@@ -73,21 +76,24 @@ def velocities_of(
     """Guided velocities v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards; without a
     negative prompt v = cond from one."""
     request, strategy = config.request, config.strategy
-    dit = transformer(component)
-    rows = chunk_rows(inputs.geometry.tokens(inputs.noise_shape), strategy.rows_per_chunk)
+    dit, ranks = transformer(component), SharedStages(device)
+    tokens, shares = inputs.geometry.tokens(inputs.noise_shape), device.place.count(SEQUENCE)
+    rows = chunk_rows(-(-tokens // shares), strategy.rows_per_chunk)
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-    asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device))}
+    team = team_of(device, tokens, dit.spec.num_heads, rows)
+    asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
 
     def velocities(latents: list[torch.Tensor], time: Time, conditions: list[Prepared]) -> list[torch.Tensor]:
         groups = [conditions, [negative] * len(latents)] if negative is not None else [conditions]
         if strategy.cfg == "joint":
             groups = [[condition for group in groups for condition in group]]
         outputs: list[torch.Tensor] = []
-        for group in groups:
+        for group in ranks.my_guidance(groups):
             shared = latents * (len(group) // len(latents))
             outputs += dit.velocity(shared, time, group, walk=component.walk, **asked)
         if negative is None:
             return outputs
+        outputs = ranks.with_theirs(outputs)
         pairs = zip(outputs[: len(latents)], outputs[len(latents) :], strict=True)
         return [uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale) for cond, uncond in pairs]
 
