@@ -55,7 +55,6 @@ class CudaDevice(Device):
             index
         )  # PyTorch makes a pool of streams with the first, 70 MiB outside the allocator
         self._gathers: torch.cuda.Stream | None = None
-        self._weight_group: dist.ProcessGroup | None = None
         self._copied = Copies()
         self._copying: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._waiting: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -181,13 +180,12 @@ class CudaDevice(Device):
         self._copying.append((source.nbytes, start, end))
         return end
 
-    def weight_peers(self) -> Peers:
-        """Every rank asks at the same place of its run. Few channels are enough, and take 12 MiB each for every peer."""
-        if self._weight_group is None:
-            options = dist.ProcessGroupNCCL.Options()
-            options.config.max_ctas = WEIGHT_CHANNELS
-            self._weight_group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)
-        return TorchPeers(self.place, WORLD, self._exchanged, self._weight_group)
+    def _weight_connections(self) -> Peers:
+        """Few channels are enough, and take 12 MiB each for every peer."""
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = WEIGHT_CHANNELS
+        group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)
+        return TorchPeers(self.place, WORLD, self._exchanged, group)
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
         """On a stream of its own, so that it waits for its mark only and no copy waits for it."""

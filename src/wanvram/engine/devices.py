@@ -159,13 +159,24 @@ class Device(Placing, Copying, Measuring, Booking):
     computes_half = True  # float16 products are as good as any
     attention: AttentionChoice | None = None  # what computes the transformer's; None: PyTorch decides
     place: Place = ALONE  # among the GPUs of a run, set once before it begins
+    _weight_peers: Peers | None = None
 
     def peers(self, axis: str) -> Peers:
         """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
         return TorchPeers(self.place, axis, self._exchanged)
 
     def weight_peers(self) -> Peers:
-        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges."""
+        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges.
+
+        All ranks ask for them first at the same place of their runs: the first message connects, outside the allocator.
+        """
+        if self._weight_peers is None:
+            self._weight_peers = peers = self._weight_connections()
+            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+            self.hold_to_limit()
+        return self._weight_peers
+
+    def _weight_connections(self) -> Peers:
         return self.peers(WORLD)
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:

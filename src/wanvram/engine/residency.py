@@ -24,6 +24,7 @@ from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
 from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
+from wanvram.sharing import WORLD
 from wanvram.units import human
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
@@ -241,12 +242,18 @@ class Component:
         return masters
 
     def _check_room(self, needed: int) -> None:
-        room = self.device.host_room()
+        """Ranks that share take theirs of one RAM, once all have looked at it."""
+        world = self.device.peers(WORLD)
+        if self._peers is not None:
+            world.meet()
+        room, needed = self.device.host_room(), needed * self._shard.count
         if room is not None and needed > room:
             raise DeviceError(
                 f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use "
                 f"{WEIGHTS_IN.asked('disk')}, {WEIGHT_STORAGE.asked('fp8')}, or plan with --vram_budget, which knows the RAM"
             )
+        if self._peers is not None:
+            world.meet()
 
     def _makes(self, source: TensorSource | None) -> bool:
         """Whether weights are made on the device, where each of their tensors is made whole."""
