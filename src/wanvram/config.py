@@ -156,6 +156,10 @@ class RunConfig:
             f"resident_blocks: {resident}, but the transformer of {self.request.task} has {blocks} blocks; give at most that many",
         )
 
+        require(
+            self.strategy.cfg_size == 1 or self.request.guided,
+            "cfg_size: 2 GPUs share two guidance passes, and sample_guide_scale 1 takes one; leave it at 1",
+        )
         together, prompts = knobs.BATCH_SIZE.of(self.strategy), self.request.all_prompts()
         require(
             together <= len(prompts) or len(prompts) == 1,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.residency import Component
-from wanvram.engine.staging import Ferry
 from wanvram.engine.shared_stages import SharedStages
+from wanvram.engine.staging import Ferry
 from wanvram.engine.vae_stages import decode
 from wanvram.models.vae import WanVAE
 from wanvram.recorder.recorder import Recorder

@@ -26,7 +26,7 @@ from wanvram.engine.residency import Component
 from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
-from wanvram.knobs import BATCH_SIZE, PRECISION, videos_per_pass
+from wanvram.knobs import BATCH_SIZE, PRECISION, T5_FSDP, videos_per_pass
 from wanvram.models.dit import Condition
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
@@ -238,7 +238,11 @@ class Pipeline:
         """Whether a component is used by this rank."""
         if which in ("vae", "vae_decoder"):
             return self.ranks.decodes(self._tiles())
-        return self.ranks.is_first or which in self._transformers()
+        return self.ranks.is_first or which in self._transformers() or self._is_everyones(which)
+
+    def _is_everyones(self, which: str) -> bool:
+        """Whether every rank has a share of a component that it needs all shares of."""
+        return which == "text_encoder" and T5_FSDP.of(self.config.strategy)
 
     def _handed(
         self,
@@ -252,7 +256,7 @@ class Pipeline:
         component = self._use(which, parts) if self._makes(which) else None
         name = self._name(which)
         with self.recorder.span(stage, kind="stage", component=name):
-            made = self.ranks.handed(lambda: make(cast(Component, component)), like)
+            made = self.ranks.handed(lambda: make(cast(Component, component)), like, everyone=self._is_everyones(which))
         if component is not None:
             self._done_with(name)
         return made

@@ -40,10 +40,13 @@ class SharedStages:
         return told
 
     def handed(
-        self, make: Callable[[], list[torch.Tensor]], like: Callable[[], list[torch.Tensor]]
+        self, make: Callable[[], list[torch.Tensor]], like: Callable[[], list[torch.Tensor]], *, everyone: bool = False
     ) -> list[torch.Tensor]:
-        """What the first rank makes, on the device of every rank. like: uninitialised tensors of the same shapes and types."""
-        if self.is_alone:
+        """What the first rank makes, on the device of every rank. like: uninitialised tensors of the same shapes and types.
+
+        everyone: all of them make it.
+        """
+        if self.is_alone or everyone:
             return make()
         tensors = make() if self.is_first else like()
         for tensor in tensors:

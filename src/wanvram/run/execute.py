@@ -260,6 +260,10 @@ def device_kind(config: RunConfig) -> str:
 def make_device(config: RunConfig) -> Device:
     """The real device a configuration asks for."""
     kind = device_kind(config)
+    require(
+        config.gpus == 1,
+        f"{config.gpus} GPUs: running on several GPUs is not implemented; --device simulated predicts what it would take",
+    )
     if kind == "cuda":
         # The commands did it before importing torch; a program may not have.
         put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
