@@ -19,7 +19,7 @@ from wanvram.knobs import chunk_rows
 from wanvram.models.dit import Attending, Prepared, Time, WanDiT
 from wanvram.request import Video
 from wanvram.sampling import SolverState
-from wanvram.sharing import SEQUENCE
+from wanvram.sharing import SEQUENCE, Place
 
 __all__ = ["Guide", "Sampling", "Turn", "TurnPlan", "Velocities", "advance", "asked_of", "transformer", "velocities_of"]
 
@@ -77,8 +77,8 @@ def velocities_of(
     negative prompt v = cond from one."""
     request, strategy = config.request, config.strategy
     dit, ranks = transformer(component), SharedStages(device)
-    tokens, shares = inputs.geometry.tokens(inputs.noise_shape), device.place.count(SEQUENCE)
-    rows = chunk_rows(-(-tokens // shares), strategy.rows_per_chunk)
+    tokens = inputs.geometry.tokens(inputs.noise_shape)
+    rows = _equal_chunks(device.place, tokens, chunk_rows(tokens, strategy.rows_per_chunk))
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
     team = team_of(device, tokens, dit.spec.num_heads, rows)
     asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
@@ -98,6 +98,14 @@ def velocities_of(
         return [uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale) for cond, uncond in pairs]
 
     return velocities
+
+
+def _equal_chunks(place: Place, tokens: int, rows: int) -> int:
+    """Rows of a chunk where a rank has a share of the tokens: equal chunks, none of them longer than that of one GPU."""
+    if place.count(SEQUENCE) == 1:
+        return rows
+    share = -(-tokens // place.count(SEQUENCE))
+    return -(-share // -(-share // rows))
 
 
 def advance(batch: list[Sampling], velocities: Velocities, plan: TurnPlan, count: int) -> None:
