@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from wanvram.engine.layout import Layout, TensorPlace
-from wanvram.weights.fp8 import FP8, SCALE_SUFFIX, row_scales, to_fp8
+from wanvram.kernels.scaled_products import FP8, SCALE_SUFFIX, row_scales, to_fp8
 
 __all__ = ["Packing"]
 

@@ -24,6 +24,7 @@ from wanvram.kernels.elementwise import (
     scaled_rope_,
 )
 from wanvram.kernels.scaled_attention import attention
+from wanvram.kernels.scaled_products import ScaledRows, scaled_product, scaled_rows
 from wanvram.models.precision import Precision
 from wanvram.specs import DiTSpec
 
@@ -69,22 +70,45 @@ def chunks(length: int, rows: int | None) -> Iterator[slice]:
 
 
 class Linear(nn.Module):
-    """Product and bias in the dtype of the parameters, which are left uninitialised."""
+    """Product and bias in the dtype of the parameters, which are left uninitialised.
+
+    scale: None, or float32 [outputs, 1] where a weight in float8 was put in place; the product is then one of float8 numbers.
+    """
+
+    scale: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = parameter(outputs, inputs, dtype=dtype)
         self.bias = parameter(outputs, dtype=dtype)
+        self.register_parameter("scale", None)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return torch.addmm(self.bias, h, self.weight.t())
+    def operand(self, h: Tensor) -> Tensor | ScaledRows:
+        """h [L, inputs] as this product takes it: once for all products of the same rows, and instead of them."""
+        return h if self.scale is None else scaled_rows(h)
 
-    def into(self, out: Tensor, h: Tensor) -> None:
-        torch.addmm(self.bias, h, self.weight.t(), out=out)
+    def forward(self, h: Tensor | ScaledRows) -> Tensor:
+        if isinstance(h, Tensor) and self.scale is None:
+            return torch.addmm(self.bias, h, self.weight.t())
+        rows = scaled_rows(h) if isinstance(h, Tensor) else h
+        out = self.bias.new_empty((rows.values.shape[0], self.weight.shape[0]))
+        self.into(out, rows)
+        return out
 
-    def columns_into(self, out: Tensor, h: Tensor, columns: slice) -> None:
+    def into(self, out: Tensor, h: Tensor | ScaledRows) -> None:
+        if isinstance(h, ScaledRows):
+            assert self.scale is not None
+            scaled_product(h, self.weight, self.scale, self.bias, out)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=out)
+
+    def columns_into(self, out: Tensor, h: Tensor | ScaledRows, columns: slice) -> None:
         """These columns of the result only."""
-        torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
+        if isinstance(h, ScaledRows):
+            assert self.scale is not None
+            scaled_product(h, self.weight[columns], self.scale[columns], self.bias[columns], out)
+        else:
+            torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
 
 
 class PatchEmbedding(nn.Module):

@@ -28,7 +28,7 @@ from wanvram.output_files import writing
 from wanvram.record import write_atomically
 from wanvram.specs import DIT
 from wanvram.units import human
-from wanvram.weights.fp8 import FP8, LARGEST, SCALE_SUFFIX, row_scales, to_fp8
+from wanvram.kernels.scaled_products import FP8, LARGEST, SCALE_SUFFIX, row_scales, to_fp8
 from wanvram.weights.official import (
     COMPONENTS,
     blueprint,
