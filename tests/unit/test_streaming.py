@@ -131,8 +131,14 @@ def home_of(kind: str, device: CpuDevice, pieces: list[Piece], read: Callable[..
     return StagedHome(device, max(piece.nbytes for piece in pieces), read)
 
 
-def ring_of(kind: str, device: CpuDevice, pieces: list[Piece], read: Callable[..., None] = read_piece) -> SlotRing:
-    return SlotRing(device, home_of(kind, device, pieces, read), max(piece.nbytes for piece in pieces))
+def ring_of(
+    kind: str,
+    device: CpuDevice,
+    pieces: list[Piece],
+    read: Callable[..., None] = read_piece,
+    lanes: dict[Piece, int] | None = None,
+) -> SlotRing:
+    return SlotRing(device, home_of(kind, device, pieces, read), max(piece.nbytes for piece in pieces), lanes)
 
 
 class Reader:
@@ -186,6 +192,7 @@ def walks(draw: st.DrawFn) -> list[tuple[list[int], int]]:
     broken=st.sets(st.integers(1, 25), max_size=4),
     seed=st.integers(0, 2**16),
     threaded=st.booleans(),
+    lanes=st.one_of(st.none(), st.lists(st.integers(0, 1), min_size=6, max_size=6)),
 )
 @settings(max_examples=300)
 def test_computation_sees_the_piece_it_asked_for_in_any_order_of_the_queues(
@@ -196,6 +203,7 @@ def test_computation_sees_the_piece_it_asked_for_in_any_order_of_the_queues(
     broken: set[int],
     seed: int,
     threaded: bool,
+    lanes: list[int] | None,
 ) -> None:
     """Also after walks broken off, walks of another order, and reads that fail (the n-th, for n in `broken`)."""
     device, reads = (BesideDevice if threaded else QueueDevice)(haste, seed), iter(range(1, 1000))
@@ -206,7 +214,7 @@ def test_computation_sees_the_piece_it_asked_for_in_any_order_of_the_queues(
         read_piece(piece, buffer)
 
     pieces, reader = pieces_of(*sizes), Reader(device)
-    ring = ring_of(kind, device, pieces, read)
+    ring = ring_of(kind, device, pieces, read, None if lanes is None else dict(zip(pieces, lanes, strict=False)))
     for order, limit in plan:
         walked = [pieces[index] for index in order]
         with suppress(WanvramError), closing(ring.walk(walked)) as slots:
@@ -309,6 +317,19 @@ def test_another_order_forgets_what_is_coming(recorded: tuple[SlotRing, Recorded
     for _ in ring.walk([three, two]):
         pass
     assert home.fetched == [3, 2, 3, 2]
+
+
+def test_pieces_of_two_lanes_pass_through_slots_of_their_own_sizes() -> None:
+    device, home, pieces = CpuDevice(), RecordedHome(), pieces_of(3, 2, 8, 3, 9)
+    ring = SlotRing(device, home, 99, dict(zip(pieces, (0, 0, 1, 0, 1), strict=True)))
+    assert [slot.nbytes for slot in ring.slots] == [3, 9]
+    for _ in range(2):
+        for piece, slot in zip(pieces, ring.walk(pieces), strict=True):
+            assert slot.nbytes == piece.nbytes
+    small, large = (slot.data_ptr() for slot in ring.slots)
+    # The first of either lane; then after each piece the next of its lane, at the end of a pass that of the next.
+    assert home.fetched == [1, 3, 2, 4, 5, 1, 3, 2, 4, 5, 1, 3]
+    assert home.into == [small if value in (1, 2, 4) else large for value in home.fetched]
 
 
 def test_a_walk_of_nothing_fetches_nothing(recorded: tuple[SlotRing, RecordedHome]) -> None:

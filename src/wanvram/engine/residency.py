@@ -7,7 +7,7 @@ per embedder. A flat buffer is one allocation, one copy and one free.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -38,10 +38,10 @@ def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor]]) -> None:
 
 @dataclass(eq=False)
 class _Part:
-    """One separately placed piece: the shell, one unit or one embedder. `prefix` makes its parameter names checkpoint keys."""
+    """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`."""
 
     module: nn.Module
-    prefix: str
+    root: nn.Module
     layout: Layout
     meta: tuple[tuple[str, nn.Parameter], ...]
     packing: Packing | None = None
@@ -54,15 +54,16 @@ class _Part:
 
     @property
     def group(self) -> str:
-        """`blocks.3.self_attn.` -> `blocks.3`: what belongs together in a record, and becomes resident together."""
-        found = re.match(r"(.*?\.\d+)\.", self.prefix)
-        return found.group(1) if found else self.prefix.rstrip(".")
+        """`blocks.3.self_attn.q.bias` -> `blocks.3`: what belongs together in a record, and becomes resident together."""
+        name = self.meta[0][0]
+        found = re.match(r"(.*?\.\d+)\.", name)
+        return found.group(1) if found else name.rpartition(".")[0]
 
     def bind(self, flat: torch.Tensor) -> None:
-        _bind(self.module, self.layout.views(flat))
+        _bind(self.root, self.layout.views(flat))
 
     def unbind(self) -> None:
-        _bind(self.module, iter(self.meta))
+        _bind(self.root, iter(self.meta))
 
     def clear(self) -> None:
         self.unbind()
@@ -93,12 +94,12 @@ class Component:
         self.device = device
         self._generated = generated  # where there is no source: what it would do
         self.parameters = sum(p.numel() for p in module.parameters())
-        prefixes = {id(m): prefix for prefix, m in module.named_modules()}
-        self._units = {id(u): _part(u, prefixes[id(u)], fp8) for u in units}
-        self._embedders = {id(e): _part(e, prefixes[id(e)]) for e in embedders}
+        names = {id(p): name for name, p in module.named_parameters()}
+        self._units = {id(u): _part(u, module, names, fp8) for u in units}
+        self._embedders = {id(e): _part(e, module, names) for e in embedders}
         placed = {id(p) for m in (*units, *embedders) for p in m.parameters()}
         shell = [(n, p) for n, p in module.named_parameters() if id(p) not in placed]
-        self._shell = _Part(module, "", Layout.of(shell), tuple(shell))
+        self._shell = _Part(module, module, Layout.of(shell), tuple(shell))
         self._ring: SlotRing | None = None
         self._masters: dict[_Part, torch.Tensor] = {}
         self._read: set[_Part] = set()  # from disk, at least once
@@ -115,11 +116,13 @@ class Component:
             self._place(part, source)
         self._make_room_to_unpack()
 
-    def load_streamed(self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0) -> None:
+    def load_streamed(
+        self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0, lanes: Sequence[int] = ()
+    ) -> None:
         """The shell, two slots and some resident groups of units on the device, all else at `home`.
 
         home: pinned or pageable (RAM), or disk (the source, read again in every pass). Groups that stay resident are spread
-        evenly, so that the copies between them are, too.
+        evenly, so that the copies between them are, too. lanes: which slot each unit passes through, where they do not take turns.
         """
         self._source = source
         if self._shell.nbytes:
@@ -131,7 +134,9 @@ class Component:
         waiting = [*streamed, *self._embedders.values()]
         self._masters = {} if home == "disk" else self._fill_masters(waiting, source, pinned=home == "pinned")
         if streamed:
-            self._ring = SlotRing(self.device, self._home(home, largest), largest)
+            given = zip(self._units.values(), lanes, strict=True) if lanes else ()
+            through = {part: lane for part, lane in given if part.flat is None}
+            self._ring = SlotRing(self.device, self._home(home, largest), largest, through)
         self._make_room_to_unpack()
 
     def load_host(self, source: TensorSource | None) -> None:
@@ -221,7 +226,7 @@ class Component:
             self.device.loaded_weights(flat, self.name)
         else:
             for name, view in part.layout.views(plain):
-                source.fill(part.prefix + name, view)
+                source.fill(name, view)
         if part.packing is not None:
             part.packing.pack(plain, flat)
 
@@ -313,7 +318,8 @@ class Component:
         return sum(master.nbytes for master in self._masters.values())
 
 
-def _part(module: nn.Module, prefix: str, fp8: bool = False) -> _Part:
-    named = list(module.named_parameters())
+def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: bool = False) -> _Part:
+    """names: of the root's parameters, by identity; a unit may gather modules from several places of it."""
+    named = [(names[id(p)], p) for p in module.parameters()]
     layout = Layout.of(named)
-    return _Part(module, prefix + ".", layout, tuple(named), Packing.of(layout) if fp8 else None)
+    return _Part(module, root, layout, tuple(named), Packing.of(layout) if fp8 else None)

@@ -121,14 +121,21 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, parts: Sequence[Tensor], rows: int | None) -> Tensor:
         """Latents [c_i,F,H,W], stacked along channels -> float32 tokens [L, dim], rounded to the weight's dtype."""
-        patches = self._unfold(parts)
-        weight = self.weight.flatten(1).t()
+        patches, weight = self.unfold(parts), self.matrix()
         tokens = torch.empty((patches.shape[0], weight.shape[1]), dtype=torch.float32, device=patches.device)
         for c in chunks(tokens.shape[0], rows):
-            tokens[c].copy_(torch.addmm(self.bias, patches[c], weight))
+            self.rows_into(tokens[c], patches[c], weight)
         return tokens
 
-    def _unfold(self, parts: Sequence[Tensor]) -> Tensor:
+    def matrix(self) -> Tensor:
+        """[channels * patch volume, dim]."""
+        return self.weight.flatten(1).t()
+
+    def rows_into(self, tokens: Tensor, patches: Tensor, weight: Tensor) -> None:
+        """Some rows of what `unfold` gives -> their tokens; weight: the `matrix`."""
+        tokens.copy_(torch.addmm(self.bias, patches, weight))
+
+    def unfold(self, parts: Sequence[Tensor]) -> Tensor:
         """[L, channels * patch volume] in the weight's dtype, written without an intermediate copy."""
         _, channels, pt, ph, pw = self.weight.shape
         _, frames, height, width = parts[0].shape
@@ -198,27 +205,37 @@ class SelfAttention(_Projections):
 
     def _whole(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """Keys and values for all rows first, then queries, attention and output projection row chunk by row chunk."""
-        gate = modulation[2]
         k = torch.empty(x.shape, dtype=self.k.bias.dtype, device=x.device)
         v = torch.empty_like(k)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
-            self.k.into(k[c], h)
-            self.v.into(v[c], h)
-            del h
-            rms_norm_rope_(k[c], self.norm_k.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
-        k, v = (self._by_head(t) for t in (k, v))
+            self.keys_and_values_into(k, v, x[c], c, modulation, inputs)
+        k, v = (self.by_head(t) for t in (k, v))
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
-            q = self.q(h)
-            del h
-            rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
-            attended = attention(self._by_head(q), k, v, inputs.attention)
-            del q
-            y = self.o(attended.flatten(1))
-            del attended
-            gated_add_(x[c], y, gate)
-            del y
+            self.attend_rows(x[c], c, k, v, modulation, inputs)
+
+    def keys_and_values_into(
+        self, k: Tensor, v: Tensor, x: Tensor, c: slice, modulation: Sequence[Tensor], inputs: BlockInputs
+    ) -> None:
+        """k[c] and v[c], of [L, dim], from x, the rows c of the stream."""
+        h = self._normed(x, modulation)
+        self.k.into(k[c], h)
+        self.v.into(v[c], h)
+        del h
+        rms_norm_rope_(k[c], self.norm_k.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
+
+    def attend_rows(
+        self, x: Tensor, c: slice, k: Tensor, v: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs
+    ) -> None:
+        """x, the rows c of the stream, += gate * their attention to all keys and values [L, heads, head_dim]."""
+        h = self._normed(x, modulation)
+        q = self.q(h)
+        del h
+        rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
+        attended = attention(self.by_head(q), k, v, inputs.attention)
+        del q
+        y = self.o(attended.flatten(1))
+        del attended
+        gated_add_(x, y, modulation[2])
 
     def _sliced(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """Queries for all rows; keys and values of one head group at a time, whose result takes the queries' place.
@@ -235,7 +252,7 @@ class SelfAttention(_Projections):
             del h
             inverse_rms(k, inverse[c], self.eps)
             del k
-        heads = self._by_head(q)
+        heads = self.by_head(q)
         for group in chunks(self.num_heads, inputs.heads_per_group):
             self._attend_group(heads, group, x, modulation, inputs, inverse, rows)
         for c in chunks(x.shape[0], rows):
@@ -273,7 +290,7 @@ class SelfAttention(_Projections):
     def _normed(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         return layer_norm_modulate(x, modulation[1], modulation[0], self.eps, 1.0, self.k.bias.dtype)
 
-    def _by_head(self, t: Tensor) -> Tensor:
+    def by_head(self, t: Tensor) -> Tensor:
         return t.view(t.shape[0], self.num_heads, -1)
 
 
@@ -304,9 +321,9 @@ class CrossAttention(_Projections):
         """x += attention(norm(x)), without a gate."""
         pairs = self.keys_and_values(inputs.text, inputs.image)
         for c in chunks(x.shape[0], rows):
-            self._rows(x[c], norm, pairs, inputs.attention)
+            self.attend_rows(x[c], norm, pairs, inputs.attention)
 
-    def _rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
+    def attend_rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
         h = norm(x)
         q = self.q(h)
         del h
@@ -331,16 +348,19 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], rows: int | None) -> None:  # type: ignore[override]
         """x += gate * ffn(norm(x)). modulation: shift, scale, gate."""
-        shift, scale, gate = modulation
         for c in chunks(x.shape[0], rows):
-            h = layer_norm_modulate(x[c], scale, shift, self.eps, 1.0, self.matmul)
-            wide = self[0](h)
-            del h
-            gelu_tanh_(wide)
-            y = self[2](wide)
-            del wide
-            gated_add_(x[c], y, gate)
-            del y
+            self.add_rows(x[c], modulation)
+
+    def add_rows(self, x: Tensor, modulation: Sequence[Tensor]) -> None:
+        """The same for some rows of the stream."""
+        shift, scale, gate = modulation
+        h = layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul)
+        wide = self[0](h)
+        del h
+        gelu_tanh_(wide)
+        y = self[2](wide)
+        del wide
+        gated_add_(x, y, gate)
 
 
 class Block(nn.Module):
@@ -362,11 +382,15 @@ class Block(nn.Module):
         if unit is self.cross_attn:
             self.cross_attn(x, self.norm3, inputs, rows)
             return
-        modulation = (self.modulation[0] + inputs.modulation).unbind(0)
+        modulation = self.modulated(inputs)
         if unit is self.self_attn:
             self.self_attn(x, modulation[:3], inputs, rows)
         else:
             self.ffn(x, modulation[3:], rows)
+
+    def modulated(self, inputs: BlockInputs) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward, each float32 [dim]."""
+        return (self.modulation[0] + inputs.modulation).unbind(0)
 
 
 class VaceBlock(Block):
@@ -410,13 +434,20 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor, rows: int | None) -> Tensor:
         """x [L, dim], e [1, dim] -> [L, patch volume * out_dim]."""
-        shift, scale = (self.modulation[0] + e).unbind(0)
+        modulation = self.modulated(e)
         out = torch.empty((x.shape[0], self.head.bias.shape[0]), dtype=self.dtype, device=x.device)
         for c in chunks(x.shape[0], rows):
-            h = layer_norm_modulate(x[c], scale, shift, self.eps, 1.0, self.dtype)
-            self.head.into(out[c], h)
-            del h
+            self.rows_into(out[c], x[c], modulation)
         return out
+
+    def modulated(self, e: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale, float32 [dim]."""
+        return (self.modulation[0] + e).unbind(0)
+
+    def rows_into(self, out: Tensor, x: Tensor, modulation: Sequence[Tensor]) -> None:
+        """Some rows of the stream -> their rows of what the head gives."""
+        shift, scale = modulation
+        self.head.into(out, layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.dtype))
 
 
 class ImageEmbedding(nn.Module):
