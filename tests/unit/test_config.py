@@ -34,6 +34,7 @@ KEYS = {
     "optimization.resident_blocks",
     "optimization.attention_backend",
     "optimization.weight_storage",
+    "optimization.product_precision",
     "optimization.vae_tile",
     "optimization.vae_precision",
     "optimization.expandable_segments",

@@ -24,7 +24,7 @@ BUDGETS = {
     "cli": 2230,
     "engine": 2960,
     "foreign": 3550,
-    "kernels": 1230,
+    "kernels": 1280,
     "machine": 1125,
     "matrix": 675,
     "media": 625,

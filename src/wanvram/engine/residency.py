@@ -17,9 +17,10 @@ from torch import nn
 
 from wanvram.engine.devices import Device
 from wanvram.engine.layout import Layout
-from wanvram.engine.packing import Packing
+from wanvram.engine.packing import NOWHERE, Fp8, Packing
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
+from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
 from wanvram.units import human
@@ -29,28 +30,55 @@ from wanvram.weights.sources import TensorSource
 __all__ = ["Component"]
 
 
-def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor]]) -> None:
+_SCALE = ".weight" + SCALE_SUFFIX  # how a layout ends the name of what the module calls its scale
+
+
+def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor | None]]) -> None:
     for name, view in views:
-        path, _, leaf = name.rpartition(".")
+        path, _, leaf = name.replace(_SCALE, SCALE_SUFFIX).rpartition(".")
         owner = module.get_submodule(path) if path else module
-        owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+        owner._parameters[leaf] = None if view is None else nn.Parameter(view, requires_grad=False)
 
 
 @dataclass(eq=False)
 class _Part:
-    """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`."""
+    """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`.
+
+    packing: how it is in fp8, where `fp8` is for anything. meta: what its parameters are without weights. stays: on the device.
+    """
 
     module: nn.Module
     root: nn.Module
     layout: Layout
-    meta: tuple[tuple[str, nn.Parameter], ...]
+    meta: tuple[tuple[str, nn.Parameter | None], ...]
     packing: Packing | None = None
+    fp8: Fp8 = NOWHERE
+    stays: bool = False
     flat: torch.Tensor | None = None
+
+    @property
+    def packed(self) -> Packing | None:
+        """How it is stored. What stays on the device and is multiplied in fp8 is quantised once."""
+        return self.packing if self.fp8.stored or (self.fp8.multiplied and self.stays) else None
 
     @property
     def nbytes(self) -> int:
         """As stored, on the device or at its home."""
-        return self.layout.nbytes if self.packing is None else self.packing.stored.nbytes
+        return self.layout.nbytes if self.packed is None else self.packed.stored.nbytes
+
+    @property
+    def is_bound(self) -> bool:
+        """For good: it stays, and is stored as it is used."""
+        return self.stays and (self.packed is None or self.fp8.multiplied)
+
+    @property
+    def room_bytes(self) -> int:
+        """Of the buffer that it is unpacked or quantised into."""
+        if self.packing is None or self.is_bound:
+            return 0
+        if self.fp8.multiplied:
+            return 0 if self.packed else self.packing.matrices.nbytes
+        return self.layout.nbytes
 
     @property
     def group(self) -> str:
@@ -59,15 +87,28 @@ class _Part:
         found = re.match(r"(.*?\.\d+)\.", name)
         return found.group(1) if found else name.rpartition(".")[0]
 
-    def bind(self, flat: torch.Tensor) -> None:
-        _bind(self.root, self.layout.views(flat))
+    def bind(self, flat: torch.Tensor, room: torch.Tensor | None = None) -> None:
+        """flat [nbytes], as it is stored. room: see `room_bytes`."""
+        _bind(self.root, self._views(flat, room))
+
+    def _views(self, flat: torch.Tensor, room: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.packing is None:
+            return self.layout.views(flat)
+        if self.packed and self.fp8.multiplied:
+            return self.packed.stored.views(flat)
+        assert room is not None
+        room = room.narrow(0, 0, self.room_bytes)
+        if self.packed is None:
+            return self.packing.quantise(flat, room)
+        self.packed.unpack(flat, room)
+        return self.layout.views(room)
 
     def unbind(self) -> None:
         _bind(self.root, iter(self.meta))
 
     def clear(self) -> None:
         self.unbind()
-        self.flat = None
+        self.flat, self.stays = None, False
 
 
 class Component:
@@ -86,7 +127,7 @@ class Component:
         device: Device,
         embedders: Sequence[nn.Module] = (),
         *,
-        fp8: bool = False,
+        fp8: Fp8 = NOWHERE,
         generated: bool = True,
     ) -> None:
         self.name = name
@@ -105,7 +146,7 @@ class Component:
         self._read: set[_Part] = set()  # from disk, at least once
         self._source: TensorSource | None = None
         self._on_host = False
-        self._unpacked: torch.Tensor | None = None
+        self._room: torch.Tensor | None = None
         self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
     # --- loading -----------------------------------------------------------------------------------------------------------
@@ -114,7 +155,7 @@ class Component:
         """Every parameter on the device, written there tensor by tensor: peaks at base memory plus nothing."""
         for part in self._parts():
             self._place(part, source)
-        self._make_room_to_unpack()
+        self._make_room()
 
     def load_streamed(
         self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0, lanes: Sequence[int] = ()
@@ -137,7 +178,7 @@ class Component:
             given = zip(self._units.values(), lanes, strict=True) if lanes else ()
             through = {part: lane for part, lane in given if part.flat is None}
             self._ring = SlotRing(self.device, self._home(home, largest), largest, through)
-        self._make_room_to_unpack()
+        self._make_room()
 
     def load_host(self, source: TensorSource | None) -> None:
         """Every parameter in host RAM; the module then computes on the CPU."""
@@ -158,19 +199,20 @@ class Component:
             for part in self._parts():
                 part.clear()
             self._masters.clear()
-            self._source = self._unpacked = None
+            self._source = self._room = None
             self._on_host = False
 
     def _place(self, part: _Part, source: TensorSource | None) -> None:
+        part.stays = True
         part.flat = self.device.empty((part.nbytes,), torch.uint8)
         self._fill(part, part.flat, source)
-        if part.packing is None:
+        if part.is_bound:
             part.bind(part.flat)
 
-    def _make_room_to_unpack(self) -> None:
-        largest = max((part.layout.nbytes for part in self._units.values() if part.packing is not None), default=0)
+    def _make_room(self) -> None:
+        largest = max((part.room_bytes for part in self._units.values()), default=0)
         if largest:
-            self._unpacked = self.device.empty((largest,), torch.uint8)
+            self._room = self.device.empty((largest,), torch.uint8)
 
     def _home(self, home: str, largest: int) -> Home:
         if home == "pinned":
@@ -218,7 +260,7 @@ class Component:
         """The part's tensors from the source into `flat` [part.nbytes], packed if the part is."""
         check()
         plain = flat
-        if part.packing is not None:
+        if part.packed is not None:
             plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
         if source is None and self._generated:
             self.device.generated_weights()
@@ -227,8 +269,8 @@ class Component:
         else:
             for name, view in part.layout.views(plain):
                 source.fill(name, view)
-        if part.packing is not None:
-            part.packing.pack(plain, flat)
+        if part.packed is not None:
+            part.packed.pack(plain, flat)
 
     def _parts(self) -> list[_Part]:
         shell = [self._shell] if self._shell.nbytes else []
@@ -266,11 +308,11 @@ class Component:
         try:
             for part in parts:
                 check()
-                if part.flat is not None and part.packing is None:
+                if part.is_bound:
                     yield part.module
                     continue
                 # Only the module holds the bytes, no local: release in the middle of a walk must free them.
-                part.bind(self._unpack(part, next(coming) if part.flat is None else part.flat))
+                part.bind(next(coming) if part.flat is None else part.flat, self._room)
                 try:
                     yield part.module
                 finally:
@@ -279,13 +321,6 @@ class Component:
         finally:
             if isinstance(coming, Generator):
                 coming.close()
-
-    def _unpack(self, part: _Part, stored: torch.Tensor) -> torch.Tensor:
-        if part.packing is None:
-            return stored
-        assert self._unpacked is not None
-        part.packing.unpack(stored, self._unpacked.narrow(0, 0, part.layout.nbytes))
-        return self._unpacked
 
     def walk_embedders(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Yields each embedder with its weights in place. Afterwards it is gone, on the device and at its home."""
@@ -318,8 +353,12 @@ class Component:
         return sum(master.nbytes for master in self._masters.values())
 
 
-def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: bool = False) -> _Part:
+def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: Fp8 = NOWHERE) -> _Part:
     """names: of the root's parameters, by identity; a unit may gather modules from several places of it."""
     named = [(names[id(p)], p) for p in module.parameters()]
     layout = Layout.of(named)
-    return _Part(module, root, layout, tuple(named), Packing.of(layout) if fp8 else None)
+    if not (fp8.stored or fp8.multiplied):
+        return _Part(module, root, layout, tuple(named))
+    packing = Packing.of(layout)
+    scales = [(place.name, None) for place in packing.matrices.places if place.name.endswith(SCALE_SUFFIX)]
+    return _Part(module, root, layout, (*named, *scales), packing, fp8)

@@ -217,7 +217,7 @@ class SelfAttention(_Projections):
         self, k: Tensor, v: Tensor, x: Tensor, c: slice, modulation: Sequence[Tensor], inputs: BlockInputs
     ) -> None:
         """k[c] and v[c], of [L, dim], from x, the rows c of the stream."""
-        h = self._normed(x, modulation)
+        h = self.k.operand(self._normed(x, modulation))
         self.k.into(k[c], h)
         self.v.into(v[c], h)
         del h
@@ -227,14 +227,16 @@ class SelfAttention(_Projections):
         self, x: Tensor, c: slice, k: Tensor, v: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs
     ) -> None:
         """x, the rows c of the stream, += gate * their attention to all keys and values [L, heads, head_dim]."""
-        h = self._normed(x, modulation)
+        h = self.q.operand(self._normed(x, modulation))
         q = self.q(h)
         del h
         rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
         attended = attention(self.by_head(q), k, v, inputs.attention)
         del q
-        y = self.o(attended.flatten(1))
+        rows = self.o.operand(attended.flatten(1))
         del attended
+        y = self.o(rows)
+        del rows
         gated_add_(x, y, modulation[2])
 
     def _sliced(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
@@ -245,7 +247,7 @@ class SelfAttention(_Projections):
         q = torch.empty(x.shape, dtype=self.q.bias.dtype, device=x.device)
         inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
+            h = self.q.operand(self._normed(x[c], modulation))
             self.q.into(q[c], h)
             rms_norm_rope_(q[c], self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
             k = self.k(h)
@@ -276,7 +278,7 @@ class SelfAttention(_Projections):
         k = torch.empty((x.shape[0], count * width), dtype=q.dtype, device=x.device)
         v = torch.empty_like(k)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
+            h = self.k.operand(self._normed(x[c], modulation))
             self.k.columns_into(k[c], h, columns)
             self.v.columns_into(v[c], h, columns)
             del h
@@ -312,10 +314,11 @@ class CrossAttention(_Projections):
         return pairs
 
     def _pair(self, tokens: Tensor, to_k: Linear, to_v: Linear, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        k = to_k(tokens)
+        rows = to_k.operand(tokens)
+        k = to_k(rows)
         rms_norm_(k, norm.weight, self.eps)
         shape = (tokens.shape[0], self.num_heads, -1)
-        return k.view(shape), to_v(tokens).view(shape)
+        return k.view(shape), to_v(rows).view(shape)
 
     def forward(self, x: Tensor, norm: AffineNorm, inputs: BlockInputs, rows: int | None) -> None:
         """x += attention(norm(x)), without a gate."""
@@ -324,7 +327,7 @@ class CrossAttention(_Projections):
             self.attend_rows(x[c], norm, pairs, inputs.attention)
 
     def attend_rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
-        h = norm(x)
+        h = self.q.operand(norm(x))
         q = self.q(h)
         del h
         rms_norm_(q, self.norm_q.weight, self.eps)
@@ -333,8 +336,10 @@ class CrossAttention(_Projections):
         for k, v in pairs[1:]:
             attended.add_(attention(q, k, v, asked))
         del q
-        y = self.o(attended.flatten(1))
+        rows = self.o.operand(attended.flatten(1))
         del attended
+        y = self.o(rows)
+        del rows
         add_(x, y)
 
 
@@ -354,12 +359,15 @@ class FeedForward(nn.Sequential):
     def add_rows(self, x: Tensor, modulation: Sequence[Tensor]) -> None:
         """The same for some rows of the stream."""
         shift, scale, gate = modulation
-        h = layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul)
-        wide = self[0](h)
+        up, down = (module for module in self if isinstance(module, Linear))
+        h = up.operand(layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul))
+        wide = up(h)
         del h
         gelu_tanh_(wide)
-        y = self[2](wide)
+        rows = down.operand(wide)
         del wide
+        y = down(rows)
+        del rows
         gated_add_(x, y, gate)
 
 
