@@ -255,18 +255,22 @@ HOW: list[Case] = [
     (
         "t2v",
         ["--product_precision", "fp8", "--precision", "bf16", "--device", "simulated", "--gpu", "rtx3090"],
-        "--product_precision: fp8 is computed on cards of compute capability 8.9 or newer; .* has 8.6; use same",
+        "product_precision: fp8 is computed on cards of compute capability 8.9 or newer; .* has 8.6; use same",
     ),
     ("t2v", ["--vae_tile", "4"], "--vae_tile: 4 must be at least 8"),
     ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),
     *(
         ("t2v", [f"--{flag}", "2"], f"--{flag}: 2; running on several GPUs")
-        for flag in ("cfg_size", "ulysses_size", "ring_size")
+        for flag in ("cfg_size", "gpus", "ulysses_size", "ring_size")
     ),
-    *(("t2v", [f"--{flag}", "True"], f"--{flag}: true; running on several GPUs") for flag in ("t5_fsdp", "dit_fsdp")),
+    *(
+        ("t2v", [f"--{flag}", "True"], f"--{flag}: true; several GPUs share weights")
+        for flag in ("t5_fsdp", "dit_fsdp")
+    ),
     ("t2v", ["--ulysses_size", "0"], "--ulysses_size: 0; "),
     ("t2v", ["--device", "tpu"], "--device: invalid choice"),
     ("t2v", ["--device", "simulated", "--gpu", "rtx9"], "rtx9"),
+    ("t2v", ["--device", "simulated", "--link", "ethernet"], "--link: invalid choice"),
     *(
         ("t2v", [f"--vram={text}"], rf"--vram: '{text}' is not an amount of memory; write for example 8GiB")
         for text in ("0", "abc", "", "-8GiB", "nan")

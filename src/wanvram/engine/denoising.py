@@ -14,7 +14,7 @@ from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
 from wanvram.kernels.attention_backends import AUTO
 from wanvram.knobs import chunk_rows
-from wanvram.models.dit import Prepared, Time, WanDiT
+from wanvram.models.dit import Attending, Prepared, Time, WanDiT
 from wanvram.request import Video
 from wanvram.sampling import SolverState
 
@@ -76,7 +76,7 @@ def velocities_of(
     dit = transformer(component)
     rows = chunk_rows(inputs.geometry.tokens(inputs.noise_shape), strategy.rows_per_chunk)
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-    asked: dict[str, Any] = {"rows_per_chunk": rows, "heads_per_group": heads, "attention": asked_of(device)}
+    asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device))}
 
     def velocities(latents: list[torch.Tensor], time: Time, conditions: list[Prepared]) -> list[torch.Tensor]:
         groups = [conditions, [negative] * len(latents)] if negative is not None else [conditions]

@@ -6,7 +6,7 @@ multiplies them as they are, and a unit that is stored in the compute dtype is q
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +41,12 @@ class Packing:
         scaled = [place for place in plain.places if _is_matrix(place)]
         return cls(plain, Layout.packed(_stored(plain.places)), Layout.packed(_stored(scaled)))
 
-    def pack(self, flat: torch.Tensor, target: torch.Tensor) -> None:
-        """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device."""
+    def pack(self, flat: torch.Tensor, target: torch.Tensor, only: Container[str] | None = None) -> None:
+        """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device. only: names of the tensors wanted."""
         stored = dict(self.stored.views(target))
         for name, view in self.plain.views(flat):
+            if only is not None and name not in only:
+                continue
             if name + SCALE_SUFFIX not in stored:
                 stored[name].copy_(view)
                 continue

@@ -56,6 +56,7 @@ NOTHING = (
     "quantise_rows",
     "scaled_product",
     "gelu_tanh_",
+    "merge_attention_",
     "rms_norm_silu",
     "fill_window",
 )
