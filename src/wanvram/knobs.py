@@ -147,6 +147,14 @@ def _streamed_only(plain: object) -> Rule:
 
 
 _ONE_GPU = "running on several GPUs is not implemented"
+_AMONG_SEVERAL = Rule(
+    lambda value, strategy: not value or gpus(strategy) > 1,
+    "{value}; several GPUs share weights, and this run has one; give ulysses_size, ring_size or cfg_size too",
+)
+_NOT_ON_THE_CPU = Rule(
+    lambda value, strategy: not (value and T5_CPU.of(strategy)),
+    "{value}; GPUs share what they compute with, and t5_cpu has T5 on the CPU; choose one of them",
+)
 _WITHIN_THE_BATCH = Rule(
     lambda value, strategy: value is None or value <= BATCH_SIZE.of(strategy),
     "{value} videos cannot pass a block together where fewer are denoised together; give a batch_size of at least that many",
@@ -199,7 +207,6 @@ def chunk_rows(tokens: int, asked: int | None) -> int:
 _STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
 _VAE = ("vae_encoder", "vae_decoder")
 _MORE_GPUS = "default: 1; more needs several GPUs, which is not implemented"
-_SEVERAL_GPUS = "needs several GPUs, which is not implemented"
 
 # fmt: off
 PRECISION = Knob(
@@ -257,8 +264,12 @@ PARALLEL_DEGREE = Knob(
     "parallel_degree", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),), other_flag="gpus")
 ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
 RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
-T5_FSDP = Knob("t5_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
-DIT_FSDP = Knob("dit_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
+T5_FSDP = Knob(
+    "t5_fsdp", False, "each GPU keeps a share of T5 (default: False)",
+    touches=("text_encoder",), smaller=_only(True), rules=(_AMONG_SEVERAL, _NOT_ON_THE_CPU), kept=True)
+DIT_FSDP = Knob(
+    "dit_fsdp", False, "each GPU keeps a share of the transformer (default: False)",
+    touches=("dit",), smaller=_only(True), rules=(_AMONG_SEVERAL,), kept=True)
 # fmt: on
 
 # In the order of Strategy's fields, which is that of flags, keys and commands.
@@ -317,6 +328,13 @@ def smaller_values(strategy: S, situation: Situation) -> Iterator[tuple[Knob[Any
 
 def is_streamed(strategy: object) -> bool:
     return LOAD_STRATEGY.of(strategy) == "block"
+
+
+def gpus(strategy: object) -> int:
+    """That make the videos together."""
+    return max(
+        PARALLEL_DEGREE.of(strategy), math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
+    )
 
 
 def videos_per_pass(strategy: object) -> int:
