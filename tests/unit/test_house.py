@@ -28,7 +28,7 @@ BUDGETS = {
     "machine": 1125,
     "matrix": 675,
     "media": 625,
-    "models": 2250,
+    "models": 2300,
     "planner": 1400,
     "predict": 935,
     "prompt": 1000,
