@@ -345,7 +345,7 @@ def numerics_here(say: Callable[[Row], None]) -> None:
 
     from wanvram.kernels.attention_backends import BACKENDS as REGISTRY
     from wanvram.kernels.fused_attention import usable
-    from wanvram.models.dit import Condition, WanDiT
+    from wanvram.models.dit import Attending, Condition, WanDiT
     from wanvram.models.precision import PRECISIONS
     from wanvram.specs import DIT
 
@@ -357,7 +357,8 @@ def numerics_here(say: Callable[[Row], None]) -> None:
         model = WanDiT(spec, PRECISIONS[precision]).to("cuda")
         model.load_state_dict(weights)
         (moment,), conditions = model.prepare([500], [Condition(context)])
-        (velocity,) = model.velocity([latent], moment, conditions, rows_per_chunk=8192, attention=backend)
+        how = Attending(backend=backend)
+        (velocity,) = model.velocity([latent], moment, conditions, rows_per_chunk=8192, attending=how)
         return velocity.double().cpu()
 
     exact = forward("fp32", "efficient")

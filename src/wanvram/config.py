@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from wanvram import knobs
 from wanvram.errors import InputError, require
 from wanvram.request import Request, Video, is_unicode
-from wanvram.sharing import Place
+from wanvram.sharing import LINKS, Place
 from wanvram.specs import DIT
 from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
@@ -114,7 +114,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One complete configuration. weights: random, tiny or a checkpoint directory. gpu: which card to simulate."""
+    """One complete configuration. weights: random, tiny or a checkpoint directory. gpu: which card to simulate; link: what joins
+    several of them there (None: what usually does).
+    """
 
     name: str
     description: str
@@ -125,6 +127,7 @@ class RunConfig:
     weights: str = "random"
     gpu: str | None = None
     memory_limit_bytes: int | None = None
+    link: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "description", "weights", "gpu"):
@@ -142,6 +145,7 @@ class RunConfig:
             "no limit)",
         )
         self.request.check_size(tiny=self.weights == "tiny")
+        require(self.link in (None, *LINKS), f"link: '{self.link}'; choose one of {', '.join(LINKS)}")
         require(self.device in DEVICES, f"device: '{self.device}'; choose one of {', '.join(DEVICES)}")
         require(
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
@@ -192,6 +196,8 @@ class RunConfig:
             notes.append(
                 f"{knobs.CFG.name} has no effect with sample_guide_scale 1, which takes one pass and no negative prompt"
             )
+        if self.link is not None and self.gpus == 1:
+            notes.append(f"link: {self.link} has no effect on one GPU; it joins several")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,7 +242,7 @@ class RunConfig:
 
 
 _TOP = {"name": (str,), "description": (str,)} | dict.fromkeys((*_SECTIONS, "logging", "request"), (dict,))
-_OWN = ("weights", "gpu", "memory_limit_bytes")  # of RunConfig, beside what is asked for
+_OWN = ("weights", "gpu", "memory_limit_bytes", "link")  # of RunConfig, beside what is asked for
 _TYPE_NAMES: dict[type, str] = {
     str: "text",
     bool: "true or false",

@@ -12,11 +12,12 @@ from itertools import pairwise
 
 from wanvram.errors import require
 
-__all__ = ["ALONE", "CFG", "RING", "SEQUENCE", "ULYSSES", "WORLD", "Place", "Sequence", "parts", "size"]
+__all__ = ["ALONE", "CFG", "LINKS", "RING", "SEQUENCE", "ULYSSES", "WORLD", "Place", "Sequence", "parts", "size"]
 
 ULYSSES, RING, CFG = "ulysses", "ring", "cfg"
 SEQUENCE = "sequence"  # ulysses and ring together: those that share one sequence
 WORLD = "world"
+LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")  # what joins the GPUs; host: the RAM, without peer access
 
 
 def parts(total: int, count: int) -> list[slice]:

@@ -260,12 +260,13 @@ HOW: list[Case] = [
     ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),
     *(
         ("t2v", [f"--{flag}", "2"], f"--{flag}: 2; running on several GPUs")
-        for flag in ("cfg_size", "ulysses_size", "ring_size")
+        for flag in ("cfg_size", "gpus", "ulysses_size", "ring_size")
     ),
     *(("t2v", [f"--{flag}", "True"], f"--{flag}: true; running on several GPUs") for flag in ("t5_fsdp", "dit_fsdp")),
     ("t2v", ["--ulysses_size", "0"], "--ulysses_size: 0; "),
     ("t2v", ["--device", "tpu"], "--device: invalid choice"),
     ("t2v", ["--device", "simulated", "--gpu", "rtx9"], "rtx9"),
+    ("t2v", ["--device", "simulated", "--link", "ethernet"], "--link: invalid choice"),
     *(
         ("t2v", [f"--vram={text}"], rf"--vram: '{text}' is not an amount of memory; write for example 8GiB")
         for text in ("0", "abc", "", "-8GiB", "nan")

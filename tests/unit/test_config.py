@@ -78,6 +78,7 @@ KEYS = {
     "request.weights",
     "request.gpu",
     "request.memory_limit_bytes",
+    "request.link",
 }
 
 SPECIFICATION_EXAMPLE = """
@@ -219,6 +220,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "name: x\nrequest: {task: t2v-1.3B, size: 1280*720}": ("request.size: '1280*720'", "480*832, 832*480"),
     "name: x\nrequest: {base_seed: -2}": ("request.base_seed: -2",),
     "name: x\nrequest: {memory_limit_bytes: -1}": ("request.memory_limit_bytes: -1", "at least 1"),
+    "name: x\nrequest: {link: ethernet}": ("request.link: 'ethernet'", "choose one of nvlink"),
     "name: x\nrequest: {memory_limit_bytes: 8}": ("request.memory_limit_bytes: 8", "in bytes: 8 GiB are 8589934592"),
     "name: x\nrequest: {weights: ''}": ("request.weights", "checkpoint directory"),
     "name: x\nrequest: {prompt: 5}": ("request.prompt: 5 is not text",),

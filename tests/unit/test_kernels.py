@@ -18,7 +18,8 @@ from wanvram.kernels.elementwise import (
     rms_norm_rope_,
     scaled_rope_,
 )
-from wanvram.kernels.scaled_attention import attention
+from wanvram.kernels.merge import merge_attention_
+from wanvram.kernels.scaled_attention import attention, attention_with_sums
 
 EPS = 1e-6
 HEADS = 4
@@ -128,6 +129,18 @@ def test_attention_is_its_float64_formula() -> None:
     near(out, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_parts_of_the_keys_is_merged_in_place(dtype: torch.dtype) -> None:
+    q, k, v = (randn(rows, 3, 8, seed=rows, dtype=dtype) for rows in (7, 20, 20))
+    expected, expected_sums = attention_with_sums(q.double(), k.double(), v.double())
+    first, sums = attention_with_sums(q, k[:6], v[:6])
+    out = first.float()
+    for piece in (slice(6, 15), slice(15, 20)):
+        merge_attention_(out, sums, *attention_with_sums(q, k[piece], v[piece]))
+    near(out, expected, 1e-6 if dtype == torch.float32 else 2**-8)
+    near(sums, expected_sums, 1e-6 if dtype == torch.float32 else 2**-8)
+
+
 Call = Callable[[str, torch.dtype], Tensor]
 
 
@@ -141,7 +154,15 @@ def _attention(device: str, dtype: torch.dtype) -> Tensor:
     return attention(randn(6, 4, 8, device=device, dtype=dtype), *(randn(9, 4, 8, device=device, dtype=dtype),) * 2)
 
 
-@pytest.mark.parametrize("call", [_layer_norm, _attention])
+def _sums(device: str, dtype: torch.dtype) -> Tensor:
+    return attention_with_sums(*(randn(6, 4, 8, device=device, dtype=dtype),) * 3)[1]
+
+
+def _attention_with_sums(device: str, dtype: torch.dtype) -> Tensor:
+    return attention_with_sums(*(randn(6, 4, 8, device=device, dtype=dtype),) * 3)[0]
+
+
+@pytest.mark.parametrize("call", [_layer_norm, _attention, _attention_with_sums, _sums])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fake_result_has_the_real_shape_dtype_and_strides(call: Call, dtype: torch.dtype) -> None:
     real, fake = call("cpu", dtype), call("meta", dtype)
@@ -215,6 +236,10 @@ def on_gpu(rows: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, T
     part = low[:, columns].contiguous()
     scaled_rope_(part[3:], inverse, weight[columns], cos[3:], sin[3:], half)
     results |= {"inverse_rms": inverse, "scaled_rope_": part}
+    shape, merged, sums = (rows, heads, width // heads), x[3:].clone(), randn(heads, rows + 3, seed=4, device="cuda")
+    other = randn(heads, rows, seed=5, device="cuda")
+    merge_attention_(merged.view(shape), sums[:, 3:], low[3:].view(shape), other)
+    results |= {"merge_attention_": merged, "merged sums": sums}
     added = x.clone()
     add_(added[3:], low[3:])
     assert torch.equal(added[3:], x[3:] + low[3:])
@@ -246,7 +271,7 @@ def test_triton_kernels_allocate_only_their_output() -> None:
     x, y = (randn(64, 5120, seed=s, device="cuda") for s in (0, 1))
     half, gate = y.bfloat16(), randn(5120, device="cuda")
     cos, sin = (t.float() for t in tables(64, 64, "cuda"))
-    inverse = torch.ones(64, device="cuda")
+    inverse, sums, heads = torch.ones(64, device="cuda"), torch.ones(40, 64, device="cuda"), (64, 40, 128)
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "gated_add_": (lambda: gated_add_(x, half, gate), 0),
         "add_": (lambda: add_(x, half), 0),
@@ -255,6 +280,7 @@ def test_triton_kernels_allocate_only_their_output() -> None:
         "gelu_tanh_": (lambda: gelu_tanh_(half), 0),
         "inverse_rms": (lambda: inverse_rms(half, inverse, EPS), 0),
         "scaled_rope_": (lambda: scaled_rope_(half, inverse, gate, cos, sin, 40), 0),
+        "merge_attention_": (lambda: merge_attention_(x.view(heads), sums, half.view(heads), sums), 0),
         "layer_norm_modulate": (lambda: layer_norm_modulate(x, gate, gate, EPS, 1.0, torch.bfloat16), half.nbytes),
     }
     for name, (call, expected) in calls.items():

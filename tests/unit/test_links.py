@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from wanvram.errors import InputError
+from wanvram.sharing import LINKS
 from wanvram.simulate import links
 from wanvram.simulate.gpus import GPUS
-from wanvram.simulate.links import LINKS, communication_bytes, link_of, links_of
+from wanvram.simulate.links import communication_bytes, link_of, linked, links_of
 from wanvram.units import MIB
 
 H200 = GPUS["h200"]
@@ -90,3 +91,12 @@ def test_a_link_that_cards_cannot_have_is_refused(key: str, name: str, count: in
 def test_cards_with_nvlink_are_in_the_table() -> None:
     assert {*links._SWITCHED, *links._BRIDGED} <= set(GPUS)
     assert not {*links._SWITCHED} & {*links._BRIDGED}
+
+
+def test_a_card_among_others_has_less_memory_left_and_no_faster_bus_than_is_stated() -> None:
+    link = link_of(GPUS["rtx4090"], "pcie3", 2)
+    one, two = (linked(GPUS["rtx4090"], link, count, shards=False) for count in (1, 2))
+    assert one == GPUS["rtx4090"]
+    assert two.context_bytes - one.context_bytes == 446 * MIB
+    assert (one.pcie_bytes, two.pcie_bytes) == (25e9, 12.5e9)
+    assert linked(H200, link_of(H200, None, 2), 2, shards=True).pcie_bytes == H200.pcie_bytes

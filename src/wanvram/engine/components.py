@@ -115,11 +115,14 @@ class Parts:
         component = Component(
             name, built.module, built.units, self.device, built.embedders, fp8=fp8, generated=generated
         )
+        streamed = strategy.load_strategy == "block"
+        shared = strategy.dit_fsdp if is_dit else model.kind == "text_encoder" and strategy.t5_fsdp
         if model.kind == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
-        elif built.units and strategy.load_strategy == "block":
-            resident = strategy.resident_blocks if is_dit else 0
-            component.load_streamed(source, home=strategy.weights_in, resident_groups=resident, lanes=built.lanes)
+        elif built.units and (streamed or shared):
+            resident, home = strategy.resident_blocks if is_dit else 0, strategy.weights_in if streamed else "device"
+            peers = self.device.weight_peers() if shared else None
+            component.load_streamed(source, home=home, resident_groups=resident, lanes=built.lanes, peers=peers)
         else:
             component.load_resident(source)
         return component

@@ -15,13 +15,17 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 
 from wanvram.engine.devices import Device
+from wanvram.engine.peers import Peers, TorchPeers
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
 from wanvram.knobs import WEIGHTS_IN
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.host import available_ram_bytes
 from wanvram.recorder.meters import CudaMeter
+from wanvram.sharing import WORLD
+from wanvram.simulate.links import WEIGHT_CHANNELS
 from wanvram.spans import Copies
 from wanvram.units import human
 
@@ -55,6 +59,7 @@ class CudaDevice(Device):
         self._copies = torch.cuda.Stream(
             index
         )  # PyTorch makes a pool of streams with the first, 70 MiB outside the allocator
+        self._gathers: torch.cuda.Stream | None = None
         self._copied = Copies()
         self._copying: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._waiting: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -193,6 +198,22 @@ class CudaDevice(Device):
             end.record()
         self._copying.append((source.nbytes, start, end))
         return end
+
+    def _weight_connections(self) -> Peers:
+        """Few channels are enough, and take 12 MiB each for every peer."""
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = WEIGHT_CHANNELS
+        group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)
+        return TorchPeers(self.place, WORLD, self._exchanged, group)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        """On a stream of its own, so that it waits for its mark only and no copy waits for it."""
+        self._gathers = self._gathers or torch.cuda.Stream(self.torch_device)
+        with torch.cuda.stream(self._gathers):
+            if after is not None:
+                self._gathers.wait_event(after)
+            super().gather_beside(peers, whole, after)
+            return self._gathers.record_event()
 
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.torch_device).record_event()

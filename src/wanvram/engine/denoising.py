@@ -16,7 +16,7 @@ from wanvram.engine.residency import Component
 from wanvram.engine.residual import PinnedRows
 from wanvram.kernels.attention_backends import AUTO
 from wanvram.knobs import RESIDUAL_IN, chunk_rows
-from wanvram.models.dit import Prepared, Time, WanDiT
+from wanvram.models.dit import Attending, Prepared, Time, WanDiT
 from wanvram.request import Video
 from wanvram.sampling import SolverState
 
@@ -79,7 +79,7 @@ def velocities_of(
     dit, tokens = transformer(component), inputs.geometry.tokens(inputs.noise_shape)
     rows = chunk_rows(tokens, strategy.rows_per_chunk)
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-    asked: dict[str, Any] = {"rows_per_chunk": rows, "heads_per_group": heads, "attention": asked_of(device)}
+    asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device))}
     if RESIDUAL_IN.of(strategy) == "pinned":
         asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows)
 

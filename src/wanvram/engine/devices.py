@@ -17,7 +17,7 @@ import torch
 from wanvram.engine.peers import Exchanged, Peers, TorchPeers
 from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
-from wanvram.sharing import ALONE, Place
+from wanvram.sharing import ALONE, WORLD, Place
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.peers import SimulatedPeers
 from wanvram.spans import Copies
@@ -142,10 +142,13 @@ class Booking:
     def generated_weights(self) -> None:
         """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
-        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked."""
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
+        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked.
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
+        readers: ranks that read as much from the same disk meanwhile, this one among them.
+        """
+
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
         """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked.
 
         kept_bytes: they were read before, with so many others since; None: for the first time.
@@ -164,10 +167,30 @@ class Device(Placing, Copying, Measuring, Booking):
     computes_half = True  # float16 products are as good as any
     attention: AttentionChoice | None = None  # what computes the transformer's; None: PyTorch decides
     place: Place = ALONE  # among the GPUs of a run, set once before it begins
+    _weight_peers: Peers | None = None
 
     def peers(self, axis: str) -> Peers:
         """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
         return TorchPeers(self.place, axis, self._exchanged)
+
+    def weight_peers(self) -> Peers:
+        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges.
+
+        All ranks ask for them first at the same place of their runs: the first message connects, outside the allocator.
+        """
+        if self._weight_peers is None:
+            self._weight_peers = peers = self._weight_connections()
+            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+            self.hold_to_limit()
+        return self._weight_peers
+
+    def _weight_connections(self) -> Peers:
+        return self.peers(WORLD)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        """Starts gathering equal runs of bytes in place once `after` (a mark) has passed; returns the mark of its completion."""
+        peers.gather(whole, [whole.nbytes // peers.count] * peers.count)
+        return None
 
     def exchanged(self) -> Exchanged:
         """With other ranks since the start."""
@@ -241,11 +264,14 @@ class SimulatedDevice(Device):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         _check_shapes(destination, source)
         host = destination if self.memory.is_host(destination) else source
-        self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        if self.memory.is_host(host):
+            self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        else:
+            destination.copy_(source)
 
     def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
         _check_shapes(destination, source)
-        return self.clock.prefetch(source.nbytes, *after)
+        return self.clock.prefetch(source.nbytes, *after, on_device=not self.memory.is_host(source))
 
     def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
         _check_shapes(destination, source)
@@ -292,18 +318,21 @@ class SimulatedDevice(Device):
     def peers(self, axis: str) -> Peers:
         return SimulatedPeers(self.place, axis, self.clock)
 
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        return self.clock.start_gather(whole.nbytes // peers.count * (peers.count - 1), peers.count - 1, after)
+
     def exchanged(self) -> Exchanged:
         return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
-        self.clock.read_from_disk(nbytes, component, kept_bytes)
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
+        self.clock.read_from_disk(nbytes, component, kept_bytes, readers)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
         on_host = self.memory.is_host(destination)
-        self.clock.load_from_disk(destination.nbytes, component)
+        self.clock.load_from_disk(destination.nbytes, component, readers)
         if not on_host:
             self.memory.load_library("kernels")
             self.clock.transfer(destination.nbytes, pinned=False)

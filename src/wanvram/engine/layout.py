@@ -21,6 +21,28 @@ class TensorPlace:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one index of the first axis, which is the outermost in memory, of channels_last tensors too."""
+        each = self.nbytes // self.shape[0]
+        assert self.shape[0] == 1 or self.stride[0] * self.dtype.itemsize == each, (
+            f"rows of {self.name} are not in order"
+        )
+        return each
+
+    def view(self, span: torch.Tensor) -> torch.Tensor:
+        """span: uint8 [nbytes]."""
+        return span.view(self.dtype).as_strided(self.shape, self.stride)
+
+    def rows(self, span: torch.Tensor) -> torch.Tensor:
+        """span: uint8, of some whole rows."""
+        shape = (span.nbytes // self.row_bytes, *self.shape[1:])
+        return span.view(self.dtype).as_strided(shape, self.stride)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -39,13 +61,10 @@ class Layout:
         places, offset = [], 0
         for name, dtype, shape, stride in tensors:
             places.append(TensorPlace(name, offset, dtype, shape, stride))
-            size = math.prod(shape) * dtype.itemsize
-            offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            offset += -(-places[-1].nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return cls(tuple(places), offset)
 
     def views(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """(parameter name, view into `flat` [nbytes] uint8) for every parameter."""
         for place in self.places:
-            count = math.prod(place.shape)
-            span = flat.narrow(0, place.offset, count * place.dtype.itemsize).view(place.dtype)
-            yield place.name, span.as_strided(place.shape, place.stride)
+            yield place.name, place.view(flat.narrow(0, place.offset, place.nbytes))

@@ -5,7 +5,7 @@ The model never sees it: a unit is unpacked into a buffer of the compute dtype b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,12 @@ class Packing:
     def of(cls, plain: Layout) -> Packing:
         return cls(plain, Layout.packed(_stored(plain)))
 
-    def pack(self, flat: torch.Tensor, target: torch.Tensor) -> None:
-        """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device."""
+    def pack(self, flat: torch.Tensor, target: torch.Tensor, only: Container[str] | None = None) -> None:
+        """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device. only: names of the tensors wanted."""
         stored = dict(self.stored.views(target))
         for name, view in self.plain.views(flat):
+            if only is not None and name not in only:
+                continue
             if name + SCALE_SUFFIX not in stored:
                 stored[name].copy_(view)
                 continue

@@ -81,12 +81,13 @@ class Peers(Protocol):
 class TorchPeers:
     """Over torch.distributed's default group, which run.launch has made: gloo for host tensors, NCCL for those of CUDA.
 
-    PeerLost: a rank does not answer any more.
+    group: another one of all ranks. PeerLost: a rank does not answer any more.
     """
 
     place: Place
     axis: str
     exchanged: Exchanged = field(default_factory=Exchanged)
+    group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         self.ranks = self.place.members(self.axis)
@@ -149,8 +150,8 @@ class TorchPeers:
         self.wait(self._started(sends, receives))
 
     def _started(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:
-        operations = [dist.P2POp(dist.isend, t, self.ranks[i]) for i, t in sends if t.numel()]
-        operations += [dist.P2POp(dist.irecv, t, self.ranks[i]) for i, t in receives if t.numel()]
+        operations = [dist.P2POp(dist.isend, t, self.ranks[i], self.group) for i, t in sends if t.numel()]
+        operations += [dist.P2POp(dist.irecv, t, self.ranks[i], self.group) for i, t in receives if t.numel()]
         self.exchanged.nbytes += sum(t.nbytes for _, t in sends)
         try:
             return dist.batch_isend_irecv(operations) if operations else []

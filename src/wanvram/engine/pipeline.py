@@ -38,8 +38,9 @@ from wanvram.spans import Copies
 __all__ = ["FrameSink", "OpenSink", "Pipeline"]
 
 SIMULATED_STEPS = 4  # first, second, one of the steady state, last: all others repeat the last but one
-# What denoising leaves in the allocator, and so what decoding reserves, repeats every 4 steps (UniPC; 2 for DPM++): with 6
-# steps instead of 4, decoding of 832x480 reserves 40 MiB less, on an H200 as here.
+# What denoising leaves in the allocator, and so what decoding reserves, mostly repeats every 4 steps (UniPC; 2 for DPM++): with
+# 6 steps instead of 4, decoding of 832x480 reserves 12 MiB more. Not always: after 11 steps all of them give 12 MiB less than
+# the 7 that are simulated (docs/evidence.md).
 STEPS_PERIOD = 4
 
 OpenSink = Callable[[int], AbstractContextManager["FrameSink | None"]]

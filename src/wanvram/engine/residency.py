@@ -1,4 +1,4 @@
-"""Where a component's weights live and when they move: resident, streamed unit by unit, or on the host.
+"""Where a component's weights live and when they move: resident, streamed unit by unit, shared by ranks, or on the host.
 
 A component's parameters are laid out in flat byte buffers: one for the shell, one per unit (a block, or a part of one) and one
 per embedder. A flat buffer is one allocation, one copy and one free.
@@ -7,7 +7,7 @@ per embedder. A flat buffer is one allocation, one copy and one free.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -18,10 +18,13 @@ from torch import nn
 from wanvram.engine.devices import Device
 from wanvram.engine.layout import Layout
 from wanvram.engine.packing import Packing
+from wanvram.engine.peers import Peers
+from wanvram.engine.shards import WHOLE, Shard, ShardHome, fill_run, touched
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
 from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
+from wanvram.sharing import WORLD
 from wanvram.units import human
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
@@ -105,6 +108,9 @@ class Component:
         self._read: set[_Part] = set()  # from disk, at least once
         self._source: TensorSource | None = None
         self._on_host = False
+        self._in_ram = True  # the masters
+        self._shard: Shard = WHOLE
+        self._peers: Peers | None = None
         self._unpacked: torch.Tensor | None = None
         self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
@@ -117,14 +123,24 @@ class Component:
         self._make_room_to_unpack()
 
     def load_streamed(
-        self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0, lanes: Sequence[int] = ()
+        self,
+        source: TensorSource | None,
+        *,
+        home: str = "pinned",
+        resident_groups: int = 0,
+        lanes: Sequence[int] = (),
+        peers: Peers | None = None,
     ) -> None:
         """The shell, two slots and some resident groups of units on the device, all else at `home`.
 
-        home: pinned or pageable (RAM), or disk (the source, read again in every pass). Groups that stay resident are spread
-        evenly, so that the copies between them are, too. lanes: which slot each unit passes through, where they do not take turns.
+        home: pinned or pageable (RAM), disk (the source, read again in every pass), or device. Groups that stay resident are
+        spread evenly, so that the copies between them are, too. lanes: which slot each unit passes through, where they do not
+        take turns. peers: ranks that load and walk it together; then each has a run of every buffer at its home, and the slots
+        are filled from all of them.
         """
         self._source = source
+        if peers is not None:
+            self._shard, self._peers = Shard(peers.index, peers.count), peers
         if self._shell.nbytes:
             self._place(self._shell, source)
         for part in self._resident_units(resident_groups):
@@ -132,11 +148,12 @@ class Component:
         streamed = [part for part in self._units.values() if part.flat is None]
         largest = max((part.nbytes for part in streamed), default=0)
         waiting = [*streamed, *self._embedders.values()]
-        self._masters = {} if home == "disk" else self._fill_masters(waiting, source, pinned=home == "pinned")
+        self._masters = {} if home == "disk" else self._fill_masters(waiting, source, home)
         if streamed:
             given = zip(self._units.values(), lanes, strict=True) if lanes else ()
             through = {part: lane for part, lane in given if part.flat is None}
-            self._ring = SlotRing(self.device, self._home(home, largest), largest, through)
+            slot = self._shard.whole_bytes(largest)
+            self._ring = SlotRing(self.device, self._home(home, largest), slot, through, self._slot_bytes)
         self._make_room_to_unpack()
 
     def load_host(self, source: TensorSource | None) -> None:
@@ -160,12 +177,17 @@ class Component:
             self._masters.clear()
             self._source = self._unpacked = None
             self._on_host = False
+            self._shard, self._peers = WHOLE, None
 
     def _place(self, part: _Part, source: TensorSource | None) -> None:
-        part.flat = self.device.empty((part.nbytes,), torch.uint8)
-        self._fill(part, part.flat, source)
+        part.flat = self.device.empty((self._slot_bytes(part),), torch.uint8)
+        self._fill_together(part, part.flat, source)
         if part.packing is None:
             part.bind(part.flat)
+
+    def _slot_bytes(self, part: _Part) -> int:
+        """On the device, all of it."""
+        return self._shard.whole_bytes(part.nbytes)
 
     def _make_room_to_unpack(self) -> None:
         largest = max((part.layout.nbytes for part in self._units.values() if part.packing is not None), default=0)
@@ -173,49 +195,100 @@ class Component:
             self._unpacked = self.device.empty((largest,), torch.uint8)
 
     def _home(self, home: str, largest: int) -> Home:
-        if home == "pinned":
-            return PinnedHome(self.device, self._masters)
-        return StagedHome(self.device, largest, self._read_from_disk if home == "disk" else self._read_from_ram)
+        own: Home
+        if home in ("pinned", "device"):
+            own = PinnedHome(self.device, self._masters)
+        else:
+            read = self._read_from_disk if home == "disk" else self._read_from_ram
+            own = StagedHome(self.device, self._shard.run_bytes(largest), read)
+        return own if self._peers is None else ShardHome(self.device, own, self._shard, self._peers)
 
     def _read_from_ram(self, part: _Part, buffer: torch.Tensor) -> None:
         self.device.copy_on_host(buffer, self._masters[part])
 
     def _read_from_disk(self, part: _Part, buffer: torch.Tensor) -> None:
         if self._source is not None:
-            self._fill(part, buffer, self._source)
+            self._fill_run(part, buffer, self._source)
         else:
             kept = self.weight_bytes if part in self._read else None
-            self.device.read_from_disk(buffer.nbytes, self.name, kept)
+            self.device.read_from_disk(buffer.nbytes, self.name, kept, readers=self._shard.count)
             self._read.add(part)
 
     def _fill_masters(
-        self, parts: Sequence[_Part], source: TensorSource | None, *, pinned: bool
+        self, parts: Sequence[_Part], source: TensorSource | None, home: str
     ) -> dict[_Part, torch.Tensor]:
         """Generated weights are made on the device, which is ten times as fast, one part at a time.
 
         Raises DeviceError if RAM cannot hold them all: the system would kill the process half-way.
         """
-        needed, room = sum(part.nbytes for part in parts), self.device.host_room()
+        sizes = {part: self._shard.run_bytes(part.nbytes) for part in parts}
+        self._in_ram = home != "device"
+        if self._in_ram:
+            self._check_room(sum(sizes.values()))
+        masters = {}
+        for part, nbytes in sizes.items():
+            if self._in_ram:
+                master = self.device.host_empty((nbytes,), torch.uint8, pinned=home == "pinned")
+            else:
+                master = self.device.empty((nbytes,), torch.uint8)
+            if self._makes(source):
+                staging = self.device.empty((self._slot_bytes(part),), torch.uint8)
+                self._fill(part, staging, source)
+                self.device.copy(master, self._shard.mine(staging))
+                del staging
+            else:
+                self._fill_run(part, master, source)
+            masters[part] = master
+        return masters
+
+    def _check_room(self, needed: int) -> None:
+        """Ranks that share take theirs of one RAM, once all have looked at it."""
+        world = self.device.peers(WORLD)
+        if self._peers is not None:
+            world.meet()
+        room, needed = self.device.host_room(), needed * self._shard.count
         if room is not None and needed > room:
             raise DeviceError(
                 f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use "
                 f"{WEIGHTS_IN.asked('disk')}, {WEIGHT_STORAGE.asked('fp8')}, or plan with --vram_budget, which knows the RAM"
             )
-        masters = {}
-        for part in parts:
-            master = self.device.host_empty((part.nbytes,), torch.uint8, pinned=pinned)
-            if (source is None and self._generated) or isinstance(source, RandomSource):
-                staging = self.device.empty((part.nbytes,), torch.uint8)
-                self._fill(part, staging, source)
-                self.device.copy(master, staging)
-                del staging
-            else:
-                self._fill(part, master, source)
-            masters[part] = master
-        return masters
+        if self._peers is not None:
+            world.meet()
 
-    def _fill(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
-        """The part's tensors from the source into `flat` [part.nbytes], packed if the part is."""
+    def _makes(self, source: TensorSource | None) -> bool:
+        """Whether weights are made on the device, where each of their tensors is made whole."""
+        return (source is None and self._generated) or isinstance(source, RandomSource)
+
+    def _fill_together(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
+        """All of the part into `flat` [_slot_bytes] on the device: every rank reads its run, and gets the others'."""
+        if self._peers is None or self._makes(source):
+            self._fill(part, flat, source)
+        else:
+            self._fill_run(part, self._shard.mine(flat), source)
+            self._gather(part, flat)
+
+    def _gather(self, part: _Part, flat: torch.Tensor) -> None:
+        if self._peers is not None:
+            self._peers.gather(flat, self._shard.counts(part.nbytes))
+
+    def _fill_run(self, part: _Part, run: torch.Tensor, source: TensorSource | None) -> None:
+        """This rank's run of the part, as it is stored."""
+        if self._peers is None:
+            self._fill(part, run, source)
+        elif part.packing is not None:
+            packed = torch.empty((self._slot_bytes(part),), dtype=torch.uint8, device=run.device)
+            self._fill(part, packed, source, touched(part.packing, self._shard.start(part.nbytes), run.nbytes))
+            run.copy_(self._shard.mine(packed))
+        elif source is None:
+            self.device.loaded_weights(run, self.name, readers=self._shard.count)
+        else:
+            check()
+            fill_run(part.layout, run, self._shard.start(part.nbytes), source)
+
+    def _fill(
+        self, part: _Part, flat: torch.Tensor, source: TensorSource | None, only: Container[str] | None = None
+    ) -> None:
+        """The part's tensors from the source into `flat` [part.nbytes], packed if the part is. only: the names wanted."""
         check()
         plain = flat
         if part.packing is not None:
@@ -226,9 +299,10 @@ class Component:
             self.device.loaded_weights(flat, self.name)
         else:
             for name, view in part.layout.views(plain):
-                source.fill(name, view)
+                if only is None or name in only:
+                    source.fill(name, view)
         if part.packing is not None:
-            part.packing.pack(plain, flat)
+            part.packing.pack(plain, flat, only)
 
     def _parts(self) -> list[_Part]:
         shell = [self._shell] if self._shell.nbytes else []
@@ -293,15 +367,20 @@ class Component:
             part = self._embedders[id(module)]
             try:
                 if part.flat is None:
-                    part.flat = self.device.empty((part.nbytes,), torch.uint8)
+                    part.flat = self.device.empty((self._slot_bytes(part),), torch.uint8)
                     part.bind(part.flat)
-                    if part in self._masters:
-                        self.device.copy(part.flat, self._masters.pop(part))
-                    else:
-                        self._fill(part, part.flat, self._source)
+                    self._bring(part, part.flat)
                 yield module
             finally:
                 part.clear()
+
+    def _bring(self, part: _Part, flat: torch.Tensor) -> None:
+        """An embedder from its home, which then has it no more."""
+        if part not in self._masters:
+            self._fill_together(part, flat, self._source)
+            return
+        self.device.copy(self._shard.mine(flat), self._masters.pop(part))
+        self._gather(part, flat)
 
     # --- sizes ---------------------------------------------------------------------------------------------------------------
 
@@ -315,7 +394,7 @@ class Component:
         """Bytes of weights in host RAM now: none where they are resident or read from disk in every pass."""
         if self._on_host:
             return sum(part.flat.nbytes for part in self._parts() if part.flat is not None)
-        return sum(master.nbytes for master in self._masters.values())
+        return sum(master.nbytes for master in self._masters.values()) if self._in_ram else 0
 
 
 def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: bool = False) -> _Part:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from wanvram.engine.devices import Device
 from wanvram.errors import WanvramError
 
-__all__ = ["Home", "PinnedHome", "SlotRing", "StagedHome"]
+__all__ = ["Home", "Later", "PinnedHome", "SlotRing", "StagedHome"]
 
 
 class Home(Protocol):
@@ -31,8 +32,19 @@ class Home(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Later:
+    """A mark that there is once a thread has read; `then` starts something more, in the thread that walks."""
+
+    read: Future[Any]
+    then: Callable[[Any], Any]
+
+    def result(self) -> Any:
+        return self.then(self.read.result())
+
+
 class PinnedHome:
-    """Every piece has a master copy in pinned RAM. `masters`: piece -> uint8 [nbytes]."""
+    """Every piece has a master copy in pinned RAM, or on the device. `masters`: piece -> uint8 [the slot's nbytes]."""
 
     def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
         self.device = device
@@ -67,7 +79,7 @@ class StagedHome:
         return self._thread.submit(self._read_and_copy, piece, slot, after, turn)
 
     def _read_and_copy(self, piece: Any, slot: torch.Tensor, after: Any, turn: int) -> Any:
-        buffer = self._buffers[turn].narrow(0, 0, piece.nbytes)
+        buffer = self._buffers[turn].narrow(0, 0, slot.nbytes)
         self.device.reader_waits(self._copied[turn])
         try:
             self.read(piece, buffer)
@@ -96,14 +108,22 @@ class SlotRing:
 
     Pieces are asked for in a cyclic order, pass after pass: the first of the next pass are on their way while the last of this
     one computes. They take the slots in turn, both as large as `largest`; with `lanes`, the slot of every piece is given, and
-    a slot is as large as the largest of its own.
+    a slot is as large as the largest of its own. nbytes: of a piece in its slot.
     """
 
-    def __init__(self, device: Device, home: Home, largest: int, lanes: Mapping[Any, int] | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        home: Home,
+        largest: int,
+        lanes: Mapping[Any, int] | None = None,
+        nbytes: Callable[[Any], int] = attrgetter("nbytes"),
+    ) -> None:
         self.device = device
         self.home = home
+        self.nbytes = nbytes
         self._lanes = lanes or {}
-        own = [[piece.nbytes for piece, lane in self._lanes.items() if lane == slot] for slot in range(2)]
+        own = [[nbytes(piece) for piece, lane in self._lanes.items() if lane == slot] for slot in range(2)]
         self.slots = [device.empty((max(sizes, default=largest),), torch.uint8) for sizes in own]
         self._free: list[Any] = [None, None]  # marks after which a slot may be overwritten
         self._coming: dict[int, _Coming] = {}  # by slot
@@ -126,7 +146,7 @@ class SlotRing:
             coming = self._coming.pop(slot)
             self.device.wait(_resolved(coming.mark))
             try:
-                yield self.slots[slot].narrow(0, 0, coming.piece.nbytes)
+                yield self.slots[slot].narrow(0, 0, self.nbytes(coming.piece))
             finally:
                 self._free[slot] = self.device.mark()
             following = self._following(pieces, index, slot)
@@ -144,7 +164,7 @@ class SlotRing:
         return next((other for other in ahead if self._slot(pieces, other) == slot), None)
 
     def _start(self, piece: Any, slot: int) -> None:
-        target = self.slots[slot].narrow(0, 0, piece.nbytes)
+        target = self.slots[slot].narrow(0, 0, self.nbytes(piece))
         self._coming[slot] = _Coming(piece, self.home.fetch(piece, target, self._free[slot]))
 
     def close(self) -> None:
@@ -157,4 +177,4 @@ class SlotRing:
 
 
 def _resolved(mark: Any) -> Any:
-    return mark.result() if isinstance(mark, Future) else mark
+    return mark.result() if isinstance(mark, (Future, Later)) else mark

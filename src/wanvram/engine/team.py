@@ -8,10 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanvram.engine.devices import Device
 from wanvram.engine.peers import Peers
-from wanvram.sharing import RING, Sequence, size
+from wanvram.models.team import Team
+from wanvram.sharing import RING, SEQUENCE, ULYSSES, Sequence, size
 
-__all__ = ["SharedSequence"]
+__all__ = ["SharedSequence", "team_of"]
+
+
+def team_of(device: Device, tokens: int, heads: int, chunk_rows: int) -> Team | None:
+    """Those that share the sequence with this device, None where it has all of it. InputError: too many for it."""
+    place = device.place
+    if place.ulysses * place.ring == 1:
+        return None
+    sequence = Sequence(place, tokens, heads, chunk_rows)
+    return SharedSequence(sequence, *(device.peers(axis) for axis in (ULYSSES, RING, SEQUENCE)))
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,9 @@ class SharedSequence:
         return ((number, mine, piece) for number, (mine, piece) in enumerate(pairs))
 
     def to_heads(self, rows: Tensor, target: Tensor, chunk: int) -> None:
+        if self.ulysses.count == 1:
+            target.copy_(rows)
+            return
         length, _, width = rows.shape
         shares = self.sequence.heads_by_rank
         sent_counts = [length * size(heads) * width for heads in shares]
@@ -53,6 +67,8 @@ class SharedSequence:
         self.ulysses.exchange(target.view(-1), sent, self._counts(chunk, width), sent_counts)
 
     def to_rows(self, attended: Tensor, chunk: int) -> Tensor:
+        if self.ulysses.count == 1:
+            return attended.flatten(1)
         width, shares = attended.shape[2], self.sequence.heads_by_rank
         length = size(self.sequence.chunks[chunk])
         received_counts = [length * size(heads) * width for heads in shares]
@@ -68,7 +84,8 @@ class SharedSequence:
         mine = size(self.my_heads) * width
         return [size(chunks[chunk]) * mine for chunks in self.sequence.chunks_by_rank]
 
-    def stations(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def stations(self, pair: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        v, k = pair.pop(), pair.pop()
         rows, here, count = self.sequence.stations, self.ring.index, self.ring.count
         for step in range(1, count + 1):
             if step == count:
@@ -80,7 +97,7 @@ class SharedSequence:
             yield k, v
             self.ring.wait(mark)
             k, v = coming
-            del coming, mark
+            del coming
 
     def whole(self, tokens: Tensor) -> Tensor:
         width, runs = tokens.shape[1], self.sequence.rows_by_rank

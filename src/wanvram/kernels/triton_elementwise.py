@@ -18,6 +18,7 @@ __all__ = [
     "gelu_tanh_",
     "inverse_rms",
     "layer_norm_modulate",
+    "merge_attention_",
     "rms_norm_",
     "rms_norm_rope_",
     "scaled_rope_",
@@ -178,6 +179,39 @@ def _gelu_tanh_kernel(x_ptr, count, BLOCK: tl.constexpr):
     tl.store(x_ptr + index, result.to(x_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _merge_attention_kernel(
+    out_ptr,
+    sums_ptr,
+    part_ptr,
+    part_sums_ptr,
+    out_stride,
+    sums_stride,
+    part_stride,
+    part_sums_stride,
+    heads,
+    width,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    is_head = head < heads
+    a = tl.load(sums_ptr + head * sums_stride + row, mask=is_head, other=0.0)
+    b = tl.load(part_sums_ptr + head * part_sums_stride + row, mask=is_head, other=0.0)
+    most = tl.maximum(a, b)
+    kept, new = tl.exp(a - most), tl.exp(b - most)
+    place = head[:, None] * width + column[None, :]
+    inside = is_head[:, None] & (column < width)[None, :]
+    out = tl.load(out_ptr + row * out_stride + place, mask=inside, other=0.0)
+    part = tl.load(part_ptr + row * part_stride + place, mask=inside, other=0.0).to(tl.float32)
+    total = kept + new
+    merged = out * (kept / total)[:, None] + part * (new / total)[:, None]
+    tl.store(out_ptr + row * out_stride + place, merged, mask=inside)
+    tl.debug_barrier()  # every warp has read the sums that one of them overwrites
+    tl.store(sums_ptr + head * sums_stride + row, most + tl.log(total), mask=is_head)
+
+
 def _shape_of_launch(width: int) -> dict[str, int]:
     """Block and warps of a row program: 5120 columns pad to 8192, 32 elements per thread at 8 warps."""
     block = triton.next_power_of_2(width)
@@ -247,3 +281,12 @@ def gelu_tanh_(x: Tensor) -> None:
     count = x.numel()
     with torch.cuda.device(x.device):
         _gelu_tanh_kernel[(triton.cdiv(count, _FLAT_BLOCK),)](x, count, BLOCK=_FLAT_BLOCK, num_warps=8)
+
+
+def merge_attention_(out: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
+    """Rows of out and part hold their heads one behind the other; sums have a row next to a row."""
+    rows, heads, width = out.shape
+    block = {"HEADS": triton.next_power_of_2(heads), "WIDTH": triton.next_power_of_2(width)}
+    strides = out.stride(0), sums.stride(0), part.stride(0), part_sums.stride(0)
+    with torch.cuda.device(out.device):
+        _merge_attention_kernel[(rows,)](out, sums, part, part_sums, *strides, heads, width, **block, num_warps=8)

@@ -25,6 +25,8 @@ from wanvram.kernels.elementwise import (
 )
 from wanvram.kernels.scaled_attention import attention
 from wanvram.models.precision import Precision
+from wanvram.models.shared_attention import SharedAttention
+from wanvram.models.team import Team
 from wanvram.specs import DiTSpec
 
 __all__ = [
@@ -47,7 +49,7 @@ IMAGE_NORM_EPS = 1e-5  # the two norms of the image MLP; every other norm uses t
 class BlockInputs:
     """What every block reads besides the residual stream. heads_per_group: None means all heads attend at once.
 
-    attention: the backend asked for (kernels.attention_backends).
+    attention: the backend asked for (kernels.attention_backends). team: others share the sequence; cos and sin are of its rows.
     """
 
     modulation: Tensor  # float32 [6, dim]
@@ -57,6 +59,7 @@ class BlockInputs:
     image: Tensor | None  # [257 or 514, dim]
     heads_per_group: int | None = None
     attention: str = AUTO
+    team: Team | None = None
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -95,9 +98,13 @@ class PatchEmbedding(nn.Module):
         self.weight = parameter(dim, inputs, *patch, dtype=dtype)
         self.bias = parameter(dim, dtype=dtype)
 
-    def forward(self, parts: Sequence[Tensor], rows: int | None) -> Tensor:
-        """Latents [c_i,F,H,W], stacked along channels -> float32 tokens [L, dim], rounded to the weight's dtype."""
+    def forward(self, parts: Sequence[Tensor], rows: int | None, of: slice | None = None) -> Tensor:
+        """Latents [c_i,F,H,W], stacked along channels -> float32 tokens [L, dim], rounded to the weight's dtype.
+
+        of: these rows only.
+        """
         patches, weight = self.unfold(parts), self.matrix()
+        patches = patches if of is None else patches[of]
         tokens = torch.empty((patches.shape[0], weight.shape[1]), dtype=torch.float32, device=patches.device)
         for c in chunks(tokens.shape[0], rows):
             self.rows_into(tokens[c], patches[c], weight)
@@ -174,7 +181,9 @@ class SelfAttention(_Projections):
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """x += gate * attention(norm(x)). modulation: shift, scale, gate, each float32 [dim]."""
-        if inputs.heads_per_group is None:
+        if inputs.team is not None:
+            SharedAttention(self, x, modulation, inputs).add()
+        elif inputs.heads_per_group is None:
             self._whole(x, modulation, inputs, rows)
         else:
             self._sliced(x, modulation, inputs, rows)

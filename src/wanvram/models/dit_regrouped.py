@@ -8,14 +8,14 @@ the most work, and the units of weights are those of the loops. Row by row the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wanvram.kernels.attention_backends import AUTO
-from wanvram.models.dit import Prepared, Time, Walk, WanDiT
+from wanvram.models.dit import Attending, Prepared, Time, Walk, WanDiT
 from wanvram.models.dit_blocks import Block, BlockInputs
 from wanvram.models.rotary import rotary_tables
 
@@ -69,7 +69,7 @@ class RegroupedDiT(WanDiT):
         time: Time,
         conditions: Sequence[Prepared],
         *,
-        attention: str = AUTO,
+        attending: Attending | None = None,
         walk: Walk = iter,
         stream: RowStream | None = None,
         **unused: Any,
@@ -79,7 +79,8 @@ class RegroupedDiT(WanDiT):
         self._check_latents(latents, None)
         ((latent, condition),) = zip(latents, conditions, strict=True)
         cos, sin = rotary_tables(self._grid(latent), self.spec.head_dim, latent.device)
-        inputs = BlockInputs(time.modulation, cos, sin, condition.text, condition.image, attention=attention)
+        inputs = BlockInputs(time.modulation, cos, sin, condition.text, condition.image)
+        inputs = replace(inputs, attention=(attending or Attending()).backend)
         length, volume = cos.shape[0], self.head.head.bias.shape[0]
         make = partial(torch.empty, device=latent.device)
         k, v = (make((length, self.spec.dim), dtype=self.precision.matmul) for _ in range(2))

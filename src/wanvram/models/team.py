@@ -45,8 +45,11 @@ class Team(Protocol):
         """The way back: [station's rows of the chunk, my heads, D] -> new [n, H*D] of my rows."""
         ...
 
-    def stations(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [rows, my heads, D] of every station, mine first; the next ones travel while these are used."""
+    def stations(self, pair: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [rows, my heads, D] of every station; the next ones travel while these are used.
+
+        pair: mine, which come first and are taken from the list. Two pairs are alive at once, if the caller drops what it got.
+        """
         ...
 
     def whole(self, tokens: Tensor) -> Tensor:

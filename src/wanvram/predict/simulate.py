@@ -9,7 +9,7 @@ from dataclasses import replace
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import InputError
-from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
+from wanvram.knobs import DIT_FSDP, EXPANDABLE_SEGMENTS, PRECISION, T5_FSDP
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.environment import describe_environment
 from wanvram.planner.budget import beyond_card, usable_memory
@@ -22,6 +22,7 @@ from wanvram.run_events import TellRun
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.simulate.libraries import Libraries
+from wanvram.simulate.links import link_of, linked
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.simulate.timeline import Timeline
@@ -31,12 +32,18 @@ __all__ = ["predicted", "run_or_simulate", "simulate", "simulated_device"]
 UNLIMITED_BYTES = 2**50
 
 
-def simulated_device(config: RunConfig, *, keep_events: bool = False, unlimited: bool = False) -> SimulatedDevice:
-    """The card that the configuration names. Raises InputError for an unknown GPU, or one that cannot compute in the precision.
+def simulated_device(
+    config: RunConfig, *, rank: int = 0, keep_events: bool = False, unlimited: bool = False
+) -> SimulatedDevice:
+    """The card that the configuration names, that of `rank` where there are several. Raises InputError for an unknown GPU, one that
+    cannot compute in the precision, or cards without that link.
 
     unlimited: a card of 1 PiB and no cap, to learn what a run would take.
     """
-    gpu: GPU = find_gpu(config.gpu or DEFAULT_GPU)
+    card: GPU = find_gpu(config.gpu or DEFAULT_GPU)
+    link = link_of(card, config.link, config.gpus) if config.gpus > 1 else None
+    shards = DIT_FSDP.of(config.strategy) or T5_FSDP.of(config.strategy)
+    gpu = card if link is None else linked(card, link, config.gpus, shards=shards)
     if PRECISION.of(config.strategy) == "bf16" and gpu.compute_capability < (8, 0):
         raise InputError(
             f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
@@ -51,8 +58,10 @@ def simulated_device(config: RunConfig, *, keep_events: bool = False, unlimited:
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
     buffers = LibraryBuffers(gpu, Libraries(gpu))
     clock = clock_of(config, gpu)
+    clock.link = link
     device = SimulatedDevice(SimulatedMemory(gpu, allocator, buffers, clock=clock, keep_events=keep_events))
     device.attention = attention_of(config, card_like(gpu, here=is_here(gpu.key)))
+    device.place = config.place(rank)
     return device
 
 

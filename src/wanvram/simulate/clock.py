@@ -96,7 +96,7 @@ class Costs:
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
-        if name == "wanvram.attention":
+        if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
             return Price("convolution", self._convolution, dispatch)
@@ -201,6 +201,7 @@ class Clock:
     _idle: tuple[float, float] = (0.0, 0.0)  # of the link to the device, before a copy of what is still being read
     _reader: float = 0.0
     _linked: float = 0.0
+    _gathered: float = 0.0
     _encoder: float = 0.0
     _used: set[str] = field(default_factory=set)
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
@@ -218,7 +219,7 @@ class Clock:
     def synchronize(self) -> None:
         """The host waits for the device: for the computation and for the copies that were started."""
         computed = max(self._host, self._compute)
-        copied = max(self._copies, self._returns)
+        copied = max(self._copies, self._returns, self._gathered)
         self._stall(copied - computed)
         self._host = max(computed, copied)
 
@@ -251,14 +252,15 @@ class Clock:
         """When the copies started so far are done: a mark."""
         return self._copies
 
-    def prefetch(self, nbytes: int, *after: float | None) -> float:
+    def prefetch(self, nbytes: int, *after: float | None, on_device: bool = False) -> float:
         """A copy from pinned memory beside the computation: after earlier ones, these marks, and what was just read.
 
-        Where that is still being read, the copy is not in the queue yet, and a shorter one passes it.
+        Where that is still being read, the copy is not in the queue yet, and a shorter one passes it. on_device: from the
+        device's own memory.
         """
         ready = max((self._host, *(mark or 0.0 for mark in after)))
         read, self._read = self._read, 0.0
-        seconds = nbytes / self.gpu.pcie_bytes
+        seconds = nbytes / (self.costs.bandwidth / 2 if on_device else self.gpu.pcie_bytes)
         self.copied += Copies(nbytes, seconds)
         idle, until = self._idle
         if not read and max(idle, ready) + seconds <= until:
@@ -311,10 +313,27 @@ class Clock:
         """Behind earlier exchanges and everything computed so far; a mark. messages: other GPUs that are talked to."""
         self._host += messages * self.costs.slowness * MESSAGE_SECONDS
         start = max(self._linked, self._compute, self._host)
-        self.link = self.link or link_of(self.gpu, None, 2)
-        self._linked = start + self.link.seconds(nbytes)
+        self._linked = start + self._link().seconds(nbytes)
         self.exchanged_bytes += nbytes
         return self._linked
+
+    def start_gather(self, nbytes: int, messages: int, after: float | None) -> float:
+        """Weights from other GPUs beside the computation: after earlier ones and the mark `after`; a mark for `wait`.
+
+        Over a bus one thing follows another: exchanges, gathers, and copies from the host.
+        """
+        self._host += messages * self.costs.slowness * MESSAGE_SECONDS
+        link = self._link()
+        start = max(self._gathered, self._host, after or 0.0, self._linked if link.shares_the_bus else 0.0)
+        self._gathered = start + link.gather_seconds(nbytes)
+        if link.shares_the_bus:
+            self._copies, self._linked = max(self._copies, self._gathered), self._gathered
+        self.exchanged_bytes += nbytes
+        return self._gathered
+
+    def _link(self) -> Link:
+        self.link = self.link or link_of(self.gpu, None, 2)
+        return self.link
 
     def wait_for_exchange(self, mark: float) -> None:
         """Later computation waits for it."""
@@ -345,10 +364,10 @@ class Clock:
     def unpin(self, nbytes: int) -> None:
         self._host += nbytes / self.machine.unpin_bytes
 
-    def load_from_disk(self, nbytes: int, component: str) -> None:
-        """The host reads checkpoint files into `nbytes` of weights while nothing else happens."""
+    def load_from_disk(self, nbytes: int, component: str, readers: int = 1) -> None:
+        """The host reads checkpoint files into `nbytes` of weights while nothing else happens. readers: processes that do."""
         size, reading = self._files(nbytes, component)
-        self._host += self._reading(size, reading.taken, self.machine.cached_share)
+        self._host += self._reading(size, reading.taken, self.machine.cached_share, readers)
 
     def streamed_bytes(self, component: str) -> float:
         """Bytes of a component's files per second, where they are read in every pass and found as they are now."""
@@ -360,9 +379,9 @@ class Clock:
         factor = self.machine.stored.get(component)
         return (nbytes, self.machine.plain) if factor is None else (nbytes * factor, self.machine.converted)
 
-    def _reading(self, size: float, cached_bytes: float, cached: float) -> float:
+    def _reading(self, size: float, cached_bytes: float, cached: float, readers: int = 1) -> float:
         """Seconds; cached: the share in the page cache. Several threads read, so the disk works while others convert."""
-        return size * (cached / cached_bytes + (1 - cached) / min(self.machine.disk_bytes, cached_bytes))
+        return size * (cached / cached_bytes + (1 - cached) / min(self.machine.disk_bytes / readers, cached_bytes))
 
     def encode(self, pixels: int) -> None:
         """Frames for the encoder, a thread beside everything else."""
@@ -381,7 +400,7 @@ class Clock:
         """The reading thread copies pageable memory into a pinned buffer; the next prefetch is of it."""
         self._read_ahead(nbytes / self.machine.copy_bytes)
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None = None) -> None:
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None = None, readers: int = 1) -> None:
         """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it.
 
         kept_bytes: read before, with so many bytes of files since, which the page cache holds if it is larger.
@@ -389,7 +408,7 @@ class Clock:
         again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
         cached = 1.0 if again else self.machine.cached_share
         size, reading = self._files(nbytes, component)
-        self._read_ahead(self._reading(size, reading.used, cached))
+        self._read_ahead(self._reading(size, reading.used, cached, readers))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

@@ -7,15 +7,16 @@ at once take 1.40 ms, 5.2 MB 0.12 ms; without peer access 8.4 and 0.29 ms. Every
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from wanvram.errors import InputError
+from wanvram.sharing import LINKS
 from wanvram.simulate.card import GPU
 from wanvram.units import MIB
 
-__all__ = ["LINKS", "NVLINK", "Link", "communication_bytes", "link_of", "links_of"]
+__all__ = ["WEIGHT_CHANNELS", "Link", "communication_bytes", "link_of", "linked", "links_of"]
 
-LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")
 _BUS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 55e9}  # what a copy reaches over 16 lanes, as in card_table.py
 
 # NVLink's published bytes per second in each direction, GB/s. Of boards that are joined in one machine however many there are,
@@ -46,7 +47,9 @@ _PEER_SHARE = 0.8  # of a copy, between cards on PCIe with peer access: an assum
 # Device memory that NCCL takes, MiB, as NVML shows it: by init_process_group, by the first message's kernels, and for every channel to
 # every peer (10 MiB to receive in, 2 to send from; without peer access they are pinned RAM). 222 + 344, 318 + 344, 366 + 632 and
 # 198 + 248 were measured with 8, 8, 32 and no channels on the device: 248 + 12 x channels each time.
-_INIT, _INIT_HOST, _KERNELS, _CONNECTION = 222, 198, 248, 12
+# A second communicator took 18, and 24 for two channels.
+_INIT, _INIT_HOST, _KERNELS, _CONNECTION, _SECOND = 222, 198, 248, 12, 18
+WEIGHT_CHANNELS = 2  # of the connections that gather weights
 _PCIE_CHANNELS = 2  # of NCCL to a peer on PCIe, by its source
 
 
@@ -69,11 +72,14 @@ class Link:
         """A card sends so many bytes and receives as many."""
         return self.latency + nbytes / self.bytes
 
+    def gather_seconds(self, nbytes: float) -> float:
+        """Weights have few channels of their own: 141 MB in 3.5 ms between two H200s."""
+        return self.latency + nbytes / self.bytes * max(1.0, self.channels / WEIGHT_CHANNELS)
 
-# Of H100 and H200 boards, measured.
-NVLINK = Link(
-    "nvlink", _CHANNELS * _CHANNEL_BYTES, _NVLINK_SECONDS, _CHANNELS, "measured between two H200s of one host"
-)
+    @property
+    def shares_the_bus(self) -> bool:
+        """What comes from another card takes the way that copies from the host take."""
+        return self.name != "nvlink"
 
 
 def link_of(gpu: GPU, name: str | None, count: int) -> Link:
@@ -103,15 +109,27 @@ def links_of(gpu: GPU) -> Iterator[Link]:
             yield link_of(gpu, name, 2)
 
 
-def communication_bytes(link: Link, count: int) -> int:
+def communication_bytes(link: Link, count: int, *, shards: bool = False) -> int:
     """Device memory outside the allocator that each of `count` ranks gives to NCCL, once all are connected; 0 of one rank.
 
-    Measured on two ranks; of more it is computed: every further peer takes its channels' buffers.
+    Measured on two ranks; of more it is computed: every further peer takes its channels' buffers. shards: weights, too, come
+    from other ranks.
     """
     if count < 2:
         return 0
     init = _INIT if link.channels else _INIT_HOST
-    return (init + _KERNELS + _CONNECTION * link.channels * (count - 1)) * MIB
+    channels = link.channels
+    if shards:
+        init, channels = init + _SECOND, channels + min(channels, WEIGHT_CHANNELS)
+    return (init + _KERNELS + _CONNECTION * channels * (count - 1)) * MIB
+
+
+def linked(gpu: GPU, link: Link, count: int, *, shards: bool) -> GPU:
+    """The card as one of `count`: what NCCL takes comes with its context, and a stated bus bounds its copies from RAM."""
+    if count < 2:
+        return gpu
+    taken = communication_bytes(link, count, shards=shards)
+    return replace(gpu, context_bytes=gpu.context_bytes + taken, pcie_bytes=min(gpu.pcie_bytes, link.bus_bytes or inf))
 
 
 def _nvlink(gpu: GPU, count: int) -> Link:

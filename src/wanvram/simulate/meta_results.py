@@ -54,6 +54,7 @@ NOTHING = (
     "gated_add_",
     "add_",
     "gelu_tanh_",
+    "merge_attention_",
     "rms_norm_silu",
     "fill_window",
 )

@@ -70,6 +70,10 @@ class TensorSource(Protocol):
 
     def fill(self, key: str, dest: Tensor) -> None: ...
 
+    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
+        """As many rows of the tensor (along its first axis) as `dest` has, from `first` on; nothing else is read."""
+        ...
+
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """The named rows of a matrix as a host tensor: a lookup that reads nothing else of a large table."""
         ...
@@ -176,6 +180,15 @@ class FileSource:
             return
         _check_shape(key, stored.shape, dest, str(stored.path))
         stored.fill(dest)
+
+    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
+        stored, last = self._get(key), first + dest.shape[0] - 1
+        _check_rows(key, (first, last), stored.shape[0], self._origin)
+        if isinstance(stored, Tensor):
+            _copy(key, stored[first : last + 1], dest, self._origin)
+            return
+        _check_shape(key, (dest.shape[0], *stored.shape[1:]), dest, str(stored.path))
+        stored.fill(dest, first)
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         stored = self._get(key)
