@@ -194,6 +194,9 @@ def together(record: RunRecord, world: World, exchanged: Exchanged) -> None:
     if record.failure is not None:
         world.watchdog.stop()
     record.ranks = world.gathered(mine)
+    if len(cards := {each.device: each.ranks[0] for each in record.ranks}) > 1:
+        said = ", ".join(f"{card} (rank {rank})" for card, rank in cards.items())
+        record.notes.append(f"the ranks compute on unequal cards: {said}; every step takes what the slowest of them takes")
     missing = sorted(set(range(world.me.size)) - {rank for each in record.ranks for rank in each.ranks})
     if missing and world.me.is_first:
         record.notes.append(f"no record came from rank {', '.join(map(str, missing))}")
