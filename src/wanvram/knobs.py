@@ -147,6 +147,14 @@ def _streamed_only(plain: object) -> Rule:
 
 
 _ONE_GPU = "running on several GPUs is not implemented"
+_AMONG_SEVERAL = Rule(
+    lambda value, strategy: not value or gpus(strategy) > 1,
+    "{value}; several GPUs share weights, and this run has one; give ulysses_size, ring_size or cfg_size too",
+)
+_NOT_ON_THE_CPU = Rule(
+    lambda value, strategy: not (value and T5_CPU.of(strategy)),
+    "{value}; GPUs share what they compute with, and t5_cpu has T5 on the CPU; choose one of them",
+)
 _WITHIN_THE_BATCH = Rule(
     lambda value, strategy: value is None or value <= BATCH_SIZE.of(strategy),
     "{value} videos cannot pass a block together where fewer are denoised together; give a batch_size of at least that many",
@@ -199,7 +207,6 @@ def chunk_rows(tokens: int, asked: int | None) -> int:
 _STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
 _VAE = ("vae_encoder", "vae_decoder")
 _MORE_GPUS = "default: 1; more needs several GPUs, which is not implemented"
-_SEVERAL_GPUS = "needs several GPUs, which is not implemented"
 
 # fmt: off
 PRECISION = Knob(
@@ -257,8 +264,12 @@ PARALLEL_DEGREE = Knob(
     "parallel_degree", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),), other_flag="gpus")
 ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
 RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
-T5_FSDP = Knob("t5_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
-DIT_FSDP = Knob("dit_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
+T5_FSDP = Knob(
+    "t5_fsdp", False, "each GPU keeps a share of T5 (default: False)",
+    touches=("text_encoder",), smaller=_only(True), rules=(_AMONG_SEVERAL, _NOT_ON_THE_CPU), kept=True)
+DIT_FSDP = Knob(
+    "dit_fsdp", False, "each GPU keeps a share of the transformer (default: False)",
+    touches=("dit",), smaller=_only(True), rules=(_AMONG_SEVERAL,), kept=True)
 # fmt: on
 
 # In the order of Strategy's fields, which is that of flags, keys and commands.
@@ -319,6 +330,13 @@ def is_streamed(strategy: object) -> bool:
     return LOAD_STRATEGY.of(strategy) == "block"
 
 
+def gpus(strategy: object) -> int:
+    """That make the videos together."""
+    return max(
+        PARALLEL_DEGREE.of(strategy), math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
+    )
+
+
 def videos_per_pass(strategy: object) -> int:
     """Whose streams pass a unit of weights before the next one comes."""
     return MICRO_BATCH_SIZE.of(strategy) or 1
@@ -326,7 +344,8 @@ def videos_per_pass(strategy: object) -> int:
 
 def weight_passes(strategy: object, *, guided: bool) -> int:
     """How often a denoising step walks the transformer's weights. guided: with and without the prompt."""
-    forwards = 2 if guided and CFG.of(strategy) == "sequential" else 1
+    alone = CFG.of(strategy) == "sequential" and CFG_SIZE.of(strategy) == 1
+    forwards = 2 if guided and alone else 1
     return forwards * math.ceil(BATCH_SIZE.of(strategy) / videos_per_pass(strategy))
 
 
@@ -346,6 +365,19 @@ UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, RESIDENT_BLOC
 RESIDENT = Change({**UNSLICED.values, LOAD_STRATEGY: "full", WEIGHTS_IN: "pinned"})
 # Half the copies, for a second residual stream: slicing makes the room for that.
 JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0})
+
+
+def allowed(change: Change, strategy: S) -> S | None:
+    """`change` on the strategy, without slicing of attention where that is refused; None: it is refused all the same."""
+    plain = {knob: value for knob, value in change.values.items() if knob is not ATTENTION_SLICING}
+    for values in (change.values, plain):
+        try:
+            return Change(values).on(strategy)
+        except InputError:
+            continue
+    return None
+
+
 # Half the rows that are chosen by size; a quarter saves 1 % more memory at 14B 720P, idles the matrix units and is slow to simulate.
 FEW_ROWS = TARGET_ROWS // 2
 # Lossless ways to hold fewer activations, the fastest and largest first.

@@ -252,7 +252,10 @@ HOW: list[Case] = [
         ("t2v", [f"--{flag}", "2"], f"--{flag}: 2; running on several GPUs")
         for flag in ("cfg_size", "gpus", "ulysses_size", "ring_size")
     ),
-    *(("t2v", [f"--{flag}", "True"], f"--{flag}: true; running on several GPUs") for flag in ("t5_fsdp", "dit_fsdp")),
+    *(
+        ("t2v", [f"--{flag}", "True"], f"--{flag}: true; several GPUs share weights")
+        for flag in ("t5_fsdp", "dit_fsdp")
+    ),
     ("t2v", ["--ulysses_size", "0"], "--ulysses_size: 0; "),
     ("t2v", ["--device", "tpu"], "--device: invalid choice"),
     ("t2v", ["--device", "simulated", "--gpu", "rtx9"], "rtx9"),

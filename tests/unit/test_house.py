@@ -29,7 +29,7 @@ BUDGETS = {
     "matrix": 675,
     "media": 625,
     "models": 2330,
-    "planner": 1400,
+    "planner": 1700,
     "predict": 1150,
     "prompt": 1000,
     "recorder": 1720,

@@ -181,4 +181,5 @@ class Trials:
             strategy=strategy,
             measurement=Measurement(profile_memory=False),
             gpu=self.budget.gpu,
+            link=self.budget.link,
         )
