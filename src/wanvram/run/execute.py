@@ -105,14 +105,16 @@ def execute(
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
         check_in_force(config, environment["in_force"], device)
+    linked = None
     if output.world is not None:
         device.place = config.place(output.world.me.rank)
-        output.world.connect(device)
+        linked = output.world.connect(device)
     start = since_process_start()
 
     def complete(record: RunRecord) -> None:
         record.predicted = output.predicted or (beside.result() if beside else None)
         record.times = Times(start, since_process_start())
+        record.notes += [linked] if linked else []
 
     return run_on(device, config, output, Around(environment, complete, progress, watch))
 
