@@ -19,6 +19,7 @@ from wanvram.kernels.elementwise import (
     gelu_tanh_,
     inverse_rms,
     layer_norm_modulate,
+    linear_gelu,
     rms_norm_,
     rms_norm_rope_,
     scaled_rope_,
@@ -97,6 +98,14 @@ class Linear(nn.Module):
         out = self.bias.new_empty((rows.values.shape[0], self.weight.shape[0]))
         self.into(out, rows)
         return out
+
+    def gelu(self, h: Tensor | ScaledRows) -> Tensor:
+        """GELU in its tanh form, of the product with its bias."""
+        if isinstance(h, Tensor) and self.scale is None:
+            return linear_gelu(h, self.weight.t(), self.bias)
+        wide = self.forward(h)
+        gelu_tanh_(wide)
+        return wide
 
     def into(self, out: Tensor, h: Tensor | ScaledRows) -> None:
         if isinstance(h, ScaledRows):
@@ -370,9 +379,8 @@ class FeedForward(nn.Sequential):
         shift, scale, gate = modulation
         up, down = (module for module in self if isinstance(module, Linear))
         h = up.operand(layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul))
-        wide = up(h)
+        wide = up.gelu(h)
         del h
-        gelu_tanh_(wide)
         rows = down.operand(wide)
         del wide
         y = down(rows)

@@ -50,6 +50,7 @@ class LibraryBuffers:
             "aten.addmm.default": lambda args: _LT_PRODUCT,
             "aten.addmm.out": lambda args: _LT_PRODUCT,
             "wanvram.scaled_product.default": lambda args: _LT_PRODUCT,
+            "wanvram.linear_gelu.default": lambda args: _LT_PRODUCT,
             "aten.pow.Scalar": lambda args: _SCALAR,
             "wanvram.attention.default": self._attention,
             "wanvram.attention_lse.default": self._attention_with_sums,
