@@ -226,13 +226,15 @@ class RunRecord:
 
     def peak_span(self) -> Span | None:
         """The stage with the highest device (else allocated) peak; the first of equals."""
-        return max(self._all_stages(), key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+        return max(self.all_stages(), key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
 
     def peak(self) -> Memory | None:
         """The highest of each figure over the whole run, on any of its GPUs."""
-        return _peak(self._all_stages())
+        return _peak(self.all_stages())
 
-    def _all_stages(self) -> list[Span]:
+    def all_stages(self) -> list[Span]:
+        """Of every rank; those of the first may come twice."""
+        """Of this process and, of a run on several GPUs, of every one."""
         return [*self.stages, *(span for rank in self.ranks for span in rank.stages)]
 
     def step_seconds(self) -> float | None:
@@ -358,7 +360,7 @@ class RunRecord:
             raise DamagedError(f"attention.basis is none of {', '.join(BASES)}")
         if not all(rank.ranks for rank in self.ranks):
             raise DamagedError("ranks has an entry of no rank")
-        for span in (span for stage in self._all_stages() for span in stage.walk()):
+        for span in (span for stage in self.all_stages() for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
                 raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
             if not 1 <= span.videos <= MAX_REPEATS:

@@ -14,6 +14,7 @@ from wanvram.errors import DeviceError, InputError
 from wanvram.foreign_text import shown
 from wanvram.knobs import EXPANDABLE_SEGMENTS
 from wanvram.machine.allocator_settings import check_plain, put_in_force
+from wanvram.machine.launched import launched
 from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
 from wanvram.planner.search import planned_base
@@ -90,9 +91,10 @@ def settle_allocator(config: RunConfig, *, to_be_planned: bool) -> None:
 
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:
-    """Progress on stderr with the time since the start; quiet under --json only if stderr is not a terminal."""
+    """Progress on stderr with the time since the start; quiet under --json only if stderr is not a terminal, and where another
+    process of the run speaks."""
     stream = ProgressStream(sys.stderr)
-    return None if args.json and not stream.isatty() else stream.line
+    return None if (args.json and not stream.isatty()) or not launched().is_first else stream.line
 
 
 def run_printer(args: argparse.Namespace) -> TellRun | None:

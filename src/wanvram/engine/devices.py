@@ -81,20 +81,25 @@ class Copying:
         """Copies between host and device, ordered with the computation."""
         destination.copy_(source)
 
-    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Starts a host-to-device copy once `after` (a mark) has passed; returns the mark of its completion."""
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
+        """Starts a host-to-device copy once these marks have passed; returns the mark of its completion."""
+        self.copy(destination, source)
+        return None
+
+    def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """The other way, into pinned memory, beside the computation and what is prefetched."""
         self.copy(destination, source)
         return None
 
     def mark(self) -> Any:
-        """A mark in the computation's order, to give to `prefetch`."""
+        """A mark in the computation's order, to give to `prefetch` or `write_back`."""
         return None
 
     def wait(self, mark: Any) -> None:
-        """Lets later computation wait for a mark returned by `prefetch`."""
+        """Lets later computation wait for a mark of a copy."""
 
     def reader_waits(self, mark: Any) -> None:
-        """Stops the calling thread until a mark returned by `prefetch` has passed."""
+        """Stops the calling thread until a mark of a copy has passed."""
 
     def host_waits(self, mark: Any) -> None:
         """The host itself waits until a mark has passed."""
@@ -137,10 +142,13 @@ class Booking:
     def generated_weights(self) -> None:
         """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
-        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked."""
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
+        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked.
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
+        readers: ranks that read as much from the same disk meanwhile, this one among them.
+        """
+
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
         """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked.
 
         kept_bytes: they were read before, with so many others since; None: for the first time.
@@ -261,9 +269,13 @@ class SimulatedDevice(Device):
         else:
             destination.copy_(source)
 
-    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
         _check_shapes(destination, source)
-        return self.clock.prefetch(source.nbytes, after, on_device=not self.memory.is_host(source))
+        return self.clock.prefetch(source.nbytes, *after, on_device=not self.memory.is_host(source))
+
+    def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        _check_shapes(destination, source)
+        return self.clock.write_back(source.nbytes, after)
 
     def mark(self) -> Any:
         return self.clock.mark()
@@ -312,15 +324,15 @@ class SimulatedDevice(Device):
     def exchanged(self) -> Exchanged:
         return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
-        self.clock.read_from_disk(nbytes, component, kept_bytes)
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
+        self.clock.read_from_disk(nbytes, component, kept_bytes, readers)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
         on_host = self.memory.is_host(destination)
-        self.clock.load_from_disk(destination.nbytes, component)
+        self.clock.load_from_disk(destination.nbytes, component, readers)
         if not on_host:
             self.memory.load_library("kernels")
             self.clock.transfer(destination.nbytes, pinned=False)

@@ -124,12 +124,10 @@ def communication_bytes(link: Link, count: int, *, shards: bool = False) -> int:
     return (init + _KERNELS + _CONNECTION * channels * (count - 1)) * MIB
 
 
-def linked(gpu: GPU, link: Link, count: int, *, shards: bool) -> GPU:
-    """The card as one of `count`: what NCCL takes comes with its context, and a stated bus bounds its copies from RAM."""
-    if count < 2:
-        return gpu
-    taken = communication_bytes(link, count, shards=shards)
-    return replace(gpu, context_bytes=gpu.context_bytes + taken, pcie_bytes=min(gpu.pcie_bytes, link.bus_bytes or inf))
+def linked(gpu: GPU, link: Link, taken_bytes: int) -> GPU:
+    """The card among others: what communication takes comes with its context, and a stated bus bounds its copies from RAM."""
+    copies = min(gpu.pcie_bytes, link.bus_bytes or inf)
+    return replace(gpu, context_bytes=gpu.context_bytes + taken_bytes, pcie_bytes=copies)
 
 
 def _nvlink(gpu: GPU, count: int) -> Link:
