@@ -35,12 +35,13 @@ RUN = "run"  # among what a knob touches: every component and what is between th
 class Situation:
     """What decides which smaller values there are. tokens: of the video. edge: the frame's longer side, in latent pixels.
 
-    half: the 16-bit precision in which the card computes fast.
+    half: the 16-bit precision in which the card computes fast. streams: of one forward; a source video has its own.
     """
 
     tokens: int
     edge: int
     half: str = "bf16"
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,23 @@ _NO_FP8_OF_FP32 = Rule(
     "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
 )
 
+_ONE_STREAM_ALONE = (
+    Rule(
+        lambda value, strategy: value == "device" or not ATTENTION_SLICING.of(strategy),
+        "{value} makes keys and values of all heads in one go, and attention_slicing those of some; use one of the two",
+    ),
+    Rule(
+        lambda value, strategy: (
+            value == "device" or (CFG.of(strategy) == "sequential" and videos_per_pass(strategy) == 1)
+        ),
+        "{value} takes one stream at a time through the blocks; use cfg sequential and a micro_batch_size of 1",
+    ),
+    Rule(
+        lambda value, strategy: value == "device" or not any(knob.differs(strategy) for knob in _of_several_gpus()),
+        "{value} is for one GPU; several share the rows of the stream already",
+    ),
+)
+
 _HALF_ONLY = Rule(
     lambda value, strategy: value in ("auto", "efficient") or PRECISION.of(strategy) != "fp32",
     "{value} computes 16-bit numbers only, and precision is fp32; use auto or efficient",
@@ -176,6 +194,14 @@ def _only(value: T) -> Callable[[T, Situation], tuple[T, ...]]:
 
 def _half(now: str, situation: Situation) -> tuple[str, ...]:
     return (situation.half,) if now == "fp32" else ()
+
+
+def _stream_elsewhere(now: str, situation: Situation) -> tuple[str, ...]:
+    return ("pinned",) if now == "device" and situation.streams == 1 else ()
+
+
+def _of_several_gpus() -> tuple[Knob[Any], ...]:
+    return CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, DIT_FSDP
 
 
 def _half_as_many(now: int, _: Situation) -> tuple[int, ...]:
@@ -240,6 +266,9 @@ WEIGHTS_IN = Knob(
 RESIDENT_BLOCKS = Knob(
     "resident_blocks", 0, "blocks of the transformer that stay on the GPU (default: 0)",
     touches=("dit",), smaller=_half_as_many, rules=(_at_least(0), _streamed_only(0)))
+RESIDUAL_IN = Knob(
+    "residual_in", "device", "where the residual stream waits: device, or pinned RAM by row chunks (default: device)",
+    choices=("device", "pinned"), touches=("dit",), smaller=_stream_elsewhere, rules=_ONE_STREAM_ALONE)
 WEIGHT_STORAGE = Knob(
     "weight_storage", "same", "fp8: half the transformer's weights, lossy", choices=("same", "fp8"),
     touches=("dit",), lossless=False, smaller=_only("fp8"), rules=(_NO_FP8_OF_FP32,))
@@ -277,6 +306,7 @@ TABLE: tuple[Knob[Any], ...] = (
     *(PRECISION, LOAD_STRATEGY, OFFLOAD, T5_CPU, ATTENTION_SLICING, ATTENTION, ROWS_PER_CHUNK, CFG, WEIGHTS_IN),
     *(
         RESIDENT_BLOCKS,
+        RESIDUAL_IN,
         WEIGHT_STORAGE,
         VAE_TILE,
         VAE_PRECISION,

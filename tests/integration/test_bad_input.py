@@ -245,6 +245,16 @@ HOW: list[Case] = [
     ("t2v", ["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
     ("t2v", ["--batch_size", "65"], "--batch_size: 65; at most 64 videos in one run"),
     ("t2v", ["--micro_batch_size", "2"], "--micro_batch_size: 2 videos cannot pass a block together"),
+    ("t2v", ["--residual_in", "disk"], "--residual_in: invalid choice"),
+    *(
+        ("t2v", ["--residual_in", "pinned", *flags], f"--residual_in: pinned {why}")
+        for flags, why in (
+            (["--attention_slicing", "True"], "makes keys and values of all heads in one go"),
+            (["--cfg", "joint"], "takes one stream at a time through the blocks; use cfg sequential"),
+            (["--batch_size", "2", "--micro_batch_size", "2"], "takes one stream at a time through the blocks"),
+        )
+    ),
+    ("vace", ["--residual_in", "pinned"], "--residual_in: pinned keeps one stream, and vace-1.3B has a second one"),
     ("t2v", ["--weight_storage", "int4"], "--weight_storage: invalid choice"),
     ("t2v", ["--vae_tile", "4"], "--vae_tile: 4 must be at least 8"),
     ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),

@@ -138,6 +138,39 @@ def test_any_combination_of_lossless_knobs_gives_the_video_of_the_plain_run(
         assert (a.int() - b.int()).abs().max() <= 1
 
 
+@st.composite
+def beside_the_stream(draw: st.DrawFn) -> tuple[tuple[str, Any], ...]:
+    """Any combination of knobs that a residual stream in RAM goes with, lossy ones included."""
+    chosen: dict[str, Any] = {
+        "load_strategy": draw(st.sampled_from(("full", "block"))),
+        "offload": draw(st.booleans()),
+        "rows_per_chunk": draw(st.sampled_from((None, 1, 5, 17, 24, 48, 1000))),
+        "precision": draw(st.sampled_from(("fp32", "bf16"))),
+    }
+    if chosen["load_strategy"] == "block":
+        chosen["weights_in"] = draw(st.sampled_from(("pinned", "pageable", "disk")))
+        chosen["resident_blocks"] = draw(st.sampled_from((0, 1, 2, 9)))
+    if chosen["precision"] == "bf16":
+        chosen["weight_storage"] = draw(st.sampled_from(("same", "fp8")))
+    return tuple(chosen.items())
+
+
+@settings(max_examples=20)
+@given(task=st.sampled_from(TASKS[:3]), strategy=beside_the_stream())
+def test_a_residual_stream_in_ram_gives_the_latent_of_one_on_the_device_bit_for_bit(
+    task: str, strategy: tuple[tuple[str, Any], ...]
+) -> None:
+    on_device, in_ram = (latent_of(task, (*strategy, ("residual_in", where))) for where in ("device", "pinned"))
+    assert torch.equal(on_device, in_ram)
+
+
+def test_videos_made_together_take_turns_with_the_one_stream_in_ram() -> None:
+    how = {"load_strategy": "block", "offload": True, "batch_size": 2}
+    plain, other = (frames_of("t2v-1.3B", 1, how | {"residual_in": where}) for where in ("device", "pinned"))
+    assert len(plain) == len(other) == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
 @pytest.mark.parametrize("how", [{"load_strategy": "full"}, {"load_strategy": "block", "resident_blocks": 2}])
 def test_fp8_storage_loses_a_little_and_the_same_wherever_the_weights_are(how: dict[str, Any]) -> None:
     exact = latent_of("t2v-1.3B", (("precision", "bf16"),))

@@ -33,6 +33,7 @@ KEYS = {
     "optimization.weights_in",
     "optimization.resident_blocks",
     "optimization.attention_backend",
+    "optimization.residual_in",
     "optimization.weight_storage",
     "optimization.vae_tile",
     "optimization.vae_precision",

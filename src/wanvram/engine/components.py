@@ -12,9 +12,10 @@ from torch import nn
 from wanvram.config import RunConfig
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
-from wanvram.knobs import PRECISION
+from wanvram.knobs import PRECISION, RESIDUAL_IN
 from wanvram.models.clip import CLIPVision
 from wanvram.models.dit import WanDiT
+from wanvram.models.dit_regrouped import RegroupedDiT
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.t5 import T5Encoder, Walk
 from wanvram.models.vae import WanVAE
@@ -73,6 +74,7 @@ class _Built:
     unused: tuple[str, ...] = ()
     embedders: Sequence[nn.Module] = ()
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    lanes: Sequence[int] = ()  # the slot each unit is streamed through, where they do not take turns
 
 
 class Parts:
@@ -120,7 +122,7 @@ class Parts:
         elif built.units and (streamed or shared):
             resident, home = strategy.resident_blocks if is_dit else 0, strategy.weights_in if streamed else "device"
             peers = self.device.weight_peers() if shared else None
-            component.load_streamed(source, home=home, resident_groups=resident, peers=peers)
+            component.load_streamed(source, home=home, resident_groups=resident, lanes=built.lanes, peers=peers)
         else:
             component.load_resident(source)
         return component
@@ -156,8 +158,10 @@ class Parts:
         return _Built(module, module.walk_order(), tuple(module.unused_keys()))
 
     def _dit(self) -> _Built:
-        module = WanDiT(self.specs.dit, PRECISIONS[PRECISION.of(self.config.strategy)])
-        return _Built(module, module.walk_order(), embedders=module.embedders())
+        kind = RegroupedDiT if RESIDUAL_IN.of(self.config.strategy) == "pinned" else WanDiT
+        module = kind(self.specs.dit, PRECISIONS[PRECISION.of(self.config.strategy)])
+        lanes = module.lanes() if isinstance(module, RegroupedDiT) else ()
+        return _Built(module, module.walk_order(), embedders=module.embedders(), lanes=lanes)
 
     def _vae(self, *, encoder: bool = True, decoder: bool = True) -> _Built:
         module = WanVAE(self.specs.vae, PRECISIONS[self.config.strategy.vae_precision].matmul)

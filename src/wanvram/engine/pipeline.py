@@ -376,22 +376,22 @@ class Pipeline:
         """Advances videos through a turn, a span for each step; block spans on every `log_interval`-th."""
         interval, total, turn = self.config.measurement.log_interval, self.config.request.sample_steps, plan.turn
         skipped = total - self._steps_to_run()
-        velocities = velocities_of(self.config, self.device, self.inputs, component, plan.negative)
         together = videos_per_pass(self.config.strategy)
         self.keeper.begin_steps()
-        for index in range(min(sampling.state.made for sampling in batch), turn.stop):
-            detailed = self.config.measurement.profile_memory and index % interval == 0
-            component.observe(partial(self._block_span, component.name) if detailed else None)
-            number = index if index < turn.stop - 1 else index + skipped
-            with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
-                advance([s for s in batch if s.state.made == index], velocities, plan, together)
-            if skipped and index == turn.stop - 2:
-                span.repeats = skipped + 1
-            if self.tell:
-                self.tell(Done(stage, number + 1, total, "steps", turn.stop - 1 - index))
-            if self.trace_step:
-                self.trace_step()
-            self.keeper.after_step(index + 1, self.device)
+        with velocities_of(self.config, self.device, self.inputs, component, plan.negative) as velocities:
+            for index in range(min(sampling.state.made for sampling in batch), turn.stop):
+                detailed = self.config.measurement.profile_memory and index % interval == 0
+                component.observe(partial(self._block_span, component.name) if detailed else None)
+                number = index if index < turn.stop - 1 else index + skipped
+                with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
+                    advance([s for s in batch if s.state.made == index], velocities, plan, together)
+                if skipped and index == turn.stop - 2:
+                    span.repeats = skipped + 1
+                if self.tell:
+                    self.tell(Done(stage, number + 1, total, "steps", turn.stop - 1 - index))
+                if self.trace_step:
+                    self.trace_step()
+                self.keeper.after_step(index + 1, self.device)
         component.observe(None)
 
     def _block_span(self, component: str, group: str) -> AbstractContextManager[object]:
