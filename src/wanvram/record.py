@@ -233,6 +233,7 @@ class RunRecord:
         return _peak(self.all_stages())
 
     def all_stages(self) -> list[Span]:
+        """Of every rank; those of the first may come twice."""
         """Of this process and, of a run on several GPUs, of every one."""
         return [*self.stages, *(span for rank in self.ranks for span in rank.stages)]
 

@@ -35,7 +35,7 @@ from wanvram.units import GIB
 # Every rate of this card is round: 1e12 operations, 1e11 bytes and 1e10 copied bytes per second; issuing costs nothing.
 PLAIN = replace(
     EFFICIENCY,
-    **dict.fromkeys(("product", "product_fp32", "attention", "attention_fp32", "memory"), 1.0),
+    **dict.fromkeys(("product", "product_fp8", "product_fp32", "attention", "attention_fp32", "memory"), 1.0),
     **dict.fromkeys(("conv_tf32", "conv_tf32_narrow", "conv_half", "conv_half_narrow"), 1.0),
     **dict.fromkeys(("launch_seconds", "view_seconds", "dispatch_seconds", "own_seconds"), 0.0),
 )
@@ -192,7 +192,7 @@ def test_a_buffer_is_read_into_again_only_after_its_copy(clock: Clock) -> None:
 def test_a_copy_from_pinned_memory_does_not_wait_for_what_was_read_for_another(clock: Clock) -> None:
     clock.read_from_disk(int(1e9), "dit")
     clock.prefetch(0, None)
-    assert clock.prefetch(int(1e10), None) == pytest.approx(2.0 + 1.0)  # behind the first copy, no second reading
+    assert clock.prefetch(int(1e10), 1.5) == pytest.approx(2.0 + 1.0)  # behind the first copy, no second reading
 
 
 NVLINK, BUS = Link("nvlink", 1e10, 0.0, 8, "a test"), Link("pcie4", 1e10, 0.0, 2, "a test")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from random import Random
 from typing import Any
 
 import pytest
@@ -18,16 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from queue_device import AT_ONCE, COMPUTE, COPIES, Mark, QueueDevice
 from toy_component import reading_threads
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import CheckpointError, WanvramError
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a copy or a thread that never ends must fail, not hang
-
-COMPUTE, COPIES = "compute", "copies"
-LATE = (0.0, 0.0)  # nothing runs before somebody waits for it
-AT_ONCE = (1.0, 1.0)
 
 
 @dataclass(eq=False)
@@ -39,74 +34,6 @@ class Piece:
 
     def master(self) -> Tensor:
         return torch.full((self.nbytes,), self.value, dtype=torch.uint8)
-
-
-@dataclass(eq=False)
-class Mark:
-    queue: str
-    position: int  # operations of that queue that must have run
-
-
-class QueueDevice(CpuDevice):
-    """Two queues as a GPU's streams: each runs in order, the two together in any order that their marks allow.
-
-    haste: how likely an operation of (computation, copies) runs at once when one more is queued; the rest runs when it is
-    waited for.
-    """
-
-    def __init__(self, haste: tuple[float, float] = LATE, seed: int = 0) -> None:
-        super().__init__()
-        self.haste = dict(zip((COMPUTE, COPIES), haste, strict=True))
-        self.random = Random(seed)
-        self.queues: dict[str, deque[tuple[Mark | None, Callable[[], None]]]] = {COMPUTE: deque(), COPIES: deque()}
-        self.queued = {COMPUTE: 0, COPIES: 0}
-        self.host_buffers: list[int] = []
-        self.lock = threading.RLock()
-
-    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
-        self.host_buffers.append(shape[0])
-        return super().host_empty(shape, dtype)
-
-    def compute(self, operation: Callable[[], None]) -> None:
-        self._queue(COMPUTE, None, operation)
-
-    def prefetch(self, destination: Tensor, source: Tensor, after: Any) -> Mark:
-        return self._queue(COPIES, after, partial(destination.copy_, source))
-
-    def mark(self) -> Mark:
-        return Mark(COMPUTE, self.queued[COMPUTE])
-
-    def wait(self, mark: Mark | None) -> None:
-        self._queue(COMPUTE, mark, lambda: None)
-
-    def reader_waits(self, mark: Mark | None) -> None:
-        with self.lock:
-            while mark is not None and not self.passed(mark):
-                self._run_one(mark.queue)
-
-    def passed(self, mark: Mark) -> bool:
-        return self.queued[mark.queue] - len(self.queues[mark.queue]) >= mark.position
-
-    def finish(self) -> None:
-        self.reader_waits(self.mark())
-        self.reader_waits(Mark(COPIES, self.queued[COPIES]))
-
-    def _queue(self, queue: str, after: Mark | None, operation: Callable[[], None]) -> Mark:
-        with self.lock:
-            self.queues[queue].append((after, operation))
-            self.queued[queue] += 1
-            mark = Mark(queue, self.queued[queue])
-            for name in self.random.sample((COMPUTE, COPIES), 2):
-                while self.queues[name] and self.random.random() < self.haste[name]:
-                    needed = self.queues[name][0][0]
-                    if needed is not None and not self.passed(needed):
-                        break
-                    self._run_one(name)
-            return mark
-
-    def _run_one(self, queue: str) -> None:
-        self.reader_waits(self.queues[queue][0][0])
-        self.queues[queue].popleft()[1]()
 
 
 def pieces_of(*sizes: int) -> list[Piece]:

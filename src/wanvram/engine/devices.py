@@ -81,20 +81,25 @@ class Copying:
         """Copies between host and device, ordered with the computation."""
         destination.copy_(source)
 
-    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Starts a host-to-device copy once `after` (a mark) has passed; returns the mark of its completion."""
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
+        """Starts a host-to-device copy once these marks have passed; returns the mark of its completion."""
+        self.copy(destination, source)
+        return None
+
+    def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """The other way, into pinned memory, beside the computation and what is prefetched."""
         self.copy(destination, source)
         return None
 
     def mark(self) -> Any:
-        """A mark in the computation's order, to give to `prefetch`."""
+        """A mark in the computation's order, to give to `prefetch` or `write_back`."""
         return None
 
     def wait(self, mark: Any) -> None:
-        """Lets later computation wait for a mark returned by `prefetch`."""
+        """Lets later computation wait for a mark of a copy."""
 
     def reader_waits(self, mark: Any) -> None:
-        """Stops the calling thread until a mark returned by `prefetch` has passed."""
+        """Stops the calling thread until a mark of a copy has passed."""
 
     def host_waits(self, mark: Any) -> None:
         """The host itself waits until a mark has passed."""
@@ -264,9 +269,13 @@ class SimulatedDevice(Device):
         else:
             destination.copy_(source)
 
-    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
         _check_shapes(destination, source)
-        return self.clock.prefetch(source.nbytes, after, on_device=not self.memory.is_host(source))
+        return self.clock.prefetch(source.nbytes, *after, on_device=not self.memory.is_host(source))
+
+    def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        _check_shapes(destination, source)
+        return self.clock.write_back(source.nbytes, after)
 
     def mark(self) -> Any:
         return self.clock.mark()
@@ -307,7 +316,7 @@ class SimulatedDevice(Device):
             self.clock.copy_on_host(source.nbytes)
 
     def peers(self, axis: str) -> Peers:
-        return SimulatedPeers(self.place, axis, self.clock)
+        return SimulatedPeers(self.place, axis, self.memory)
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
         return self.clock.start_gather(whole.nbytes // peers.count * (peers.count - 1), peers.count - 1, after)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
-from wanvram.knobs import DIT_FSDP, ROWS_PER_CHUNK, T5_FSDP, VAE_TILE, chunk_rows
+from wanvram.knobs import ROWS_PER_CHUNK, VAE_TILE, chunk_rows, shares_weights
 from wanvram.media.inputs import prepare_inputs
 from wanvram.models.vae_tiles import grid
 from wanvram.record import Failure, RankRecord, RunRecord
-from wanvram.sharing import CFG, RING, Sequence, size
+from wanvram.sharing import CFG, RING, SEQUENCE, Sequence, size
 from wanvram.simulate.links import Link, communication_bytes
 from wanvram.spans import Span
 from wanvram.specs import DIT
@@ -33,35 +33,36 @@ def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int,
         return [(0,)]
     inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
     tokens = inputs.geometry.tokens(inputs.noise_shape)
-    rows = chunk_rows(tokens, ROWS_PER_CHUNK.of(config.strategy))
+    shares = config.place(0).count(SEQUENCE)
+    rows = chunk_rows(-(-tokens // shares), ROWS_PER_CHUNK.of(config.strategy))
     heads = DIT[config.request.facts.dit].num_heads
-    found: dict[object, list[int]] = {}
+    found: dict[str, list[int]] = {}
     for rank in range(config.gpus):
         place = config.place(rank)
         sequence = Sequence(place, tokens, heads, rows)
         here, stations = place.index(RING), sequence.stations
-        shares: list[object] = [size(sequence.my_heads), place.index(CFG)]
-        shares.append([[size(chunk) for chunk in run] for run in (sequence.chunks, sequence.pieces)])
-        shares.append(stations[here:] + stations[:here])
+        runs = [[size(chunk) for chunk in run] for run in (sequence.chunks, sequence.pieces)]
+        shared = [size(sequence.my_heads), place.index(CFG), runs, stations[here:] + stations[:here]]
         tiles = _tiles(config, inputs.noise_shape[2:], rank)
-        key = {"dit": [shares], "vae_decoder": [tiles]}.get(component or "", [shares, tiles])
-        found.setdefault(str([rank == 0 and component is None, key]), []).append(rank)
+        if component == "vae_decoder" and not tiles:
+            continue
+        parts = {"dit": [shared], "vae_decoder": [tiles]}.get(component or "", [shared, tiles, rank == 0])
+        found.setdefault(str(parts), []).append(rank)
     return [tuple(ranks) for ranks in found.values()]
 
 
-def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> object:
+def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> list[object]:
     """Sizes of the tiles that a rank decodes, and at which edges of the frame; whole frames are rank 0's alone."""
     tile = VAE_TILE.of(config.strategy)
     if tile is None:
-        return rank == 0
+        return ["whole"] if rank == 0 else []
     mine = list(grid(*frame, (tile, tile)))[rank :: config.gpus]
     return [[(s.stop - s.start, s.start == 0, s.stop == s.extent) for s in area] for area in mine]
 
 
 def communication_of(config: RunConfig, link: Link) -> int:
     """Bytes of each card that NCCL takes; 0 of one."""
-    shards = DIT_FSDP.of(config.strategy) or T5_FSDP.of(config.strategy)
-    return communication_bytes(link, config.gpus, shards=shards)
+    return communication_bytes(link, config.gpus, shards=shares_weights(config.strategy))
 
 
 def communication_note(config: RunConfig, link: Link) -> str:

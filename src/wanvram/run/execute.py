@@ -22,7 +22,7 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN, shares_weights
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
@@ -43,9 +43,10 @@ from wanvram.run.beside import Beside, Predict
 from wanvram.run.bulletin import Ending
 from wanvram.run.directory import run_directory
 from wanvram.run.in_force import check_in_force, in_force
-from wanvram.run.keep import keep_in, kept_before
+from wanvram.run.keep import follow, keep_in, kept_before
 from wanvram.run.outputs import Outputs
 from wanvram.run.post_mortem import largest_alive
+from wanvram.run.products import check_products
 from wanvram.run.progress import StageProgress
 from wanvram.run.resume import Resumption
 from wanvram.run.tracing import observed, traced_config, traced_pass
@@ -96,6 +97,10 @@ def execute(
     prediction yet, in a process beside the run. Raises InputError, CheckpointError or DeviceError before anything is loaded.
     """
     check_measurement(config)
+    require(
+        config.gpus == 1 or output.world is not None,
+        f"{config.gpus} GPUs need a process each: start them with torchrun, or with --gpus of wanvram generate or profile",
+    )
     config = _seeded(config)
     beside = _beside(config, output, predict)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
@@ -105,14 +110,18 @@ def execute(
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
         check_in_force(config, environment["in_force"], device)
+    linked = None
     if output.world is not None:
         device.place = config.place(output.world.me.rank)
-        output.world.connect(device)
+        linked = output.world.connect(device)
+        if shares_weights(config.strategy):
+            device.weight_peers()  # connects before anything is loaded, so that what it takes is known
     start = since_process_start()
 
     def complete(record: RunRecord) -> None:
         record.predicted = output.predicted or (beside.result() if beside else None)
         record.times = Times(start, since_process_start())
+        record.notes += [linked] if linked else []
 
     return run_on(device, config, output, Around(environment, complete, progress, watch))
 
@@ -159,9 +168,12 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
     with ExitStack() as held:  # the run directory, until the results are written
         directory = held.enter_context(_directory(output)) if output.directory else None
         resumed = keep_in(directory, pipeline, outputs, output.resume) if directory and outputs else None
+        if directory and output.resume and not output.is_first:
+            follow(directory, pipeline, output.resume)
         if directory and output.is_first:
             _write_circumstances(directory, config, around.environment)
         if output.world is not None:
+            output.world.shared("directory", lambda: True)  # the first one has made it
             output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
         failure, lost = _played(config, output, pipeline, outputs, around)
         record = _record(config, device, pipeline, failure, around.environment)
@@ -318,7 +330,9 @@ def make_device(config: RunConfig) -> Device:
         # The commands did it before importing torch; a program may not have.
         put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
         device = CudaDevice(launched().local_rank, limit_bytes=config.memory_limit_bytes)
-        device.attention = attention_of(config, card_here(config, device))
+        card = card_here(config, device)
+        check_products(config, card.name, card.capability)
+        device.attention = attention_of(config, card)
         require_package(device.attention)
         return device
     if kind == "cpu":

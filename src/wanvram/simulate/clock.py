@@ -1,8 +1,9 @@
 """What a run would take: a clock that the simulated device's operations and copies advance. No torch.
 
-Five timelines, as on a real machine: the host issues work, the device computes in order, a copy engine runs beside it, a thread
-on the host reads weights into pinned buffers, and a link carries what other GPUs are sent. Each moves by prices from a card's rates
-(gpus.py); one waits for another only through marks and blocking calls, so a copy is hidden exactly where it would be.
+Six timelines, as on a real machine: the host issues work, the device computes in order, two copy engines run beside it, one each
+way, a thread on the host reads weights into pinned buffers, and a link carries what other GPUs are sent. Each moves by prices
+from a card's rates (gpus.py); one waits for another only through marks and blocking calls, so a copy is hidden exactly where it
+would be.
 
 Not modelled: what the weights' values and the video's content change, and other programs on the same machine.
 """
@@ -57,7 +58,15 @@ _WRITES_ONLY = (
     "aten.uniform_",
 )
 _LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
-_PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.addmm_": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
+_PRODUCTS = {
+    "wanvram.linear_gelu": 0,
+    "aten.mm": 0,
+    "aten.bmm": 0,
+    "aten.addmm": 1,
+    "aten.addmm_": 1,
+    "aten.baddbmm": 1,
+    "aten._scaled_mm": 0,
+}
 
 Arguments = tuple[Any, ...]
 # Arithmetic operations, how many of them the device does per second, bytes of traffic.
@@ -95,6 +104,8 @@ class Costs:
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
+        if name == "wanvram.scaled_product":
+            return Price("product", self._scaled_product, dispatch)
         if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
@@ -116,10 +127,16 @@ class Costs:
         out = batch * m * n * max(a.itemsize, 2)
         return 2 * batch * m * k * n, self._product_rate(a.itemsize), a.nbytes + b.nbytes + out
 
+    def _scaled_product(self, args: Arguments, result: Any) -> Work:
+        """x [M,K] and weight [N,K] in 8 bits, what they give in 16."""
+        x, weight = args[0], args[2]
+        (m, k), n = x.shape, weight.shape[0]
+        return 2 * m * k * n, self._product_rate(x.itemsize), x.nbytes + weight.nbytes + 2 * m * n
+
     def _product_rate(self, itemsize: int) -> float:
         reached = self.gpu.efficiency
         if itemsize == 1:
-            return self._fp8 * reached.product
+            return self._fp8 * reached.product_fp8
         if itemsize == 2:
             return self._half * reached.product
         return self._fp32 * reached.product_fp32
@@ -196,6 +213,8 @@ class Clock:
     _host: float = 0.0
     _compute: float = 0.0
     _copies: float = 0.0
+    _returns: float = 0.0
+    _idle: tuple[float, float] = (0.0, 0.0)  # of the link to the device, before a copy of what is still being read
     _reader: float = 0.0
     _linked: float = 0.0
     _gathered: float = 0.0
@@ -216,7 +235,7 @@ class Clock:
     def synchronize(self) -> None:
         """The host waits for the device: for the computation and for the copies that were started."""
         computed = max(self._host, self._compute)
-        copied = max(self._copies, self._gathered)
+        copied = max(self._copies, self._returns, self._gathered)
         self._stall(copied - computed)
         self._host = max(computed, copied)
 
@@ -249,17 +268,32 @@ class Clock:
         """When the copies started so far are done: a mark."""
         return self._copies
 
-    def prefetch(self, nbytes: int, after: float | None, *, on_device: bool = False) -> float:
-        """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read.
+    def prefetch(self, nbytes: int, *after: float | None, on_device: bool = False) -> float:
+        """A copy from pinned memory beside the computation: after earlier ones, these marks, and what was just read.
 
-        on_device: from the device's own memory.
+        Where that is still being read, the copy is not in the queue yet, and a shorter one passes it. on_device: from the
+        device's own memory.
         """
-        start = max(self._copies, self._host, after or 0.0, self._read)
-        self._read = 0.0
+        ready = max((self._host, *(mark or 0.0 for mark in after)))
+        read, self._read = self._read, 0.0
         seconds = nbytes / (self.costs.bandwidth / 2 if on_device else self.gpu.pcie_bytes)
-        self._copies = start + seconds
         self.copied += Copies(nbytes, seconds)
+        idle, until = self._idle
+        if not read and max(idle, ready) + seconds <= until:
+            self._idle = max(idle, ready) + seconds, until
+            return self._idle[0]
+        start = max(self._copies, ready)
+        if read > start:
+            self._idle = start, read
+        self._copies = max(start, read) + seconds
         return self._copies
+
+    def write_back(self, nbytes: int, after: float | None) -> float:
+        """A copy into pinned memory beside the computation: after earlier ones. The link carries both directions at once."""
+        seconds = nbytes / self.gpu.pcie_bytes
+        self._returns = max(self._returns, self._host, after or 0.0) + seconds
+        self.copied += Copies(nbytes, seconds)
+        return self._returns
 
     def wait(self, mark: float) -> None:
         """Later computation waits for a mark."""
