@@ -167,6 +167,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             _write_circumstances(directory, config, around.environment)
         if output.world is not None:
             output.world.shared("directory", lambda: True)  # the first one has made it
+            pipeline.trace_step = output.world.step_made  # a run of several is not traced
             output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
         failure, lost = _played(config, output, pipeline, outputs, around)
         record = _record(config, device, pipeline, failure, around.environment)
