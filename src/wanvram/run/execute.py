@@ -46,6 +46,7 @@ from wanvram.run.in_force import check_in_force, in_force
 from wanvram.run.keep import follow, keep_in, kept_before
 from wanvram.run.outputs import Outputs
 from wanvram.run.post_mortem import largest_alive
+from wanvram.run.products import check_products
 from wanvram.run.progress import StageProgress
 from wanvram.run.resume import Resumption
 from wanvram.run.tracing import observed, traced_config, traced_pass
@@ -324,7 +325,9 @@ def make_device(config: RunConfig) -> Device:
         # The commands did it before importing torch; a program may not have.
         put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
         device = CudaDevice(launched().local_rank, limit_bytes=config.memory_limit_bytes)
-        device.attention = attention_of(config, card_here(config, device))
+        card = card_here(config, device)
+        check_products(config, card.name, card.capability)
+        device.attention = attention_of(config, card)
         require_package(device.attention)
         return device
     if kind == "cpu":
