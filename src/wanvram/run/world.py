@@ -28,7 +28,7 @@ from wanvram.machine.launched import Launched
 from wanvram.progress_stream import ProgressStream
 from wanvram.record import Failure, RankRecord, RunRecord
 from wanvram.recorder.interrupts import INTERRUPTED, agreed, ending_begins, hold, pending
-from wanvram.run.bulletin import Bulletin, Ending, Present
+from wanvram.run.bulletin import Bulletin, Ending, Present, store_for_tensors
 from wanvram.run.watchdog import Watchdog
 from wanvram.sharing import WORLD
 
@@ -79,7 +79,7 @@ class World:
         nccl = cuda and missing is not None
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=self._bulletin.for_tensors(),
+            store=store_for_tensors(TENSOR_TIMEOUT),
             rank=self.me.rank,
             world_size=self.me.size,
             timeout=TENSOR_TIMEOUT,
@@ -163,10 +163,7 @@ class World:
             dist.destroy_process_group()
 
     def _is_awaited(self, peer: Present) -> bool:
-        lost = (
-            self.watchdog.ending is not None and self.watchdog.ending.failure.rank == peer.rank and not peer.is_seen()
-        )
-        return not lost and self._bulletin.got("left", peer.rank) is None
+        return not self.watchdog.is_gone(peer.rank) and self._bulletin.got("left", peer.rank) is None
 
 
 @contextmanager
