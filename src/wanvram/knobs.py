@@ -381,6 +381,11 @@ def gpus(strategy: object) -> int:
     )
 
 
+def shares_weights(strategy: object) -> bool:
+    """Whether GPUs keep shares of some component's weights."""
+    return DIT_FSDP.of(strategy) or T5_FSDP.of(strategy)
+
+
 def videos_per_pass(strategy: object) -> int:
     """Whose streams pass a unit of weights before the next one comes."""
     return MICRO_BATCH_SIZE.of(strategy) or 1
