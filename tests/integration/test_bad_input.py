@@ -274,7 +274,7 @@ HOW: list[Case] = [
     (
         "t2v",
         ["--gpus", "4", "--attention_slicing", "True"],
-        "--gpus: 4 GPUs cannot be used so: ulysses_size: 2 GPUs attend",
+        "4 GPUs cannot share the work: ulysses_size: 2 GPUs attend",
     ),
     *(("t2v", [f"--{n}_size", "0"], f"--{n}_size: 0 must be at least 1") for n in ("cfg", "ulysses", "ring")),
     ("t2v", ["--cfg_size", "3"], "--cfg_size: 3 GPUs cannot share two guidance passes"),

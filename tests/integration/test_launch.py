@@ -262,7 +262,7 @@ def troubled(tmp_path: Path, what: str) -> tuple[subprocess.CompletedProcess[str
     ("what", "kind", "message"),
     [
         ("full", "oom", "rank 1: CUDA out of memory: 5 B asked for"),
-        ("defect", "error", "rank 1: the run failed in a way"),
+        ("defect", "error", "rank 1: the run stopped at something"),
     ],
 )
 def test_what_befalls_one_process_is_the_runs_failure_with_its_figures(
