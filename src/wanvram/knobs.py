@@ -160,9 +160,22 @@ _WITHIN_THE_BATCH = Rule(
     lambda value, strategy: value is None or value <= BATCH_SIZE.of(strategy),
     "{value} videos cannot pass a block together where fewer are denoised together; give a batch_size of at least that many",
 )
+_TWO_PASSES = Rule(lambda value, _: value <= 2, "{value} GPUs cannot share two guidance passes; give 1 or 2")
+_ONE_PASS_EACH = Rule(
+    lambda value, strategy: value == 1 or CFG.of(strategy) == "sequential",
+    "{value} GPUs make a guidance pass each, and cfg joint takes both through every block; use cfg sequential",
+)
+_WHOLE_HEADS = Rule(
+    lambda value, strategy: value == 1 or not ATTENTION_SLICING.of(strategy),
+    "{value} GPUs attend for all of their heads at once; attention_slicing must be false",
+)
 _NO_FP8_OF_FP32 = Rule(
     lambda value, strategy: value == "same" or PRECISION.of(strategy) != "fp32",
     "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
+)
+_FP8_TO_BF16 = Rule(
+    lambda value, strategy: value == "same" or PRECISION.of(strategy) == "bf16",
+    "fp8 gives its results in bf16; use precision bf16, or product_precision same",
 )
 
 _ONE_STREAM_ALONE = (
@@ -272,6 +285,9 @@ RESIDUAL_IN = Knob(
 WEIGHT_STORAGE = Knob(
     "weight_storage", "same", "fp8: half the transformer's weights, lossy", choices=("same", "fp8"),
     touches=("dit",), lossless=False, smaller=_only("fp8"), rules=(_NO_FP8_OF_FP32,))
+PRODUCT_PRECISION = Knob(
+    "product_precision", "same", "fp8: the transformer's products in 8 bits, faster, lossy", choices=("same", "fp8"),
+    touches=("dit",), lossless=False, rules=(_FP8_TO_BF16,))
 VAE_TILE: Knob[int | None] = Knob(
     "vae_tile", None, "edge of the VAE's tiles in latent pixels, lossless (default: none)", absent="none (whole frames)",
     touches=_VAE, smaller=_smaller_tiles, rules=(_at_least(8, " (or absent)"),))
@@ -288,11 +304,17 @@ BATCH_SIZE = Knob(
 MICRO_BATCH_SIZE: Knob[int | None] = Knob(
     "micro_batch_size", None, "of these, videos that pass a block before the next one comes (default: 1)", absent="1",
     touches=("dit",), smaller=_fewer_streams, rules=(_at_least(1), _WITHIN_THE_BATCH), kept=True)
-CFG_SIZE = Knob("cfg_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
+CFG_SIZE = Knob(
+    "cfg_size", 1, "GPUs that share the guidance passes: 1 or 2 (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _TWO_PASSES, _ONE_PASS_EACH), kept=True)
 PARALLEL_DEGREE = Knob(
     "parallel_degree", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),), other_flag="gpus")
-ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
-RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
+ULYSSES_SIZE = Knob(
+    "ulysses_size", 1, "GPUs that share rows, and heads while they attend (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+RING_SIZE = Knob(
+    "ring_size", 1, "GPUs that share rows, and pass keys and values round (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
 T5_FSDP = Knob(
     "t5_fsdp", False, "each GPU keeps a share of T5 (default: False)",
     touches=("text_encoder",), smaller=_only(True), rules=(_AMONG_SEVERAL, _NOT_ON_THE_CPU), kept=True)
@@ -308,6 +330,7 @@ TABLE: tuple[Knob[Any], ...] = (
         RESIDENT_BLOCKS,
         RESIDUAL_IN,
         WEIGHT_STORAGE,
+        PRODUCT_PRECISION,
         VAE_TILE,
         VAE_PRECISION,
         EXPANDABLE_SEGMENTS,
@@ -335,6 +358,12 @@ def planned() -> tuple[Knob[Any], ...]:
 def lossy() -> tuple[Knob[Any], ...]:
     """What changes the result, and so only the user decides."""
     return tuple(knob for knob in TABLE if not knob.lossless)
+
+
+def lossy_notes(strategy: object) -> list[str]:
+    """What was asked for beside the precision and changes the result: to be shown wherever there is one."""
+    found = [knob for knob in lossy() if knob.official is None and knob.differs(strategy)]
+    return [f"{knob.name} {knob.of(strategy)} is lossy and was asked for" for knob in found]
 
 
 def asked() -> tuple[Knob[Any], ...]:
@@ -365,6 +394,11 @@ def gpus(strategy: object) -> int:
     return max(
         PARALLEL_DEGREE.of(strategy), math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
     )
+
+
+def shares_weights(strategy: object) -> bool:
+    """Whether GPUs keep shares of some component's weights."""
+    return DIT_FSDP.of(strategy) or T5_FSDP.of(strategy)
 
 
 def videos_per_pass(strategy: object) -> int:
