@@ -76,7 +76,7 @@ WORDS = (
     ("scaling to 8 bits", ("_quantize", "_to_fp8")),
     (PRODUCTS, ("gemm", "nvjet", "cublas", "cutlass", "xmma")),
     (DEVICE, ("copy_kernel", "catarray")),
-    ("plain add", ("functor_add",)),
+    ("plain add", ("functor_add", "_add_kernel")),
     ("PyTorch's other kernels", ("at::native",)),
 )
 EPILOGUES = ("bias", "gelu", "relu")  # in the names of cuBLAS's kernels that have one

@@ -28,7 +28,7 @@ def generate_command(config: RunConfig) -> str:
     missing = [] if request.prompt or request.prompts else ["--prompt", "PROMPT"]
     for name in request.facts.pictures:
         missing += [] if getattr(request, name) is not None else [f"--{name}", name.upper()]
-    where = {"device": None if config.device == "auto" else config.device, "gpu": config.gpu}
+    where = {"device": None if config.device == "auto" else config.device, "gpu": config.gpu, "link": config.link}
     parts = ["wanvram", "generate", *request_flags(request), *missing, *strategy_flags(config.strategy)]
     parts += _flags({"weights": "DIR" if config.weights == "random" else config.weights} | where)
     parts += _flags({"memory_limit_bytes": _exactly(config.memory_limit_bytes)})

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from wanvram import knobs
 from wanvram.errors import InputError, require
 from wanvram.request import Request, Video, is_unicode
+from wanvram.sharing import LINKS, Place
 from wanvram.specs import DIT
 from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
 from wanvram.tasks import TASKS
@@ -33,9 +34,10 @@ class Strategy:
     """How to run: every choice that changes memory or time. See docs/strategy.md for what each costs.
 
     weights_in: where streamed blocks wait, pinned or pageable RAM or the checkpoint's files. resident_blocks: how many of the
-    transformer's blocks stay on the device all the same. weight_storage fp8: the transformer's matrices, lossy. vae_tile: edge
-    in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32: lossy. attention_backend: what computes
-    the attention of the transformer.
+    transformer's blocks stay on the device all the same. residual_in: where its residual stream is. weight_storage fp8: the
+    transformer's matrices, lossy. product_precision fp8: they are multiplied so, too, lossy. vae_tile: edge in latent pixels (8 video
+    pixels each), None: whole frames. vae_precision other than fp32: lossy. attention_backend: what computes the attention of the
+    transformer.
     """
 
     precision: str = knobs.PRECISION.default
@@ -48,13 +50,16 @@ class Strategy:
     cfg: str = knobs.CFG.default
     weights_in: str = knobs.WEIGHTS_IN.default
     resident_blocks: int = knobs.RESIDENT_BLOCKS.default
+    residual_in: str = knobs.RESIDUAL_IN.default
     weight_storage: str = knobs.WEIGHT_STORAGE.default
+    product_precision: str = knobs.PRODUCT_PRECISION.default
     vae_tile: int | None = knobs.VAE_TILE.default
     vae_precision: str = knobs.VAE_PRECISION.default
     expandable_segments: bool = knobs.EXPANDABLE_SEGMENTS.default
     gradient_checkpointing: bool = knobs.GRADIENT_CHECKPOINTING.default
     batch_size: int = knobs.BATCH_SIZE.default
     micro_batch_size: int | None = knobs.MICRO_BATCH_SIZE.default
+    cfg_size: int = knobs.CFG_SIZE.default
     parallel_degree: int = knobs.PARALLEL_DEGREE.default
     ulysses_size: int = knobs.ULYSSES_SIZE.default
     ring_size: int = knobs.RING_SIZE.default
@@ -111,7 +116,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One complete configuration. weights: random, tiny or a checkpoint directory. gpu: which card to simulate."""
+    """One complete configuration. weights: random, tiny or a checkpoint directory. gpu: which card to simulate; link: what joins
+    several of them there (None: what usually does).
+    """
 
     name: str
     description: str
@@ -122,6 +129,7 @@ class RunConfig:
     weights: str = "random"
     gpu: str | None = None
     memory_limit_bytes: int | None = None
+    link: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "description", "weights", "gpu"):
@@ -139,6 +147,7 @@ class RunConfig:
             "no limit)",
         )
         self.request.check_size(tiny=self.weights == "tiny")
+        require(self.link in (None, *LINKS), f"link: '{self.link}'; choose one of {', '.join(LINKS)}")
         require(self.device in DEVICES, f"device: '{self.device}'; choose one of {', '.join(DEVICES)}")
         require(
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
@@ -150,6 +159,15 @@ class RunConfig:
             f"resident_blocks: {resident}, but the transformer of {self.request.task} has {blocks} blocks; give at most that many",
         )
 
+        require(
+            self.strategy.cfg_size == 1 or self.request.guided,
+            "cfg_size: 2 GPUs share two guidance passes, and sample_guide_scale 1 takes one; leave it at 1",
+        )
+        require(
+            not (knobs.RESIDUAL_IN.differs(self.strategy) and self.request.facts.takes_source),
+            f"{knobs.RESIDUAL_IN.name}: pinned keeps one stream, and {self.request.task} has a second one for the source video; use "
+            "device",
+        )
         together, prompts = knobs.BATCH_SIZE.of(self.strategy), self.request.all_prompts()
         require(
             together <= len(prompts) or len(prompts) == 1,
@@ -161,19 +179,31 @@ class RunConfig:
             f"base_seed: {self.request.base_seed} leaves no seed for {together} videos; the last is 2^63-1",
         )
 
+    @property
+    def gpus(self) -> int:
+        """How many make the videos together."""
+        return self.place(0).world
+
+    def place(self, rank: int) -> Place:
+        """Of one of these GPUs among the others."""
+        sizes = (knob.of(self.strategy) for knob in (knobs.ULYSSES_SIZE, knobs.RING_SIZE, knobs.CFG_SIZE))
+        return Place(rank, *sizes)
+
     def videos(self) -> tuple[Video, ...]:
         """What is made, in order."""
         return self.request.videos(knobs.BATCH_SIZE.of(self.strategy))
 
     def notes(self) -> list[str]:
-        """What was asked for, is accepted and changes nothing; to be shown with the result."""
-        notes = []
+        """What was asked for and is lossy, or is accepted and changes nothing; to be shown with the result."""
+        notes = knobs.lossy_notes(self.strategy)
         if self.strategy.gradient_checkpointing:
             notes.append("gradient_checkpointing has no effect: inference keeps no gradients")
         if knobs.CFG.differs(self.strategy) and not self.request.guided:
             notes.append(
                 f"{knobs.CFG.name} has no effect with sample_guide_scale 1, which takes one pass and no negative prompt"
             )
+        if self.link is not None and self.gpus == 1:
+            notes.append(f"link: {self.link} has no effect on one GPU; it joins several")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,7 +248,7 @@ class RunConfig:
 
 
 _TOP = {"name": (str,), "description": (str,)} | dict.fromkeys((*_SECTIONS, "logging", "request"), (dict,))
-_OWN = ("weights", "gpu", "memory_limit_bytes")  # of RunConfig, beside what is asked for
+_OWN = ("weights", "gpu", "memory_limit_bytes", "link")  # of RunConfig, beside what is asked for
 _TYPE_NAMES: dict[type, str] = {
     str: "text",
     bool: "true or false",

@@ -5,6 +5,7 @@ WanvramError            exit 1   a run failed
 │   ├── CheckpointError exit 2   weights missing, truncated, of the wrong model
 │   └── DamagedError    exit 2   a value in a file is not what belongs there; also a ValueError
 ├── DeviceError         exit 1   no CUDA, driver trouble
+├── PeerLost            exit 1   another GPU's process of this run does not answer
 ├── OutOfMemory         exit 1   the device (or its cap) is full; carries what was asked for and what was alive
 ├── BudgetError         exit 3   nothing fits the memory the user has
 └── OutputError         exit 1   the run directory or video cannot be written
@@ -20,6 +21,7 @@ __all__ = [
     "InputError",
     "OutOfMemory",
     "OutputError",
+    "PeerLost",
     "WanvramError",
     "require",
 ]
@@ -48,6 +50,10 @@ class DamagedError(InputError, ValueError):
 
 class DeviceError(WanvramError):
     """The device asked for cannot be used."""
+
+
+class PeerLost(WanvramError):
+    """Another process of a run on several GPUs has ended or does not answer."""
 
 
 class OutOfMemory(WanvramError):

@@ -35,12 +35,13 @@ RUN = "run"  # among what a knob touches: every component and what is between th
 class Situation:
     """What decides which smaller values there are. tokens: of the video. edge: the frame's longer side, in latent pixels.
 
-    half: the 16-bit precision in which the card computes fast.
+    half: the 16-bit precision in which the card computes fast. streams: of one forward; a source video has its own.
     """
 
     tokens: int
     edge: int
     half: str = "bf16"
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,51 @@ def _streamed_only(plain: object) -> Rule:
 
 
 _ONE_GPU = "running on several GPUs is not implemented"
+_AMONG_SEVERAL = Rule(
+    lambda value, strategy: not value or gpus(strategy) > 1,
+    "{value}; several GPUs share weights, and this run has one; give ulysses_size, ring_size or cfg_size too",
+)
+_NOT_ON_THE_CPU = Rule(
+    lambda value, strategy: not (value and T5_CPU.of(strategy)),
+    "{value}; GPUs share what they compute with, and t5_cpu has T5 on the CPU; choose one of them",
+)
 _WITHIN_THE_BATCH = Rule(
     lambda value, strategy: value is None or value <= BATCH_SIZE.of(strategy),
     "{value} videos cannot pass a block together where fewer are denoised together; give a batch_size of at least that many",
 )
+_TWO_PASSES = Rule(lambda value, _: value <= 2, "{value} GPUs cannot share two guidance passes; give 1 or 2")
+_ONE_PASS_EACH = Rule(
+    lambda value, strategy: value == 1 or CFG.of(strategy) == "sequential",
+    "{value} GPUs make a guidance pass each, and cfg joint takes both through every block; use cfg sequential",
+)
+_WHOLE_HEADS = Rule(
+    lambda value, strategy: value == 1 or not ATTENTION_SLICING.of(strategy),
+    "{value} GPUs attend for all of their heads at once; attention_slicing must be false",
+)
 _NO_FP8_OF_FP32 = Rule(
     lambda value, strategy: value == "same" or PRECISION.of(strategy) != "fp32",
     "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
+)
+_FP8_TO_BF16 = Rule(
+    lambda value, strategy: value == "same" or PRECISION.of(strategy) == "bf16",
+    "fp8 gives its results in bf16; use precision bf16, or product_precision same",
+)
+
+_ONE_STREAM_ALONE = (
+    Rule(
+        lambda value, strategy: value == "device" or not ATTENTION_SLICING.of(strategy),
+        "{value} makes keys and values of all heads in one go, and attention_slicing those of some; use one of the two",
+    ),
+    Rule(
+        lambda value, strategy: (
+            value == "device" or (CFG.of(strategy) == "sequential" and videos_per_pass(strategy) == 1)
+        ),
+        "{value} takes one stream at a time through the blocks; use cfg sequential and a micro_batch_size of 1",
+    ),
+    Rule(
+        lambda value, strategy: value == "device" or not any(knob.differs(strategy) for knob in _of_several_gpus()),
+        "{value} is for one GPU; several share the rows of the stream already",
+    ),
 )
 
 _HALF_ONLY = Rule(
@@ -168,6 +207,14 @@ def _only(value: T) -> Callable[[T, Situation], tuple[T, ...]]:
 
 def _half(now: str, situation: Situation) -> tuple[str, ...]:
     return (situation.half,) if now == "fp32" else ()
+
+
+def _stream_elsewhere(now: str, situation: Situation) -> tuple[str, ...]:
+    return ("pinned",) if now == "device" and situation.streams == 1 else ()
+
+
+def _of_several_gpus() -> tuple[Knob[Any], ...]:
+    return CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, DIT_FSDP
 
 
 def _half_as_many(now: int, _: Situation) -> tuple[int, ...]:
@@ -199,7 +246,6 @@ def chunk_rows(tokens: int, asked: int | None) -> int:
 _STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
 _VAE = ("vae_encoder", "vae_decoder")
 _MORE_GPUS = "default: 1; more needs several GPUs, which is not implemented"
-_SEVERAL_GPUS = "needs several GPUs, which is not implemented"
 
 # fmt: off
 PRECISION = Knob(
@@ -233,9 +279,15 @@ WEIGHTS_IN = Knob(
 RESIDENT_BLOCKS = Knob(
     "resident_blocks", 0, "blocks of the transformer that stay on the GPU (default: 0)",
     touches=("dit",), smaller=_half_as_many, rules=(_at_least(0), _streamed_only(0)))
+RESIDUAL_IN = Knob(
+    "residual_in", "device", "where the residual stream waits: device, or pinned RAM by row chunks (default: device)",
+    choices=("device", "pinned"), touches=("dit",), smaller=_stream_elsewhere, rules=_ONE_STREAM_ALONE)
 WEIGHT_STORAGE = Knob(
     "weight_storage", "same", "fp8: half the transformer's weights, lossy", choices=("same", "fp8"),
     touches=("dit",), lossless=False, smaller=_only("fp8"), rules=(_NO_FP8_OF_FP32,))
+PRODUCT_PRECISION = Knob(
+    "product_precision", "same", "fp8: the transformer's products in 8 bits, faster, lossy", choices=("same", "fp8"),
+    touches=("dit",), lossless=False, rules=(_FP8_TO_BF16,))
 VAE_TILE: Knob[int | None] = Knob(
     "vae_tile", None, "edge of the VAE's tiles in latent pixels, lossless (default: none)", absent="none (whole frames)",
     touches=_VAE, smaller=_smaller_tiles, rules=(_at_least(8, " (or absent)"),))
@@ -252,11 +304,23 @@ BATCH_SIZE = Knob(
 MICRO_BATCH_SIZE: Knob[int | None] = Knob(
     "micro_batch_size", None, "of these, videos that pass a block before the next one comes (default: 1)", absent="1",
     touches=("dit",), smaller=_fewer_streams, rules=(_at_least(1), _WITHIN_THE_BATCH), kept=True)
-PARALLEL_DEGREE = Knob("parallel_degree", 1, "", rules=(_nothing_but(1, _ONE_GPU),), has_flag=False)
-ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
-RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
-T5_FSDP = Knob("t5_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
-DIT_FSDP = Knob("dit_fsdp", False, _SEVERAL_GPUS, rules=(_nothing_but(False, _ONE_GPU),))
+CFG_SIZE = Knob(
+    "cfg_size", 1, "GPUs that share the guidance passes: 1 or 2 (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _TWO_PASSES, _ONE_PASS_EACH), kept=True)
+PARALLEL_DEGREE = Knob(
+    "parallel_degree", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),), other_flag="gpus")
+ULYSSES_SIZE = Knob(
+    "ulysses_size", 1, "GPUs that share rows, and heads while they attend (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+RING_SIZE = Knob(
+    "ring_size", 1, "GPUs that share rows, and pass keys and values round (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+T5_FSDP = Knob(
+    "t5_fsdp", False, "each GPU keeps a share of T5 (default: False)",
+    touches=("text_encoder",), smaller=_only(True), rules=(_AMONG_SEVERAL, _NOT_ON_THE_CPU), kept=True)
+DIT_FSDP = Knob(
+    "dit_fsdp", False, "each GPU keeps a share of the transformer (default: False)",
+    touches=("dit",), smaller=_only(True), rules=(_AMONG_SEVERAL,), kept=True)
 # fmt: on
 
 # In the order of Strategy's fields, which is that of flags, keys and commands.
@@ -264,14 +328,16 @@ TABLE: tuple[Knob[Any], ...] = (
     *(PRECISION, LOAD_STRATEGY, OFFLOAD, T5_CPU, ATTENTION_SLICING, ATTENTION, ROWS_PER_CHUNK, CFG, WEIGHTS_IN),
     *(
         RESIDENT_BLOCKS,
+        RESIDUAL_IN,
         WEIGHT_STORAGE,
+        PRODUCT_PRECISION,
         VAE_TILE,
         VAE_PRECISION,
         EXPANDABLE_SEGMENTS,
         GRADIENT_CHECKPOINTING,
         BATCH_SIZE,
     ),
-    *(MICRO_BATCH_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
+    *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
 )
 
 
@@ -292,6 +358,12 @@ def planned() -> tuple[Knob[Any], ...]:
 def lossy() -> tuple[Knob[Any], ...]:
     """What changes the result, and so only the user decides."""
     return tuple(knob for knob in TABLE if not knob.lossless)
+
+
+def lossy_notes(strategy: object) -> list[str]:
+    """What was asked for beside the precision and changes the result: to be shown wherever there is one."""
+    found = [knob for knob in lossy() if knob.official is None and knob.differs(strategy)]
+    return [f"{knob.name} {knob.of(strategy)} is lossy and was asked for" for knob in found]
 
 
 def asked() -> tuple[Knob[Any], ...]:
@@ -317,6 +389,18 @@ def is_streamed(strategy: object) -> bool:
     return LOAD_STRATEGY.of(strategy) == "block"
 
 
+def gpus(strategy: object) -> int:
+    """That make the videos together."""
+    return max(
+        PARALLEL_DEGREE.of(strategy), math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
+    )
+
+
+def shares_weights(strategy: object) -> bool:
+    """Whether GPUs keep shares of some component's weights."""
+    return DIT_FSDP.of(strategy) or T5_FSDP.of(strategy)
+
+
 def videos_per_pass(strategy: object) -> int:
     """Whose streams pass a unit of weights before the next one comes."""
     return MICRO_BATCH_SIZE.of(strategy) or 1
@@ -324,7 +408,8 @@ def videos_per_pass(strategy: object) -> int:
 
 def weight_passes(strategy: object, *, guided: bool) -> int:
     """How often a denoising step walks the transformer's weights. guided: with and without the prompt."""
-    forwards = 2 if guided and CFG.of(strategy) == "sequential" else 1
+    alone = CFG.of(strategy) == "sequential" and CFG_SIZE.of(strategy) == 1
+    forwards = 2 if guided and alone else 1
     return forwards * math.ceil(BATCH_SIZE.of(strategy) / videos_per_pass(strategy))
 
 
@@ -344,6 +429,19 @@ UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, RESIDENT_BLOC
 RESIDENT = Change({**UNSLICED.values, LOAD_STRATEGY: "full", WEIGHTS_IN: "pinned"})
 # Half the copies, for a second residual stream: slicing makes the room for that.
 JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0})
+
+
+def allowed(change: Change, strategy: S) -> S | None:
+    """`change` on the strategy, without slicing of attention where that is refused; None: it is refused all the same."""
+    plain = {knob: value for knob, value in change.values.items() if knob is not ATTENTION_SLICING}
+    for values in (change.values, plain):
+        try:
+            return Change(values).on(strategy)
+        except InputError:
+            continue
+    return None
+
+
 # Half the rows that are chosen by size; a quarter saves 1 % more memory at 14B 720P, idles the matrix units and is slow to simulate.
 FEW_ROWS = TARGET_ROWS // 2
 # Lossless ways to hold fewer activations, the fastest and largest first.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ __all__ = [
     "ComponentRecord",
     "Failure",
     "Predicted",
+    "RankRecord",
     "Resumed",
     "RunRecord",
     "Times",
@@ -64,7 +65,10 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a run early. kind: oom, error or interrupted. alive: the largest live allocations (what, bytes)."""
+    """What ended a run early. kind: oom, error or interrupted. alive: the largest live allocations (what, bytes).
+
+    rank: of several GPUs' processes the one that ended the run, where it is known.
+    """
 
     kind: str
     message: str
@@ -74,6 +78,11 @@ class Failure:
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     alive: tuple[tuple[str, int], ...] = ()
+    rank: int | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Failure:
+        return cls(**data | {"alive": tuple(map(tuple, data["alive"]))})
 
 
 @dataclass(frozen=True)
@@ -139,8 +148,49 @@ class Resumed:
 
 
 @dataclass
+class RankRecord:
+    """What one of several GPUs' processes took, or each of those that are alike. exchanged_bytes: sent to others; exchange_seconds:
+    that computation stood still for it. failure: what ended this one. communication_bytes: of the device memory, what talking to
+    the others takes; None: not known apart.
+    """
+
+    ranks: tuple[int, ...]
+    device: str
+    stages: list[Span]
+    host: dict[str, int]
+    exchanged_bytes: int = 0
+    exchange_seconds: float = 0.0
+    failure: Failure | None = None
+    communication_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`0`, `1-3` or `1, 3`."""
+        first, last = self.ranks[0], self.ranks[-1]
+        together = len(self.ranks) > 1 and last - first == len(self.ranks) - 1
+        return f"{first}-{last}" if together else ", ".join(map(str, self.ranks))
+
+    def peak(self) -> Memory | None:
+        return _peak(self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        peak = self.peak()
+        return asdict(replace(self, stages=[])) | {
+            "peak": None if peak is None else asdict(peak),
+            "stages": [span.to_json() for span in self.stages],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RankRecord:
+        """Raises AttributeError, KeyError, TypeError or ValueError for a damaged one."""
+        failure = Failure.from_json(data["failure"]) if data["failure"] else None
+        stages = [Span.from_json(span) for span in data["stages"]]
+        return cls(**{k: v for k, v in _tuples(data).items() if k != "peak"} | {"stages": stages, "failure": failure})
+
+
+@dataclass
 class RunRecord:
-    """One run, measured or simulated."""
+    """One run, measured or simulated. ranks: of several GPUs' processes every one; stages and host are then those of the first."""
 
     device: str
     simulated: bool
@@ -157,6 +207,7 @@ class RunRecord:
     predicted: Predicted | None = None
     attention: AttentionChoice | None = None
     resumed: Resumed | None = None
+    ranks: list[RankRecord] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property
@@ -165,20 +216,26 @@ class RunRecord:
         return self.device != "cpu"
 
     @property
+    def gpus(self) -> int:
+        return sum(len(rank.ranks) for rank in self.ranks) or 1
+
+    @property
     def foreign(self) -> bool:
         """Of other people's code: there is no configuration that could be run again, changed."""
         return self.config.get("foreign") is True
 
     def peak_span(self) -> Span | None:
         """The stage with the highest device (else allocated) peak; the first of equals."""
-        return max(self.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+        return max(self.all_stages(), key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
 
     def peak(self) -> Memory | None:
-        """The highest of each figure over the whole run."""
-        result: Memory | None = None
-        for span in self.stages:
-            result = span.peak if result is None else result.highest(span.peak)
-        return result
+        """The highest of each figure over the whole run, on any of its GPUs."""
+        return _peak(self.all_stages())
+
+    def all_stages(self) -> list[Span]:
+        """Of every rank; those of the first may come twice."""
+        """Of this process and, of a run on several GPUs, of every one."""
+        return [*self.stages, *(span for rank in self.ranks for span in rank.stages)]
 
     def step_seconds(self) -> float | None:
         """A denoising step of as many videos as are made together, the median: the first ones also load kernels and tune.
@@ -256,6 +313,7 @@ class RunRecord:
             "predicted": asdict(self.predicted) if self.predicted else None,
             "attention": asdict(self.attention) if self.attention else None,
             "resumed": asdict(self.resumed) if self.resumed else None,
+            "ranks": [rank.to_json() for rank in self.ranks],
             "environment": self.environment,
             "failure": asdict(self.failure) if self.failure else None,
             "notes": self.notes,
@@ -267,9 +325,6 @@ class RunRecord:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise InputError(f"this is no wanvram record of schema {SCHEMA}")
         try:
-            failure = dict(data["failure"]) if data["failure"] else None
-            if failure:
-                failure["alive"] = tuple(map(tuple, failure["alive"]))
             record = cls(
                 device=data["device"],
                 simulated=data["simulated"],
@@ -280,12 +335,13 @@ class RunRecord:
                 stages=[Span.from_json(s) for s in data["stages"]],
                 environment=data["environment"],
                 host=data["host"],
-                failure=Failure(**failure) if failure else None,
+                failure=Failure.from_json(data["failure"]) if data["failure"] else None,
                 notes=data["notes"],
                 times=Times(**data.get("times", {})),
                 predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
                 attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
                 resumed=Resumed(**_tuples(data["resumed"])) if data.get("resumed") else None,
+                ranks=[RankRecord.from_json(rank) for rank in data.get("ranks", [])],
             )
             record._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -297,11 +353,14 @@ class RunRecord:
         for section in _SECTIONS:
             if not isinstance(self.config.get(section, {}), dict):
                 raise DamagedError(f"config.{section} is no section")
-        if self.failure is not None and self.failure.kind not in FAILURES:
-            raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
+        for failure in (self.failure, *(rank.failure for rank in self.ranks)):
+            if failure is not None and failure.kind not in FAILURES:
+                raise DamagedError(f"failure.kind is none of {', '.join(FAILURES)}")
         if self.attention is not None and self.attention.basis not in BASES:
             raise DamagedError(f"attention.basis is none of {', '.join(BASES)}")
-        for span in (span for stage in self.stages for span in stage.walk()):
+        if not all(rank.ranks for rank in self.ranks):
+            raise DamagedError("ranks has an entry of no rank")
+        for span in (span for stage in self.all_stages() for span in stage.walk()):
             if not 1 <= span.repeats <= MAX_REPEATS:
                 raise DamagedError(f"repeats of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
             if not 1 <= span.videos <= MAX_REPEATS:
@@ -317,6 +376,14 @@ class RunRecord:
             return cls.from_json(strict_json(read_text(path, MAX_RECORD_BYTES)))
         except (ValueError, RecursionError, InputError) as error:
             raise InputError(f"{path} is not a readable record: {why(error)}") from error
+
+
+def _peak(stages: Iterable[Span]) -> Memory | None:
+    """The highest of each figure."""
+    result: Memory | None = None
+    for span in stages:
+        result = span.peak if result is None else result.highest(span.peak)
+    return result
 
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:

@@ -245,14 +245,50 @@ HOW: list[Case] = [
     ("t2v", ["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
     ("t2v", ["--batch_size", "65"], "--batch_size: 65; at most 64 videos in one run"),
     ("t2v", ["--micro_batch_size", "2"], "--micro_batch_size: 2 videos cannot pass a block together"),
+    ("t2v", ["--residual_in", "disk"], "--residual_in: invalid choice"),
+    *(
+        ("t2v", ["--residual_in", "pinned", *flags], f"--residual_in: pinned {why}")
+        for flags, why in (
+            (["--attention_slicing", "True"], "makes keys and values of all heads in one go"),
+            (["--cfg", "joint"], "takes one stream at a time through the blocks; use cfg sequential"),
+            (["--batch_size", "2", "--micro_batch_size", "2"], "takes one stream at a time through the blocks"),
+        )
+    ),
+    ("vace", ["--residual_in", "pinned"], "--residual_in: pinned keeps one stream, and vace-1.3B has a second one"),
     ("t2v", ["--weight_storage", "int4"], "--weight_storage: invalid choice"),
+    ("t2v", ["--product_precision", "int8"], "--product_precision: invalid choice"),
+    (
+        "t2v",
+        ["--product_precision", "fp8", "--precision", "fp16"],
+        "--product_precision: fp8 gives its results in bf16",
+    ),
+    (
+        "t2v",
+        ["--product_precision", "fp8", "--precision", "bf16", "--device", "simulated", "--gpu", "rtx3090"],
+        "product_precision: fp8 is computed on cards of compute capability 8.9 or newer; .* has 8.6; use same",
+    ),
     ("t2v", ["--vae_tile", "4"], "--vae_tile: 4 must be at least 8"),
     ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),
-    *(("t2v", [f"--{flag}", "2"], f"--{flag}: 2; running on several GPUs") for flag in ("ulysses_size", "ring_size")),
-    *(("t2v", [f"--{flag}", "True"], f"--{flag}: true; running on several GPUs") for flag in ("t5_fsdp", "dit_fsdp")),
-    ("t2v", ["--ulysses_size", "0"], "--ulysses_size: 0; "),
+    ("t2v", ["--gpus", "2"], "--gpus: 2; running on several GPUs"),
+    *(("t2v", [f"--{n}_size", "0"], f"--{n}_size: 0 must be at least 1") for n in ("cfg", "ulysses", "ring")),
+    ("t2v", ["--cfg_size", "3"], "--cfg_size: 3 GPUs cannot share two guidance passes"),
+    ("t2v", ["--cfg_size", "2", "--cfg", "joint"], "--cfg_size: 2 GPUs make a guidance pass each"),
+    ("t2v", ["--cfg_size", "2", "--sample_guide_scale", "1"], "--cfg_size: 2 GPUs share two guidance passes"),
+    *(
+        (
+            "t2v",
+            [f"--{n}_size", "2", "--attention_slicing", "True"],
+            f"--{n}_size: 2 GPUs attend for all of their heads",
+        )
+        for n in ("ulysses", "ring")
+    ),
+    *(
+        ("t2v", [f"--{flag}", "True"], f"--{flag}: true; several GPUs share weights")
+        for flag in ("t5_fsdp", "dit_fsdp")
+    ),
     ("t2v", ["--device", "tpu"], "--device: invalid choice"),
     ("t2v", ["--device", "simulated", "--gpu", "rtx9"], "rtx9"),
+    ("t2v", ["--device", "simulated", "--link", "ethernet"], "--link: invalid choice"),
     *(
         ("t2v", [f"--vram={text}"], rf"--vram: '{text}' is not an amount of memory; write for example 8GiB")
         for text in ("0", "abc", "", "-8GiB", "nan")

@@ -60,18 +60,18 @@ class _Frames:
         """They are there."""
 
 
-def inputs_of(task: str, frames: int) -> Inputs:
+def inputs_of(task: str, frames: int, height: int = HEIGHT, width: int = WIDTH) -> Inputs:
     """Small stand-ins for what a user gives."""
     generator = torch.Generator().manual_seed(5)
     picture = lambda h, w: torch.randint(0, 256, (h, w, 3), dtype=torch.uint8, generator=generator)  # noqa: E731
-    video = torch.rand(4, frames, HEIGHT, WIDTH, generator=generator)
+    video = torch.rand(4, frames, height, width, generator=generator)
     pieces = [slice(0, 1), *(slice(i, i + 4) for i in range(1, frames, 4))]
     count = {"i2v-14B": 1, "flf2v-14B": 2}.get(task, 0)
     vace = task.startswith("vace")
     return Inputs(
         frames,
-        HEIGHT,
-        WIDTH,
+        height,
+        width,
         pictures=tuple(picture(50, 70) for _ in range(count)),
         source=(lambda: (video[:3, p] * 2 - 1 for p in pieces)) if vace else None,
         mask=(lambda: (video[3:, p] for p in pieces)) if vace else None,
@@ -138,6 +138,39 @@ def test_any_combination_of_lossless_knobs_gives_the_video_of_the_plain_run(
         assert (a.int() - b.int()).abs().max() <= 1
 
 
+@st.composite
+def beside_the_stream(draw: st.DrawFn) -> tuple[tuple[str, Any], ...]:
+    """Any combination of knobs that a residual stream in RAM goes with, lossy ones included."""
+    chosen: dict[str, Any] = {
+        "load_strategy": draw(st.sampled_from(("full", "block"))),
+        "offload": draw(st.booleans()),
+        "rows_per_chunk": draw(st.sampled_from((None, 1, 5, 17, 24, 48, 1000))),
+        "precision": draw(st.sampled_from(("fp32", "bf16"))),
+    }
+    if chosen["load_strategy"] == "block":
+        chosen["weights_in"] = draw(st.sampled_from(("pinned", "pageable", "disk")))
+        chosen["resident_blocks"] = draw(st.sampled_from((0, 1, 2, 9)))
+    if chosen["precision"] == "bf16":
+        chosen["weight_storage"] = draw(st.sampled_from(("same", "fp8")))
+    return tuple(chosen.items())
+
+
+@settings(max_examples=20)
+@given(task=st.sampled_from(TASKS[:3]), strategy=beside_the_stream())
+def test_a_residual_stream_in_ram_gives_the_latent_of_one_on_the_device_bit_for_bit(
+    task: str, strategy: tuple[tuple[str, Any], ...]
+) -> None:
+    on_device, in_ram = (latent_of(task, (*strategy, ("residual_in", where))) for where in ("device", "pinned"))
+    assert torch.equal(on_device, in_ram)
+
+
+def test_videos_made_together_take_turns_with_the_one_stream_in_ram() -> None:
+    how = {"load_strategy": "block", "offload": True, "batch_size": 2}
+    plain, other = (frames_of("t2v-1.3B", 1, how | {"residual_in": where}) for where in ("device", "pinned"))
+    assert len(plain) == len(other) == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
 @pytest.mark.parametrize("how", [{"load_strategy": "full"}, {"load_strategy": "block", "resident_blocks": 2}])
 def test_fp8_storage_loses_a_little_and_the_same_wherever_the_weights_are(how: dict[str, Any]) -> None:
     exact = latent_of("t2v-1.3B", (("precision", "bf16"),))
@@ -145,6 +178,21 @@ def test_fp8_storage_loses_a_little_and_the_same_wherever_the_weights_are(how: d
     assert torch.equal(lossy, latent_of("t2v-1.3B", (("precision", "bf16"), ("weight_storage", "fp8"))))
     error = (lossy - exact).abs().max() / exact.abs().max()
     assert 1e-4 < error < 0.1
+
+
+@pytest.mark.parametrize("task", ["t2v-1.3B", "vace-1.3B"])
+def test_products_in_8_bits_lose_a_little_and_the_same_wherever_the_weights_are(task: str) -> None:
+    fp8: dict[str, Any] = {"precision": "bf16", "product_precision": "fp8"}
+    exact, lossy = latent_of(task, (("precision", "bf16"),)), latent_of(task, tuple(fp8.items()))
+    for how in (
+        {"load_strategy": "block", "offload": True},
+        {"load_strategy": "block", "weights_in": "disk", "resident_blocks": 2, "cfg": "joint"},
+        {"load_strategy": "block", "weight_storage": "fp8", "resident_blocks": 1},
+        {"load_strategy": "full", "weight_storage": "fp8"},
+    ):
+        assert torch.equal(lossy, latent_of(task, tuple((fp8 | how).items()))), how
+    error = (lossy - exact).abs().max() / exact.abs().max()
+    assert 1e-4 < error < 0.2
 
 
 @pytest.mark.parametrize("task", TASKS[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from math import prod
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from wanvram.kernels import attention
 from wanvram.models import dit_blocks
 from wanvram.models.dit import Condition, WanDiT
 from wanvram.models.dit_blocks import Linear
+from wanvram.models.dit_regrouped import RegroupedDiT
 from wanvram.models.precision import BF16, FP16, FP32, Precision
 from wanvram.models.rotary import rotary_tables
 from wanvram.specs import DIT, DiTSpec
@@ -214,6 +216,50 @@ def test_the_result_does_not_depend_on_the_head_group(stem: str, heads: int, row
     (whole,) = model(latent, timestep, [condition])
     (sliced,) = model(latent, timestep, [condition], rows_per_chunk=rows, heads_per_group=heads)
     assert (whole - sliced).abs().max() <= 1e-6 * whole.abs().max()
+
+
+class InPlace:
+    """A stream all of whose rows are there, in chunks; counts how often it comes by."""
+
+    def __init__(self, length: int, dim: int, rows: int) -> None:
+        self.x, self.per_chunk = torch.full((length, dim), float("nan")), rows
+        self.reads = self.writes = 0
+
+    def rows(self, *, reads: bool = True, writes: bool = True) -> Iterator[tuple[slice, Tensor]]:
+        self.reads, self.writes = self.reads + reads, self.writes + writes
+        return ((c, self.x[c]) for c in dit_blocks.chunks(self.x.shape[0], self.per_chunk))
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stem", ["dit_t2v", "dit_i2v", "dit_flf2v"])
+@pytest.mark.parametrize("rows", [1, 7, 16, 1000])
+def test_regrouped_loops_give_the_same_velocity_bit_for_bit_and_read_and_write_the_stream_twice_a_block(
+    stem: str, rows: int, precision: Precision
+) -> None:
+    latent, timestep, condition = sample_of(stem, CASES[stem].calls()[0]["name"], 0)
+    model, spec = model_of(stem, precision), spec_of(CASES[stem])
+    (plain,) = model(latent, timestep, [condition], rows_per_chunk=rows)
+    regrouped = RegroupedDiT(spec, precision)
+    regrouped.load_state_dict(model.state_dict(), strict=True)
+    (time,), prepared = regrouped.prepare([timestep], [condition])
+    length = latent[0].numel() // prod(spec.patch_size)
+    stream = InPlace(length, spec.dim, rows)
+    (velocity,) = regrouped.velocity([latent], time, prepared, stream=stream)
+    assert torch.equal(velocity, plain)
+    assert (stream.reads, stream.writes) == (2 * spec.num_layers, 2 * spec.num_layers)
+
+
+@pytest.mark.parametrize("name", ["t2v-14B", "i2v-14B"])
+def test_regrouped_units_hold_every_matrix_of_the_blocks_once_and_slots_of_both_sizes_one_block(name: str) -> None:
+    with torch.device("meta"):
+        model, plain = RegroupedDiT(DIT[name], BF16), WanDiT(DIT[name], BF16)
+    assert list(dict(model.named_parameters())) == list(dict(plain.named_parameters()))
+    units, lanes = model.walk_order(), model.lanes()
+    held = [id(p) for unit in units for p in unit.parameters()]
+    assert len(held) == len(set(held)) == sum(1 for unit in plain.walk_order() for _ in unit.parameters())
+    sizes = [sum(p.nbytes for p in unit.parameters()) for unit in units]
+    largest = [max(s for s, lane in zip(sizes, lanes, strict=True) if lane == slot) for slot in (0, 1)]
+    assert sum(largest) == sum(p.nbytes for unit in plain.blocks[0].units() for p in unit.parameters())  # type: ignore[operator, union-attr]
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -26,6 +26,7 @@ from wanvram.simulate.clock import Clock, Costs
 from wanvram.simulate.gpus import EFFICIENCY, GPU, GPUS
 from wanvram.simulate.host import HOST
 from wanvram.simulate.libraries import Libraries
+from wanvram.simulate.links import Link
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.spans import Copies, Span
@@ -34,7 +35,7 @@ from wanvram.units import GIB
 # Every rate of this card is round: 1e12 operations, 1e11 bytes and 1e10 copied bytes per second; issuing costs nothing.
 PLAIN = replace(
     EFFICIENCY,
-    **dict.fromkeys(("product", "product_fp32", "attention", "attention_fp32", "memory"), 1.0),
+    **dict.fromkeys(("product", "product_fp8", "product_fp32", "attention", "attention_fp32", "memory"), 1.0),
     **dict.fromkeys(("conv_tf32", "conv_tf32_narrow", "conv_half", "conv_half_narrow"), 1.0),
     **dict.fromkeys(("launch_seconds", "view_seconds", "dispatch_seconds", "own_seconds"), 0.0),
 )
@@ -191,7 +192,44 @@ def test_a_buffer_is_read_into_again_only_after_its_copy(clock: Clock) -> None:
 def test_a_copy_from_pinned_memory_does_not_wait_for_what_was_read_for_another(clock: Clock) -> None:
     clock.read_from_disk(int(1e9), "dit")
     clock.prefetch(0, None)
-    assert clock.prefetch(int(1e10), None) == pytest.approx(2.0 + 1.0)  # behind the first copy, no second reading
+    assert clock.prefetch(int(1e10), 1.5) == pytest.approx(2.0 + 1.0)  # behind the first copy, no second reading
+
+
+NVLINK, BUS = Link("nvlink", 1e10, 0.0, 8, "a test"), Link("pcie4", 1e10, 0.0, 2, "a test")
+
+
+def test_weights_from_other_cards_come_beside_copies_and_computation_over_a_quarter_of_the_channels() -> None:
+    clock = Clock(CARD, MACHINE, link=NVLINK)
+    own = clock.prefetch(int(1e10), None)
+    there = clock.start_gather(int(1e10), 0, own)
+    assert (own, there) == (pytest.approx(1.0), pytest.approx(1.0 + 4.0))
+    assert clock.prefetch(int(1e10), None) == pytest.approx(2.0)
+    computing(clock, 3.0)
+    clock.wait(there)
+    clock.synchronize()
+    assert clock.now() == pytest.approx(5.0)
+    assert clock.copied.stalled_seconds == pytest.approx(2.0)
+    assert clock.exchanged_bytes == int(1e10)
+
+
+def test_over_a_bus_weights_from_other_cards_hold_up_copies_and_exchanges() -> None:
+    clock = Clock(CARD, MACHINE, link=BUS)
+    there = clock.start_gather(int(1e10), 0, clock.prefetch(int(1e10), None))
+    assert there == pytest.approx(2.0)
+    assert clock.prefetch(int(1e10), None) == pytest.approx(3.0)
+    assert clock.start_exchange(int(1e10), 0) == pytest.approx(3.0)
+    assert clock.start_gather(int(1e10), 0, None) == pytest.approx(4.0)
+
+
+def test_processes_that_read_parts_of_one_file_share_the_disk_and_not_the_page_cache() -> None:
+    one, two = (Clock(CARD, replace(MACHINE, cached_share=0.0)) for _ in range(2))
+    one.load_from_disk(int(1e9), "dit")
+    two.load_from_disk(int(1e9) // 2, "dit", readers=2)
+    assert one.now() == pytest.approx(two.now())
+    one, two = (Clock(CARD, replace(MACHINE, cached_share=1.0)) for _ in range(2))
+    one.load_from_disk(int(1e9), "dit")
+    two.load_from_disk(int(1e9) // 2, "dit", readers=2)
+    assert one.now() == pytest.approx(2 * two.now())
 
 
 def test_a_slow_host_holds_up_the_device() -> None:

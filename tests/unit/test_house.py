@@ -19,25 +19,25 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3560,
+    ".": 3830,
     "analysis": 3375,
-    "cli": 2200,
-    "engine": 2470,
+    "cli": 2420,
+    "engine": 3720,
     "foreign": 3550,
-    "kernels": 1050,
-    "machine": 1125,
+    "kernels": 1390,
+    "machine": 1170,
     "matrix": 675,
     "media": 625,
-    "models": 2075,
-    "planner": 1400,
-    "predict": 935,
+    "models": 2520,
+    "planner": 1700,
+    "predict": 1150,
     "prompt": 1000,
-    "recorder": 1695,
+    "recorder": 1720,
     "report": 2850,
-    "run": 1490,
+    "run": 2360,
     "sampling": 255,
-    "simulate": 2775,
-    "weights": 2345,
+    "simulate": 3150,
+    "weights": 2395,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from wanvram.kernels.elementwise import (
+    add_,
     gated_add_,
     gelu_tanh_,
     inverse_rms,
     layer_norm_modulate,
+    linear_gelu,
     rms_norm_,
     rms_norm_rope_,
     scaled_rope_,
 )
-from wanvram.kernels.scaled_attention import attention
+from wanvram.kernels.merge import merge_attention_
+from wanvram.kernels.scaled_attention import attention, attention_with_sums
 
 EPS = 1e-6
 HEADS = 4
@@ -102,12 +105,28 @@ def test_gated_add_is_its_float64_formula(dtype: torch.dtype) -> None:
     near(x, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_add_is_pytorch_s_to_the_bit(dtype: torch.dtype) -> None:
+    x, y = randn(7, 24), randn(7, 24, seed=1, dtype=dtype)
+    expected = x + y
+    add_(x, y)
+    assert torch.equal(x, expected)
+
+
 def test_gelu_is_its_float64_formula_in_tanh_form() -> None:
     x = randn(7, 24) * 4
     wide = x.double()
     expected = 0.5 * wide * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
     gelu_tanh_(x)
     near(x, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_of_a_product_is_the_product_and_then_gelu(dtype: torch.dtype) -> None:
+    x, weight, bias = randn(7, 24, dtype=dtype), randn(40, 24, seed=1, dtype=dtype), randn(40, seed=2, dtype=dtype)
+    expected = torch.addmm(bias, x, weight.t())
+    gelu_tanh_(expected)
+    assert torch.equal(linear_gelu(x, weight.t(), bias), expected)
 
 
 def test_attention_is_its_float64_formula() -> None:
@@ -117,6 +136,18 @@ def test_attention_is_its_float64_formula() -> None:
     out = attention(q, k, v)
     assert out.is_contiguous()
     near(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_parts_of_the_keys_is_merged_in_place(dtype: torch.dtype) -> None:
+    q, k, v = (randn(rows, 3, 8, seed=rows, dtype=dtype) for rows in (7, 20, 20))
+    expected, expected_sums = attention_with_sums(q.double(), k.double(), v.double())
+    first, sums = attention_with_sums(q, k[:6], v[:6])
+    out = first.float()
+    for piece in (slice(6, 15), slice(15, 20)):
+        merge_attention_(out, sums, *attention_with_sums(q, k[piece], v[piece]))
+    near(out, expected, 1e-6 if dtype == torch.float32 else 2**-8)
+    near(sums, expected_sums, 1e-6 if dtype == torch.float32 else 2**-8)
 
 
 Call = Callable[[str, torch.dtype], Tensor]
@@ -132,7 +163,15 @@ def _attention(device: str, dtype: torch.dtype) -> Tensor:
     return attention(randn(6, 4, 8, device=device, dtype=dtype), *(randn(9, 4, 8, device=device, dtype=dtype),) * 2)
 
 
-@pytest.mark.parametrize("call", [_layer_norm, _attention])
+def _sums(device: str, dtype: torch.dtype) -> Tensor:
+    return attention_with_sums(*(randn(6, 4, 8, device=device, dtype=dtype),) * 3)[1]
+
+
+def _attention_with_sums(device: str, dtype: torch.dtype) -> Tensor:
+    return attention_with_sums(*(randn(6, 4, 8, device=device, dtype=dtype),) * 3)[0]
+
+
+@pytest.mark.parametrize("call", [_layer_norm, _attention, _attention_with_sums, _sums])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fake_result_has_the_real_shape_dtype_and_strides(call: Call, dtype: torch.dtype) -> None:
     real, fake = call("cpu", dtype), call("meta", dtype)
@@ -146,6 +185,7 @@ def test_in_place_operations_run_on_meta_tensors() -> None:
     rms_norm_(x, weight, EPS)
     rms_norm_rope_(x, weight, cos, cos, HEADS, EPS)
     gated_add_(x, y, weight)
+    add_(x, y)
     gelu_tanh_(x)
     assert x.is_meta
 
@@ -164,7 +204,9 @@ def test_a_norm_by_column_groups_is_the_whole_norm(dtype: torch.dtype) -> None:
         assert torch.equal(group, whole[:, columns])
 
 
-@pytest.mark.parametrize("name", ["rms_norm_", "rms_norm_rope_", "gated_add_", "gelu_tanh_", "layer_norm_modulate"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm_", "rms_norm_rope_", "gated_add_", "add_", "gelu_tanh_", "linear_gelu", "layer_norm_modulate"]
+)
 def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
     x, weight = randn(6, 24), randn(24, seed=1)
     cos, sin = tables(6, 3)
@@ -172,14 +214,16 @@ def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
         "rms_norm_": (x, weight, EPS),
         "rms_norm_rope_": (x, weight, cos, sin, HEADS, EPS),
         "gated_add_": (x, randn(6, 24, seed=2), weight),
+        "add_": (x, randn(6, 24, seed=2)),
         "gelu_tanh_": (x,),
+        "linear_gelu": (x, randn(24, 8, seed=2), randn(8, seed=3)),
         "layer_norm_modulate": (x, weight, weight, EPS, 1.0, torch.float32),
     }[name]
     operation = getattr(torch.ops.wanvram, name).default
     torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-GPU_SIZES = [(7, 1536, 12), (33, 5120, 40)]
+GPU_SIZES = [(5, 24, 4), (7, 1536, 12), (33, 5120, 40)]
 GPU_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # two roundings, one ulp each
 
 
@@ -202,6 +246,16 @@ def on_gpu(rows: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, T
     part = low[:, columns].contiguous()
     scaled_rope_(part[3:], inverse, weight[columns], cos[3:], sin[3:], half)
     results |= {"inverse_rms": inverse, "scaled_rope_": part}
+    shape, merged, sums = (rows, heads, width // heads), x[3:].clone(), randn(heads, rows + 3, seed=4, device="cuda")
+    other = randn(heads, rows, seed=5, device="cuda")
+    merge_attention_(merged.view(shape), sums[:, 3:], low[3:].view(shape), other)
+    results |= {"merge_attention_": merged, "merged sums": sums}
+    added = x.clone()
+    add_(added[3:], low[3:])
+    assert torch.equal(added[3:], x[3:] + low[3:])
+    results["add_"] = added
+    matrix = randn(width, 64, seed=6, dtype=dtype, device="cuda") / width**0.5
+    results["linear_gelu"] = linear_gelu(low, matrix, matrix[0])
     return results | {"rms_norm_": rms, "rms_norm_rope_": rope, "gelu_tanh_": gelu, "gated_add_": x}
 
 
@@ -229,14 +283,17 @@ def test_triton_kernels_allocate_only_their_output() -> None:
     x, y = (randn(64, 5120, seed=s, device="cuda") for s in (0, 1))
     half, gate = y.bfloat16(), randn(5120, device="cuda")
     cos, sin = (t.float() for t in tables(64, 64, "cuda"))
-    inverse = torch.ones(64, device="cuda")
+    inverse, sums, heads = torch.ones(64, device="cuda"), torch.ones(40, 64, device="cuda"), (64, 40, 128)
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "gated_add_": (lambda: gated_add_(x, half, gate), 0),
+        "add_": (lambda: add_(x, half), 0),
         "rms_norm_": (lambda: rms_norm_(half, gate, EPS), 0),
         "rms_norm_rope_": (lambda: rms_norm_rope_(half, gate, cos, sin, 40, EPS), 0),
         "gelu_tanh_": (lambda: gelu_tanh_(half), 0),
+        "linear_gelu": (lambda: linear_gelu(half, half.t(), half[0, :64]), 64 * 64 * 2),
         "inverse_rms": (lambda: inverse_rms(half, inverse, EPS), 0),
         "scaled_rope_": (lambda: scaled_rope_(half, inverse, gate, cos, sin, 40), 0),
+        "merge_attention_": (lambda: merge_attention_(x.view(heads), sums, half.view(heads), sums), 0),
         "layer_norm_modulate": (lambda: layer_norm_modulate(x, gate, gate, EPS, 1.0, torch.bfloat16), half.nbytes),
     }
     for name, (call, expected) in calls.items():

@@ -49,6 +49,9 @@ class WholeRun:
     stages: tuple[Span, ...] = ()
     times = Times()
 
+    def all_stages(self) -> tuple[Span, ...]:
+        return self.stages
+
     def prediction(self, elapsed_seconds: float) -> None:
         return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wanvram.errors import InputError, OutputError
-from wanvram.record import ComponentRecord, Failure, RunRecord, write_atomically
+from wanvram.record import ComponentRecord, Failure, RankRecord, RunRecord, write_atomically
 from wanvram.spans import Memory, Span, folded
 
 
@@ -89,7 +89,7 @@ def test_the_json_has_no_other_keys_than_these() -> None:
     }
     assert set(data) == design | {
         *("simulated", "budget_bytes", "environment", "failure", "notes", "times", "predicted", "attention", "videos"),
-        "resumed",
+        *("resumed", "ranks"),
     }
     assert set(data["fragmentation"]) == {"at_peak", "stages"}
     assert set(data["host"]) == {"peak_rss_bytes", "pinned_bytes"}
@@ -118,6 +118,32 @@ def test_the_peak_takes_each_figure_from_wherever_it_was_highest_and_the_stage_f
     assert a_record().to_json()["peak"] == {
         "allocated_bytes": 40, "reserved_bytes": 60, "device_bytes": 550, "stage": "denoise", "component": "dit",
     }  # fmt: skip
+
+
+def test_of_several_gpus_the_largest_peak_is_the_runs_and_each_has_its_own_figures() -> None:
+    record = a_record()
+    other = Span("denoise", "stage", "dit", memory(10), memory(70, 80, 600), memory(10, 50, 550), 9.0)
+    lost = Failure("error", "rank 1 has ended", rank=1)
+    ranks = [
+        RankRecord((0,), "cuda:NVIDIA H200", record.stages, record.host),
+        RankRecord((1, 2), "cuda:NVIDIA H200", [other], {}),
+    ]
+    several = replace(record, ranks=[ranks[0], replace(ranks[1], exchanged_bytes=5, failure=lost)])
+    data = json.loads(json.dumps(several.to_json()))
+    assert data["peak"]["device_bytes"] == 600
+    assert data["stages"] == record.to_json()["stages"]
+    assert [(rank["ranks"], rank["peak"]["device_bytes"]) for rank in data["ranks"]] == [([0], 550), ([1, 2], 600)]
+    again = RunRecord.from_json(data)
+    assert again.ranks[1] == several.ranks[1]
+    assert json.loads(json.dumps(again.to_json())) == data
+    data["ranks"][1]["failure"]["kind"] = "tired"
+    with pytest.raises(InputError, match=r"failure\.kind"):
+        RunRecord.from_json(data)
+    assert (again.gpus, record.gpus) == (3, 1)
+    assert [rank.name for rank in again.ranks] == ["0", "1-2"]
+    assert replace(ranks[0], ranks=(1, 3)).name == "1, 3"
+    with pytest.raises(InputError, match="an entry of no rank"):
+        RunRecord.from_json(several.to_json() | {"ranks": [ranks[0].to_json() | {"ranks": []}]})
 
 
 def test_the_time_of_a_step_is_the_median_whichever_stand_for_several() -> None:

@@ -25,6 +25,7 @@ def kernel(name: str, start: float = 0.0, duration: float = 1.0, stream: int = 7
         ("_layer_norm_modulate_kernel", "modulation"),
         ("_rms_norm_rope_kernel", "norm and rotary"),
         ("_gated_add_kernel", "gated add"),
+        ("_add_kernel", "plain add"),
         ("_gelu_tanh_kernel", "GELU"),
         ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>", "copies in the device"),
         ("void at::native::unrolled_elementwise_kernel<at::native::CUDAFunctor_add<float>>", "plain add"),

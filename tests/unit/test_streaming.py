@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from random import Random
 from typing import Any
 
 import pytest
@@ -18,16 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from queue_device import AT_ONCE, COMPUTE, COPIES, Mark, QueueDevice
 from toy_component import reading_threads
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import CheckpointError, WanvramError
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a copy or a thread that never ends must fail, not hang
-
-COMPUTE, COPIES = "compute", "copies"
-LATE = (0.0, 0.0)  # nothing runs before somebody waits for it
-AT_ONCE = (1.0, 1.0)
 
 
 @dataclass(eq=False)
@@ -39,74 +34,6 @@ class Piece:
 
     def master(self) -> Tensor:
         return torch.full((self.nbytes,), self.value, dtype=torch.uint8)
-
-
-@dataclass(eq=False)
-class Mark:
-    queue: str
-    position: int  # operations of that queue that must have run
-
-
-class QueueDevice(CpuDevice):
-    """Two queues as a GPU's streams: each runs in order, the two together in any order that their marks allow.
-
-    haste: how likely an operation of (computation, copies) runs at once when one more is queued; the rest runs when it is
-    waited for.
-    """
-
-    def __init__(self, haste: tuple[float, float] = LATE, seed: int = 0) -> None:
-        super().__init__()
-        self.haste = dict(zip((COMPUTE, COPIES), haste, strict=True))
-        self.random = Random(seed)
-        self.queues: dict[str, deque[tuple[Mark | None, Callable[[], None]]]] = {COMPUTE: deque(), COPIES: deque()}
-        self.queued = {COMPUTE: 0, COPIES: 0}
-        self.host_buffers: list[int] = []
-        self.lock = threading.RLock()
-
-    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
-        self.host_buffers.append(shape[0])
-        return super().host_empty(shape, dtype)
-
-    def compute(self, operation: Callable[[], None]) -> None:
-        self._queue(COMPUTE, None, operation)
-
-    def prefetch(self, destination: Tensor, source: Tensor, after: Any) -> Mark:
-        return self._queue(COPIES, after, partial(destination.copy_, source))
-
-    def mark(self) -> Mark:
-        return Mark(COMPUTE, self.queued[COMPUTE])
-
-    def wait(self, mark: Mark | None) -> None:
-        self._queue(COMPUTE, mark, lambda: None)
-
-    def reader_waits(self, mark: Mark | None) -> None:
-        with self.lock:
-            while mark is not None and not self.passed(mark):
-                self._run_one(mark.queue)
-
-    def passed(self, mark: Mark) -> bool:
-        return self.queued[mark.queue] - len(self.queues[mark.queue]) >= mark.position
-
-    def finish(self) -> None:
-        self.reader_waits(self.mark())
-        self.reader_waits(Mark(COPIES, self.queued[COPIES]))
-
-    def _queue(self, queue: str, after: Mark | None, operation: Callable[[], None]) -> Mark:
-        with self.lock:
-            self.queues[queue].append((after, operation))
-            self.queued[queue] += 1
-            mark = Mark(queue, self.queued[queue])
-            for name in self.random.sample((COMPUTE, COPIES), 2):
-                while self.queues[name] and self.random.random() < self.haste[name]:
-                    needed = self.queues[name][0][0]
-                    if needed is not None and not self.passed(needed):
-                        break
-                    self._run_one(name)
-            return mark
-
-    def _run_one(self, queue: str) -> None:
-        self.reader_waits(self.queues[queue][0][0])
-        self.queues[queue].popleft()[1]()
 
 
 def pieces_of(*sizes: int) -> list[Piece]:
@@ -131,8 +58,14 @@ def home_of(kind: str, device: CpuDevice, pieces: list[Piece], read: Callable[..
     return StagedHome(device, max(piece.nbytes for piece in pieces), read)
 
 
-def ring_of(kind: str, device: CpuDevice, pieces: list[Piece], read: Callable[..., None] = read_piece) -> SlotRing:
-    return SlotRing(device, home_of(kind, device, pieces, read), max(piece.nbytes for piece in pieces))
+def ring_of(
+    kind: str,
+    device: CpuDevice,
+    pieces: list[Piece],
+    read: Callable[..., None] = read_piece,
+    lanes: dict[Piece, int] | None = None,
+) -> SlotRing:
+    return SlotRing(device, home_of(kind, device, pieces, read), max(piece.nbytes for piece in pieces), lanes)
 
 
 class Reader:
@@ -186,6 +119,7 @@ def walks(draw: st.DrawFn) -> list[tuple[list[int], int]]:
     broken=st.sets(st.integers(1, 25), max_size=4),
     seed=st.integers(0, 2**16),
     threaded=st.booleans(),
+    lanes=st.one_of(st.none(), st.lists(st.integers(0, 1), min_size=6, max_size=6)),
 )
 @settings(max_examples=300)
 def test_computation_sees_the_piece_it_asked_for_in_any_order_of_the_queues(
@@ -196,6 +130,7 @@ def test_computation_sees_the_piece_it_asked_for_in_any_order_of_the_queues(
     broken: set[int],
     seed: int,
     threaded: bool,
+    lanes: list[int] | None,
 ) -> None:
     """Also after walks broken off, walks of another order, and reads that fail (the n-th, for n in `broken`)."""
     device, reads = (BesideDevice if threaded else QueueDevice)(haste, seed), iter(range(1, 1000))
@@ -206,7 +141,7 @@ def test_computation_sees_the_piece_it_asked_for_in_any_order_of_the_queues(
         read_piece(piece, buffer)
 
     pieces, reader = pieces_of(*sizes), Reader(device)
-    ring = ring_of(kind, device, pieces, read)
+    ring = ring_of(kind, device, pieces, read, None if lanes is None else dict(zip(pieces, lanes, strict=False)))
     for order, limit in plan:
         walked = [pieces[index] for index in order]
         with suppress(WanvramError), closing(ring.walk(walked)) as slots:
@@ -309,6 +244,19 @@ def test_another_order_forgets_what_is_coming(recorded: tuple[SlotRing, Recorded
     for _ in ring.walk([three, two]):
         pass
     assert home.fetched == [3, 2, 3, 2]
+
+
+def test_pieces_of_two_lanes_pass_through_slots_of_their_own_sizes() -> None:
+    device, home, pieces = CpuDevice(), RecordedHome(), pieces_of(3, 2, 8, 3, 9)
+    ring = SlotRing(device, home, 99, dict(zip(pieces, (0, 0, 1, 0, 1), strict=True)))
+    assert [slot.nbytes for slot in ring.slots] == [3, 9]
+    for _ in range(2):
+        for piece, slot in zip(pieces, ring.walk(pieces), strict=True):
+            assert slot.nbytes == piece.nbytes
+    small, large = (slot.data_ptr() for slot in ring.slots)
+    # The first of either lane; then after each piece the next of its lane, at the end of a pass that of the next.
+    assert home.fetched == [1, 3, 2, 4, 5, 1, 3, 2, 4, 5, 1, 3]
+    assert home.into == [small if value in (1, 2, 4) else large for value in home.fetched]
 
 
 def test_a_walk_of_nothing_fetches_nothing(recorded: tuple[SlotRing, RecordedHome]) -> None:

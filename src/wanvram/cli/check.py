@@ -26,6 +26,7 @@ from wanvram.report.check import attention_text, cards_text, check_text
 from wanvram.simulate.card import EFFICIENCY, card_to_json
 from wanvram.simulate.gpus import GPU, GPUS
 from wanvram.simulate.host import HOST
+from wanvram.simulate.links import links_of
 from wanvram.units import human
 
 __all__ = ["prepare_parser", "run", "terminate"]
@@ -77,6 +78,7 @@ def _list_cards(args: argparse.Namespace) -> int:
         "efficiency": dataclasses.asdict(EFFICIENCY),
         "host": dataclasses.asdict(HOST),
         "attention": {card.key: _attention_of(card) for card in GPUS.values()},
+        "links": {card.key: [dataclasses.asdict(link) for link in links_of(card)] for card in GPUS.values()},
         "cards": [card_to_json(card) for card in GPUS.values()],
     }
     print(json.dumps(document, ensure_ascii=False))

@@ -14,6 +14,7 @@ from wanvram.errors import DeviceError, InputError
 from wanvram.foreign_text import shown
 from wanvram.knobs import EXPANDABLE_SEGMENTS
 from wanvram.machine.allocator_settings import check_plain, put_in_force
+from wanvram.machine.launched import launched
 from wanvram.machine.nvml import first_gpu
 from wanvram.matrix.jobs import exit_code
 from wanvram.planner.search import planned_base
@@ -22,10 +23,12 @@ from wanvram.record import RunRecord
 from wanvram.report.event_text import event_text
 from wanvram.report.terminal import summarize
 from wanvram.run_events import TellRun
+from wanvram.sharing import LINKS
 from wanvram.units import parse_memory
 
 __all__ = [
     "add_device_flags",
+    "add_link_flag",
     "add_output_flags",
     "finish",
     "memory_limit",
@@ -41,7 +44,14 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200)"
     )
+    add_link_flag(parser)
     parser.add_argument("--vram", help="memory the run may use, for example 8GiB; the answer says whether it fits")
+
+
+def add_link_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--link", choices=LINKS, help="what joins several simulated cards; host: RAM (default: the card's usual)"
+    )
 
 
 def add_output_flags(parser: argparse.ArgumentParser, default: str) -> None:
@@ -81,9 +91,10 @@ def settle_allocator(config: RunConfig, *, to_be_planned: bool) -> None:
 
 
 def progress_printer(args: argparse.Namespace) -> Callable[[str], None] | None:
-    """Progress on stderr with the time since the start; quiet under --json only if stderr is not a terminal."""
+    """Progress on stderr with the time since the start; quiet under --json only if stderr is not a terminal, and where another
+    process of the run speaks."""
     stream = ProgressStream(sys.stderr)
-    return None if args.json and not stream.isatty() else stream.line
+    return None if (args.json and not stream.isatty()) or not launched().is_first else stream.line
 
 
 def run_printer(args: argparse.Namespace) -> TellRun | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wanvram.cli.common import add_output_flags, finish, memory_limit, run_printer
+from wanvram.cli.common import add_link_flag, add_output_flags, finish, memory_limit, run_printer
 from wanvram.cli.diffusers_pipeline import add_pipeline_flags, check_no_pipeline, estimate_pipeline
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.config import RunConfig
@@ -29,6 +29,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="CARD",
         help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200, measured)",
     )
+    add_link_flag(parser)
     parser.add_argument("--vram", help="memory the run may use, for example 8GiB; exit code 3 if it does not fit")
     parser.add_argument(
         "--memory_viz", type=Path, metavar="FILE.pickle", help="also write what https://pytorch.org/memory_viz opens"

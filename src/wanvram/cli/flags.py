@@ -106,7 +106,7 @@ def config_from_flags(
     """Checked RunConfig from --config (or `base` in its place) and the flags that override it; raises InputError naming the flag or
     key."""
     request, strategy = _given_request(args), _given(args, [knob.name for knob in knobs.TABLE])
-    others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes}
+    others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes, "link": vars(args).get("link")}
     data: dict[str, Any]
     if args.config is None and base is None:
         data = {

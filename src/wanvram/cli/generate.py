@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +36,10 @@ from wanvram.cli.common import (
     settle_allocator,
 )
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
+from wanvram.cli.processes import Decision, decided, for_all, must_start, processes
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.machine.launched import launched
 from wanvram.tasks import TASKS
 from wanvram.weights.folder import GENERATED, existing_path
 
@@ -74,26 +78,65 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with _resumption(args) as resumption:
+        config = for_all(_config(args, resumption))
+        _check(config, args)
+        if not must_start(config):
+            return _generate(config, args, resumption)
+    from wanvram.run.launch import start
+
+    return start(config, args.words)
+
+
+@contextmanager
+def _resumption(args: argparse.Namespace) -> Iterator[Resumption | None]:
     if args.resume is None:
-        return _generate(args, None)
+        yield None
+        return
     for flag in ("config", "output", "save_file", "force"):
         if getattr(args, flag):
             raise InputError(f"--{flag}: the run of --resume has its own; leave it out")
     from wanvram.run.resume import interrupted_run
 
-    with interrupted_run(args.resume) as resumption:
-        print(resumption.outlook(), file=sys.stderr)
-        return _generate(args, resumption)
+    with interrupted_run(args.resume, hold=launched().is_first) as resumption:
+        yield resumption
 
 
-def _generate(args: argparse.Namespace, resumption: Resumption | None) -> int:
-    config = _config(args, resumption)
+def _check(config: RunConfig, args: argparse.Namespace) -> None:
+    """What can be seen before anything is planned, started or written; what costs the user most to mend comes first."""
     if config.weights not in GENERATED and config.device != "simulated":
-        existing_path(config.weights)  # what costs the user most to mend comes first, and without torch
-    settle_allocator(config, to_be_planned=args.vram_budget is not None)
+        existing_path(config.weights)  # without torch
+    if config.gpus == 1 or launched().is_one_of_several:  # the process that starts others never computes
+        settle_allocator(config, to_be_planned=args.vram_budget is not None)
     _refuse_what_cannot_run(config)
     if config.weights == "tiny" and args.vram_budget is not None:
         raise InputError("--vram_budget: a plan is of full-size models; tiny weights take some MiB, so leave it out")
+
+
+def _generate(config: RunConfig, args: argparse.Namespace, resumption: Resumption | None) -> int:
+    with processes() as world:
+        if resumption is not None and launched().is_first:
+            print(resumption.outlook(), file=sys.stderr)
+        config, predicted, directory = decided(world, lambda: _decide(config, args, resumption))
+        from wanvram.predict.simulate import run_or_simulate
+        from wanvram.run.execute import Output
+
+        save_file = resumption.save_file if resumption else args.save_file
+        output = Output(
+            directory, args.force, True, save_file, predicted, debug=args.debug, resume=resumption, world=world
+        )
+        record = run_or_simulate(config, output, run_printer(args))
+        code = finish(record, args, directory)
+    if record.simulated:
+        stream = sys.stderr if args.json else sys.stdout
+        print("Nothing was generated: the device is simulated, which computes sizes and no pixels.", file=stream)
+    elif record.failure is not None and launched().is_first:
+        print(f"wanvram generate --resume {shlex.quote(str(directory))} goes on with it", file=sys.stderr)
+    return code
+
+
+def _decide(config: RunConfig, args: argparse.Namespace, resumption: Resumption | None) -> Decision:
+    """Seed, strategy and place of the run, where the user left them open."""
     if config.request.base_seed < 0:
         import secrets
 
@@ -101,21 +144,14 @@ def _generate(args: argparse.Namespace, resumption: Resumption | None) -> int:
     config, predicted = planned(config, args)
     if resumption is not None and predicted is not None:
         predicted = replace(predicted, seconds=None)  # of the whole run
-    from wanvram.predict.simulate import run_or_simulate
     from wanvram.run.directory import unused_directory
-    from wanvram.run.execute import Output
 
-    directory, save_file = args.resume or args.output, resumption.save_file if resumption else args.save_file
-    directory = directory or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}")
-    output = Output(directory, args.force, True, save_file, predicted, debug=args.debug, resume=resumption)
-    record = run_or_simulate(config, output, run_printer(args))
-    code = finish(record, args, directory)
-    if record.simulated:
-        stream = sys.stderr if args.json else sys.stdout
-        print("Nothing was generated: the device is simulated, which computes sizes and no pixels.", file=stream)
-    elif record.failure is not None:
-        print(f"wanvram generate --resume {shlex.quote(str(directory))} goes on with it", file=sys.stderr)
-    return code
+    directory = args.resume or args.output
+    return (
+        config,
+        predicted,
+        directory or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}"),
+    )
 
 
 def _config(args: argparse.Namespace, resumption: Resumption | None) -> RunConfig:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import SourceLoader
 from importlib.util import find_spec
 from typing import Any
 
 from wanvram.cli import streams
-from wanvram.errors import WanvramError
+from wanvram.errors import PeerLost, WanvramError
 from wanvram.foreign_text import shown, unforeseen
+from wanvram.machine.launched import launched
 from wanvram.recorder.interrupts import INTERRUPTED, catching
 from wanvram.version import __version__
 
 __all__ = ["main"]
+
+FIRST_SPEAKS_SECONDS = 3.0
 
 VERBS = (
     "generate",
@@ -99,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(whole=False)
     try:
         args = parser.parse_args(argv)
+        args.words = list(sys.argv[1:] if argv is None else argv)  # for the processes of a run on several GPUs
         if args.verb is None:
             parser.print_help()
     except SystemExit:
@@ -114,15 +121,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 0 if args.verb is None else _run(args)
     code = code if _printed() else max(code, 1)
     streams.settle_stderr()
+    if _is_rank():
+        os._exit(code)  # a library's own end would wait for peers that may be gone
     return code
 
 
 def _run(args: argparse.Namespace) -> int:
     """The verb's exit code. What no verb foresees ends here, in one sentence."""
     try:
+        if not launched().is_first:
+            streams.abandon(sys.stdout)  # one process of a run on several GPUs speaks for all
         return int(args.run(args))
     except KeyboardInterrupt as error:
-        streams.say(f"{str(error) or INTERRUPTED}; what was recorded is kept")
+        if launched().is_first:
+            streams.say(f"{str(error) or INTERRUPTED}; what was recorded is kept")
         return 1
     except BrokenPipeError:
         streams.abandon(sys.stdout)  # the reader has gone: nothing more to say to it
@@ -130,13 +142,29 @@ def _run(args: argparse.Namespace) -> int:
     except WanvramError as error:
         if args.debug:
             raise
-        streams.say(error, error.commands)
+        if not _is_said(error):
+            streams.say(error, error.commands)
         return error.exit_code
     except Exception as error:
         if args.debug:
             raise
         streams.say(unforeseen(error, args.verb, f"`wanvram {args.verb} --debug`"))
         return 1
+
+
+def _is_rank() -> bool:
+    with suppress(WanvramError):
+        return launched().is_one_of_several
+    return False
+
+
+def _is_said(error: WanvramError) -> bool:
+    """By the first of several processes, which is waited for: the launcher ends the others when it has ended."""
+    if not _is_rank() or launched().is_first:
+        return False
+    if not isinstance(error, PeerLost):
+        time.sleep(FIRST_SPEAKS_SECONDS)
+    return isinstance(error, PeerLost)
 
 
 def _printed() -> bool:

@@ -21,7 +21,7 @@ import yaml
 
 from wanvram import knobs
 from wanvram.cli.budget import budget_of
-from wanvram.cli.common import progress_printer
+from wanvram.cli.common import add_link_flag, progress_printer
 from wanvram.cli.flags import add_knob_flags, add_request_flags, config_from_flags
 from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
@@ -52,6 +52,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)"
     )
+    add_link_flag(group)
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
     add_knob_flags(fixed, knobs.asked())
     parser.add_argument("--longest", action="store_true", help="find the most frames that fit; --size may name several")

@@ -18,6 +18,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wanvram.advice import write_advice
 from wanvram.cli import streams
@@ -31,8 +32,12 @@ from wanvram.cli.common import (
     run_printer,
     settle_allocator,
 )
+from wanvram.cli.flags import add_knob_flags
+from wanvram.cli.processes import decided, for_all, must_start, processes
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, WanvramError
+from wanvram.knobs import PARALLEL_DEGREE
+from wanvram.machine.launched import launched
 from wanvram.matrix.grid import is_matrix, load_configurations
 from wanvram.matrix.jobs import Job, difference, differing, exit_code
 from wanvram.matrix.progress import display
@@ -41,6 +46,9 @@ from wanvram.record import RunRecord
 from wanvram.report.compare import runs_table
 from wanvram.simulate.gpus import find_gpu
 from wanvram.strict_yaml import MAX_BYTES, MAX_WRITTEN_BYTES
+
+if TYPE_CHECKING:
+    from wanvram.run.execute import Output
 
 __all__ = ["prepare_parser", "run"]
 
@@ -52,6 +60,7 @@ Changed = tuple[Job, list[str]]  # left alone, and the dotted keys in which it d
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="+", type=Path, help="YAML configuration or matrix file")
     add_device_flags(parser)
+    add_knob_flags(parser.add_argument_group("several GPUs"), (PARALLEL_DEGREE,))
     add_budget_flags(parser)
     add_output_flags(parser, default="profiler_logs/<name>; of several the folder above, profiler_logs")
     parser.add_argument("--weights", help="checkpoint directory, random or tiny; overrides the file")
@@ -96,34 +105,47 @@ def _seconds(text: str) -> float:
 
 def _overridden(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """With what the flags say instead of the file."""
-    changes = {key: getattr(args, key) for key in ("device", "gpu", "weights") if getattr(args, key)}
+    changes = {key: getattr(args, key) for key in ("device", "gpu", "link", "weights") if getattr(args, key)}
     config = replace(config, **changes)
     if args.vram:
         config = replace(config, memory_limit_bytes=memory_limit(args))
-    return config
+    degree = PARALLEL_DEGREE
+    return (
+        replace(config, strategy=degree.set(config.strategy, args.parallel_degree)) if args.parallel_degree else config
+    )
 
 
 def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
-    if args.child_of is not None:
+    if args.child_of is not None and not launched().is_one_of_several:
         die_with_parent(args.child_of)
+    config = for_all(config)
     _look_at_checkpoint(config)
+    if must_start(config):
+        from wanvram.run.launch import start
+
+        return start(config, args.words)
     settle_allocator(config, to_be_planned=args.vram_budget is not None)
-    config, predicted = planned(config, args)
-    directory = args.output or LOGS / config.name
+    with processes() as world:
+        directory = args.output or LOGS / config.name
+        config, predicted, directory = decided(world, lambda: (*planned(config, args), directory))
+        from wanvram.run.execute import Output
+
+        output = Output(directory, args.force, predicted=predicted, debug=args.debug, world=world)
+        record = _recorded(config, output, args)
+        if args.advice and launched().is_first:
+            _advise(directory, config, record, args)
+        return exit_code(record) if args.child_of is not None else finish(record, args, directory)
+
+
+def _recorded(config: RunConfig, output: Output, args: argparse.Namespace) -> RunRecord:
     from wanvram.predict.simulate import run_or_simulate
-    from wanvram.run.execute import Output
 
-    output = Output(directory, args.force, predicted=predicted, debug=args.debug)
-    if args.live:
-        from wanvram.report.live import LiveView
+    if not args.live or not launched().is_first:
+        return run_or_simulate(config, output, run_printer(args))
+    from wanvram.report.live import LiveView
 
-        view = LiveView(config.name, config.memory_limit_bytes)
-        record = run_or_simulate(config, output, view.told, view.watch)
-    else:
-        record = run_or_simulate(config, output, run_printer(args))
-    if args.advice:
-        _advise(directory, config, record, args)
-    return exit_code(record) if args.child_of is not None else finish(record, args, directory)
+    view = LiveView(config.name, config.memory_limit_bytes)
+    return run_or_simulate(config, output, view.told, view.watch)
 
 
 def _look_at_checkpoint(config: RunConfig) -> None:

@@ -11,10 +11,12 @@ from torch import nn
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import Device
+from wanvram.engine.packing import NOWHERE, Fp8
 from wanvram.engine.residency import Component
-from wanvram.knobs import PRECISION
+from wanvram.knobs import PRECISION, PRODUCT_PRECISION, RESIDUAL_IN, WEIGHT_STORAGE
 from wanvram.models.clip import CLIPVision
 from wanvram.models.dit import WanDiT
+from wanvram.models.dit_regrouped import RegroupedDiT
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.t5 import T5Encoder, Walk
 from wanvram.models.vae import WanVAE
@@ -73,6 +75,7 @@ class _Built:
     unused: tuple[str, ...] = ()
     embedders: Sequence[nn.Module] = ()
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    lanes: Sequence[int] = ()  # the slot each unit is streamed through, where they do not take turns
 
 
 class Parts:
@@ -108,16 +111,19 @@ class Parts:
         if source is not None:
             check_keys(expected, source, name, ignored=_unused(source, built.unused))
         strategy = self.config.strategy
-        fp8 = is_dit and strategy.weight_storage == "fp8"
+        fp8 = Fp8(WEIGHT_STORAGE.of(strategy) == "fp8", PRODUCT_PRECISION.of(strategy) == "fp8") if is_dit else NOWHERE
         generated = self.config.weights in ("random", "tiny")
         component = Component(
             name, built.module, built.units, self.device, built.embedders, fp8=fp8, generated=generated
         )
+        streamed = strategy.load_strategy == "block"
+        shared = strategy.dit_fsdp if is_dit else model.kind == "text_encoder" and strategy.t5_fsdp
         if model.kind == "text_encoder" and strategy.t5_cpu:
             component.load_host(source)
-        elif built.units and strategy.load_strategy == "block":
-            resident = strategy.resident_blocks if is_dit else 0
-            component.load_streamed(source, home=strategy.weights_in, resident_groups=resident)
+        elif built.units and (streamed or shared):
+            resident, home = strategy.resident_blocks if is_dit else 0, strategy.weights_in if streamed else "device"
+            peers = self.device.weight_peers() if shared else None
+            component.load_streamed(source, home=home, resident_groups=resident, lanes=built.lanes, peers=peers)
         else:
             component.load_resident(source)
         return component
@@ -136,6 +142,20 @@ class Parts:
             contexts = module.encode(rows, walk=walk)
         return [self.device.upload(context) for context in contexts]
 
+    def stand_in_contexts(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Uninitialised, in place of what `encode` gives."""
+        lengths = [len(self.tokenizer.encode(text)) for text in texts]
+        return [self.device.empty((length, self.specs.text_encoder.dim), T5_DTYPE) for length in lengths]
+
+    def stand_in_features(self, pictures: int) -> torch.Tensor:
+        """Uninitialised, in place of what CLIP gives for so many pictures."""
+        return self.device.empty(
+            (pictures, self.specs.image_encoder.tokens, self.specs.dit.clip_dim), self._clip_dtype()
+        )
+
+    def _clip_dtype(self) -> torch.dtype:
+        return CLIP_DTYPE if self.device.computes_half else torch.float32
+
     def _embedding_rows(self, ids: list[int], spec: T5Spec) -> torch.Tensor:
         source = self.weights.source("text_encoder")
         if source is None:
@@ -149,12 +169,14 @@ class Parts:
         return _Built(module, list(module.blocks), extra={"token_embedding.weight": (spec.vocab_size, spec.dim)})
 
     def _image_encoder(self) -> _Built:
-        module = CLIPVision(self.specs.image_encoder, CLIP_DTYPE if self.device.computes_half else torch.float32)
+        module = CLIPVision(self.specs.image_encoder, self._clip_dtype())
         return _Built(module, module.walk_order(), tuple(module.unused_keys()))
 
     def _dit(self) -> _Built:
-        module = WanDiT(self.specs.dit, PRECISIONS[PRECISION.of(self.config.strategy)])
-        return _Built(module, module.walk_order(), embedders=module.embedders())
+        kind = RegroupedDiT if RESIDUAL_IN.of(self.config.strategy) == "pinned" else WanDiT
+        module = kind(self.specs.dit, PRECISIONS[PRECISION.of(self.config.strategy)])
+        lanes = module.lanes() if isinstance(module, RegroupedDiT) else ()
+        return _Built(module, module.walk_order(), embedders=module.embedders(), lanes=lanes)
 
     def _vae(self, *, encoder: bool = True, decoder: bool = True) -> _Built:
         module = WanVAE(self.specs.vae, PRECISIONS[self.config.strategy.vae_precision].matmul)

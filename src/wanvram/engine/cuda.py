@@ -8,23 +8,33 @@ import mmap
 import re
 import sys
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 
 from wanvram.engine.devices import Device
+from wanvram.engine.peers import Peers, TorchPeers
+from wanvram.engine.symmetric import Room, SymmetricPeers
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
 from wanvram.knobs import WEIGHTS_IN
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.host import available_ram_bytes
 from wanvram.recorder.meters import CudaMeter
+from wanvram.sharing import WORLD
+from wanvram.simulate.links import WEIGHT_CHANNELS
 from wanvram.spans import Copies
 from wanvram.units import human
 
 __all__ = ["CudaDevice", "own_pages"]
 
+MOST_WAITS = (
+    1000  # whose events are kept: a stream of rows makes 3000 a step, and every event takes memory of the driver
+)
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # the driver's and PyTorch's word, cuBLAS's and cuDNN's
 
 
@@ -33,6 +43,7 @@ class CudaDevice(Device):
 
     kind = "cuda"
     copies_beside = True
+    exchanges_by_copies = False  # with other GPUs, out of each other's memory; set before the first exchange
     meter: CudaMeter
     _capped: ClassVar[set[int]] = set()  # indices whose allocator a device of this process has capped
 
@@ -50,9 +61,11 @@ class CudaDevice(Device):
         self._copies = torch.cuda.Stream(
             index
         )  # PyTorch makes a pool of streams with the first, 70 MiB outside the allocator
+        self._gathers: torch.cuda.Stream | None = None
+        self._rooms: dict[tuple[Any, ...], Room] = {}
         self._copied = Copies()
-        self._copying: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
-        self._waiting: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._copying: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._waiting: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         torch.cuda.synchronize(index)
         if limit_bytes is not None:
             self.hold_to_limit()
@@ -164,16 +177,53 @@ class CudaDevice(Device):
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.cpu()
 
-    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
+        return self._copy_beside(self._copies, destination, source, after)
+
+    def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        return self._copy_beside(self._returns, destination, source, (after,))
+
+    @cached_property
+    def _returns(self) -> torch.cuda.Stream:
+        """Its own: the link carries both directions at once."""
+        return torch.cuda.Stream(self.torch_device)
+
+    def _copy_beside(
+        self, stream: torch.cuda.Stream, destination: torch.Tensor, source: torch.Tensor, after: tuple[Any, ...]
+    ) -> torch.cuda.Event:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._copies):
-            if after is not None:
-                self._copies.wait_event(after)
+        with torch.cuda.stream(stream):
+            for mark in after:
+                if mark is not None:
+                    stream.wait_event(mark)
             start.record()
             destination.copy_(source, non_blocking=True)
             end.record()
         self._copying.append((source.nbytes, start, end))
         return end
+
+    def peers(self, axis: str) -> Peers:
+        if not self.exchanges_by_copies:
+            return super().peers(axis)
+        return SymmetricPeers(self.place, axis, self._exchanged, None, self._rooms, self.hold_to_limit)
+
+    def _weight_connections(self) -> Peers:
+        """Few channels are enough, and take 12 MiB each for every peer."""
+        if self.exchanges_by_copies:
+            return SymmetricPeers(self.place, WORLD, self._exchanged, None, self._rooms, self.hold_to_limit, "weights")
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = WEIGHT_CHANNELS
+        group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)
+        return TorchPeers(self.place, WORLD, self._exchanged, group)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        """On a stream of its own, so that it waits for its mark only and no copy waits for it."""
+        self._gathers = self._gathers or torch.cuda.Stream(self.torch_device)
+        with torch.cuda.stream(self._gathers):
+            if after is not None:
+                self._gathers.wait_event(after)
+            super().gather_beside(peers, whole, after)
+            return self._gathers.record_event()
 
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.torch_device).record_event()
@@ -188,17 +238,25 @@ class CudaDevice(Device):
         stream.wait_event(mark)
         after.record(stream)
         self._waiting.append((before, after))
+        if len(self._waiting) > MOST_WAITS:
+            self._count(ended=True)
 
     def copies(self) -> Copies:
-        copied = self._copying[:]  # a reading thread may start others meanwhile, which have not ended
+        """A reading thread may start others meanwhile, which have not ended."""
+        copied = len(self._copying)
         torch.cuda.synchronize(self.torch_device)
-        nbytes = sum(n for n, _, _ in copied)
-        seconds = sum(start.elapsed_time(end) for _, start, end in copied) / 1000
-        stalled = sum(before.elapsed_time(after) for before, after in self._waiting) / 1000
-        del self._copying[: len(copied)]
-        self._waiting.clear()
-        self._copied += Copies(nbytes, seconds, stalled)
+        self._count(copied)
         return self._copied
+
+    def _count(self, most: int | None = None, *, ended: bool = False) -> None:
+        """Adds the events of the first `most` copies and of the waits to the sum. ended: only as far as these have passed."""
+        while self._copying and most != 0 and (not ended or self._copying[0][2].query()):
+            nbytes, start, end = self._copying.popleft()
+            self._copied += Copies(nbytes, start.elapsed_time(end) / 1000)
+            most = None if most is None else most - 1
+        while self._waiting and (not ended or self._waiting[0][1].query()):
+            before, after = self._waiting.popleft()
+            self._copied += Copies(stalled_seconds=before.elapsed_time(after) / 1000)
 
     def reader_waits(self, mark: Any) -> None:
         if mark is not None:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from wanvram.engine.peers import Exchanged, Peers, TorchPeers
 from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
+from wanvram.sharing import ALONE, WORLD, Place
 from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.peers import SimulatedPeers
 from wanvram.spans import Copies
 
 __all__ = ["Copying", "CpuDevice", "Device", "Measuring", "Placing", "SimulatedDevice"]
@@ -77,20 +81,25 @@ class Copying:
         """Copies between host and device, ordered with the computation."""
         destination.copy_(source)
 
-    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Starts a host-to-device copy once `after` (a mark) has passed; returns the mark of its completion."""
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
+        """Starts a host-to-device copy once these marks have passed; returns the mark of its completion."""
+        self.copy(destination, source)
+        return None
+
+    def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """The other way, into pinned memory, beside the computation and what is prefetched."""
         self.copy(destination, source)
         return None
 
     def mark(self) -> Any:
-        """A mark in the computation's order, to give to `prefetch`."""
+        """A mark in the computation's order, to give to `prefetch` or `write_back`."""
         return None
 
     def wait(self, mark: Any) -> None:
-        """Lets later computation wait for a mark returned by `prefetch`."""
+        """Lets later computation wait for a mark of a copy."""
 
     def reader_waits(self, mark: Any) -> None:
-        """Stops the calling thread until a mark returned by `prefetch` has passed."""
+        """Stops the calling thread until a mark of a copy has passed."""
 
     def host_waits(self, mark: Any) -> None:
         """The host itself waits until a mark has passed."""
@@ -133,10 +142,13 @@ class Booking:
     def generated_weights(self) -> None:
         """Weights would be generated on the device here: where nothing is computed, the first kernel is booked."""
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
-        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked."""
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
+        """Weights would be read from a checkpoint into `destination` here: where nothing is read, the time is booked.
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
+        readers: ranks that read as much from the same disk meanwhile, this one among them.
+        """
+
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
         """Weights would be read from files into a pinned buffer here: where nothing is read, the time is booked.
 
         kept_bytes: they were read before, with so many others since; None: for the first time.
@@ -154,6 +166,39 @@ class Device(Placing, Copying, Measuring, Booking):
     name: str
     computes_half = True  # float16 products are as good as any
     attention: AttentionChoice | None = None  # what computes the transformer's; None: PyTorch decides
+    place: Place = ALONE  # among the GPUs of a run, set once before it begins
+    _weight_peers: Peers | None = None
+
+    def peers(self, axis: str) -> Peers:
+        """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
+        return TorchPeers(self.place, axis, self._exchanged)
+
+    def weight_peers(self) -> Peers:
+        """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges.
+
+        All ranks ask for them first at the same place of their runs: the first message connects, outside the allocator.
+        """
+        if self._weight_peers is None:
+            self._weight_peers = peers = self._weight_connections()
+            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+            self.hold_to_limit()
+        return self._weight_peers
+
+    def _weight_connections(self) -> Peers:
+        return self.peers(WORLD)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        """Starts gathering equal runs of bytes in place once `after` (a mark) has passed; returns the mark of its completion."""
+        peers.gather(whole, [whole.nbytes // peers.count] * peers.count)
+        return None
+
+    def exchanged(self) -> Exchanged:
+        """With other ranks since the start."""
+        return self._exchanged
+
+    @cached_property
+    def _exchanged(self) -> Exchanged:
+        return Exchanged()
 
 
 class CpuDevice(Device):
@@ -219,11 +264,18 @@ class SimulatedDevice(Device):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         _check_shapes(destination, source)
         host = destination if self.memory.is_host(destination) else source
-        self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        if self.memory.is_host(host):
+            self.clock.transfer(source.nbytes, pinned=self.memory.is_pinned(host))
+        else:
+            destination.copy_(source)
 
-    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+    def prefetch(self, destination: torch.Tensor, source: torch.Tensor, *after: Any) -> Any:
         _check_shapes(destination, source)
-        return self.clock.prefetch(source.nbytes, after)
+        return self.clock.prefetch(source.nbytes, *after, on_device=not self.memory.is_host(source))
+
+    def write_back(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        _check_shapes(destination, source)
+        return self.clock.write_back(source.nbytes, after)
 
     def mark(self) -> Any:
         return self.clock.mark()
@@ -263,15 +315,24 @@ class SimulatedDevice(Device):
         else:
             self.clock.copy_on_host(source.nbytes)
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None) -> None:
-        self.clock.read_from_disk(nbytes, component, kept_bytes)
+    def peers(self, axis: str) -> Peers:
+        return SimulatedPeers(self.place, axis, self.memory)
+
+    def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
+        return self.clock.start_gather(whole.nbytes // peers.count * (peers.count - 1), peers.count - 1, after)
+
+    def exchanged(self) -> Exchanged:
+        return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)
+
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
+        self.clock.read_from_disk(nbytes, component, kept_bytes, readers)
 
     def generated_weights(self) -> None:
         self.memory.load_library("kernels")
 
-    def loaded_weights(self, destination: torch.Tensor, component: str) -> None:
+    def loaded_weights(self, destination: torch.Tensor, component: str, *, readers: int = 1) -> None:
         on_host = self.memory.is_host(destination)
-        self.clock.load_from_disk(destination.nbytes, component)
+        self.clock.load_from_disk(destination.nbytes, component, readers)
         if not on_host:
             self.memory.load_library("kernels")
             self.clock.transfer(destination.nbytes, pinned=False)

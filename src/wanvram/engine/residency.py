@@ -1,4 +1,4 @@
-"""Where a component's weights live and when they move: resident, streamed unit by unit, or on the host.
+"""Where a component's weights live and when they move: resident, streamed unit by unit, shared by ranks, or on the host.
 
 A component's parameters are laid out in flat byte buffers: one for the shell, one per unit (a block, or a part of one) and one
 per embedder. A flat buffer is one allocation, one copy and one free.
@@ -7,7 +7,7 @@ per embedder. A flat buffer is one allocation, one copy and one free.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -17,11 +17,15 @@ from torch import nn
 
 from wanvram.engine.devices import Device
 from wanvram.engine.layout import Layout
-from wanvram.engine.packing import Packing
+from wanvram.engine.packing import NOWHERE, Fp8, Packing
+from wanvram.engine.peers import Peers
+from wanvram.engine.shards import WHOLE, Shard, ShardHome, fill_run, touched
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
+from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
+from wanvram.sharing import WORLD
 from wanvram.units import human
 from wanvram.weights.random import RandomSource
 from wanvram.weights.sources import TensorSource
@@ -29,44 +33,85 @@ from wanvram.weights.sources import TensorSource
 __all__ = ["Component"]
 
 
-def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor]]) -> None:
+_SCALE = ".weight" + SCALE_SUFFIX  # how a layout ends the name of what the module calls its scale
+
+
+def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor | None]]) -> None:
     for name, view in views:
-        path, _, leaf = name.rpartition(".")
+        path, _, leaf = name.replace(_SCALE, SCALE_SUFFIX).rpartition(".")
         owner = module.get_submodule(path) if path else module
-        owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+        owner._parameters[leaf] = None if view is None else nn.Parameter(view, requires_grad=False)
 
 
 @dataclass(eq=False)
 class _Part:
-    """One separately placed piece: the shell, one unit or one embedder. `prefix` makes its parameter names checkpoint keys."""
+    """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`.
+
+    packing: how it is in fp8, where `fp8` is for anything. meta: what its parameters are without weights. stays: on the device.
+    """
 
     module: nn.Module
-    prefix: str
+    root: nn.Module
     layout: Layout
-    meta: tuple[tuple[str, nn.Parameter], ...]
+    meta: tuple[tuple[str, nn.Parameter | None], ...]
     packing: Packing | None = None
+    fp8: Fp8 = NOWHERE
+    stays: bool = False
     flat: torch.Tensor | None = None
+
+    @property
+    def packed(self) -> Packing | None:
+        """How it is stored. What stays on the device and is multiplied in fp8 is quantised once."""
+        return self.packing if self.fp8.stored or (self.fp8.multiplied and self.stays) else None
 
     @property
     def nbytes(self) -> int:
         """As stored, on the device or at its home."""
-        return self.layout.nbytes if self.packing is None else self.packing.stored.nbytes
+        return self.layout.nbytes if self.packed is None else self.packed.stored.nbytes
+
+    @property
+    def is_bound(self) -> bool:
+        """For good: it stays, and is stored as it is used."""
+        return self.stays and (self.packed is None or self.fp8.multiplied)
+
+    @property
+    def room_bytes(self) -> int:
+        """Of the buffer that it is unpacked or quantised into."""
+        if self.packing is None or self.is_bound:
+            return 0
+        if self.fp8.multiplied:
+            return 0 if self.packed else self.packing.matrices.nbytes
+        return self.layout.nbytes
 
     @property
     def group(self) -> str:
-        """`blocks.3.self_attn.` -> `blocks.3`: what belongs together in a record, and becomes resident together."""
-        found = re.match(r"(.*?\.\d+)\.", self.prefix)
-        return found.group(1) if found else self.prefix.rstrip(".")
+        """`blocks.3.self_attn.q.bias` -> `blocks.3`: what belongs together in a record, and becomes resident together."""
+        name = self.meta[0][0]
+        found = re.match(r"(.*?\.\d+)\.", name)
+        return found.group(1) if found else name.rpartition(".")[0]
 
-    def bind(self, flat: torch.Tensor) -> None:
-        _bind(self.module, self.layout.views(flat))
+    def bind(self, flat: torch.Tensor, room: torch.Tensor | None = None) -> None:
+        """flat [nbytes], as it is stored. room: see `room_bytes`."""
+        _bind(self.root, self._views(flat, room))
+
+    def _views(self, flat: torch.Tensor, room: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.packing is None:
+            return self.layout.views(flat)
+        if self.packed and self.fp8.multiplied:
+            return self.packed.stored.views(flat)
+        assert room is not None
+        room = room.narrow(0, 0, self.room_bytes)
+        if self.packed is None:
+            return self.packing.quantise(flat, room)
+        self.packed.unpack(flat, room)
+        return self.layout.views(room)
 
     def unbind(self) -> None:
-        _bind(self.module, iter(self.meta))
+        _bind(self.root, iter(self.meta))
 
     def clear(self) -> None:
         self.unbind()
-        self.flat = None
+        self.flat, self.stays = None, False
 
 
 class Component:
@@ -85,7 +130,7 @@ class Component:
         device: Device,
         embedders: Sequence[nn.Module] = (),
         *,
-        fp8: bool = False,
+        fp8: Fp8 = NOWHERE,
         generated: bool = True,
     ) -> None:
         self.name = name
@@ -93,18 +138,21 @@ class Component:
         self.device = device
         self._generated = generated  # where there is no source: what it would do
         self.parameters = sum(p.numel() for p in module.parameters())
-        prefixes = {id(m): prefix for prefix, m in module.named_modules()}
-        self._units = {id(u): _part(u, prefixes[id(u)], fp8) for u in units}
-        self._embedders = {id(e): _part(e, prefixes[id(e)]) for e in embedders}
+        names = {id(p): name for name, p in module.named_parameters()}
+        self._units = {id(u): _part(u, module, names, fp8) for u in units}
+        self._embedders = {id(e): _part(e, module, names) for e in embedders}
         placed = {id(p) for m in (*units, *embedders) for p in m.parameters()}
         shell = [(n, p) for n, p in module.named_parameters() if id(p) not in placed]
-        self._shell = _Part(module, "", Layout.of(shell), tuple(shell))
+        self._shell = _Part(module, module, Layout.of(shell), tuple(shell))
         self._ring: SlotRing | None = None
         self._masters: dict[_Part, torch.Tensor] = {}
         self._read: set[_Part] = set()  # from disk, at least once
         self._source: TensorSource | None = None
         self._on_host = False
-        self._unpacked: torch.Tensor | None = None
+        self._in_ram = True  # the masters
+        self._shard: Shard = WHOLE
+        self._peers: Peers | None = None
+        self._room: torch.Tensor | None = None
         self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
     # --- loading -----------------------------------------------------------------------------------------------------------
@@ -113,15 +161,27 @@ class Component:
         """Every parameter on the device, written there tensor by tensor: peaks at base memory plus nothing."""
         for part in self._parts():
             self._place(part, source)
-        self._make_room_to_unpack()
+        self._make_room()
 
-    def load_streamed(self, source: TensorSource | None, *, home: str = "pinned", resident_groups: int = 0) -> None:
+    def load_streamed(
+        self,
+        source: TensorSource | None,
+        *,
+        home: str = "pinned",
+        resident_groups: int = 0,
+        lanes: Sequence[int] = (),
+        peers: Peers | None = None,
+    ) -> None:
         """The shell, two slots and some resident groups of units on the device, all else at `home`.
 
-        home: pinned or pageable (RAM), or disk (the source, read again in every pass). Groups that stay resident are spread
-        evenly, so that the copies between them are, too.
+        home: pinned or pageable (RAM), disk (the source, read again in every pass), or device. Groups that stay resident are
+        spread evenly, so that the copies between them are, too. lanes: which slot each unit passes through, where they do not
+        take turns. peers: ranks that load and walk it together; then each has a run of every buffer at its home, and the slots
+        are filled from all of them.
         """
         self._source = source
+        if peers is not None:
+            self._shard, self._peers = Shard(peers.index, peers.count), peers
         if self._shell.nbytes:
             self._place(self._shell, source)
         for part in self._resident_units(resident_groups):
@@ -129,10 +189,13 @@ class Component:
         streamed = [part for part in self._units.values() if part.flat is None]
         largest = max((part.nbytes for part in streamed), default=0)
         waiting = [*streamed, *self._embedders.values()]
-        self._masters = {} if home == "disk" else self._fill_masters(waiting, source, pinned=home == "pinned")
+        self._masters = {} if home == "disk" else self._fill_masters(waiting, source, home)
         if streamed:
-            self._ring = SlotRing(self.device, self._home(home, largest), largest)
-        self._make_room_to_unpack()
+            given = zip(self._units.values(), lanes, strict=True) if lanes else ()
+            through = {part: lane for part, lane in given if part.flat is None}
+            slot = self._shard.whole_bytes(largest)
+            self._ring = SlotRing(self.device, self._home(home, largest), slot, through, self._slot_bytes)
+        self._make_room()
 
     def load_host(self, source: TensorSource | None) -> None:
         """Every parameter in host RAM; the module then computes on the CPU."""
@@ -153,67 +216,124 @@ class Component:
             for part in self._parts():
                 part.clear()
             self._masters.clear()
-            self._source = self._unpacked = None
+            self._source = self._room = None
             self._on_host = False
+            self._shard, self._peers = WHOLE, None
 
     def _place(self, part: _Part, source: TensorSource | None) -> None:
-        part.flat = self.device.empty((part.nbytes,), torch.uint8)
-        self._fill(part, part.flat, source)
-        if part.packing is None:
+        part.stays = True
+        part.flat = self.device.empty((self._slot_bytes(part),), torch.uint8)
+        self._fill_together(part, part.flat, source)
+        if part.is_bound:
             part.bind(part.flat)
 
-    def _make_room_to_unpack(self) -> None:
-        largest = max((part.layout.nbytes for part in self._units.values() if part.packing is not None), default=0)
+    def _slot_bytes(self, part: _Part) -> int:
+        """On the device, all of it."""
+        return self._shard.whole_bytes(part.nbytes)
+
+    def _make_room(self) -> None:
+        largest = max((part.room_bytes for part in self._units.values()), default=0)
         if largest:
-            self._unpacked = self.device.empty((largest,), torch.uint8)
+            self._room = self.device.empty((largest,), torch.uint8)
 
     def _home(self, home: str, largest: int) -> Home:
-        if home == "pinned":
-            return PinnedHome(self.device, self._masters)
-        return StagedHome(self.device, largest, self._read_from_disk if home == "disk" else self._read_from_ram)
+        own: Home
+        if home in ("pinned", "device"):
+            own = PinnedHome(self.device, self._masters)
+        else:
+            read = self._read_from_disk if home == "disk" else self._read_from_ram
+            own = StagedHome(self.device, self._shard.run_bytes(largest), read)
+        return own if self._peers is None else ShardHome(self.device, own, self._shard, self._peers)
 
     def _read_from_ram(self, part: _Part, buffer: torch.Tensor) -> None:
         self.device.copy_on_host(buffer, self._masters[part])
 
     def _read_from_disk(self, part: _Part, buffer: torch.Tensor) -> None:
         if self._source is not None:
-            self._fill(part, buffer, self._source)
+            self._fill_run(part, buffer, self._source)
         else:
             kept = self.weight_bytes if part in self._read else None
-            self.device.read_from_disk(buffer.nbytes, self.name, kept)
+            self.device.read_from_disk(buffer.nbytes, self.name, kept, readers=self._shard.count)
             self._read.add(part)
 
     def _fill_masters(
-        self, parts: Sequence[_Part], source: TensorSource | None, *, pinned: bool
+        self, parts: Sequence[_Part], source: TensorSource | None, home: str
     ) -> dict[_Part, torch.Tensor]:
         """Generated weights are made on the device, which is ten times as fast, one part at a time.
 
         Raises DeviceError if RAM cannot hold them all: the system would kill the process half-way.
         """
-        needed, room = sum(part.nbytes for part in parts), self.device.host_room()
+        sizes = {part: self._shard.run_bytes(part.nbytes) for part in parts}
+        self._in_ram = home != "device"
+        if self._in_ram:
+            self._check_room(sum(sizes.values()))
+        masters = {}
+        for part, nbytes in sizes.items():
+            if self._in_ram:
+                master = self.device.host_empty((nbytes,), torch.uint8, pinned=home == "pinned")
+            else:
+                master = self.device.empty((nbytes,), torch.uint8)
+            if self._makes(source):
+                staging = self.device.empty((self._slot_bytes(part),), torch.uint8)
+                self._fill(part, staging, source)
+                self.device.copy(master, self._shard.mine(staging))
+                del staging
+            else:
+                self._fill_run(part, master, source)
+            masters[part] = master
+        return masters
+
+    def _check_room(self, needed: int) -> None:
+        """Ranks that share take theirs of one RAM, once all have looked at it."""
+        world = self.device.peers(WORLD)
+        if self._peers is not None:
+            world.meet()
+        room, needed = self.device.host_room(), needed * self._shard.count
         if room is not None and needed > room:
             raise DeviceError(
                 f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use "
                 f"{WEIGHTS_IN.asked('disk')}, {WEIGHT_STORAGE.asked('fp8')}, or plan with --vram_budget, which knows the RAM"
             )
-        masters = {}
-        for part in parts:
-            master = self.device.host_empty((part.nbytes,), torch.uint8, pinned=pinned)
-            if (source is None and self._generated) or isinstance(source, RandomSource):
-                staging = self.device.empty((part.nbytes,), torch.uint8)
-                self._fill(part, staging, source)
-                self.device.copy(master, staging)
-                del staging
-            else:
-                self._fill(part, master, source)
-            masters[part] = master
-        return masters
+        if self._peers is not None:
+            world.meet()
 
-    def _fill(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
-        """The part's tensors from the source into `flat` [part.nbytes], packed if the part is."""
+    def _makes(self, source: TensorSource | None) -> bool:
+        """Whether weights are made on the device, where each of their tensors is made whole."""
+        return (source is None and self._generated) or isinstance(source, RandomSource)
+
+    def _fill_together(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
+        """All of the part into `flat` [_slot_bytes] on the device: every rank reads its run, and gets the others'."""
+        if self._peers is None or self._makes(source):
+            self._fill(part, flat, source)
+        else:
+            self._fill_run(part, self._shard.mine(flat), source)
+            self._gather(part, flat)
+
+    def _gather(self, part: _Part, flat: torch.Tensor) -> None:
+        if self._peers is not None:
+            self._peers.gather(flat, self._shard.counts(part.nbytes))
+
+    def _fill_run(self, part: _Part, run: torch.Tensor, source: TensorSource | None) -> None:
+        """This rank's run of the part, as it is stored."""
+        if self._peers is None:
+            self._fill(part, run, source)
+        elif part.packed is not None:
+            packed = torch.empty((self._slot_bytes(part),), dtype=torch.uint8, device=run.device)
+            self._fill(part, packed, source, touched(part.packed, self._shard.start(part.nbytes), run.nbytes))
+            run.copy_(self._shard.mine(packed))
+        elif source is None:
+            self.device.loaded_weights(run, self.name, readers=self._shard.count)
+        else:
+            check()
+            fill_run(part.layout, run, self._shard.start(part.nbytes), source)
+
+    def _fill(
+        self, part: _Part, flat: torch.Tensor, source: TensorSource | None, only: Container[str] | None = None
+    ) -> None:
+        """The part's tensors from the source into `flat` [part.nbytes], packed if the part is. only: the names wanted."""
         check()
         plain = flat
-        if part.packing is not None:
+        if part.packed is not None:
             plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
         if source is None and self._generated:
             self.device.generated_weights()
@@ -221,9 +341,10 @@ class Component:
             self.device.loaded_weights(flat, self.name)
         else:
             for name, view in part.layout.views(plain):
-                source.fill(part.prefix + name, view)
-        if part.packing is not None:
-            part.packing.pack(plain, flat)
+                if only is None or name in only:
+                    source.fill(name, view)
+        if part.packed is not None:
+            part.packed.pack(plain, flat, only)
 
     def _parts(self) -> list[_Part]:
         shell = [self._shell] if self._shell.nbytes else []
@@ -261,11 +382,11 @@ class Component:
         try:
             for part in parts:
                 check()
-                if part.flat is not None and part.packing is None:
+                if part.is_bound:
                     yield part.module
                     continue
                 # Only the module holds the bytes, no local: release in the middle of a walk must free them.
-                part.bind(self._unpack(part, next(coming) if part.flat is None else part.flat))
+                part.bind(next(coming) if part.flat is None else part.flat, self._room)
                 try:
                     yield part.module
                 finally:
@@ -275,28 +396,26 @@ class Component:
             if isinstance(coming, Generator):
                 coming.close()
 
-    def _unpack(self, part: _Part, stored: torch.Tensor) -> torch.Tensor:
-        if part.packing is None:
-            return stored
-        assert self._unpacked is not None
-        part.packing.unpack(stored, self._unpacked.narrow(0, 0, part.layout.nbytes))
-        return self._unpacked
-
     def walk_embedders(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Yields each embedder with its weights in place. Afterwards it is gone, on the device and at its home."""
         for module in modules:
             part = self._embedders[id(module)]
             try:
                 if part.flat is None:
-                    part.flat = self.device.empty((part.nbytes,), torch.uint8)
+                    part.flat = self.device.empty((self._slot_bytes(part),), torch.uint8)
                     part.bind(part.flat)
-                    if part in self._masters:
-                        self.device.copy(part.flat, self._masters.pop(part))
-                    else:
-                        self._fill(part, part.flat, self._source)
+                    self._bring(part, part.flat)
                 yield module
             finally:
                 part.clear()
+
+    def _bring(self, part: _Part, flat: torch.Tensor) -> None:
+        """An embedder from its home, which then has it no more."""
+        if part not in self._masters:
+            self._fill_together(part, flat, self._source)
+            return
+        self.device.copy(self._shard.mine(flat), self._masters.pop(part))
+        self._gather(part, flat)
 
     # --- sizes ---------------------------------------------------------------------------------------------------------------
 
@@ -310,10 +429,15 @@ class Component:
         """Bytes of weights in host RAM now: none where they are resident or read from disk in every pass."""
         if self._on_host:
             return sum(part.flat.nbytes for part in self._parts() if part.flat is not None)
-        return sum(master.nbytes for master in self._masters.values())
+        return sum(master.nbytes for master in self._masters.values()) if self._in_ram else 0
 
 
-def _part(module: nn.Module, prefix: str, fp8: bool = False) -> _Part:
-    named = list(module.named_parameters())
+def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: Fp8 = NOWHERE) -> _Part:
+    """names: of the root's parameters, by identity; a unit may gather modules from several places of it."""
+    named = [(names[id(p)], p) for p in module.parameters()]
     layout = Layout.of(named)
-    return _Part(module, prefix + ".", layout, tuple(named), Packing.of(layout) if fp8 else None)
+    if not (fp8.stored or fp8.multiplied):
+        return _Part(module, root, layout, tuple(named))
+    packing = Packing.of(layout)
+    scales = [(place.name, None) for place in packing.matrices.places if place.name.endswith(SCALE_SUFFIX)]
+    return _Part(module, root, layout, (*named, *scales), packing, fp8)

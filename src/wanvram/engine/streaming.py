@@ -6,10 +6,10 @@ thread into two pinned buffers first, because a copy from anything else would st
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from wanvram.engine.devices import Device
 from wanvram.errors import WanvramError
 
-__all__ = ["Home", "PinnedHome", "SlotRing", "StagedHome"]
+__all__ = ["Home", "Later", "PinnedHome", "SlotRing", "StagedHome"]
 
 
 class Home(Protocol):
@@ -32,8 +32,19 @@ class Home(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Later:
+    """A mark that there is once a thread has read; `then` starts something more, in the thread that walks."""
+
+    read: Future[Any]
+    then: Callable[[Any], Any]
+
+    def result(self) -> Any:
+        return self.then(self.read.result())
+
+
 class PinnedHome:
-    """Every piece has a master copy in pinned RAM. `masters`: piece -> uint8 [nbytes]."""
+    """Every piece has a master copy in pinned RAM, or on the device. `masters`: piece -> uint8 [the slot's nbytes]."""
 
     def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
         self.device = device
@@ -68,7 +79,7 @@ class StagedHome:
         return self._thread.submit(self._read_and_copy, piece, slot, after, turn)
 
     def _read_and_copy(self, piece: Any, slot: torch.Tensor, after: Any, turn: int) -> Any:
-        buffer = self._buffers[turn].narrow(0, 0, piece.nbytes)
+        buffer = self._buffers[turn].narrow(0, 0, slot.nbytes)
         self.device.reader_waits(self._copied[turn])
         try:
             self.read(piece, buffer)
@@ -89,48 +100,72 @@ class StagedHome:
 @dataclass(frozen=True)
 class _Coming:
     piece: Any
-    slot: int
     mark: Any
 
 
 class SlotRing:
-    """Two device buffers that pieces pass through in turn. What comes next is known, so both are always being filled.
+    """Two device buffers that pieces pass through. What comes next is known, so both are always being filled.
 
-    Pieces are asked for in a cyclic order, pass after pass: the first two of the next pass are on their way while the
-    last of this one computes.
+    Pieces are asked for in a cyclic order, pass after pass: the first of the next pass are on their way while the last of this
+    one computes. They take the slots in turn, both as large as `largest`; with `lanes`, the slot of every piece is given, and
+    a slot is as large as the largest of its own. nbytes: of a piece in its slot.
     """
 
-    def __init__(self, device: Device, home: Home, largest: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        home: Home,
+        largest: int,
+        lanes: Mapping[Any, int] | None = None,
+        nbytes: Callable[[Any], int] = attrgetter("nbytes"),
+    ) -> None:
         self.device = device
         self.home = home
-        self.slots = [device.empty((largest,), torch.uint8) for _ in range(2)]
+        self.nbytes = nbytes
+        self._lanes = lanes or {}
+        own = [[nbytes(piece) for piece, lane in self._lanes.items() if lane == slot] for slot in range(2)]
+        self.slots = [device.empty((max(sizes, default=largest),), torch.uint8) for sizes in own]
         self._free: list[Any] = [None, None]  # marks after which a slot may be overwritten
-        self._coming: deque[_Coming] = deque()
-        self._turn = 0
+        self._coming: dict[int, _Coming] = {}  # by slot
+        self._walked = 0  # pieces of whole passes: whose turn the first of the next is
 
     def walk(self, pieces: Sequence[Any]) -> Generator[torch.Tensor, None, None]:
         """Yields each piece's bytes on the device, [nbytes]; valid until the next is asked for."""
         if not pieces:
             return
-        if [c.piece for c in self._coming] != [pieces[i % len(pieces)] for i in range(len(self._coming))]:
+        first = {slot: index for slot in range(2) if (index := self._following(pieces, -1, slot)) is not None}
+        if any(
+            slot not in first or c.piece is not pieces[first[slot] % len(pieces)] for slot, c in self._coming.items()
+        ):
             # Another order, or the last walk was broken off. What is coming is overwritten: copies keep their order.
             self._coming.clear()
-        for ahead in range(len(self._coming), 2):
-            self._start(pieces[ahead % len(pieces)])
+        for slot in sorted(first.keys() - self._coming.keys(), key=lambda slot: first[slot]):
+            self._start(pieces[first[slot] % len(pieces)], slot)
         for index in range(len(pieces)):
-            coming = self._coming.popleft()
+            slot = self._slot(pieces, index)
+            coming = self._coming.pop(slot)
             self.device.wait(_resolved(coming.mark))
             try:
-                yield self.slots[coming.slot].narrow(0, 0, coming.piece.nbytes)
+                yield self.slots[slot].narrow(0, 0, self.nbytes(coming.piece))
             finally:
-                self._free[coming.slot] = self.device.mark()
-            self._start(pieces[(index + 2) % len(pieces)])
+                self._free[slot] = self.device.mark()
+            following = self._following(pieces, index, slot)
+            assert following is not None
+            self._start(pieces[following % len(pieces)], slot)
+        self._walked += len(pieces)
 
-    def _start(self, piece: Any) -> None:
-        slot = self._turn % 2
-        target = self.slots[slot].narrow(0, 0, piece.nbytes)
-        self._coming.append(_Coming(piece, slot, self.home.fetch(piece, target, self._free[slot])))
-        self._turn += 1  # not before: after a fetch that failed, the other slot still holds what comes next
+    def _slot(self, pieces: Sequence[Any], index: int) -> int:
+        """Of the piece at `index` of this pass, or of the next where that is beyond its end."""
+        return self._lanes.get(pieces[index % len(pieces)], (self._walked + index) % 2)
+
+    def _following(self, pieces: Sequence[Any], index: int, slot: int) -> int | None:
+        """What passes through a slot next after the piece at `index`; None: nothing does."""
+        ahead = range(index + 1, index + 2 + 2 * len(pieces))
+        return next((other for other in ahead if self._slot(pieces, other) == slot), None)
+
+    def _start(self, piece: Any, slot: int) -> None:
+        target = self.slots[slot].narrow(0, 0, self.nbytes(piece))
+        self._coming[slot] = _Coming(piece, self.home.fetch(piece, target, self._free[slot]))
 
     def close(self) -> None:
         """Copies under way end before the slots' memory is given back."""
@@ -142,4 +177,4 @@ class SlotRing:
 
 
 def _resolved(mark: Any) -> Any:
-    return mark.result() if isinstance(mark, Future) else mark
+    return mark.result() if isinstance(mark, (Future, Later)) else mark

@@ -29,10 +29,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, asked: str = AUTO) -> Tensor:
 
 def attention_with_sums(q: Tensor, k: Tensor, v: Tensor, asked: str = AUTO) -> tuple[Tensor, Tensor]:
     """The same and the natural log-sum-exp of every row of scores, float32 [H,Lq]; the reference on the CPU."""
-    compute = _on_cuda(q.device, q.element_size(), q.shape[2], k.shape[0], asked) if q.is_cuda else reference
-    out, sums = compute(q, k, v, True)
-    assert sums is not None
-    return out, sums
+    result: tuple[Tensor, Tensor] = _attention_lse(q, k, v, asked)
+    return result
 
 
 @operation("(Tensor q, Tensor k, Tensor v, str asked) -> Tensor")
@@ -41,6 +39,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, asked: str) -> Tensor:
         return scaled_dot_product(q, k, v)
     result: Tensor = _on_cuda(q.device, q.element_size(), q.shape[2], k.shape[0], asked)(q, k, v)[0]
     return result
+
+
+@operation("(Tensor q, Tensor k, Tensor v, str asked) -> (Tensor, Tensor)")
+def _attention_lse(q: Tensor, k: Tensor, v: Tensor, asked: str) -> Attended:
+    compute = _on_cuda(q.device, q.element_size(), q.shape[2], k.shape[0], asked) if q.is_cuda else reference
+    return compute(q, k, v, True)
+
+
+@_attention_lse.on_meta
+def _(q: Tensor, k: Tensor, v: Tensor, asked: str) -> Attended:
+    del k, asked
+    rows, heads, _ = q.shape
+    return q.new_empty((rows, heads, v.shape[2])), q.new_empty((heads, rows), dtype=torch.float32)
 
 
 @cache

@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "add_",
     "gated_add_",
     "gelu_tanh_",
     "inverse_rms",
     "layer_norm_modulate",
+    "merge_attention_",
     "rms_norm_",
     "rms_norm_rope_",
     "scaled_rope_",
@@ -57,25 +59,57 @@ def _rms_norm_kernel(x_ptr, weight_ptr, x_stride, width, eps, BLOCK: tl.constexp
 
 
 @triton.jit
+def _row_by_head(num_heads, head_pairs, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Offsets and mask of a row [num_heads, 2 head_pairs], padded to [HEADS, DIM], and of its pairs, to [HEADS, DIM / 2].
+
+    Pairs take the same offset in every head: a table is read as wide as its rows are, by the threads that need it.
+    """
+    head, column, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :], tl.arange(0, DIM // 2)[None, :]
+    inside = (head < num_heads) & (column < 2 * head_pairs)
+    pairs_inside = (head < num_heads) & (pair < head_pairs)
+    return 2 * head_pairs * head + column, inside, 0 * head + pair, pairs_inside
+
+
+@triton.jit
+def _in_pairs(x):
+    """Even and odd columns: rows are read and written whole, where every second column would be a third of the bandwidth."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _turned(even, odd, factor, weight, cos, sin, dtype: tl.constexpr):
+    """Pairs times factor, rounded to dtype, times weight, turned by cos and sin; of weight's shape, in float32."""
+    even_weight, odd_weight = _in_pairs(weight)
+    even = (even * factor).to(dtype).to(tl.float32) * even_weight
+    odd = (odd * factor).to(dtype).to(tl.float32) * odd_weight
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), weight.shape)
+
+
+@triton.jit
 def _rms_norm_rope_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, x_stride, table_stride, width, head_pairs, eps, BLOCK: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    x_stride,
+    table_stride,
+    num_heads,
+    head_pairs,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, BLOCK)
-    inside = pair < width // 2
-    even_pointers = x_ptr + row * x_stride + 2 * pair
-    even = tl.load(even_pointers, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(even_pointers + 1, mask=inside, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(even * even + odd * odd, axis=0) / width + eps)
-    even = (even * factor).to(x_ptr.dtype.element_ty).to(tl.float32)
-    odd = (odd * factor).to(x_ptr.dtype.element_ty).to(tl.float32)
-    even = even * tl.load(weight_ptr + 2 * pair, mask=inside, other=0.0).to(tl.float32)
-    odd = odd * tl.load(weight_ptr + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
-    angle = row * table_stride + pair % head_pairs
-    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
-    tl.store(even_pointers, (even * cos - odd * sin).to(x_ptr.dtype.element_ty), mask=inside)
-    tl.store(even_pointers + 1, (even * sin + odd * cos).to(x_ptr.dtype.element_ty), mask=inside)
+    column, inside, pair, pairs_inside = _row_by_head(num_heads, head_pairs, HEADS, DIM)
+    pointers = x_ptr + row * x_stride + column
+    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + row * table_stride + pair, mask=pairs_inside, other=0.0)
+    sin = tl.load(sin_ptr + row * table_stride + pair, mask=pairs_inside, other=0.0)
+    even, odd = _in_pairs(x)
+    factor = 1.0 / tl.sqrt(tl.sum(even * even + odd * odd) / (2 * num_heads * head_pairs) + eps)
+    result = _turned(even, odd, factor, weight, cos, sin, x_ptr.dtype.element_ty)
+    tl.store(pointers, result.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -88,24 +122,28 @@ def _inverse_rms_kernel(x_ptr, out_ptr, x_stride, width, eps, BLOCK: tl.constexp
 
 @triton.jit
 def _scaled_rope_kernel(
-    x_ptr, inverse_ptr, weight_ptr, cos_ptr, sin_ptr, x_stride, table_stride, width, head_pairs, BLOCK: tl.constexpr
+    x_ptr,
+    inverse_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    x_stride,
+    table_stride,
+    num_heads,
+    head_pairs,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, BLOCK)
-    inside = pair < width // 2
-    even_pointers = x_ptr + row * x_stride + 2 * pair
+    column, inside, pair, pairs_inside = _row_by_head(num_heads, head_pairs, HEADS, DIM)
+    pointers = x_ptr + row * x_stride + column
+    even, odd = _in_pairs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + row * table_stride + pair, mask=pairs_inside, other=0.0)
+    sin = tl.load(sin_ptr + row * table_stride + pair, mask=pairs_inside, other=0.0)
     factor = tl.load(inverse_ptr + row)
-    even = tl.load(even_pointers, mask=inside, other=0.0).to(tl.float32) * factor
-    odd = tl.load(even_pointers + 1, mask=inside, other=0.0).to(tl.float32) * factor
-    even = even.to(x_ptr.dtype.element_ty).to(tl.float32)
-    odd = odd.to(x_ptr.dtype.element_ty).to(tl.float32)
-    even = even * tl.load(weight_ptr + 2 * pair, mask=inside, other=0.0).to(tl.float32)
-    odd = odd * tl.load(weight_ptr + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
-    angle = row * table_stride + pair % head_pairs
-    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
-    tl.store(even_pointers, (even * cos - odd * sin).to(x_ptr.dtype.element_ty), mask=inside)
-    tl.store(even_pointers + 1, (even * sin + odd * cos).to(x_ptr.dtype.element_ty), mask=inside)
+    result = _turned(even, odd, factor, weight, cos, sin, x_ptr.dtype.element_ty)
+    tl.store(pointers, result.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -121,6 +159,16 @@ def _gated_add_kernel(x_ptr, y_ptr, gate_ptr, x_stride, y_stride, width, BLOCK: 
 
 
 @triton.jit
+def _add_kernel(x_ptr, y_ptr, x_stride, y_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    pointers = x_ptr + row * x_stride + column
+    y = tl.load(y_ptr + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + y, mask=inside)
+
+
+@triton.jit
 def _gelu_tanh_kernel(x_ptr, count, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
@@ -129,6 +177,39 @@ def _gelu_tanh_kernel(x_ptr, count, BLOCK: tl.constexpr):
     # 0.5 x (1 + tanh u) = x / (1 + exp(-2u)): no device library, and exp overflowing gives the limit 0.
     result = x / (1.0 + tl.exp(-2.0 * inner))
     tl.store(x_ptr + index, result.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _merge_attention_kernel(
+    out_ptr,
+    sums_ptr,
+    part_ptr,
+    part_sums_ptr,
+    out_stride,
+    sums_stride,
+    part_stride,
+    part_sums_stride,
+    heads,
+    width,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    is_head = head < heads
+    a = tl.load(sums_ptr + head * sums_stride + row, mask=is_head, other=0.0)
+    b = tl.load(part_sums_ptr + head * part_sums_stride + row, mask=is_head, other=0.0)
+    most = tl.maximum(a, b)
+    kept, new = tl.exp(a - most), tl.exp(b - most)
+    place = head[:, None] * width + column[None, :]
+    inside = is_head[:, None] & (column < width)[None, :]
+    out = tl.load(out_ptr + row * out_stride + place, mask=inside, other=0.0)
+    part = tl.load(part_ptr + row * part_stride + place, mask=inside, other=0.0).to(tl.float32)
+    total = kept + new
+    merged = out * (kept / total)[:, None] + part * (new / total)[:, None]
+    tl.store(out_ptr + row * out_stride + place, merged, mask=inside)
+    tl.debug_barrier()  # every warp has read the sums that one of them overwrites
+    tl.store(sums_ptr + head * sums_stride + row, most + tl.log(total), mask=is_head)
 
 
 def _shape_of_launch(width: int) -> dict[str, int]:
@@ -155,12 +236,18 @@ def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
         _rms_norm_kernel[(rows,)](x, weight, x.stride(0), width, eps, **_shape_of_launch(width))
 
 
+def _by_head(width: int, num_heads: int) -> dict[str, int]:
+    """Arguments of a row program that sees heads: 40 of 128 columns pad to 64, as 5120 to 8192."""
+    pairs = width // num_heads // 2
+    blocks = {"HEADS": triton.next_power_of_2(num_heads), "DIM": triton.next_power_of_2(2 * pairs)}
+    return {"num_heads": num_heads, "head_pairs": pairs, **blocks, "num_warps": 8 if width >= 4096 else 4}
+
+
 def rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
     rows, width = x.shape
-    launch = {"BLOCK": triton.next_power_of_2(width // 2), "num_warps": 8 if width >= 4096 else 4}
     with torch.cuda.device(x.device):
         _rms_norm_rope_kernel[(rows,)](
-            x, weight, cos, sin, x.stride(0), cos.stride(0), width, width // num_heads // 2, eps, **launch
+            x, weight, cos, sin, x.stride(0), cos.stride(0), eps=eps, **_by_head(width, num_heads)
         )
 
 
@@ -172,10 +259,10 @@ def inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
 
 def scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
     rows, width = x.shape
-    launch = {"BLOCK": triton.next_power_of_2(width // 2), "num_warps": 8 if width >= 4096 else 4}
-    pairs = width // num_heads // 2
     with torch.cuda.device(x.device):
-        _scaled_rope_kernel[(rows,)](x, inverse, weight, cos, sin, x.stride(0), cos.stride(0), width, pairs, **launch)
+        _scaled_rope_kernel[(rows,)](
+            x, inverse, weight, cos, sin, x.stride(0), cos.stride(0), **_by_head(width, num_heads)
+        )
 
 
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
@@ -184,7 +271,22 @@ def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
         _gated_add_kernel[(rows,)](x, y, gate, x.stride(0), y.stride(0), width, **_shape_of_launch(width))
 
 
+def add_(x: Tensor, y: Tensor) -> None:
+    rows, width = x.shape
+    with torch.cuda.device(x.device):
+        _add_kernel[(rows,)](x, y, x.stride(0), y.stride(0), width, **_shape_of_launch(width))
+
+
 def gelu_tanh_(x: Tensor) -> None:
     count = x.numel()
     with torch.cuda.device(x.device):
         _gelu_tanh_kernel[(triton.cdiv(count, _FLAT_BLOCK),)](x, count, BLOCK=_FLAT_BLOCK, num_warps=8)
+
+
+def merge_attention_(out: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
+    """Rows of out and part hold their heads one behind the other; sums have a row next to a row."""
+    rows, heads, width = out.shape
+    block = {"HEADS": triton.next_power_of_2(heads), "WIDTH": triton.next_power_of_2(width)}
+    strides = out.stride(0), sums.stride(0), part.stride(0), part_sums.stride(0)
+    with torch.cuda.device(out.device):
+        _merge_attention_kernel[(rows,)](out, sums, part, part_sums, *strides, heads, width, **block, num_warps=8)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from wanvram.errors import DeviceError
+from wanvram.machine.launched import launched
 
 __all__ = ["Gpu", "first_gpu", "first_visible"]
 
@@ -51,21 +52,22 @@ class Gpu:
 
 
 def first_gpu() -> Gpu:
-    """CUDA's device 0, whatever CUDA_VISIBLE_DEVICES says. Raises DeviceError without a driver or a visible GPU."""
+    """CUDA's device 0, whatever CUDA_VISIBLE_DEVICES says; of a run on several GPUs this process's own. Raises DeviceError without
+    a driver or a visible GPU."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        return Gpu(pynvml, first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        return Gpu(pynvml, first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"), launched().local_rank))
     except pynvml.NVMLError as error:
         raise DeviceError(f"no NVIDIA GPU answers here ({error}); state the memory, for example --vram 8GiB") from error
 
 
-def first_visible(nvml: Any, visible: str | None) -> Any:
-    """NVML itself counts every card."""
+def first_visible(nvml: Any, visible: str | None, number: int = 0) -> Any:
+    """The first, or with a number another one, of those that CUDA sees; NVML itself counts every card."""
     if visible is None:
-        return nvml.nvmlDeviceGetHandleByIndex(0)
-    first = visible.split(",")[0].strip()
+        return nvml.nvmlDeviceGetHandleByIndex(number)
+    first = [*visible.split(","), *[""] * number][number].strip()
     if first.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(first)
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]

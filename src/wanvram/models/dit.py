@@ -8,7 +8,7 @@ embeddings: 0.7 GiB of weights at 14B that no step needs again), then `velocity`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ from wanvram.models.dit_blocks import (
 )
 from wanvram.models.precision import Precision
 from wanvram.models.rotary import rotary_tables
+from wanvram.models.team import Team
 from wanvram.specs import DiTSpec
 
-__all__ = ["Block", "Condition", "Prepared", "Time", "VaceBlock", "Walk", "WanDiT"]
+__all__ = ["Attending", "Block", "Condition", "Prepared", "Time", "VaceBlock", "Walk", "WanDiT"]
 
 Walk = Callable[[Sequence[nn.Module]], Iterator[nn.Module]]
 
@@ -62,6 +63,18 @@ class Prepared:
     y: Tensor | None
     vace_context: Tensor | None
     vace_scale: float
+
+
+@dataclass(frozen=True)
+class Attending:
+    """How self-attention is computed, whatever it sees. heads_per_group: heads that attend at once (None: all).
+
+    backend: the one asked for. team: other ranks that share the sequence.
+    """
+
+    heads_per_group: int | None = None
+    backend: str = AUTO
+    team: Team | None = None
 
 
 @dataclass
@@ -141,9 +154,8 @@ class WanDiT(nn.Module):
         """`prepare` and `velocity` of one timestep, with the embedders in place."""
         (time,), prepared = self.prepare([timestep], conditions)
         latents = [latent] * len(prepared)
-        return self.velocity(
-            latents, time, prepared, rows_per_chunk=rows_per_chunk, heads_per_group=heads_per_group, walk=walk
-        )
+        how = Attending(heads_per_group)
+        return self.velocity(latents, time, prepared, rows_per_chunk=rows_per_chunk, attending=how, walk=walk)
 
     @torch.no_grad()
     def prepare(
@@ -180,22 +192,22 @@ class WanDiT(nn.Module):
         conditions: Sequence[Prepared],
         *,
         rows_per_chunk: int | None = None,
-        heads_per_group: int | None = None,
-        attention: str = AUTO,
+        attending: Attending | None = None,
         walk: Walk = iter,
     ) -> list[Tensor]:
         """One latent float32 [C,F,H,W] per condition, all of one shape -> as many velocities float32 [out_dim,F,H,W].
 
         All of them pass a unit before the next one is requested from the walk, each computed alone. rows_per_chunk: tokens
-        handled at once (None: all), and heads_per_group: heads that attend at once, change memory but not the result.
-        attention: the backend asked for.
+        handled at once (None: all), changes memory but not the result.
         """
-        first = latents[0]
+        first, how = latents[0], attending or Attending()
         self._check_latents(latents, rows_per_chunk)
-        tables = rotary_tables(self._grid(first), self.spec.head_dim, first.device)
+        rows = how.team.rows if how.team else None
+        tables = rotary_tables(self._grid(first), self.spec.head_dim, first.device, rows)
         streams = []
         for latent, condition in zip(latents, conditions, strict=True):
-            inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image, heads_per_group, attention)
+            inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image)
+            inputs = replace(inputs, heads_per_group=how.heads_per_group, attention=how.backend, team=how.team)
             streams.append(self._start(latent, condition, inputs, rows_per_chunk))
         del tables, inputs
         visits = self._visits()
@@ -205,16 +217,18 @@ class WanDiT(nn.Module):
         outputs = []
         while streams:
             x = streams.pop(0).x
-            outputs.append(self._unpatchify(self.head(x, time.e, rows_per_chunk), first))
-            del x
+            tokens = self.head(x, time.e, rows_per_chunk)
+            outputs.append(self._unpatchify(how.team.whole(tokens) if how.team else tokens, first))
+            del tokens, x
         return outputs
 
     def _start(self, latent: Tensor, condition: Prepared, inputs: BlockInputs, rows: int | None) -> _Stream:
         parts = [latent] if condition.y is None else [latent, condition.y]
-        x = self.patch_embedding(parts, rows)
+        of = inputs.team.rows if inputs.team else None
+        x = self.patch_embedding(parts, rows, of)
         vace = None
         if condition.vace_context is not None:
-            vace = self.vace_patch_embedding([condition.vace_context], rows)
+            vace = self.vace_patch_embedding([condition.vace_context], rows, of)
         return _Stream(x, inputs, vace, condition.vace_scale)
 
     def _embed_text(self, context: Tensor) -> Tensor:

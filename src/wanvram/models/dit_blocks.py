@@ -14,16 +14,21 @@ from torch import Tensor, nn
 
 from wanvram.kernels.attention_backends import AUTO
 from wanvram.kernels.elementwise import (
+    add_,
     gated_add_,
     gelu_tanh_,
     inverse_rms,
     layer_norm_modulate,
+    linear_gelu,
     rms_norm_,
     rms_norm_rope_,
     scaled_rope_,
 )
 from wanvram.kernels.scaled_attention import attention
+from wanvram.kernels.scaled_products import ScaledRows, scaled_product, scaled_rows
 from wanvram.models.precision import Precision
+from wanvram.models.shared_attention import SharedAttention
+from wanvram.models.team import Team
 from wanvram.specs import DiTSpec
 
 __all__ = [
@@ -46,7 +51,7 @@ IMAGE_NORM_EPS = 1e-5  # the two norms of the image MLP; every other norm uses t
 class BlockInputs:
     """What every block reads besides the residual stream. heads_per_group: None means all heads attend at once.
 
-    attention: the backend asked for (kernels.attention_backends).
+    attention: the backend asked for (kernels.attention_backends). team: others share the sequence; cos and sin are of its rows.
     """
 
     modulation: Tensor  # float32 [6, dim]
@@ -56,6 +61,7 @@ class BlockInputs:
     image: Tensor | None  # [257 or 514, dim]
     heads_per_group: int | None = None
     attention: str = AUTO
+    team: Team | None = None
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -68,22 +74,52 @@ def chunks(length: int, rows: int | None) -> Iterator[slice]:
 
 
 class Linear(nn.Module):
-    """Product and bias in the dtype of the parameters, which are left uninitialised."""
+    """Product and bias in the dtype of the parameters, which are left uninitialised.
+
+    scale: None, or float32 [outputs, 1] where a weight in float8 was put in place; the product is then one of float8 numbers.
+    """
+
+    scale: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = parameter(outputs, inputs, dtype=dtype)
         self.bias = parameter(outputs, dtype=dtype)
+        self.register_parameter("scale", None)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return torch.addmm(self.bias, h, self.weight.t())
+    def operand(self, h: Tensor) -> Tensor | ScaledRows:
+        """h [L, inputs] as this product takes it: once for all products of the same rows, and instead of them."""
+        return h if self.scale is None else scaled_rows(h)
 
-    def into(self, out: Tensor, h: Tensor) -> None:
-        torch.addmm(self.bias, h, self.weight.t(), out=out)
+    def forward(self, h: Tensor | ScaledRows) -> Tensor:
+        if self.scale is None and isinstance(h, Tensor):
+            return torch.addmm(self.bias, h, self.weight.t())
+        out = self.bias.new_empty((h.shape[0], self.bias.shape[0]))
+        self.into(out, h)
+        return out
 
-    def columns_into(self, out: Tensor, h: Tensor, columns: slice) -> None:
+    def gelu(self, h: Tensor | ScaledRows) -> Tensor:
+        """GELU in its tanh form, of the product with its bias."""
+        if self.scale is None and isinstance(h, Tensor):
+            return linear_gelu(h, self.weight.t(), self.bias)
+        wide = self.forward(h)
+        gelu_tanh_(wide)
+        return wide
+
+    def into(self, out: Tensor, h: Tensor | ScaledRows) -> None:
+        if self.scale is not None:
+            rows = scaled_rows(h) if isinstance(h, Tensor) else h
+            scaled_product(rows, self.weight, self.scale, self.bias, out)
+        elif isinstance(h, Tensor):
+            torch.addmm(self.bias, h, self.weight.t(), out=out)
+
+    def columns_into(self, out: Tensor, h: Tensor | ScaledRows, columns: slice) -> None:
         """These columns of the result only."""
-        torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
+        if self.scale is not None:
+            rows = scaled_rows(h) if isinstance(h, Tensor) else h
+            scaled_product(rows, self.weight[columns], self.scale[columns], self.bias[columns], out)
+        elif isinstance(h, Tensor):
+            torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
 
 
 class PatchEmbedding(nn.Module):
@@ -94,16 +130,27 @@ class PatchEmbedding(nn.Module):
         self.weight = parameter(dim, inputs, *patch, dtype=dtype)
         self.bias = parameter(dim, dtype=dtype)
 
-    def forward(self, parts: Sequence[Tensor], rows: int | None) -> Tensor:
-        """Latents [c_i,F,H,W], stacked along channels -> float32 tokens [L, dim], rounded to the weight's dtype."""
-        patches = self._unfold(parts)
-        weight = self.weight.flatten(1).t()
+    def forward(self, parts: Sequence[Tensor], rows: int | None, of: slice | None = None) -> Tensor:
+        """Latents [c_i,F,H,W], stacked along channels -> float32 tokens [L, dim], rounded to the weight's dtype.
+
+        of: these rows only.
+        """
+        patches, weight = self.unfold(parts), self.matrix()
+        patches = patches if of is None else patches[of]
         tokens = torch.empty((patches.shape[0], weight.shape[1]), dtype=torch.float32, device=patches.device)
         for c in chunks(tokens.shape[0], rows):
-            tokens[c].copy_(torch.addmm(self.bias, patches[c], weight))
+            self.rows_into(tokens[c], patches[c], weight)
         return tokens
 
-    def _unfold(self, parts: Sequence[Tensor]) -> Tensor:
+    def matrix(self) -> Tensor:
+        """[channels * patch volume, dim]."""
+        return self.weight.flatten(1).t()
+
+    def rows_into(self, tokens: Tensor, patches: Tensor, weight: Tensor) -> None:
+        """Some rows of what `unfold` gives -> their tokens; weight: the `matrix`."""
+        tokens.copy_(torch.addmm(self.bias, patches, weight))
+
+    def unfold(self, parts: Sequence[Tensor]) -> Tensor:
         """[L, channels * patch volume] in the weight's dtype, written without an intermediate copy."""
         _, channels, pt, ph, pw = self.weight.shape
         _, frames, height, width = parts[0].shape
@@ -166,34 +213,48 @@ class SelfAttention(_Projections):
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """x += gate * attention(norm(x)). modulation: shift, scale, gate, each float32 [dim]."""
-        if inputs.heads_per_group is None:
+        if inputs.team is not None:
+            SharedAttention(self, x, modulation, inputs).add()
+        elif inputs.heads_per_group is None:
             self._whole(x, modulation, inputs, rows)
         else:
             self._sliced(x, modulation, inputs, rows)
 
     def _whole(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """Keys and values for all rows first, then queries, attention and output projection row chunk by row chunk."""
-        gate = modulation[2]
         k = torch.empty(x.shape, dtype=self.k.bias.dtype, device=x.device)
         v = torch.empty_like(k)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
-            self.k.into(k[c], h)
-            self.v.into(v[c], h)
-            del h
-            rms_norm_rope_(k[c], self.norm_k.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
-        k, v = (self._by_head(t) for t in (k, v))
+            self.keys_and_values_into(k, v, x[c], c, modulation, inputs)
+        k, v = (self.by_head(t) for t in (k, v))
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
-            q = self.q(h)
-            del h
-            rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
-            attended = attention(self._by_head(q), k, v, inputs.attention)
-            del q
-            y = self.o(attended.flatten(1))
-            del attended
-            gated_add_(x[c], y, gate)
-            del y
+            self.attend_rows(x[c], c, k, v, modulation, inputs)
+
+    def keys_and_values_into(
+        self, k: Tensor, v: Tensor, x: Tensor, c: slice, modulation: Sequence[Tensor], inputs: BlockInputs
+    ) -> None:
+        """k[c] and v[c], of [L, dim], from x, the rows c of the stream."""
+        h = self.k.operand(self._normed(x, modulation))
+        self.k.into(k[c], h)
+        self.v.into(v[c], h)
+        del h
+        rms_norm_rope_(k[c], self.norm_k.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
+
+    def attend_rows(
+        self, x: Tensor, c: slice, k: Tensor, v: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs
+    ) -> None:
+        """x, the rows c of the stream, += gate * their attention to all keys and values [L, heads, head_dim]."""
+        h = self.q.operand(self._normed(x, modulation))
+        q = self.q(h)
+        del h
+        rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
+        attended = attention(self.by_head(q), k, v, inputs.attention)
+        del q
+        rows = self.o.operand(attended.flatten(1))
+        del attended
+        y = self.o(rows)
+        del rows
+        gated_add_(x, y, modulation[2])
 
     def _sliced(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """Queries for all rows; keys and values of one head group at a time, whose result takes the queries' place.
@@ -203,14 +264,14 @@ class SelfAttention(_Projections):
         q = torch.empty(x.shape, dtype=self.q.bias.dtype, device=x.device)
         inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
+            h = self.q.operand(self._normed(x[c], modulation))
             self.q.into(q[c], h)
             rms_norm_rope_(q[c], self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
             k = self.k(h)
             del h
             inverse_rms(k, inverse[c], self.eps)
             del k
-        heads = self._by_head(q)
+        heads = self.by_head(q)
         for group in chunks(self.num_heads, inputs.heads_per_group):
             self._attend_group(heads, group, x, modulation, inputs, inverse, rows)
         for c in chunks(x.shape[0], rows):
@@ -234,7 +295,7 @@ class SelfAttention(_Projections):
         k = torch.empty((x.shape[0], count * width), dtype=q.dtype, device=x.device)
         v = torch.empty_like(k)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
+            h = self.k.operand(self._normed(x[c], modulation))
             self.k.columns_into(k[c], h, columns)
             self.v.columns_into(v[c], h, columns)
             del h
@@ -248,7 +309,7 @@ class SelfAttention(_Projections):
     def _normed(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         return layer_norm_modulate(x, modulation[1], modulation[0], self.eps, 1.0, self.k.bias.dtype)
 
-    def _by_head(self, t: Tensor) -> Tensor:
+    def by_head(self, t: Tensor) -> Tensor:
         return t.view(t.shape[0], self.num_heads, -1)
 
 
@@ -270,19 +331,20 @@ class CrossAttention(_Projections):
         return pairs
 
     def _pair(self, tokens: Tensor, to_k: Linear, to_v: Linear, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        k = to_k(tokens)
+        rows = to_k.operand(tokens)
+        k = to_k(rows)
         rms_norm_(k, norm.weight, self.eps)
         shape = (tokens.shape[0], self.num_heads, -1)
-        return k.view(shape), to_v(tokens).view(shape)
+        return k.view(shape), to_v(rows).view(shape)
 
     def forward(self, x: Tensor, norm: AffineNorm, inputs: BlockInputs, rows: int | None) -> None:
         """x += attention(norm(x)), without a gate."""
         pairs = self.keys_and_values(inputs.text, inputs.image)
         for c in chunks(x.shape[0], rows):
-            self._rows(x[c], norm, pairs, inputs.attention)
+            self.attend_rows(x[c], norm, pairs, inputs.attention)
 
-    def _rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
-        h = norm(x)
+    def attend_rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
+        h = self.q.operand(norm(x))
         q = self.q(h)
         del h
         rms_norm_(q, self.norm_q.weight, self.eps)
@@ -291,9 +353,11 @@ class CrossAttention(_Projections):
         for k, v in pairs[1:]:
             attended.add_(attention(q, k, v, asked))
         del q
-        y = self.o(attended.flatten(1))
+        rows = self.o.operand(attended.flatten(1))
         del attended
-        x.add_(y)
+        y = self.o(rows)
+        del rows
+        add_(x, y)
 
 
 class FeedForward(nn.Sequential):
@@ -306,16 +370,21 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], rows: int | None) -> None:  # type: ignore[override]
         """x += gate * ffn(norm(x)). modulation: shift, scale, gate."""
-        shift, scale, gate = modulation
         for c in chunks(x.shape[0], rows):
-            h = layer_norm_modulate(x[c], scale, shift, self.eps, 1.0, self.matmul)
-            wide = self[0](h)
-            del h
-            gelu_tanh_(wide)
-            y = self[2](wide)
-            del wide
-            gated_add_(x[c], y, gate)
-            del y
+            self.add_rows(x[c], modulation)
+
+    def add_rows(self, x: Tensor, modulation: Sequence[Tensor]) -> None:
+        """The same for some rows of the stream."""
+        shift, scale, gate = modulation
+        up, down = (module for module in self if isinstance(module, Linear))
+        h = up.operand(layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul))
+        wide = up.gelu(h)
+        del h
+        rows = down.operand(wide)
+        del wide
+        y = down(rows)
+        del rows
+        gated_add_(x, y, gate)
 
 
 class Block(nn.Module):
@@ -337,11 +406,15 @@ class Block(nn.Module):
         if unit is self.cross_attn:
             self.cross_attn(x, self.norm3, inputs, rows)
             return
-        modulation = (self.modulation[0] + inputs.modulation).unbind(0)
+        modulation = self.modulated(inputs)
         if unit is self.self_attn:
             self.self_attn(x, modulation[:3], inputs, rows)
         else:
             self.ffn(x, modulation[3:], rows)
+
+    def modulated(self, inputs: BlockInputs) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward, each float32 [dim]."""
+        return (self.modulation[0] + inputs.modulation).unbind(0)
 
 
 class VaceBlock(Block):
@@ -369,7 +442,7 @@ class VaceBlock(Block):
             hint = self.after_proj(stream[c].to(self.matmul))
             if scale != 1.0:
                 hint.mul_(scale)
-            x[c].add_(hint)
+            add_(x[c], hint)
             del hint
 
 
@@ -385,13 +458,20 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor, rows: int | None) -> Tensor:
         """x [L, dim], e [1, dim] -> [L, patch volume * out_dim]."""
-        shift, scale = (self.modulation[0] + e).unbind(0)
+        modulation = self.modulated(e)
         out = torch.empty((x.shape[0], self.head.bias.shape[0]), dtype=self.dtype, device=x.device)
         for c in chunks(x.shape[0], rows):
-            h = layer_norm_modulate(x[c], scale, shift, self.eps, 1.0, self.dtype)
-            self.head.into(out[c], h)
-            del h
+            self.rows_into(out[c], x[c], modulation)
         return out
+
+    def modulated(self, e: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale, float32 [dim]."""
+        return (self.modulation[0] + e).unbind(0)
+
+    def rows_into(self, out: Tensor, x: Tensor, modulation: Sequence[Tensor]) -> None:
+        """Some rows of the stream -> their rows of what the head gives."""
+        shift, scale = modulation
+        self.head.into(out, layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.dtype))
 
 
 class ImageEmbedding(nn.Module):

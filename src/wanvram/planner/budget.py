@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wanvram.errors import require
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
+from wanvram.simulate.links import link_of
 from wanvram.units import GIB, MIB, human
 
 __all__ = ["PROCESS_BYTES", "Budget", "beyond_card", "desktop_bytes", "system_ram", "usable_memory"]
@@ -50,7 +51,8 @@ class Budget:
     """vram_bytes: device memory by the driver's view, CUDA context included. ram_bytes None: host RAM is not limited.
 
     margin_bytes None: 1.5 % of the budget and at least 64 MiB. system_bytes: RAM that is not ours, None: an eighth, at least
-    4 GiB. gpu: a card of simulate.gpus; InputError if unknown. notes: where these figures are from, if nobody stated them.
+    4 GiB. gpu: a card of simulate.gpus; InputError if unknown. notes: where these figures are from, if nobody stated them. gpus: how
+    many such cards, of each of which so much may be used, joined by `link` (None: what usually joins them); RAM is that of all.
     """
 
     vram_bytes: int
@@ -59,20 +61,27 @@ class Budget:
     gpu: str = DEFAULT_GPU
     system_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    gpus: int = 1
+    link: str | None = None
 
     def __post_init__(self) -> None:
         require(self.vram_bytes >= 1, f"--vram: {self.vram_bytes} bytes is no budget; write for example 8GiB")
         require(self.margin_bytes is None or self.margin_bytes >= 0, f"margin: {self.margin_bytes} is negative")
         require(
-            self.ram_bytes is None or self.ram_bytes - self.system > PROCESS_BYTES,
-            f"--ram: {human(self.ram_bytes or 0)} does not hold the process itself, which takes {human(PROCESS_BYTES)}, beside "
+            self.ram_bytes is None or self.ram_bytes - self.system > self.process_bytes,
+            f"--ram: {human(self.ram_bytes or 0)} does not hold the process itself, which takes {human(self.process_bytes)}, beside "
             f"{human(self.system)} kept for the system",
         )
-        find_gpu(self.gpu)
+        link_of(self.card, self.link, self.gpus)
 
     @property
     def card(self) -> GPU:
         return find_gpu(self.gpu)
+
+    @property
+    def process_bytes(self) -> int:
+        """Host RAM of all GPUs' processes themselves."""
+        return PROCESS_BYTES * self.gpus
 
     @property
     def usable_bytes(self) -> int:
@@ -99,12 +108,12 @@ class Budget:
         """Bytes of weights that host RAM holds: pinned, pageable or read from disk; inf when RAM is not limited."""
         if self.ram_bytes is None:
             return math.inf
-        whole = self.ram_bytes - self.system - PROCESS_BYTES
+        whole = self.ram_bytes - self.system - self.process_bytes
         return min(whole, self.ram_bytes * PINNED_SHARE) if home == "pinned" else whole
 
     def smallest_ram(self, host_bytes: int) -> int:
         """RAM of a machine that holds this many bytes of weights beside the process and the system."""
-        needed = host_bytes + PROCESS_BYTES
+        needed = host_bytes + self.process_bytes
         if self.system_bytes is not None:
             return needed + self.system_bytes
         return max(needed + LEAST_SYSTEM_BYTES, math.ceil(needed * SYSTEM_SHARE / (SYSTEM_SHARE - 1)))

@@ -56,7 +56,8 @@ Forecast = Callable[[RunConfig, str], StageForecast]
 def situation(request: Request, half: str = "bf16") -> Situation:
     """half: of the card; of no account to knobs that lose nothing."""
     shape = request.geometry.latent_shape(request.frame_num, request.height, request.width)
-    return Situation(request.geometry.tokens(shape), max(shape[2:]), half)
+    streams = 2 if request.facts.takes_source else 1
+    return Situation(request.geometry.tokens(shape), max(shape[2:]), half, streams)
 
 
 def choices(component: str, strategy: Strategy) -> tuple[object, ...]:
@@ -181,4 +182,5 @@ class Trials:
             strategy=strategy,
             measurement=Measurement(profile_memory=False),
             gpu=self.budget.gpu,
+            link=self.budget.link,
         )

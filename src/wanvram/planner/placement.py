@@ -83,8 +83,7 @@ def _disk_probes(trials: Trials, base: Strategy) -> Iterator[Strategy]:
     start = _start(trials, base, "disk")
     if start is None:
         return
-    ways = (change.on(start) for change in variants(trials.request))
-    first = next((way for way in ways if trials.fits("dit", way)), None)
+    first = next((way for way in variants(trials.request, start) if trials.fits("dit", way)), None)
     if first is None:
         return
     yield first

@@ -67,7 +67,7 @@ def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
         return [block, knobs.T5_CPU.set(base, True)]
     if component == "image_encoder":
         return [block]
-    return [variants(request)[-1].on(block)]
+    return [variants(request, block)[-1]]
 
 
 def least_peak(trials: Trials, base: Strategy, component: str) -> int:

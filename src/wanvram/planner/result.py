@@ -8,11 +8,11 @@ from typing import Any
 
 from wanvram import knobs
 from wanvram.config import Request, Strategy
-from wanvram.planner.budget import PROCESS_BYTES, Budget
+from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import StageForecast, stage_seconds, total_seconds
 from wanvram.record import AttentionChoice
 
-__all__ = ["Alternative", "Offer", "Plan", "Refusal", "Rejected", "Trade", "changed_knobs"]
+__all__ = ["Alternative", "GpuLayout", "Offer", "Plan", "Refusal", "Rejected", "Trade", "changed_knobs"]
 
 SCHEMA = 1
 
@@ -73,6 +73,21 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class GpuLayout:
+    """A way in which several GPUs can share the video. sizes: of every axis, and whether weights are shared.
+
+    verdict: chosen, fits (but is no better), too large, or slower by estimate. seconds_per_step, of a GPU device bytes and of all
+    host bytes: of the fastest that fits; of one that is too large the least device memory that was looked at. None: not known.
+    """
+
+    sizes: dict[str, Any]
+    verdict: str
+    seconds_per_step: float | None
+    peak_device_bytes: int | None
+    host_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A lossless strategy within 1 % of the fastest found whose predicted device memory and margin fit the budget."""
 
@@ -88,6 +103,7 @@ class Plan:
     whole_run_bytes: int | None = None
     whole_run_seconds: float | None = None
     attention: AttentionChoice | None = None  # what the whole run attended with
+    layouts: tuple[GpuLayout, ...] = ()  # of several GPUs, the most promising first
 
     @property
     def peak_device_bytes(self) -> int:
@@ -96,8 +112,8 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """RAM of the process: the largest component's weights and the process itself."""
-        return PROCESS_BYTES + max(stage.host_bytes for stage in self.stages)
+        """RAM of all processes: the largest component's weights and the processes themselves."""
+        return self.budget.process_bytes + max(stage.host_bytes for stage in self.stages)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -127,6 +143,7 @@ class Plan:
             "rejected": [asdict(r) for r in self.rejected],
             "trades": [asdict(t) for t in self.trades],
             "lossy": [asdict(o) for o in self.offers],
+            "layouts": [asdict(layout) for layout in self.layouts],
             "notes": list(self.notes),
         }
 
@@ -177,4 +194,6 @@ def _budget_json(budget: Budget) -> dict[str, Any]:
         "ram_kept_bytes": budget.system if budget.ram_bytes is not None else None,
         "gpu": budget.card.key,
         "gpu_measured": budget.card.measured,
+        "gpus": budget.gpus,
+        "link": budget.link,
     }

@@ -13,12 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from wanvram import knobs
 from wanvram.config import Request, Strategy
 from wanvram.planner.budget import Budget, beyond_card
 from wanvram.planner.economy import thriftiest, trades
+from wanvram.planner.fleet import Found, best_of, leanest
 from wanvram.planner.forecasts import Forecast, StageForecast, Trial, Trials, seconds_gained, situation
 from wanvram.planner.placement import placements
 from wanvram.planner.refusal import refuse
@@ -41,12 +43,11 @@ def search(request: Request, budget: Budget, options: Options, forecast: Forecas
     """A Plan whose peak plus margin is within the budget, every stage of it forecast as it will run; or why there is none."""
     trials = Trials(request, budget, forecast)
     base = cleared(options.base)
-    tiled = largest_tile(trials, base)
-    placed = None if tiled is None else placements(trials, tiled)
-    if placed is None:
-        return refuse(trials, base)
-    chosen = thriftiest(trials, placed)
-    traded = trades(trials, placed.found, chosen, offers=options.offers)
+    found, layouts = best_of(trials, base, partial(_fitting, trials))
+    if found is None:
+        return refuse(trials, leanest(trials, base))
+    chosen = found.chosen
+    traded = trades(trials, found.placed.found, chosen, offers=options.offers)
     return Plan(
         request,
         budget,
@@ -56,7 +57,15 @@ def search(request: Request, budget: Budget, options: Options, forecast: Forecas
         trades=tuple(traded),
         offers=tuple(_offers(trials, chosen)) if options.offers else (),
         notes=(*budget.notes, *_notes(trials, chosen)),
+        layouts=layouts,
     )
+
+
+def _fitting(trials: Trials, base: Strategy) -> Found | None:
+    """Of one number of GPUs along every axis."""
+    tiled = largest_tile(trials, base)
+    placed = None if tiled is None else placements(trials, tiled)
+    return None if placed is None else Found(placed, thriftiest(trials, placed))
 
 
 def planned_base(strategy: Strategy) -> Strategy:
@@ -151,6 +160,5 @@ def _notes(trials: Trials, chosen: Strategy) -> list[str]:
         notes.append("times are unknown: choices were ordered by how much they usually cost, not by prediction")
     if budget.ram_bytes is None:
         notes.append("host RAM was not limited; --ram 16GiB makes the plan respect it")
-    lossy = [knob for knob in knobs.lossy() if knob.official is None and knob.differs(chosen)]
-    notes += [f"{knob.name} {knob.of(chosen)} is lossy and was asked for" for knob in lossy]
+    notes += knobs.lossy_notes(chosen)
     return notes

@@ -14,7 +14,7 @@ from wanvram.knobs import (
     ROWS_PER_CHUNK,
     UNSLICED,
     WEIGHTS_IN,
-    Change,
+    allowed,
     fewer_passes,
 )
 from wanvram.planner.forecasts import StageForecast, Trial, Trials, situation, stage_seconds
@@ -39,10 +39,11 @@ def block_count(request: Request) -> int:
     return DIT[request.facts.dit].block_count
 
 
-def variants(request: Request) -> list[Change]:
+def variants(request: Request, base: Strategy) -> list[Strategy]:
     """Lossless ways to hold fewer activations, the fastest and largest first; chunks of more rows than there are change nothing."""
     tokens = situation(request).tokens
-    return [change for change in LEANER if change.values.get(ROWS_PER_CHUNK, 0) < tokens]
+    ways = [allowed(change, base) for change in LEANER if change.values.get(ROWS_PER_CHUNK, 0) < tokens]
+    return list(dict.fromkeys(way for way in ways if way is not None))
 
 
 def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
@@ -56,10 +57,10 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
         return None
     best: Strategy | None = None
     on_device = False
-    for number, change in enumerate(variants(trials.request)):
+    for number, way in enumerate(variants(trials.request, base)):
         if on_device and (number > 1 or (best is not None and not _waits(trials, best))):
             break  # chunks of few rows cost more than the little that they leave for resident blocks
-        found = _filled(trials, change.on(base))
+        found = _filled(trials, way)
         on_device = on_device or found is not None
         best = _faster(trials, best, found)
     if best is not None and _waits(trials, best):
@@ -75,7 +76,8 @@ def _sharing(trials: Trials, plain: Strategy) -> Strategy | None:
     """
     empty = RESIDENT_BLOCKS.set(plain, 0)
     ways = [change.on(empty) for change in fewer_passes(plain)]
-    joint = [JOINT.on(way) for way in (empty, *ways[-1:])] if trials.request.guided else []
+    together = [allowed(JOINT, way) for way in (empty, *ways[-1:])] if trials.request.guided else []
+    joint = [way for way in together if way is not None]
     fitting = [way for way in (*joint[:1], *ways, *joint[1:]) if trials.fits_device("dit", way)]
     times = [trials.of("dit", way).seconds_per_step for way in fitting]
     known = [time for time in times if time is not None]
@@ -87,7 +89,7 @@ def _sharing(trials: Trials, plain: Strategy) -> Strategy | None:
 
 def cannot_fit(trials: Trials, base: Strategy) -> bool:
     """Whether the leanest variant is known to be too large for the device."""
-    leanest = trials.known("dit", variants(trials.request)[-1].on(base))
+    leanest = trials.known("dit", variants(trials.request, base)[-1])
     return leanest is not None and leanest.peak_device_bytes > trials.budget.device_limit
 
 

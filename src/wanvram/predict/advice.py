@@ -146,7 +146,7 @@ class _Runs:
     def peaks(self, *, holes: bool) -> dict[str, int]:
         """The base run's device peak by component, largest first; `holes`: what was reserved and not allocated counts."""
         result: dict[str, int] = {}
-        for span in self.base.stages:
+        for span in self.base.all_stages():
             unused = 0 if holes else span.peak.reserved_bytes - span.peak.allocated_bytes
             name = span.planned
             result[name] = max(result.get(name, 0), (span.peak.device_bytes or 0) - unused)
@@ -268,11 +268,11 @@ def _advice(runs: _Runs, change: dict[str, Any]) -> Advice | None:
 
 
 def _device_bytes(record: RunRecord) -> int:
-    return max(span.peak.device_bytes or 0 for span in record.stages)
+    return max(span.peak.device_bytes or 0 for span in record.all_stages())
 
 
 def _allocated_bytes(record: RunRecord) -> int:
-    return max(span.peak.allocated_bytes for span in record.stages)
+    return max(span.peak.allocated_bytes for span in record.all_stages())
 
 
 def _stage_seconds(record: RunRecord) -> float | None:

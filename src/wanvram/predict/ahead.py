@@ -62,8 +62,8 @@ def _likely(request: Request, budget: Budget, base: Strategy) -> list[Question]:
     trials = Trials(request, budget, note)
     plain = cleared(base)
     block, disk = knobs.FROM["pinned"].on(plain), knobs.FROM["disk"].on(plain)
-    ways = [plain, *(change.on(block) for change in variants(request)), disk, knobs.JOINT.on(block)]
-    for strategy in ways:
+    ways = [plain, *variants(request, block), disk, knobs.allowed(knobs.JOINT, block)]
+    for strategy in (way for way in ways if way is not None):
         trials.of("dit", strategy)
     for part in request.facts.parts():
         if part.component == "vae":

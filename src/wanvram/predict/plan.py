@@ -19,7 +19,7 @@ from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
 from wanvram.record import AttentionChoice, RunRecord
 from wanvram.run.attention import attention_of, card_like
-from wanvram.spans import Span
+from wanvram.spans import Memory, Span
 from wanvram.units import human
 
 __all__ = ["Forecasts", "plan_run", "planned_config"]
@@ -67,7 +67,7 @@ class Forecasts:
 def _key(asked: RunConfig, component: str) -> tuple[object, ...]:
     """What decides a forecast: choices that are another component's may differ."""
     whole_run = (knob.of(asked.strategy) for knob in knobs.touching(knobs.RUN))
-    return asked.request, asked.gpu, asked.weights, *choices(component, asked.strategy), *whole_run
+    return asked.request, asked.gpu, asked.link, asked.weights, *choices(component, asked.strategy), *whole_run
 
 
 @settled()
@@ -157,28 +157,31 @@ def _stages(plan: Plan, record: RunRecord) -> tuple[StageForecast, ...]:
     spans: dict[str, list[Span]] = {}
     for span in record.stages:
         spans.setdefault(span.planned, []).append(span)
+    peaks: dict[str, Memory] = {}
+    for span in record.all_stages():
+        peaks[span.planned] = span.peak.highest(peaks.get(span.planned, span.peak))
     forecast = {stage.component: stage for stage in plan.stages}
     step = record.step_seconds()
     return (
-        tuple(_stage(plan.request, name, found, step, forecast.get(name)) for name, found in spans.items())
+        tuple(_stage(plan.request, peaks[name], found, step, forecast.get(name)) for name, found in spans.items())
         or plan.stages
     )
 
 
 def _stage(
-    request: Request, name: str, spans: list[Span], step: float | None, forecast: StageForecast | None
+    request: Request, peak: Memory, spans: list[Span], step: float | None, forecast: StageForecast | None
 ) -> StageForecast:
-    """seconds: what all denoising steps at the usual pace do not account for."""
-    together = forecast.together if forecast else 1
+    """peak: on any GPU. seconds: what all denoising steps at the usual pace do not account for."""
+    name, together = spans[0].planned, forecast.together if forecast else 1
     steps = steps_of(request, together) if name == "dit" else 0
     times = [span.seconds for span in spans if span.kind != "load" or span.seconds is not None]
     seconds = None if None in times else sum(time for time in times if time is not None)
     loads = [span.end.allocated_bytes - span.start.allocated_bytes for span in spans if span.kind == "load"]
     return StageForecast(
         component=name,
-        peak_device_bytes=max(span.peak.device_bytes or 0 for span in spans),
-        peak_reserved_bytes=max(span.peak.reserved_bytes for span in spans),
-        peak_allocated_bytes=max(span.peak.allocated_bytes for span in spans),
+        peak_device_bytes=peak.device_bytes or 0,
+        peak_reserved_bytes=peak.reserved_bytes,
+        peak_allocated_bytes=peak.allocated_bytes,
         base_bytes=max(loads, default=forecast.base_bytes if forecast else 0),
         host_bytes=forecast.host_bytes if forecast else 0,
         seconds_per_step=step if name == "dit" else None,

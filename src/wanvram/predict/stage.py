@@ -15,6 +15,7 @@ from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
 from wanvram.knobs import BATCH_SIZE, OFFLOAD
 from wanvram.planner.forecasts import StageForecast
+from wanvram.predict.ranks import kinds_of
 from wanvram.predict.simulate import simulated_device
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import assembled
@@ -23,11 +24,13 @@ from wanvram.spans import Span
 __all__ = ["simulate_stage"]
 
 SHORT_LATENTS = 3  # the first frame's, the second, and one that stands for all others
+_FIGURES = ("peak_device_bytes", "peak_reserved_bytes", "peak_allocated_bytes", "base_bytes")
 PROMPT_TOKENS = 512  # the longest context: what a prompt can cost at most
 
 
 def simulate_stage(config: RunConfig, component: str) -> StageForecast:
-    """Peaks, base and host memory, and predicted seconds of `component` (planner.forecasts.components_of names it).
+    """Peaks, base and host memory, and predicted seconds of `component` (planner.forecasts.components_of names it); of several GPUs
+    those of the one that takes most of each, and all of the host memory.
 
     Shortened where a run repeats itself: two denoising steps, and for the VAE three latent frames, whose time is scaled and
     to whose memory the rest of the latent is added. What a plan settles on is simulated whole (predict.plan).
@@ -35,12 +38,24 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     strategy = OFFLOAD.set(config.strategy, True)
     request = replace(config.request, sample_steps=min(config.request.sample_steps, 2))
     config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy, request=request)
-    device = simulated_device(config, unlimited=True)
+    kinds = kinds_of(config, component)
+    found = [_of_rank(config, component, ranks[0]) for ranks in kinds]
+    most = [max(getattr(stage, name) for stage in found) for name in _FIGURES]
+    host = sum(stage.host_bytes * len(ranks) for stage, ranks in zip(found, kinds, strict=True))
+    times = [[getattr(stage, name) for stage in found] for name in ("seconds_per_step", "seconds")]
+    step, seconds = (None if None in known else max(known) for known in times)
+    return replace(
+        found[0], **dict(zip(_FIGURES, most, strict=True)), host_bytes=host, seconds_per_step=step, seconds=seconds
+    )
+
+
+def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:
+    device = simulated_device(config, rank=rank, unlimited=True)
     memory = device.memory
     pipeline = assembled(device, config, Recorder(memory, None, None)).pipeline
     pipeline.alone = True
     inputs = pipeline.inputs
-    name = request.facts.family.component_of(component).name
+    name = config.request.facts.family.component_of(component).name
     short = pipeline.inputs = _shortened(inputs) if name == "vae" else inputs
     with device.session():
         memory.load_everything()
@@ -48,7 +63,7 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     spans = pipeline.recorder.spans
     (record,) = [r for r in pipeline.records() if r.name == name]
     full, part = inputs.noise_shape[1], short.noise_shape[1]
-    together = BATCH_SIZE.of(strategy)
+    together = BATCH_SIZE.of(config.strategy)
     channels, _, rows, columns = inputs.noise_shape
     missing = (full - part) * channels * rows * columns * torch.float32.itemsize
     stages = [span for span in spans if span.part != "denoise"]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "Interrupted", "catching", "check", "deferred"]
+__all__ = ["INTERRUPTED", "Interrupted", "call_off", "catching", "check", "deferred", "ending_begins"]
 
 INTERRUPTED = "interrupted by the user"
 # A terminal that closes sends SIGHUP twice, a service manager SIGTERM and SIGHUP: they must not end the writing of the record.
@@ -27,6 +27,7 @@ ENDINGS = tuple(
 
 _pending: int | None = None
 _ending_since: float | None = None
+_called_off: Exception | None = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,9 +41,23 @@ class Interrupted(KeyboardInterrupt):
         return INTERRUPTED if self.number == signal.SIGINT else f"ended by {signal.Signals(self.number).name}"
 
 
+def call_off(error: Exception) -> None:
+    """From any thread: the next `check` raises it."""
+    global _called_off
+    _called_off = error
+
+
+def ending_begins() -> None:
+    """For a reason of its own: SIGTERM and SIGHUP, with which a launcher ends what is left, do not disturb the record."""
+    _repeated(signal.SIGTERM)
+
+
 def check() -> None:
-    """Raises Interrupted if a signal came since the last call, or since `deferred` was entered."""
-    global _pending
+    """Raises Interrupted if a signal came since the last call, or since `deferred` was entered; or what `call_off` was given."""
+    global _pending, _called_off
+    if _called_off is not None:
+        error, _called_off = _called_off, None
+        raise error
     if _pending is not None:
         number, _pending = _pending, None
         raise Interrupted(number)
@@ -76,7 +91,7 @@ def _repeated(number: int) -> bool:
 @contextmanager
 def deferred() -> Iterator[None]:
     """Does nothing in a thread, which gets no signals, and to a signal that is ignored or handled by somebody else."""
-    global _pending
+    global _pending, _called_off
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -89,7 +104,7 @@ def deferred() -> Iterator[None]:
         yield
         check()
     finally:
-        _pending = None
+        _pending = _called_off = None
         for number, handler in ours.items():
             signal.signal(number, handler)
 

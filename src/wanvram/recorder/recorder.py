@@ -111,7 +111,7 @@ class Recorder:
 
     def finish_open(self, failure: Failure) -> Failure:
         """Closes what an exception left open, outermost last; the failure is returned with its stage and component."""
-        stage = next((s for s in self._open if s.kind in ("load", "stage")), None)
+        failure = self.located(failure)
         while self._open:
             span = self._open[-1]
             try:
@@ -119,9 +119,19 @@ class Recorder:
             except Exception:  # the device or the disk that failed fails again: what was seen before is kept
                 if self._open and self._open[-1] is span:
                     self._put_away(span)
-        if stage is None:
+        return failure
+
+    def located(self, failure: Failure) -> Failure:
+        """With the stage and component that are open now, unless it has its own."""
+        stage = next((s for s in self._open if s.kind in ("load", "stage")), None)
+        if stage is None or failure.stage is not None:
             return failure
         return replace(failure, stage=stage.name, component=stage.component)
+
+    def abandon_open(self) -> None:
+        """As `finish_open`, from another thread than the one that hangs: the device is not asked for anything."""
+        while self._open:
+            self._put_away(self._open[-1])
 
     def _read(self, detailed: bool) -> Memory:
         memory = self.meter.read()

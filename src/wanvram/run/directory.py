@@ -19,6 +19,7 @@ TRACE_NAME = "trace.json"  # where spec.md 5.2 looks for a run's trace
 RUN_FILES = (
     "record.json",  # run.log is not among them: a series writes a run's output to it while the run prepares the directory
     "memory_events.json",
+    *("record.rank*.json", "memory_events.rank*.json", "snapshot.rank*.pickle"),  # of the others of several GPUs
     KEPT_NAME,
     "config.yaml",
     "environment.json",

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,13 +22,14 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN, shares_weights
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
 from wanvram.machine.environment import describe_environment
 from wanvram.machine.garbage import settled
 from wanvram.machine.host import since_process_start
+from wanvram.machine.launched import launched
 from wanvram.media.inputs import prepare_inputs
 from wanvram.output_files import writing
 from wanvram.progress_stream import ProgressStream
@@ -38,15 +40,18 @@ from wanvram.recorder.interrupts import INTERRUPTED, deferred
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.attention import attention_of, card_here
 from wanvram.run.beside import Beside, Predict
+from wanvram.run.bulletin import Ending
 from wanvram.run.directory import run_directory
 from wanvram.run.in_force import check_in_force, in_force
-from wanvram.run.keep import keep_in, kept_before
+from wanvram.run.keep import follow, keep_in, kept_before
 from wanvram.run.outputs import Outputs
 from wanvram.run.post_mortem import largest_alive
+from wanvram.run.products import check_products
 from wanvram.run.progress import StageProgress
 from wanvram.run.resume import Resumption
 from wanvram.run.tracing import observed, traced_config, traced_pass
 from wanvram.run.weights import choose_weights
+from wanvram.run.world import World, together
 from wanvram.run_events import TellRun
 from wanvram.simulate.timeline import Timeline
 
@@ -66,6 +71,17 @@ class Output:
     debug: bool = False  # the traceback of an error is shown on stderr
     resume: Resumption | None = None  # the interrupted run that goes on in the directory
     keep_defects: bool = True  # what nobody foresaw is a failure in the record; False: it is raised
+    world: World | None = None  # the processes of a run on several GPUs
+
+    @property
+    def is_first(self) -> bool:
+        """Of the run's processes: it writes what is made."""
+        return self.world is None or self.world.me.is_first
+
+    def file(self, name: str) -> Path:
+        """One that every process writes, in the directory, which there is."""
+        assert self.directory is not None
+        return self.directory / (name if self.world is None else self.world.file(name))
 
 
 def execute(
@@ -81,6 +97,10 @@ def execute(
     prediction yet, in a process beside the run. Raises InputError, CheckpointError or DeviceError before anything is loaded.
     """
     check_measurement(config)
+    require(
+        config.gpus == 1 or output.world is not None,
+        f"{config.gpus} GPUs need a process each: start them with torchrun, or with --gpus of wanvram generate or profile",
+    )
     config = _seeded(config)
     beside = _beside(config, output, predict)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
@@ -90,11 +110,18 @@ def execute(
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
         check_in_force(config, environment["in_force"], device)
+    linked = None
+    if output.world is not None:
+        device.place = config.place(output.world.me.rank)
+        linked = output.world.connect(device)
+        if shares_weights(config.strategy):
+            device.weight_peers()  # connects before anything is loaded, so that what it takes is known
     start = since_process_start()
 
     def complete(record: RunRecord) -> None:
         record.predicted = output.predicted or (beside.result() if beside else None)
         record.times = Times(start, since_process_start())
+        record.notes += [linked] if linked else []
 
     return run_on(device, config, output, Around(environment, complete, progress, watch))
 
@@ -141,27 +168,25 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
     with ExitStack() as held:  # the run directory, until the results are written
         directory = held.enter_context(_directory(output)) if output.directory else None
         resumed = keep_in(directory, pipeline, outputs, output.resume) if directory and outputs else None
-        if directory:
+        if directory and output.resume and not output.is_first:
+            follow(directory, pipeline, output.resume)
+        if directory and output.is_first:
             _write_circumstances(directory, config, around.environment)
-        with ExitStack() as stack:
-            unwritten: list[str] = []
-            goes_on = output.resume is not None
-            recorder.events = stack.enter_context(_event_log(directory, unwritten, goes_on)) if directory else None
-            if around.watch:
-                stack.enter_context(around.watch(recorder))
-            lost = stack.enter_context(observed(config.measurement, directory))
-            play = _run_recorded if output.keep_defects else _run
-            failure = play(pipeline, _sinks(pipeline, outputs, video=output.video), debug=output.debug)
-        if unwritten and failure is None:
-            failure = Failure("error", unwritten[0])
+        if output.world is not None:
+            output.world.shared("directory", lambda: True)  # the first one has made it
+            output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
+        failure, lost = _played(config, output, pipeline, outputs, around)
         record = _record(config, device, pipeline, failure, around.environment)
         record.notes += made.notes + (made.extend.notes if made.extend else []) + lost
         record.notes += [pipeline.keeper.lost] if pipeline.keeper.lost else []
         record.notes += [kept_before(resumed, config.request.sample_steps)] if resumed else []
         record.resumed = resumed
         around.complete(record)
+        if output.world is not None:
+            together(record, output.world, device.exchanged())
+        record.fits = _fits(record)
         if directory:
-            _write_results(directory, record, around.timeline)
+            _write_results(directory, record, output, around.timeline)
         del made, pipeline, outputs
         if directory and config.measurement.is_traced:
             failed = failure is not None and failure.kind != "oom"
@@ -173,10 +198,44 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
     return record
 
 
+def _played(
+    config: RunConfig, output: Output, pipeline: Pipeline, outputs: Outputs | None, around: Around
+) -> tuple[Failure | None, list[str]]:
+    """The run itself: what ended it early, and what could not be written."""
+    unwritten: list[str] = []
+    recorder = pipeline.recorder
+    with ExitStack() as stack:
+        if output.directory:
+            recorder.events = stack.enter_context(_event_log(output, unwritten))
+        if around.watch:
+            stack.enter_context(around.watch(recorder))
+        lost = stack.enter_context(
+            observed(config.measurement, output.file("snapshot.pickle") if output.directory else None)
+        )
+        play = _run_recorded if output.keep_defects else _run
+        failure = play(pipeline, _sinks(pipeline, outputs, video=output.video and output.is_first), output)
+    if unwritten and failure is None:
+        failure = Failure("error", unwritten[0])
+    return failure, lost
+
+
+def _last_words(config: RunConfig, output: Output, pipeline: Pipeline, around: Around, ending: Ending) -> None:
+    """The record of a process whose main thread hangs, as the watchdog's thread writes it."""
+    pipeline.recorder.abandon_open()
+    record = _record(config, pipeline.device, pipeline, ending.failure, around.environment)
+    record.fits = _fits(record)
+    if output.directory:
+        record.write(output.file("record.json"))
+
+
 def _directory(output: Output) -> AbstractContextManager[Path]:
-    """Held for this run; that of a run that goes on is held already."""
+    """Held for this run; that of a run that goes on is held already, and that of several processes by the first of them."""
     assert output.directory is not None
-    return nullcontext(output.directory) if output.resume else run_directory(output.directory, force=output.force)
+    return (
+        nullcontext(output.directory)
+        if output.resume or not output.is_first
+        else run_directory(output.directory, force=output.force)
+    )
 
 
 def _trace(device: Device, config: RunConfig, directory: Path, around: Around, output: Output) -> str:
@@ -187,7 +246,7 @@ def _trace(device: Device, config: RunConfig, directory: Path, around: Around, o
     pipeline = assembled(device, traced_config(config), Recorder(device.meter, None, None)).pipeline
 
     def play(pipeline: Pipeline) -> Failure | None:
-        return _run_recorded(pipeline, lambda _: nullcontext(), debug=output.debug)
+        return _run_recorded(pipeline, lambda _: nullcontext(), output)
 
     return traced_pass(config, pipeline, directory, around.progress, play)
 
@@ -198,6 +257,7 @@ def _beside(config: RunConfig, output: Output, predict: Predict | None) -> Besid
         not output.video
         or output.resume is not None
         or output.predicted is not None
+        or output.world is not None
         or config.weights == "tiny"
         or device_kind(config) != "cuda"
     ):
@@ -217,9 +277,11 @@ def _write_circumstances(directory: Path, config: RunConfig, environment: dict[s
     write_atomically(directory / "environment.json", _json(environment))
 
 
-def _write_results(directory: Path, record: RunRecord, timeline: Timeline | None) -> None:
+def _write_results(directory: Path, record: RunRecord, output: Output, timeline: Timeline | None) -> None:
     """What was kept of a run that ended well goes last."""
-    record.write(directory / "record.json")
+    record.write(output.file("record.json"))
+    if not output.is_first:
+        return
     if timeline:
         write_atomically(
             directory / "timeline.json", json.dumps(timeline.record().to_json(), ensure_ascii=False) + "\n"
@@ -231,7 +293,7 @@ def _write_results(directory: Path, record: RunRecord, timeline: Timeline | None
 
 def _outputs(config: RunConfig, device: Device, output: Output) -> Outputs | None:
     """Checked before the run directory is made, so that a refused run leaves nothing behind."""
-    if not output.video or output.directory is None:
+    if not output.video or output.directory is None or not output.is_first:
         return None
     if device.kind != "simulated":
         force = output.force or output.resume is not None
@@ -248,6 +310,10 @@ def check_measurement(config: RunConfig) -> None:
             "logging.snapshot: an allocator snapshot exists on CUDA only; set it to false or use --device cuda "
             "(of a predicted run: wanvram estimate --config FILE.yaml --memory_viz FILE.pickle)"
         )
+    require(
+        config.gpus == 1 or not config.measurement.is_traced,
+        "logging.trace: a run on several GPUs is not traced; set it to false, or trace the same run on one GPU",
+    )
 
 
 def device_kind(config: RunConfig) -> str:
@@ -258,13 +324,15 @@ def device_kind(config: RunConfig) -> str:
 
 
 def make_device(config: RunConfig) -> Device:
-    """The real device a configuration asks for."""
+    """The real device a configuration asks for: of several GPUs this process's own."""
     kind = device_kind(config)
     if kind == "cuda":
         # The commands did it before importing torch; a program may not have.
         put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
-        device = CudaDevice(limit_bytes=config.memory_limit_bytes)
-        device.attention = attention_of(config, card_here(config, device))
+        device = CudaDevice(launched().local_rank, limit_bytes=config.memory_limit_bytes)
+        card = card_here(config, device)
+        check_products(config, card.name, card.capability)
+        device.attention = attention_of(config, card)
         require_package(device.attention)
         return device
     if kind == "cpu":
@@ -293,9 +361,9 @@ def _sinks(pipeline: Pipeline, outputs: Outputs | None, *, video: bool) -> OpenS
 
 
 @contextmanager
-def _event_log(directory: Path, unwritten: list[str], goes_on: bool) -> Iterator[EventLog]:
+def _event_log(output: Output, unwritten: list[str]) -> Iterator[EventLog]:
     """What cannot be written at the end is told in `unwritten`: the record must not be lost for it."""
-    events = EventLog(directory / "memory_events.json", goes_on=goes_on)
+    events = EventLog(output.file("memory_events.json"), goes_on=output.resume is not None)
     try:
         yield events
     finally:
@@ -305,25 +373,27 @@ def _event_log(directory: Path, unwritten: list[str], goes_on: bool) -> Iterator
             unwritten.append(str(error))
 
 
-def _run_recorded(pipeline: Pipeline, open_sink: OpenSink, *, debug: bool) -> Failure | None:
+def _run_recorded(pipeline: Pipeline, open_sink: OpenSink, output: Output) -> Failure | None:
     """As `_run`, and what nobody foresaw (PyTorch, the disk, the machine's memory) is a failure that is recorded, too."""
     try:
-        return _run(pipeline, open_sink, debug=debug)
+        return _run(pipeline, open_sink, output)
     except WanvramError:
         raise
     except Exception as error:
-        if debug:
+        if output.debug:
             ProgressStream(sys.stderr).write(traceback.format_exc())
-        return pipeline.recorder.finish_open(Failure("error", unforeseen(error, "the run", "--debug")))
+        return _ended(pipeline, Failure("error", unforeseen(error, "the run", "--debug")), error, output.world)
 
 
-def _run(pipeline: Pipeline, open_sink: OpenSink, *, debug: bool = False) -> Failure | None:
+def _run(pipeline: Pipeline, open_sink: OpenSink, output: Output) -> Failure | None:
     """Runs to the end, or says what stopped it and keeps what was recorded."""
+    cause: BaseException
     try:
         with deferred(), settled(), pipeline.device.session():
             pipeline.run(open_sink)
         return None
     except OutOfMemory as error:
+        cause = error
         failure = Failure(
             "oom",
             str(error),
@@ -333,13 +403,22 @@ def _run(pipeline: Pipeline, open_sink: OpenSink, *, debug: bool = False) -> Fai
             alive=largest_alive(pipeline),
         )
     except KeyboardInterrupt as error:
+        cause = error
         failure = Failure("interrupted", str(error) or INTERRUPTED)
     except WanvramError as error:
         if error.exit_code == 2:
             raise
-        if debug:
+        if output.debug:
             ProgressStream(sys.stderr).write(traceback.format_exc())
+        cause = error
         failure = Failure("error", str(error))
+    return _ended(pipeline, failure, cause, output.world)
+
+
+def _ended(pipeline: Pipeline, failure: Failure, cause: BaseException, world: World | None) -> Failure:
+    """Of several processes the others hear of it before this one asks its device for anything, which may hang now."""
+    if world is not None:
+        failure = world.failed(pipeline.recorder.located(failure), cause)
     return pipeline.recorder.finish_open(failure)
 
 
@@ -353,7 +432,7 @@ def _record(
         device=device.name,
         simulated=device.kind == "simulated",
         config=config.to_dict(),
-        fits=_fits(config, failure, pipeline.recorder),
+        fits=None,
         budget_bytes=config.memory_limit_bytes,
         components=_components(pipeline),
         stages=pipeline.recorder.spans,
@@ -376,14 +455,13 @@ def _components(pipeline: Pipeline) -> list[ComponentRecord]:
     return [replace(extender, activation_bytes=activation), *pipeline.records()]
 
 
-def _fits(config: RunConfig, failure: Failure | None, recorder: Recorder) -> bool | None:
-    """Against the budget given, in device bytes; None when there was none."""
-    if config.memory_limit_bytes is None:
+def _fits(record: RunRecord) -> bool | None:
+    """Against the budget given, in device bytes, on every GPU; None when there was none."""
+    if record.budget_bytes is None:
         return None
-    if failure is not None:
-        return False if failure.kind == "oom" else None
-    used = max(s.peak.device_bytes or s.peak.reserved_bytes for s in recorder.spans)
-    return used <= config.memory_limit_bytes
+    if record.failure is not None:
+        return False if record.failure.kind == "oom" else None
+    return all((s.peak.device_bytes or s.peak.reserved_bytes) <= record.budget_bytes for s in record.all_stages())
 
 
 def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:

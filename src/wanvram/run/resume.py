@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,15 @@ class Resumption:
 
 
 @contextmanager
-def interrupted_run(directory: Path) -> Iterator[Resumption]:
-    """Inside, no other run may write there. InputError where there is no run, a complete one, or one that cannot be read."""
+def interrupted_run(directory: Path, *, hold: bool = True) -> Iterator[Resumption]:
+    """Inside, no other run may write there. InputError where there is no run, a complete one, or one that cannot be read.
+
+    hold: False where the first of the run's processes holds it.
+    """
     what = f"--resume {shown(directory)}"
     if not directory.is_dir():
         raise InputError(f"{what}: there is no such directory; give that of an interrupted run")
-    with alone_in(directory):
+    with alone_in(directory) if hold else nullcontext():
         if not (directory / "config.yaml").is_file():
             raise InputError(
                 f"{what}: holds no run, for config.yaml is missing; give the directory of an interrupted run"

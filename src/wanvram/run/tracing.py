@@ -20,15 +20,14 @@ __all__ = ["observed", "traced_config", "traced_pass"]
 
 
 @contextmanager
-def observed(measurement: Measurement, directory: Path | None) -> Iterator[list[str]]:
-    """Inside, the allocator's history is recorded into the run directory, if asked for.
+def observed(measurement: Measurement, file: Path | None) -> Iterator[list[str]]:
+    """Inside, the allocator's history is recorded into a file of the run directory, if asked for.
 
     Yields a list that holds afterwards a sentence on what could not be written: the run's own record, which
     may have taken hours, must not be lost for it.
     """
     lost: list[str] = []
-    wanted = measurement.snapshot and directory is not None
-    snapshot = allocator_snapshot(directory / "snapshot.pickle") if wanted and directory else nullcontext()
+    snapshot = allocator_snapshot(file) if measurement.snapshot and file is not None else nullcontext()
     snapshot.__enter__()
     try:
         yield lost
@@ -36,7 +35,7 @@ def observed(measurement: Measurement, directory: Path | None) -> Iterator[list[
         try:
             snapshot.__exit__(None, None, None)
         except OSError as error:
-            lost.append(f"snapshot.pickle could not be written: {error.strerror or error}")
+            lost.append(f"{file.name if file else None} could not be written: {error.strerror or error}")
 
 
 def traced_config(config: RunConfig) -> RunConfig:

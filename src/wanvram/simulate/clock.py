@@ -1,8 +1,9 @@
 """What a run would take: a clock that the simulated device's operations and copies advance. No torch.
 
-Four timelines, as on a real machine: the host issues work, the device computes in order, a copy engine runs beside it, and a
-thread on the host reads weights into pinned buffers. Each moves by prices from a card's rates (gpus.py); one waits for another
-only through marks and blocking calls, so a copy is hidden exactly where it would be.
+Six timelines, as on a real machine: the host issues work, the device computes in order, two copy engines run beside it, one each
+way, a thread on the host reads weights into pinned buffers, and a link carries what other GPUs are sent. Each moves by prices
+from a card's rates (gpus.py); one waits for another only through marks and blocking calls, so a copy is hidden exactly where it
+would be.
 
 Not modelled: what the weights' values and the video's content change, and other programs on the same machine.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from wanvram.kernels.attention_backends import chosen
 from wanvram.simulate.gpus import GPU
 from wanvram.simulate.host import HOST, Host, Reading
+from wanvram.simulate.links import Link, link_of
 from wanvram.spans import Copies
 
 __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
@@ -27,6 +29,7 @@ RAMP_KEYS = (
     256  # attention over few keys: filling and draining the pipeline costs a query as much as this many more keys
 )
 NARROW_CHANNELS = 128
+MESSAGE_SECONDS = 20e-6  # of the host, to issue a send and a receive (torch.distributed, 10 us each)
 CHANNEL_TILE = (
     32  # 3 output channels cost as much as 32: 0.88 ms for 96 -> 3 at 480x832 (benchmarks/*_probe_libraries.json)
 )
@@ -55,7 +58,15 @@ _WRITES_ONLY = (
     "aten.uniform_",
 )
 _LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
-_PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.addmm_": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
+_PRODUCTS = {
+    "wanvram.linear_gelu": 0,
+    "aten.mm": 0,
+    "aten.bmm": 0,
+    "aten.addmm": 1,
+    "aten.addmm_": 1,
+    "aten.baddbmm": 1,
+    "aten._scaled_mm": 0,
+}
 
 Arguments = tuple[Any, ...]
 # Arithmetic operations, how many of them the device does per second, bytes of traffic.
@@ -93,7 +104,9 @@ class Costs:
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
-        if name == "wanvram.attention":
+        if name == "wanvram.scaled_product":
+            return Price("product", self._scaled_product, dispatch)
+        if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
             return Price("convolution", self._convolution, dispatch)
@@ -114,10 +127,16 @@ class Costs:
         out = batch * m * n * max(a.itemsize, 2)
         return 2 * batch * m * k * n, self._product_rate(a.itemsize), a.nbytes + b.nbytes + out
 
+    def _scaled_product(self, args: Arguments, result: Any) -> Work:
+        """x [M,K] and weight [N,K] in 8 bits, what they give in 16."""
+        x, weight = args[0], args[2]
+        (m, k), n = x.shape, weight.shape[0]
+        return 2 * m * k * n, self._product_rate(x.itemsize), x.nbytes + weight.nbytes + 2 * m * n
+
     def _product_rate(self, itemsize: int) -> float:
         reached = self.gpu.efficiency
         if itemsize == 1:
-            return self._fp8 * reached.product
+            return self._fp8 * reached.product_fp8
         if itemsize == 2:
             return self._half * reached.product
         return self._fp32 * reached.product_fp32
@@ -186,12 +205,19 @@ class Clock:
     gpu: GPU
     machine: Host = HOST
     cold: frozenset[str] = frozenset()  # libraries whose kernels were never compiled on this machine
+    link: Link | None = None  # to the other GPUs of the run; None: the card's usual one
     copied: Copies = field(default_factory=Copies)
+    exchanged_bytes: int = 0  # sent to other GPUs or received from them, whichever was more
+    exchange_stalls: float = 0.0  # seconds that computation stood still for it
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*CATEGORIES, "launch"), 0.0))
     _host: float = 0.0
     _compute: float = 0.0
     _copies: float = 0.0
+    _returns: float = 0.0
+    _idle: tuple[float, float] = (0.0, 0.0)  # of the link to the device, before a copy of what is still being read
     _reader: float = 0.0
+    _linked: float = 0.0
+    _gathered: float = 0.0
     _encoder: float = 0.0
     _used: set[str] = field(default_factory=set)
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
@@ -209,8 +235,9 @@ class Clock:
     def synchronize(self) -> None:
         """The host waits for the device: for the computation and for the copies that were started."""
         computed = max(self._host, self._compute)
-        self._stall(self._copies - computed)
-        self._host = max(computed, self._copies)
+        copied = max(self._copies, self._returns, self._gathered)
+        self._stall(copied - computed)
+        self._host = max(computed, copied)
 
     # --- computation -----------------------------------------------------------------------------------------------------
 
@@ -241,14 +268,32 @@ class Clock:
         """When the copies started so far are done: a mark."""
         return self._copies
 
-    def prefetch(self, nbytes: int, after: float | None) -> float:
-        """A copy from pinned memory beside the computation: after earlier ones, the mark `after`, and what was just read."""
-        start = max(self._copies, self._host, after or 0.0, self._read)
-        self._read = 0.0
-        seconds = nbytes / self.gpu.pcie_bytes
-        self._copies = start + seconds
+    def prefetch(self, nbytes: int, *after: float | None, on_device: bool = False) -> float:
+        """A copy from pinned memory beside the computation: after earlier ones, these marks, and what was just read.
+
+        Where that is still being read, the copy is not in the queue yet, and a shorter one passes it. on_device: from the
+        device's own memory.
+        """
+        ready = max((self._host, *(mark or 0.0 for mark in after)))
+        read, self._read = self._read, 0.0
+        seconds = nbytes / (self.costs.bandwidth / 2 if on_device else self.gpu.pcie_bytes)
         self.copied += Copies(nbytes, seconds)
+        idle, until = self._idle
+        if not read and max(idle, ready) + seconds <= until:
+            self._idle = max(idle, ready) + seconds, until
+            return self._idle[0]
+        start = max(self._copies, ready)
+        if read > start:
+            self._idle = start, read
+        self._copies = max(start, read) + seconds
         return self._copies
+
+    def write_back(self, nbytes: int, after: float | None) -> float:
+        """A copy into pinned memory beside the computation: after earlier ones. The link carries both directions at once."""
+        seconds = nbytes / self.gpu.pcie_bytes
+        self._returns = max(self._returns, self._host, after or 0.0) + seconds
+        self.copied += Copies(nbytes, seconds)
+        return self._returns
 
     def wait(self, mark: float) -> None:
         """Later computation waits for a mark."""
@@ -278,6 +323,40 @@ class Clock:
         """The host itself copies between its tensors."""
         self._host += nbytes / self.machine.copy_bytes
 
+    # --- other GPUs ------------------------------------------------------------------------------------------------------
+
+    def start_exchange(self, nbytes: int, messages: int) -> float:
+        """Behind earlier exchanges and everything computed so far; a mark. messages: other GPUs that are talked to."""
+        self._host += messages * self.costs.slowness * MESSAGE_SECONDS
+        start = max(self._linked, self._compute, self._host)
+        self._linked = start + self._link().seconds(nbytes)
+        self.exchanged_bytes += nbytes
+        return self._linked
+
+    def start_gather(self, nbytes: int, messages: int, after: float | None) -> float:
+        """Weights from other GPUs beside the computation: after earlier ones and the mark `after`; a mark for `wait`.
+
+        Over a bus one thing follows another: exchanges, gathers, and copies from the host.
+        """
+        self._host += messages * self.costs.slowness * MESSAGE_SECONDS
+        link = self._link()
+        start = max(self._gathered, self._host, after or 0.0, self._linked if link.shares_the_bus else 0.0)
+        self._gathered = start + link.gather_seconds(nbytes)
+        if link.shares_the_bus:
+            self._copies, self._linked = max(self._copies, self._gathered), self._gathered
+        self.exchanged_bytes += nbytes
+        return self._gathered
+
+    def _link(self) -> Link:
+        self.link = self.link or link_of(self.gpu, None, 2)
+        return self.link
+
+    def wait_for_exchange(self, mark: float) -> None:
+        """Later computation waits for it."""
+        computed = max(self._compute, self._host)
+        self.exchange_stalls += max(0.0, mark - computed)
+        self._compute = max(computed, mark)
+
     # --- once ----------------------------------------------------------------------------------------------------------------
 
     def first_use(self, library: str) -> None:
@@ -301,10 +380,10 @@ class Clock:
     def unpin(self, nbytes: int) -> None:
         self._host += nbytes / self.machine.unpin_bytes
 
-    def load_from_disk(self, nbytes: int, component: str) -> None:
-        """The host reads checkpoint files into `nbytes` of weights while nothing else happens."""
+    def load_from_disk(self, nbytes: int, component: str, readers: int = 1) -> None:
+        """The host reads checkpoint files into `nbytes` of weights while nothing else happens. readers: processes that do."""
         size, reading = self._files(nbytes, component)
-        self._host += self._reading(size, reading.taken, self.machine.cached_share)
+        self._host += self._reading(size, reading.taken, self.machine.cached_share, readers)
 
     def streamed_bytes(self, component: str) -> float:
         """Bytes of a component's files per second, where they are read in every pass and found as they are now."""
@@ -316,9 +395,9 @@ class Clock:
         factor = self.machine.stored.get(component)
         return (nbytes, self.machine.plain) if factor is None else (nbytes * factor, self.machine.converted)
 
-    def _reading(self, size: float, cached_bytes: float, cached: float) -> float:
+    def _reading(self, size: float, cached_bytes: float, cached: float, readers: int = 1) -> float:
         """Seconds; cached: the share in the page cache. Several threads read, so the disk works while others convert."""
-        return size * (cached / cached_bytes + (1 - cached) / min(self.machine.disk_bytes, cached_bytes))
+        return size * (cached / cached_bytes + (1 - cached) / min(self.machine.disk_bytes / readers, cached_bytes))
 
     def encode(self, pixels: int) -> None:
         """Frames for the encoder, a thread beside everything else."""
@@ -337,7 +416,7 @@ class Clock:
         """The reading thread copies pageable memory into a pinned buffer; the next prefetch is of it."""
         self._read_ahead(nbytes / self.machine.copy_bytes)
 
-    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None = None) -> None:
+    def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None = None, readers: int = 1) -> None:
         """The reading thread reads checkpoint files into a pinned buffer; the next prefetch is of it.
 
         kept_bytes: read before, with so many bytes of files since, which the page cache holds if it is larger.
@@ -345,7 +424,7 @@ class Clock:
         again = kept_bytes is not None and kept_bytes <= self.machine.page_cache_bytes
         cached = 1.0 if again else self.machine.cached_share
         size, reading = self._files(nbytes, component)
-        self._read_ahead(self._reading(size, reading.used, cached))
+        self._read_ahead(self._reading(size, reading.used, cached, readers))
 
     def _read_ahead(self, seconds: float) -> None:
         self._reader = self._read = max(self._reader, self._host) + seconds

@@ -49,8 +49,11 @@ class LibraryBuffers:
             "aten.baddbmm.default": lambda args: _PRODUCT,
             "aten.addmm.default": lambda args: _LT_PRODUCT,
             "aten.addmm.out": lambda args: _LT_PRODUCT,
+            "wanvram.scaled_product.default": lambda args: _LT_PRODUCT,
+            "wanvram.linear_gelu.default": lambda args: _LT_PRODUCT,
             "aten.pow.Scalar": lambda args: _SCALAR,
             "wanvram.attention.default": self._attention,
+            "wanvram.attention_lse.default": self._attention_with_sums,
             "wanvram.conv3d.default": self._convolution,
         }
 
@@ -78,6 +81,11 @@ class LibraryBuffers:
         backend = chosen(self.gpu.compute_capability, args[0].element_size(), head_dim, args[1].shape[0], *args[3:])
         before, during = backend.extra(lq, heads)
         return BufferPlan(before, during, loads=(backend.library,) if backend.library else ())
+
+    def _attention_with_sums(self, args: tuple[Any, ...]) -> BufferPlan:
+        """The sums are a result here, which a backend that makes them either way takes at once with its own buffers."""
+        plan, sums = self._attention(args), 4 * args[0].shape[0] * args[0].shape[1]
+        return BufferPlan(plan.before, tuple(n for n in plan.during if n != sums), plan.loads)
 
     def _convolution(self, args: tuple[Any, ...]) -> BufferPlan:
         x, weight, _, stride, padding = args

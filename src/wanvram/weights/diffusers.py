@@ -193,6 +193,9 @@ class FilteredSource:
     def fill(self, key: str, dest: Tensor) -> None:
         self._source.fill(key, dest)
 
+    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
+        self._source.fill_rows(key, dest, first)
+
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         return self._source.rows(key, indices)
 
@@ -233,6 +236,19 @@ class RenamedSource:
             count = self._source.shape(part)[0] if len(parts) > 1 else 0
             self._source.fill(part, dest.narrow(0, start, count) if count else dest)
             start += count
+
+    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
+        parts = self._parts(key)
+        if parts[0] in LEADING_AXES:  # a single row
+            self.fill(key, dest)
+            return
+        start, stop = 0, first + dest.shape[0]
+        for part in parts:
+            end = start + self._source.shape(part)[0]
+            begin, until = max(first, start), min(stop, end)
+            if begin < until:
+                self._source.fill_rows(part, dest.detach()[begin - first : until - first], begin - start)
+            start = end
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """Only of tensors that are one piece: no lookup table is made of several."""

@@ -54,6 +54,18 @@ class RandomSource:
                 generator = torch.Generator(dest.device).manual_seed((self._seed ^ _stable_hash(key)) & (2**63 - 1))
                 _fill_normal(dest, generator)
 
+    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
+        """The values of `fill`. A GPU's generator gives them only all at once: there the whole tensor is drawn beside `dest`."""
+        shape = self.shape(key)
+        if tuple(dest.shape[1:]) != shape[1:] or first + dest.shape[0] > shape[0]:
+            raise CheckpointError(
+                f"random weights: {key} has shape {list(shape)}, without {list(dest.shape)} from row {first} on"
+            )
+        strides = (dest.stride(0), *dest.stride()[1:])
+        whole = torch.empty_strided(shape, strides, dtype=dest.dtype, device=dest.device)
+        self.fill(key, whole)
+        dest.copy_(whole[first : first + dest.shape[0]])
+
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """Rows drawn one by one, so that a table of any size costs only the rows asked for."""
         width = self.shape(key)[1]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
-from wanvram.weights.fp8 import SCALE_SUFFIX
+from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.weights.stored import Shape, Stored, in_memory_order, memory_order, opened
 
 __all__ = [
@@ -69,6 +69,10 @@ class TensorSource(Protocol):
     def shape(self, key: str) -> Shape: ...
 
     def fill(self, key: str, dest: Tensor) -> None: ...
+
+    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
+        """As many rows of the tensor (along its first axis) as `dest` has, from `first` on; nothing else is read."""
+        ...
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """The named rows of a matrix as a host tensor: a lookup that reads nothing else of a large table."""
@@ -176,6 +180,15 @@ class FileSource:
             return
         _check_shape(key, stored.shape, dest, str(stored.path))
         stored.fill(dest)
+
+    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
+        stored, last = self._get(key), first + dest.shape[0] - 1
+        _check_rows(key, (first, last), stored.shape[0], self._origin)
+        if isinstance(stored, Tensor):
+            _copy(key, stored[first : last + 1], dest, self._origin)
+            return
+        _check_shape(key, (dest.shape[0], *stored.shape[1:]), dest, str(stored.path))
+        stored.fill(dest, first)
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         stored = self._get(key)

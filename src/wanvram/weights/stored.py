@@ -69,23 +69,23 @@ class Stored:
                     raise CheckpointError(f"{self.path} became shorter while it was read")
                 view = view[count:]
 
-    def fill(self, dest: Tensor) -> None:
-        """Every value into `dest` of the same shape, converted. What fails is raised once no thread works on it any more."""
+    def fill(self, dest: Tensor, row: int = 0) -> None:
+        """As many rows as `dest` has, from `row` on, converted. What fails is raised once no thread works on it any more."""
         rows = dest if dest.dim() else dest.unsqueeze(0)
-        scales, on_host = self.scales(), dest.device.type == "cpu"
-        step = max(1, min(self.rows, PIECE_BYTES // max(1, self.row_bytes)))
-        pieces = [slice(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
+        scales, on_host, count = self.scales(), dest.device.type == "cpu", rows.shape[0]
+        step = max(1, min(count, PIECE_BYTES // max(1, self.row_bytes)))
+        pieces = [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
         def piece(where: slice) -> tuple[Tensor, Tensor] | None:
             with torch.no_grad():
                 part = rows[where]
                 if on_host and scales is None and part.dtype == self.dtype and part.is_contiguous():
-                    self.read(part, where.start)
+                    self.read(part, row + where.start)
                     return None
                 staging = _staging((where.stop - where.start) * self.row_bytes).view(self.dtype)
                 values = staging.view(where.stop - where.start, *self.shape[1:])
-                self.read(values, where.start)
-                values = values if scales is None else values.float() * scales[where]
+                self.read(values, row + where.start)
+                values = values if scales is None else values.float() * scales[row + where.start : row + where.stop]
                 if on_host:
                     part.copy_(values)
                     return None

@@ -1,0 +1,164 @@
+"""Weights shared by real processes: a tiny transformer walked by gloo ranks is that of one process, and as simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tests.rank_processes import on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wanvram.config import RunConfig, Strategy
+from wanvram.engine.components import Parts
+from wanvram.engine.devices import CpuDevice, SimulatedDevice
+from wanvram.models.dit import WanDiT
+from wanvram.request import Request
+from wanvram.run.weights import choose_weights
+from wanvram.sharing import Place
+from wanvram.simulate.allocator import CachingAllocator
+from wanvram.simulate.gpus import find_gpu
+from wanvram.simulate.libraries import Libraries
+from wanvram.simulate.memory import SimulatedMemory
+from wanvram.simulate.operation_buffers import LibraryBuffers
+
+WAYS = {
+    "pinned": {"load_strategy": "block"},
+    "pageable": {"load_strategy": "block", "weights_in": "pageable"},
+    "disk": {"load_strategy": "block", "weights_in": "disk"},
+    "on the device": {},
+    "one block resident": {"load_strategy": "block", "resident_blocks": 1},
+    "fp8": {"load_strategy": "block", "weight_storage": "fp8"},
+}
+
+
+def strategy_of(way: str, *, shared: bool) -> Strategy:
+    strategy = Strategy(precision="bf16", **WAYS[way])  # type: ignore[arg-type]
+    object.__setattr__(strategy, "dit_fsdp", shared)
+    object.__setattr__(strategy, "t5_fsdp", shared)
+    return strategy
+
+
+def config_of(way: str, *, shared: bool, device: str = "cpu") -> RunConfig:
+    request = Request.for_task("t2v-1.3B", prompt="a cat", size="832*480", frame_num=5, base_seed=1)
+    return RunConfig("shared", "", device, request, strategy_of(way, shared=shared), weights="tiny")
+
+
+@dataclass
+class Kept:
+    """What a rank saw of every parameter in two walks, and what it held. sizes: of its allocations on the device, bytes."""
+
+    seen: list[torch.Tensor]
+    host_bytes: int
+    sizes: list[int]
+
+
+class NotedDevice(CpuDevice):
+    """Sizes of what is asked for by torch.empty on the device; host memory is not among it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = Asked()
+
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
+        with self.asked.silent():
+            return super().host_empty(shape, dtype, pinned=pinned)
+
+
+class Asked(TorchDispatchMode):
+    """Bytes of every torch.empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._silent = False
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        self._silent = True
+        yield
+        self._silent = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (
+            str(func) == "aten.empty.memory_format"
+            and result.device.type == "cpu"
+            and not self._silent
+            and result.nbytes
+        ):
+            self.sizes.append(result.nbytes)
+        return result
+
+
+def walked(device: Any, way: str, component: str, *, shared: bool) -> tuple[list[torch.Tensor], int]:
+    """Loads a component and walks it twice -> copies of its weights as they came by, bytes in host RAM."""
+    config = config_of(way, shared=shared, device=device.kind)
+    weights = choose_weights("tiny", simulated=device.kind == "simulated", task=config.request.task, seed=1)
+    loaded = Parts(config, device, weights).load(component)
+    module, seen = loaded.module, []
+    order = module.walk_order() if isinstance(module, WanDiT) else list(module.blocks)
+    if isinstance(module, WanDiT):
+        for embedder in loaded.walk_embedders(module.embedders()):
+            seen += [p.detach().clone() for p in embedder.parameters()] if device.kind == "cpu" else []
+    for _ in range(2):
+        for unit in loaded.walk(order):
+            seen += [p.detach().clone() for p in unit.parameters()] if device.kind == "cpu" else []
+    host_bytes = loaded.host_bytes
+    loaded.release()
+    return seen, host_bytes
+
+
+def walks(rank: int, count: int) -> dict[tuple[str, str], Kept]:
+    results = {}
+    for way in WAYS:
+        for component in ("dit", "text_encoder"):
+            device = NotedDevice()
+            device.place = Place(rank, ulysses=count)
+            with torch.no_grad(), device.asked:
+                seen, host_bytes = walked(device, way, component, shared=True)
+            results[way, component] = Kept(seen, host_bytes, device.asked.sizes)
+    return results
+
+
+@cache
+def together(count: int) -> list[dict[tuple[str, str], Kept]]:
+    return on_ranks(count, walks, count)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("component", ["dit", "text_encoder"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_rank_walks_the_weights_of_one_process_bit_for_bit(way: str, component: str, count: int) -> None:
+    with torch.no_grad():
+        alone, host_bytes = walked(CpuDevice(), way, component, shared=False)
+    ranks = [results[way, component] for results in together(count)]
+    for kept in ranks:
+        assert len(kept.seen) == len(alone) > 0
+        assert all(torch.equal(mine, one) for mine, one in zip(kept.seen, alone, strict=True))
+    if way == "on the device":
+        assert host_bytes == 0
+    assert sum(kept.host_bytes for kept in ranks) == pytest.approx(
+        host_bytes, rel=0.15
+    )  # tiny units, padded to 256 bytes
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("component", ["dit", "text_encoder"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_simulated_rank_asks_the_device_for_what_a_real_one_does(way: str, component: str, count: int) -> None:
+    gpu = find_gpu("h200")
+    for rank in range(count):
+        memory = SimulatedMemory(gpu, CachingAllocator(), LibraryBuffers(gpu, Libraries(gpu)), keep_events=True)
+        device = SimulatedDevice(memory)
+        device.place = Place(rank, ulysses=count)
+        with device.session():
+            walked(device, way, component, shared=True)
+        assert memory.events is not None
+        asked = [e.nbytes for e in memory.events if e.operation.startswith("aten.empty.memory_format") and e.nbytes > 0]
+        assert asked == together(count)[rank][way, component].sizes
+        assert memory.allocator.allocated_bytes == 0
