@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from wanvram import knobs
 from wanvram.config import Request, Strategy
-from wanvram.errors import InputError
+from wanvram.errors import InputError, require
 from wanvram.knobs import Change
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import situation
@@ -44,6 +44,11 @@ def sizes_for(request: Request, budget: Budget, base: Strategy) -> list[Sizes]:
     """Of the budget's GPUs, those that `base` allows; what the user said is the only one. Raises InputError where there is none."""
     given = sizes_of(base)
     link = link_of(budget.card, budget.link, budget.gpus)
+    said = " x ".join(f"{knob.name} {value}" for knob, value in given.change.values.items())
+    require(
+        given.count in (1, budget.gpus),
+        f"{said} share the work of {given.count} GPUs, and {budget.gpus} were asked for; give the same number, or leave the sizes out",
+    )
     if given.count > 1 or budget.gpus == 1:
         return [given]
     found, refused = [], ""
