@@ -14,6 +14,7 @@ from wanvram.kernels.elementwise import (
     gelu_tanh_,
     inverse_rms,
     layer_norm_modulate,
+    linear_gelu,
     rms_norm_,
     rms_norm_rope_,
     scaled_rope_,
@@ -120,6 +121,14 @@ def test_gelu_is_its_float64_formula_in_tanh_form() -> None:
     near(x, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_of_a_product_is_the_product_and_then_gelu(dtype: torch.dtype) -> None:
+    x, weight, bias = randn(7, 24, dtype=dtype), randn(40, 24, seed=1, dtype=dtype), randn(40, seed=2, dtype=dtype)
+    expected = torch.addmm(bias, x, weight.t())
+    gelu_tanh_(expected)
+    assert torch.equal(linear_gelu(x, weight.t(), bias), expected)
+
+
 def test_attention_is_its_float64_formula() -> None:
     q, k, v = randn(5, 2, 8), randn(9, 2, 8, seed=1), randn(9, 2, 8, seed=2)
     logits = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * 8**-0.5
@@ -196,7 +205,7 @@ def test_a_norm_by_column_groups_is_the_whole_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm_", "rms_norm_rope_", "gated_add_", "add_", "gelu_tanh_", "layer_norm_modulate"]
+    "name", ["rms_norm_", "rms_norm_rope_", "gated_add_", "add_", "gelu_tanh_", "linear_gelu", "layer_norm_modulate"]
 )
 def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
     x, weight = randn(6, 24), randn(24, seed=1)
@@ -207,6 +216,7 @@ def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
         "gated_add_": (x, randn(6, 24, seed=2), weight),
         "add_": (x, randn(6, 24, seed=2)),
         "gelu_tanh_": (x,),
+        "linear_gelu": (x, randn(24, 8, seed=2), randn(8, seed=3)),
         "layer_norm_modulate": (x, weight, weight, EPS, 1.0, torch.float32),
     }[name]
     operation = getattr(torch.ops.wanvram, name).default
@@ -244,6 +254,8 @@ def on_gpu(rows: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, T
     add_(added[3:], low[3:])
     assert torch.equal(added[3:], x[3:] + low[3:])
     results["add_"] = added
+    matrix = randn(width, 64, seed=6, dtype=dtype, device="cuda") / width**0.5
+    results["linear_gelu"] = linear_gelu(low, matrix, matrix[0])
     return results | {"rms_norm_": rms, "rms_norm_rope_": rope, "gelu_tanh_": gelu, "gated_add_": x}
 
 
@@ -278,6 +290,7 @@ def test_triton_kernels_allocate_only_their_output() -> None:
         "rms_norm_": (lambda: rms_norm_(half, gate, EPS), 0),
         "rms_norm_rope_": (lambda: rms_norm_rope_(half, gate, cos, sin, 40, EPS), 0),
         "gelu_tanh_": (lambda: gelu_tanh_(half), 0),
+        "linear_gelu": (lambda: linear_gelu(half, half.t(), half[0, :64]), 64 * 64 * 2),
         "inverse_rms": (lambda: inverse_rms(half, inverse, EPS), 0),
         "scaled_rope_": (lambda: scaled_rope_(half, inverse, gate, cos, sin, 40), 0),
         "merge_attention_": (lambda: merge_attention_(x.view(heads), sums, half.view(heads), sums), 0),

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from wanvram.engine.devices import Device
 from wanvram.engine.peers import Peers, TorchPeers
+from wanvram.engine.symmetric import Room, SymmetricPeers
 from wanvram.errors import BudgetError, DeviceError, OutOfMemory
 from wanvram.knobs import WEIGHTS_IN
 from wanvram.machine.driver import LATER_BYTES
@@ -42,6 +43,7 @@ class CudaDevice(Device):
 
     kind = "cuda"
     copies_beside = True
+    exchanges_by_copies = False  # with other GPUs, out of each other's memory; set before the first exchange
     meter: CudaMeter
     _capped: ClassVar[set[int]] = set()  # indices whose allocator a device of this process has capped
 
@@ -60,6 +62,7 @@ class CudaDevice(Device):
             index
         )  # PyTorch makes a pool of streams with the first, 70 MiB outside the allocator
         self._gathers: torch.cuda.Stream | None = None
+        self._rooms: dict[tuple[Any, ...], Room] = {}
         self._copied = Copies()
         self._copying: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._waiting: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -199,8 +202,15 @@ class CudaDevice(Device):
         self._copying.append((source.nbytes, start, end))
         return end
 
+    def peers(self, axis: str) -> Peers:
+        if not self.exchanges_by_copies:
+            return super().peers(axis)
+        return SymmetricPeers(self.place, axis, self._exchanged, None, self._rooms, self.hold_to_limit)
+
     def _weight_connections(self) -> Peers:
         """Few channels are enough, and take 12 MiB each for every peer."""
+        if self.exchanges_by_copies:
+            return SymmetricPeers(self.place, WORLD, self._exchanged, None, self._rooms, self.hold_to_limit, "weights")
         options = dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = WEIGHT_CHANNELS
         group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)

@@ -19,6 +19,7 @@ from wanvram.kernels.elementwise import (
     gelu_tanh_,
     inverse_rms,
     layer_norm_modulate,
+    linear_gelu,
     rms_norm_,
     rms_norm_rope_,
     scaled_rope_,
@@ -81,6 +82,10 @@ class Linear(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return torch.addmm(self.bias, h, self.weight.t())
+
+    def gelu(self, h: Tensor) -> Tensor:
+        """GELU in its tanh form, of the product with its bias."""
+        return linear_gelu(h, self.weight.t(), self.bias)
 
     def into(self, out: Tensor, h: Tensor) -> None:
         torch.addmm(self.bias, h, self.weight.t(), out=out)
@@ -340,9 +345,9 @@ class FeedForward(nn.Sequential):
         """The same for some rows of the stream."""
         shift, scale, gate = modulation
         h = layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul)
-        wide = self[0](h)
+        up: Linear = self[0]  # type: ignore[assignment]
+        wide = up.gelu(h)
         del h
-        gelu_tanh_(wide)
         y = self[2](wide)
         del wide
         gated_add_(x, y, gate)

@@ -43,7 +43,7 @@ from wanvram.run.beside import Beside, Predict
 from wanvram.run.bulletin import Ending
 from wanvram.run.directory import run_directory
 from wanvram.run.in_force import check_in_force, in_force
-from wanvram.run.keep import keep_in, kept_before
+from wanvram.run.keep import follow, keep_in, kept_before
 from wanvram.run.outputs import Outputs
 from wanvram.run.post_mortem import largest_alive
 from wanvram.run.progress import StageProgress
@@ -105,14 +105,16 @@ def execute(
     if isinstance(device, CudaDevice):
         environment["in_force"] = in_force(config, device)
         check_in_force(config, environment["in_force"], device)
+    linked = None
     if output.world is not None:
         device.place = config.place(output.world.me.rank)
-        output.world.connect(device)
+        linked = output.world.connect(device)
     start = since_process_start()
 
     def complete(record: RunRecord) -> None:
         record.predicted = output.predicted or (beside.result() if beside else None)
         record.times = Times(start, since_process_start())
+        record.notes += [linked] if linked else []
 
     return run_on(device, config, output, Around(environment, complete, progress, watch))
 
@@ -159,9 +161,12 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
     with ExitStack() as held:  # the run directory, until the results are written
         directory = held.enter_context(_directory(output)) if output.directory else None
         resumed = keep_in(directory, pipeline, outputs, output.resume) if directory and outputs else None
+        if directory and output.resume and not output.is_first:
+            follow(directory, pipeline, output.resume)
         if directory and output.is_first:
             _write_circumstances(directory, config, around.environment)
         if output.world is not None:
+            output.world.shared("directory", lambda: True)  # the first one has made it
             output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
         failure, lost = _played(config, output, pipeline, outputs, around)
         record = _record(config, device, pipeline, failure, around.environment)

@@ -28,7 +28,7 @@ from wanvram.version import __version__
 from wanvram.weights.folder import GENERATED
 from wanvram.weights.official import tokenizer_file
 
-__all__ = ["keep_in", "kept_before"]
+__all__ = ["follow", "keep_in", "kept_before"]
 
 # Of a large file this much is read, evenly spread: another checkpoint differs everywhere, and a disk of spinning plates needs 10 ms each.
 SAMPLES, SAMPLE_BYTES = 16, 4096
@@ -66,6 +66,14 @@ def keep_in(directory: Path, pipeline: Pipeline, outputs: Outputs, resumption: R
     pipeline.whole = outputs.whole()
     steps = {video.number: video.steps for video in videos}
     return Resumed(tuple(steps.get(n, 0) for n in range(len(config.videos()))), tuple(pipeline.whole))
+
+
+def follow(directory: Path, pipeline: Pipeline, resumption: Resumption) -> None:
+    """Gives the pipeline of one of several processes, not the first, what an earlier run made; the first keeps what comes."""
+    if resumption.kept is not None:
+        videos = read_kept_videos(directory / KEPT_NAME, tuple(pipeline.inputs.noise_shape))
+        _check_videos(directory / KEPT_NAME, videos, pipeline.config)
+        pipeline.keeper = Keeper(kept=videos, prompts=resumption.kept.prompts)
 
 
 def kept_before(resumed: Resumed, steps: int) -> str:

@@ -65,6 +65,10 @@ class Watchdog:
         self._known.wait(seconds)
         return self.ending
 
+    def is_gone(self, rank: int) -> bool:
+        """A peer of this machine that has ended, in whatever way."""
+        return rank in self._here and not self._peers[rank].is_seen()
+
     def _run(self) -> None:
         while not self._known.wait(TICK_SECONDS):
             found = self._look()
@@ -98,7 +102,7 @@ class Watchdog:
 
     def _why_lost(self, peer: Present) -> str | None:
         """What it does or did, as a clause."""
-        gone = peer.rank in self._here and not peer.is_seen()
+        gone = self.is_gone(peer.rank)
         if self._bulletin.got("left", peer.rank):
             self._left.add(peer.rank)
             return None

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.devices import Device
 from wanvram.engine.peers import Exchanged
+from wanvram.engine.symmetric import what_is_missing
 from wanvram.errors import DeviceError, PeerLost, WanvramError
 from wanvram.machine.launched import Launched
 from wanvram.progress_stream import ProgressStream
@@ -28,6 +30,7 @@ from wanvram.record import Failure, RankRecord, RunRecord
 from wanvram.recorder.interrupts import INTERRUPTED, ending_begins
 from wanvram.run.bulletin import Bulletin, Ending, Present
 from wanvram.run.watchdog import Watchdog
+from wanvram.sharing import WORLD
 
 __all__ = ["World", "joined", "together"]
 
@@ -63,30 +66,36 @@ class World:
             return value
         return self._awaited(what, 0)
 
-    def connect(self, device: Device) -> None:
-        """Makes torch.distributed's group and a connection to every peer: what the driver then shows is not the allocator's."""
+    def connect(self, device: Device) -> str | None:
+        """Makes torch.distributed's group and a connection to every peer: what the driver then shows is not the allocator's.
+
+        Returns a note where NCCL is used, which takes memory.
+        """
         for name, value in _NCCL.items():
             os.environ.setdefault(name, value)
-        cuda = device.torch_device.type == "cuda"
+        cuda = isinstance(device, CudaDevice)
+        missing = self._missing_for_copies() if cuda else None
+        nccl = cuda and missing is not None
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=self._bulletin.for_tensors(),
             rank=self.me.rank,
             world_size=self.me.size,
             timeout=TENSOR_TIMEOUT,
-            device_id=device.torch_device if cuda else None,  # NCCL connects now, and by one communicator only
+            device_id=device.torch_device if nccl else None,  # NCCL connects now, and by one communicator only
         )
-        self._greet(device)
+        if isinstance(device, CudaDevice):
+            device.exchanges_by_copies = not nccl
+        device.peers(WORLD).gather(device.empty((self.me.size,), torch.uint8), [1] * self.me.size)
         device.hold_to_limit()
+        return f"the GPUs exchange by NCCL, which takes memory of each: {missing}" if nccl else None
 
-    def _greet(self, device: Device) -> None:
-        others = [peer.rank for peer in self._peers if peer.rank != self.me.rank]
-        said = torch.zeros(len(others), 2, dtype=torch.uint8, device=device.torch_device)
-        operations = [dist.P2POp(dist.isend, said[n, :1], rank) for n, rank in enumerate(others)]
-        operations += [dist.P2POp(dist.irecv, said[n, 1:], rank) for n, rank in enumerate(others)]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        said.cpu()
+    def _missing_for_copies(self) -> str | None:
+        """Why the ranks cannot copy out of each other's GPUs, as the first that cannot says it."""
+        seen = all(peer.is_seen() for peer in self._peers)
+        mine = what_is_missing(self.me.size) if seen else "they are of several hosts"
+        self._bulletin.put("missing", {"why": mine})
+        return next(filter(None, (self._awaited("missing", peer.rank)["why"] for peer in self._peers)), None)
 
     def failed(self, failure: Failure, error: BaseException) -> Failure:
         """Of this process; what ended the run is returned, which may be another's."""
@@ -126,7 +135,7 @@ class World:
         while (value := self._bulletin.got(what, rank)) is None:
             if deadline is None and self.watchdog.ending is not None:
                 raise self.watchdog.ending.error()
-            if deadline is not None and time.monotonic() > deadline:
+            if deadline is not None and (time.monotonic() > deadline or self.watchdog.is_gone(rank)):
                 raise PeerLost(f"rank {rank} has left no {what}")
             time.sleep(POLL_SECONDS)
         return value
@@ -194,6 +203,11 @@ def together(record: RunRecord, world: World, exchanged: Exchanged) -> None:
     if record.failure is not None:
         world.watchdog.stop()
     record.ranks = world.gathered(mine)
+    if len(cards := {each.device: each.ranks[0] for each in record.ranks}) > 1:
+        said = ", ".join(f"{card} (rank {rank})" for card, rank in cards.items())
+        record.notes.append(
+            f"the ranks compute on unequal cards: {said}; every step takes what the slowest of them takes"
+        )
     missing = sorted(set(range(world.me.size)) - {rank for each in record.ranks for rank in each.ranks})
     if missing and world.me.is_first:
         record.notes.append(f"no record came from rank {', '.join(map(str, missing))}")

@@ -58,7 +58,15 @@ _WRITES_ONLY = (
     "aten.uniform_",
 )
 _LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
-_PRODUCTS = {"aten.mm": 0, "aten.bmm": 0, "aten.addmm": 1, "aten.addmm_": 1, "aten.baddbmm": 1, "aten._scaled_mm": 0}
+_PRODUCTS = {
+    "wanvram.linear_gelu": 0,
+    "aten.mm": 0,
+    "aten.bmm": 0,
+    "aten.addmm": 1,
+    "aten.addmm_": 1,
+    "aten.baddbmm": 1,
+    "aten._scaled_mm": 0,
+}
 
 Arguments = tuple[Any, ...]
 # Arithmetic operations, how many of them the device does per second, bytes of traffic.

@@ -64,6 +64,7 @@ SHORTCUTS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
     "aten.mm.default": _mm,
     "aten.addmm.out": _out,
     "aten.mm.out": _out,
+    "wanvram.linear_gelu.default": _mm,
     "wanvram.attention.default": _attention,
     "wanvram.layer_norm_modulate.default": _layer_norm,
     **{f"aten.{name}": _first for name in IN_PLACE},

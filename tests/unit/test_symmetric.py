@@ -1,0 +1,102 @@
+"""Rounds through buffers that others read: every part arrives, whatever the shares, and each rank takes as many rounds."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from wanvram.engine import symmetric
+from wanvram.engine.symmetric import Room, SymmetricPeers, what_is_missing
+from wanvram.sharing import ULYSSES, Place, parts, size
+
+BUFFER = 4096
+
+
+class Handle:
+    """Of one rank's memory, that all can read. Ranks are threads."""
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        self.barriers = 0
+        self._barrier = barrier
+
+    def barrier(self) -> None:
+        self.barriers += 1
+        self._barrier.wait(10)
+
+
+class ThreadedRoom(Room):
+    def __init__(self, buffers: list[torch.Tensor], index: int, barrier: threading.Barrier) -> None:
+        self._buffers, self._index, self._half = buffers, index, 0
+        self._handle = Handle(barrier)
+        self.stream, self.largest = None, None
+
+
+def world(count: int) -> list[SymmetricPeers]:
+    buffers, barrier = [torch.empty(BUFFER, dtype=torch.uint8) for _ in range(count)], threading.Barrier(count)
+    ranks = tuple(range(count))
+    return [
+        SymmetricPeers(Place(rank, ulysses=count), ULYSSES, rooms={(ranks, ""): ThreadedRoom(buffers, rank, barrier)})
+        for rank in ranks
+    ]
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetric, "BUFFER_BYTES", BUFFER)
+
+
+def together(peers: list[SymmetricPeers], act: Any) -> list[Any]:
+    with ThreadPoolExecutor(len(peers)) as pool:
+        return list(pool.map(act, peers))
+
+
+@pytest.mark.parametrize(("count", "rows", "heads"), [(2, 4, 2), (2, 301, 5), (3, 301, 5), (4, 45, 6), (5, 6, 5)])
+def test_every_part_of_an_exchange_arrives_in_as_many_rounds_on_every_rank(count: int, rows: int, heads: int) -> None:
+    width, shares, of_heads = 8, parts(rows, count), parts(heads, count)
+    values = torch.arange(rows * heads * width, dtype=torch.float32).view(rows, heads, width)
+
+    def to_heads(peers: SymmetricPeers) -> torch.Tensor:
+        mine, my_heads = values[shares[peers.index]], of_heads[peers.index]
+        sent = torch.cat([mine[:, run].reshape(-1) for run in of_heads])
+        received = torch.empty(rows * size(my_heads) * width)
+        sent_counts = [len(mine) * size(run) * width for run in of_heads]
+        received_counts = [size(run) * size(my_heads) * width for run in shares]
+        for _ in range(3):  # the halves of the buffers take turns
+            received.zero_()
+            peers.exchange(received, sent, received_counts, sent_counts)
+            assert torch.equal(received.view(rows, size(my_heads), width), values[:, my_heads])
+        return received
+
+    peers = world(count)
+    together(peers, to_heads)
+    assert len({room._handle.barriers for each in peers for room in each.rooms.values()}) == 1
+
+
+@pytest.mark.parametrize(("count", "total"), [(2, 3), (3, 10_000)])
+def test_every_share_is_gathered_in_its_place(count: int, total: int) -> None:
+    values, runs = torch.arange(total, dtype=torch.float32), parts(total, count)
+
+    def gather(peers: SymmetricPeers) -> torch.Tensor:
+        whole = torch.zeros(total)
+        whole[runs[peers.index]] = values[runs[peers.index]]
+        peers.gather(whole, [size(run) for run in runs])
+        return whole
+
+    assert all(torch.equal(whole, values) for whole in together(world(count), gather))
+
+
+def test_without_the_gpus_or_the_private_names_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "fewer GPUs" in (what_is_missing(99) or "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)
+    assert "no access" in (what_is_missing(2) or "")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    assert what_is_missing(2) is None  # of this PyTorch
+    monkeypatch.setattr(symmetric, "MODULE", "json")
+    assert what_is_missing(2) == "json of this PyTorch has no empty, rendezvous, get_buffer, barrier"
+    monkeypatch.setattr(symmetric, "MODULE", "torch.no_such")
+    assert what_is_missing(2) == "this PyTorch has no torch.no_such"
