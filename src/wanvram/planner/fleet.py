@@ -21,7 +21,7 @@ from wanvram.planner.transformer import whole_transformer
 
 __all__ = ["Found", "best_of", "leanest"]
 
-CERTAIN = 0.9  # expected times are good to about a tenth: what is expected to take longer than that is not searched
+CERTAIN = 0.98  # what is expected to be slower by more than that, even with all weights on the device, is not searched
 
 
 @dataclass(frozen=True)

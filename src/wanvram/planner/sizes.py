@@ -15,6 +15,9 @@ from wanvram.specs import DIT
 
 __all__ = ["Sizes", "leanest_sizes", "sizes_for", "sizes_of"]
 
+MERGED_BYTES = (
+    12  # a number of a ring's result is read and written in float32 beside what comes, for each further station
+)
 REACHED = 0.65  # of a card's rate, by products and attention together (EFFICIENCY has both)
 
 
@@ -94,4 +97,5 @@ def _seconds(request: Request, budget: Budget, sizes: Sizes, link: Link) -> floa
     exchanged = 4 * rows * spec.dim * 2 * (sizes.ulysses - 1) / sizes.ulysses
     passed_on = 2 * tokens / sizes.ring * spec.dim * heads / spec.num_heads * 2 * (sizes.ring - 1)
     exposed = exchanged / link.bytes + max(0.0, passed_on / link.bytes - attention)
-    return float(passes * (attention + row_wise + exposed))
+    merged = MERGED_BYTES * tokens / sizes.ring * spec.dim * heads / spec.num_heads * (sizes.ring - 1)
+    return float(passes * (attention + row_wise + exposed + merged / budget.card.bandwidth_bytes))

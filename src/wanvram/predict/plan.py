@@ -97,6 +97,7 @@ def plan_run(
             return result, None
         if show is not None:
             show("simulating the whole run")
+        forecast = result.peak_device_bytes
         record = _whole_run(config, result)
         peak = record.peak()
         whole = peak.device_bytes if peak is not None else None
@@ -110,7 +111,8 @@ def plan_run(
                 note = streaming_note(planned_config(config, result), budget.card)
                 result = replace(result, notes=(*result.notes, note))
             return _confirmed(result, record), record
-        tried = replace(budget, margin_bytes=tried.margin + excess)
+        # As much as the forecasts said too little, at least: else the same plan would be found again.
+        tried = replace(budget, margin_bytes=max(tried.margin + excess, budget.margin + (whole or 0) - forecast))
     raise BudgetError(
         f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "
         "above what the margin allows; give that much more"
