@@ -35,8 +35,9 @@ class Strategy:
 
     weights_in: where streamed blocks wait, pinned or pageable RAM or the checkpoint's files. resident_blocks: how many of the
     transformer's blocks stay on the device all the same. residual_in: where its residual stream is. weight_storage fp8: the
-    transformer's matrices, lossy. vae_tile: edge in latent pixels (8 video pixels each), None: whole frames. vae_precision other than fp32:
-    lossy. attention_backend: what computes the attention of the transformer.
+    transformer's matrices, lossy. product_precision fp8: they are multiplied so, too, lossy. vae_tile: edge in latent pixels (8 video
+    pixels each), None: whole frames. vae_precision other than fp32: lossy. attention_backend: what computes the attention of the
+    transformer.
     """
 
     precision: str = knobs.PRECISION.default
@@ -51,6 +52,7 @@ class Strategy:
     resident_blocks: int = knobs.RESIDENT_BLOCKS.default
     residual_in: str = knobs.RESIDUAL_IN.default
     weight_storage: str = knobs.WEIGHT_STORAGE.default
+    product_precision: str = knobs.PRODUCT_PRECISION.default
     vae_tile: int | None = knobs.VAE_TILE.default
     vae_precision: str = knobs.VAE_PRECISION.default
     expandable_segments: bool = knobs.EXPANDABLE_SEGMENTS.default
@@ -188,8 +190,8 @@ class RunConfig:
         return self.request.videos(knobs.BATCH_SIZE.of(self.strategy))
 
     def notes(self) -> list[str]:
-        """What was asked for, is accepted and changes nothing; to be shown with the result."""
-        notes = []
+        """What was asked for and is lossy, or is accepted and changes nothing; to be shown with the result."""
+        notes = knobs.lossy_notes(self.strategy)
         if self.strategy.gradient_checkpointing:
             notes.append("gradient_checkpointing has no effect: inference keeps no gradients")
         if knobs.CFG.differs(self.strategy) and not self.request.guided:

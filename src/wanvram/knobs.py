@@ -164,6 +164,10 @@ _NO_FP8_OF_FP32 = Rule(
     lambda value, strategy: value == "same" or PRECISION.of(strategy) != "fp32",
     "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
 )
+_FP8_TO_BF16 = Rule(
+    lambda value, strategy: value == "same" or PRECISION.of(strategy) == "bf16",
+    "fp8 gives its results in bf16; use precision bf16, or product_precision same",
+)
 
 _ONE_STREAM_ALONE = (
     Rule(
@@ -272,6 +276,9 @@ RESIDUAL_IN = Knob(
 WEIGHT_STORAGE = Knob(
     "weight_storage", "same", "fp8: half the transformer's weights, lossy", choices=("same", "fp8"),
     touches=("dit",), lossless=False, smaller=_only("fp8"), rules=(_NO_FP8_OF_FP32,))
+PRODUCT_PRECISION = Knob(
+    "product_precision", "same", "fp8: the transformer's products in 8 bits, faster, lossy", choices=("same", "fp8"),
+    touches=("dit",), lossless=False, rules=(_FP8_TO_BF16,))
 VAE_TILE: Knob[int | None] = Knob(
     "vae_tile", None, "edge of the VAE's tiles in latent pixels, lossless (default: none)", absent="none (whole frames)",
     touches=_VAE, smaller=_smaller_tiles, rules=(_at_least(8, " (or absent)"),))
@@ -308,6 +315,7 @@ TABLE: tuple[Knob[Any], ...] = (
         RESIDENT_BLOCKS,
         RESIDUAL_IN,
         WEIGHT_STORAGE,
+        PRODUCT_PRECISION,
         VAE_TILE,
         VAE_PRECISION,
         EXPANDABLE_SEGMENTS,
@@ -335,6 +343,12 @@ def planned() -> tuple[Knob[Any], ...]:
 def lossy() -> tuple[Knob[Any], ...]:
     """What changes the result, and so only the user decides."""
     return tuple(knob for knob in TABLE if not knob.lossless)
+
+
+def lossy_notes(strategy: object) -> list[str]:
+    """What was asked for beside the precision and changes the result: to be shown wherever there is one."""
+    found = [knob for knob in lossy() if knob.official is None and knob.differs(strategy)]
+    return [f"{knob.name} {knob.of(strategy)} is lossy and was asked for" for knob in found]
 
 
 def asked() -> tuple[Knob[Any], ...]:
@@ -365,6 +379,11 @@ def gpus(strategy: object) -> int:
     return max(
         PARALLEL_DEGREE.of(strategy), math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
     )
+
+
+def shares_weights(strategy: object) -> bool:
+    """Whether GPUs keep shares of some component's weights."""
+    return DIT_FSDP.of(strategy) or T5_FSDP.of(strategy)
 
 
 def videos_per_pass(strategy: object) -> int:

@@ -39,7 +39,7 @@ TAGS = [
 ]
 KEYS = [
     "name", "description", "model_config", "precision", "device", "load_strategy", "offload", "t5_cpu", "optimization", "attention_slicing", "attention_backend",
-    "rows_per_chunk", "cfg", "weights_in", "resident_blocks", "weight_storage", "vae_tile", "vae_precision", "request", "task", "size",
+    "rows_per_chunk", "cfg", "weights_in", "resident_blocks", "weight_storage", "product_precision", "vae_tile", "vae_precision", "request", "task", "size",
     "frame_num", "sample_steps", "sample_shift", "sample_guide_scale", "sample_solver", "base_seed", "prompt", "prompts", "weights", "gpu",
     "memory_limit_bytes", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images", "profiling", "measurement",
     "base", "axes", "include", "exclude", "request.task", "model_config.offload", "schema", "<<", ".nan", "1", "~", "? [a]", "? {a: b}",

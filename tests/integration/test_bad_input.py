@@ -256,6 +256,17 @@ HOW: list[Case] = [
     ),
     ("vace", ["--residual_in", "pinned"], "--residual_in: pinned keeps one stream, and vace-1.3B has a second one"),
     ("t2v", ["--weight_storage", "int4"], "--weight_storage: invalid choice"),
+    ("t2v", ["--product_precision", "int8"], "--product_precision: invalid choice"),
+    (
+        "t2v",
+        ["--product_precision", "fp8", "--precision", "fp16"],
+        "--product_precision: fp8 gives its results in bf16",
+    ),
+    (
+        "t2v",
+        ["--product_precision", "fp8", "--precision", "bf16", "--device", "simulated", "--gpu", "rtx3090"],
+        "product_precision: fp8 is computed on cards of compute capability 8.9 or newer; .* has 8.6; use same",
+    ),
     ("t2v", ["--vae_tile", "4"], "--vae_tile: 4 must be at least 8"),
     ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),
     *(

@@ -180,6 +180,21 @@ def test_fp8_storage_loses_a_little_and_the_same_wherever_the_weights_are(how: d
     assert 1e-4 < error < 0.1
 
 
+@pytest.mark.parametrize("task", ["t2v-1.3B", "vace-1.3B"])
+def test_products_in_8_bits_lose_a_little_and_the_same_wherever_the_weights_are(task: str) -> None:
+    fp8: dict[str, Any] = {"precision": "bf16", "product_precision": "fp8"}
+    exact, lossy = latent_of(task, (("precision", "bf16"),)), latent_of(task, tuple(fp8.items()))
+    for how in (
+        {"load_strategy": "block", "offload": True},
+        {"load_strategy": "block", "weights_in": "disk", "resident_blocks": 2, "cfg": "joint"},
+        {"load_strategy": "block", "weight_storage": "fp8", "resident_blocks": 1},
+        {"load_strategy": "full", "weight_storage": "fp8"},
+    ):
+        assert torch.equal(lossy, latent_of(task, tuple((fp8 | how).items()))), how
+    error = (lossy - exact).abs().max() / exact.abs().max()
+    assert 1e-4 < error < 0.2
+
+
 @pytest.mark.parametrize("task", TASKS[1:])
 def test_what_the_user_gives_changes_the_latent(task: str) -> None:
     """Against the same run with other pictures: the conditioning reaches the transformer."""

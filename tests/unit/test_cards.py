@@ -55,7 +55,7 @@ def test_the_h200_keeps_the_rates_that_its_shares_were_fitted_with() -> None:
     assert card.clock_ratio == 1.0
     assert costs.bandwidth == 4.8e12 * 0.77
     assert costs._product_rate(2) == 989e12 * 0.715
-    assert costs._product_rate(1) == 1979e12 * 0.715
+    assert costs._product_rate(1) == 1979e12 * 0.62
     assert costs._product_rate(4) == 67e12 * 0.71
     assert costs._conv_rate(4, narrow=False) == 989e12 / 2 * 0.41
 

@@ -35,7 +35,7 @@ from wanvram.units import GIB
 # Every rate of this card is round: 1e12 operations, 1e11 bytes and 1e10 copied bytes per second; issuing costs nothing.
 PLAIN = replace(
     EFFICIENCY,
-    **dict.fromkeys(("product", "product_fp32", "attention", "attention_fp32", "memory"), 1.0),
+    **dict.fromkeys(("product", "product_fp8", "product_fp32", "attention", "attention_fp32", "memory"), 1.0),
     **dict.fromkeys(("conv_tf32", "conv_tf32_narrow", "conv_half", "conv_half_narrow"), 1.0),
     **dict.fromkeys(("launch_seconds", "view_seconds", "dispatch_seconds", "own_seconds"), 0.0),
 )

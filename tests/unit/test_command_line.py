@@ -79,6 +79,7 @@ def strategies(draw: st.DrawFn, request: Request) -> Strategy:
         weights_in=draw(st.sampled_from(("pinned", "pageable", "disk"))) if streamed else "pinned",
         resident_blocks=draw(st.integers(0, blocks)) if streamed else 0,
         weight_storage=draw(st.sampled_from(("same", "fp8"))) if precision != "fp32" else "same",
+        product_precision=draw(st.sampled_from(("same", "fp8"))) if precision == "bf16" else "same",
         vae_tile=draw(st.none() | st.integers(8, 90)),
         vae_precision=draw(st.sampled_from(("fp32", "bf16", "fp16"))),
         **{name: draw(st.booleans()) for name in flags},

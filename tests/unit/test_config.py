@@ -35,6 +35,7 @@ KEYS = {
     "optimization.attention_backend",
     "optimization.residual_in",
     "optimization.weight_storage",
+    "optimization.product_precision",
     "optimization.vae_tile",
     "optimization.vae_precision",
     "optimization.expandable_segments",

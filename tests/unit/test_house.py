@@ -19,16 +19,16 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3790,
+    ".": 3830,
     "analysis": 3375,
     "cli": 2420,
-    "engine": 3420,
+    "engine": 3480,
     "foreign": 3550,
-    "kernels": 1330,
+    "kernels": 1390,
     "machine": 1170,
     "matrix": 675,
     "media": 625,
-    "models": 2480,
+    "models": 2520,
     "planner": 1700,
     "predict": 1150,
     "prompt": 1000,
@@ -36,7 +36,7 @@ BUDGETS = {
     "report": 2850,
     "run": 2360,
     "sampling": 255,
-    "simulate": 3070,
+    "simulate": 3110,
     "weights": 2395,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page

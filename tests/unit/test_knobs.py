@@ -140,7 +140,12 @@ def test_a_value_worth_trying_is_another_one_and_accepted() -> None:
 
 def test_the_planner_decides_what_loses_nothing_and_leaves_the_rest_to_the_user() -> None:
     assert not set(knobs.planned()) & set(knobs.lossy())
-    assert [knob.name for knob in knobs.lossy()] == ["precision", "weight_storage", "vae_precision"]
+    assert [knob.name for knob in knobs.lossy()] == [
+        "precision",
+        "weight_storage",
+        "product_precision",
+        "vae_precision",
+    ]
     assert all(knob.lossless for change in (*knobs.LEANER, *knobs.FROM.values()) for knob in change.values)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from wanvram.engine.layout import ALIGNMENT_BYTES, Layout
 from wanvram.engine.packing import Packing
-from wanvram.weights.fp8 import FP8
+from wanvram.kernels.scaled_products import FP8
 
 SHAPES = [
     ("q.weight", (12, 40), torch.bfloat16),

@@ -29,7 +29,7 @@ from toy_component import (
 )
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.layout import ALIGNMENT_BYTES, Layout
-from wanvram.engine.packing import Packing
+from wanvram.engine.packing import Fp8, Packing
 from wanvram.engine.residency import Component
 from wanvram.engine.shards import Shard, fill_run, touched
 from wanvram.weights.diffusers import RenamedSource
@@ -297,7 +297,7 @@ def test_fp8_weights_are_those_of_one_rank(home: str, made: bool) -> None:
         if made:
             source = RandomSource({key: tuple(t.shape) for key, t in state.items()}, 3)
         with torch.no_grad():
-            component = Component("toy", model, model.units(), CpuDevice(), model.embedders(), fp8=True)
+            component = Component("toy", model, model.units(), CpuDevice(), model.embedders(), fp8=Fp8(stored=True))
             component.load_streamed(source, home=home, peers=peers)  # type: ignore[arg-type]
             return [p.clone() for unit in component.walk(model.units()) for p in unit.parameters()]
 

@@ -15,8 +15,10 @@ from checkpoints import TINY_DITS, write_diffusers, write_official
 from toy_component import CountingDevice, Model
 from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.engine.layout import ALIGNMENT_BYTES
+from wanvram.engine.packing import Fp8
 from wanvram.engine.residency import Component
 from wanvram.errors import CheckpointError
+from wanvram.kernels.scaled_products import LARGEST
 from wanvram.models.dit import WanDiT
 from wanvram.models.precision import BF16
 from wanvram.predict.simulate import simulate
@@ -24,7 +26,6 @@ from wanvram.specs import DIT
 from wanvram.weights import convert as converting
 from wanvram.weights.convert import Conversion, convert, verify
 from wanvram.weights.diffusers import is_diffusers, open_diffusers
-from wanvram.weights.fp8 import LARGEST
 from wanvram.weights.official import check_checkpoint, open_checkpoint
 from wanvram.weights.sources import MANIFEST
 
@@ -153,7 +154,7 @@ def test_a_slot_for_packed_weights_is_as_large_as_the_largest_stored_part(home: 
     device = CountingDevice()
     with torch.device("meta"):
         model = Model((512, 4096)).to(HALF)
-    component = Component("toy", model, model.units(), device, model.embedders(), fp8=True, generated=False)
+    component = Component("toy", model, model.units(), device, model.embedders(), fp8=Fp8(stored=True), generated=False)
     component.load_streamed(None, home=home)
     largest, plain = (max(size(unit) for unit in model.units()) for size in (stored_bytes, plain_bytes))
     assert largest < 0.7 * plain

@@ -11,8 +11,9 @@ from torch import nn
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import Device
+from wanvram.engine.packing import NOWHERE, Fp8
 from wanvram.engine.residency import Component
-from wanvram.knobs import PRECISION, RESIDUAL_IN
+from wanvram.knobs import PRECISION, PRODUCT_PRECISION, RESIDUAL_IN, WEIGHT_STORAGE
 from wanvram.models.clip import CLIPVision
 from wanvram.models.dit import WanDiT
 from wanvram.models.dit_regrouped import RegroupedDiT
@@ -110,7 +111,7 @@ class Parts:
         if source is not None:
             check_keys(expected, source, name, ignored=_unused(source, built.unused))
         strategy = self.config.strategy
-        fp8 = is_dit and strategy.weight_storage == "fp8"
+        fp8 = Fp8(WEIGHT_STORAGE.of(strategy) == "fp8", PRODUCT_PRECISION.of(strategy) == "fp8") if is_dit else NOWHERE
         generated = self.config.weights in ("random", "tiny")
         component = Component(
             name, built.module, built.units, self.device, built.embedders, fp8=fp8, generated=generated

@@ -10,7 +10,8 @@ from wanvram.kernels.attention_backends import LONG_KEYS, is_for_long
 from wanvram.kernels.conv import conv3d
 from wanvram.kernels.elementwise import rms_norm_
 from wanvram.kernels.scaled_attention import attention
-from wanvram.knobs import PRECISION
+from wanvram.kernels.scaled_products import scaled_product, scaled_rows
+from wanvram.knobs import PRECISION, PRODUCT_PRECISION
 from wanvram.models.precision import PRECISIONS
 
 __all__ = ["use_libraries"]
@@ -27,6 +28,10 @@ def use_libraries(device: Device, strategy: Strategy, asked: str) -> None:
     x.fill_(1.0)
     torch.mm(x, weight)
     torch.addmm(weight[0], x, weight)
+    if PRODUCT_PRECISION.of(strategy) == "fp8":
+        rows = scaled_rows(weight)
+        scaled_product(scaled_rows(x), rows.values, rows.scales, weight[0], torch.empty_like(x))
+        del rows
     rms_norm_(x, device.empty((COLUMNS,), torch.float32), 1e-6)
     heads = x.view(ROWS, 1, COLUMNS)
     attention(heads, heads, heads, asked)

@@ -1,31 +1,45 @@
-"""Weights stored in fp8: matrices as float8_e4m3fn with one float32 scale per output row, everything else as it is. Lossy.
+"""Weights in fp8: matrices as float8_e4m3fn with one float32 scale per output row, everything else as it is. Lossy.
 
-The model never sees it: a unit is unpacked into a buffer of the compute dtype before it is used.
+Stored so, a unit is unpacked into a buffer of the compute dtype before it is used, and the model never sees it. Or the model
+multiplies them as they are, and a unit that is stored in the compute dtype is quantised into a buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from wanvram.engine.layout import Layout, TensorPlace
-from wanvram.weights.fp8 import FP8, SCALE_SUFFIX, row_scales, to_fp8
+from wanvram.kernels.scaled_products import FP8, SCALE_SUFFIX, quantise_rows, row_scales, to_fp8
 
-__all__ = ["Packing"]
+__all__ = ["NOWHERE", "Fp8", "Packing"]
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """What a component's matrices are in fp8 for: where they wait or stay, and what is multiplied."""
+
+    stored: bool = False
+    multiplied: bool = False
+
+
+NOWHERE = Fp8()
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a unit of layout `plain` is stored: `stored` names each matrix, followed by its scale."""
+    """How a unit of layout `plain` is stored: `stored` names each matrix, followed by its scale; `matrices` has only these."""
 
     plain: Layout
     stored: Layout
+    matrices: Layout
 
     @classmethod
     def of(cls, plain: Layout) -> Packing:
-        return cls(plain, Layout.packed(_stored(plain)))
+        scaled = [place for place in plain.places if _is_matrix(place)]
+        return cls(plain, Layout.packed(_stored(plain.places)), Layout.packed(_stored(scaled)))
 
     def pack(self, flat: torch.Tensor, target: torch.Tensor, only: Container[str] | None = None) -> None:
         """flat [plain.nbytes] -> target [stored.nbytes], both uint8, on one device. only: names of the tensors wanted."""
@@ -48,9 +62,17 @@ class Packing:
             if name + SCALE_SUFFIX in stored:
                 view.mul_(stored[name + SCALE_SUFFIX])
 
+    def quantise(self, flat: torch.Tensor, room: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """flat [plain.nbytes] -> its matrices and their scales in room [matrices.nbytes]; views by name, the rest in flat."""
+        views = dict(self.plain.views(flat)) | dict(self.matrices.views(room))
+        for name, matrix in self.plain.views(flat):
+            if name + SCALE_SUFFIX in views:
+                quantise_rows(matrix, views[name], views[name + SCALE_SUFFIX])
+        return iter(views.items())
 
-def _stored(plain: Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...]]]:
-    for place in plain.places:
+
+def _stored(places: Iterable[TensorPlace]) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...]]]:
+    for place in places:
         if not _is_matrix(place):
             yield place.name, place.dtype, place.shape, place.stride
             continue

@@ -17,11 +17,12 @@ from torch import nn
 
 from wanvram.engine.devices import Device
 from wanvram.engine.layout import Layout
-from wanvram.engine.packing import Packing
+from wanvram.engine.packing import NOWHERE, Fp8, Packing
 from wanvram.engine.peers import Peers
 from wanvram.engine.shards import WHOLE, Shard, ShardHome, fill_run, touched
 from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
+from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
 from wanvram.sharing import WORLD
@@ -32,28 +33,55 @@ from wanvram.weights.sources import TensorSource
 __all__ = ["Component"]
 
 
-def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor]]) -> None:
+_SCALE = ".weight" + SCALE_SUFFIX  # how a layout ends the name of what the module calls its scale
+
+
+def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor | None]]) -> None:
     for name, view in views:
-        path, _, leaf = name.rpartition(".")
+        path, _, leaf = name.replace(_SCALE, SCALE_SUFFIX).rpartition(".")
         owner = module.get_submodule(path) if path else module
-        owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+        owner._parameters[leaf] = None if view is None else nn.Parameter(view, requires_grad=False)
 
 
 @dataclass(eq=False)
 class _Part:
-    """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`."""
+    """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`.
+
+    packing: how it is in fp8, where `fp8` is for anything. meta: what its parameters are without weights. stays: on the device.
+    """
 
     module: nn.Module
     root: nn.Module
     layout: Layout
-    meta: tuple[tuple[str, nn.Parameter], ...]
+    meta: tuple[tuple[str, nn.Parameter | None], ...]
     packing: Packing | None = None
+    fp8: Fp8 = NOWHERE
+    stays: bool = False
     flat: torch.Tensor | None = None
+
+    @property
+    def packed(self) -> Packing | None:
+        """How it is stored. What stays on the device and is multiplied in fp8 is quantised once."""
+        return self.packing if self.fp8.stored or (self.fp8.multiplied and self.stays) else None
 
     @property
     def nbytes(self) -> int:
         """As stored, on the device or at its home."""
-        return self.layout.nbytes if self.packing is None else self.packing.stored.nbytes
+        return self.layout.nbytes if self.packed is None else self.packed.stored.nbytes
+
+    @property
+    def is_bound(self) -> bool:
+        """For good: it stays, and is stored as it is used."""
+        return self.stays and (self.packed is None or self.fp8.multiplied)
+
+    @property
+    def room_bytes(self) -> int:
+        """Of the buffer that it is unpacked or quantised into."""
+        if self.packing is None or self.is_bound:
+            return 0
+        if self.fp8.multiplied:
+            return 0 if self.packed else self.packing.matrices.nbytes
+        return self.layout.nbytes
 
     @property
     def group(self) -> str:
@@ -62,15 +90,28 @@ class _Part:
         found = re.match(r"(.*?\.\d+)\.", name)
         return found.group(1) if found else name.rpartition(".")[0]
 
-    def bind(self, flat: torch.Tensor) -> None:
-        _bind(self.root, self.layout.views(flat))
+    def bind(self, flat: torch.Tensor, room: torch.Tensor | None = None) -> None:
+        """flat [nbytes], as it is stored. room: see `room_bytes`."""
+        _bind(self.root, self._views(flat, room))
+
+    def _views(self, flat: torch.Tensor, room: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.packing is None:
+            return self.layout.views(flat)
+        if self.packed and self.fp8.multiplied:
+            return self.packed.stored.views(flat)
+        assert room is not None
+        room = room.narrow(0, 0, self.room_bytes)
+        if self.packed is None:
+            return self.packing.quantise(flat, room)
+        self.packed.unpack(flat, room)
+        return self.layout.views(room)
 
     def unbind(self) -> None:
         _bind(self.root, iter(self.meta))
 
     def clear(self) -> None:
         self.unbind()
-        self.flat = None
+        self.flat, self.stays = None, False
 
 
 class Component:
@@ -89,7 +130,7 @@ class Component:
         device: Device,
         embedders: Sequence[nn.Module] = (),
         *,
-        fp8: bool = False,
+        fp8: Fp8 = NOWHERE,
         generated: bool = True,
     ) -> None:
         self.name = name
@@ -111,7 +152,7 @@ class Component:
         self._in_ram = True  # the masters
         self._shard: Shard = WHOLE
         self._peers: Peers | None = None
-        self._unpacked: torch.Tensor | None = None
+        self._room: torch.Tensor | None = None
         self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
     # --- loading -----------------------------------------------------------------------------------------------------------
@@ -120,7 +161,7 @@ class Component:
         """Every parameter on the device, written there tensor by tensor: peaks at base memory plus nothing."""
         for part in self._parts():
             self._place(part, source)
-        self._make_room_to_unpack()
+        self._make_room()
 
     def load_streamed(
         self,
@@ -154,7 +195,7 @@ class Component:
             through = {part: lane for part, lane in given if part.flat is None}
             slot = self._shard.whole_bytes(largest)
             self._ring = SlotRing(self.device, self._home(home, largest), slot, through, self._slot_bytes)
-        self._make_room_to_unpack()
+        self._make_room()
 
     def load_host(self, source: TensorSource | None) -> None:
         """Every parameter in host RAM; the module then computes on the CPU."""
@@ -175,24 +216,25 @@ class Component:
             for part in self._parts():
                 part.clear()
             self._masters.clear()
-            self._source = self._unpacked = None
+            self._source = self._room = None
             self._on_host = False
             self._shard, self._peers = WHOLE, None
 
     def _place(self, part: _Part, source: TensorSource | None) -> None:
+        part.stays = True
         part.flat = self.device.empty((self._slot_bytes(part),), torch.uint8)
         self._fill_together(part, part.flat, source)
-        if part.packing is None:
+        if part.is_bound:
             part.bind(part.flat)
 
     def _slot_bytes(self, part: _Part) -> int:
         """On the device, all of it."""
         return self._shard.whole_bytes(part.nbytes)
 
-    def _make_room_to_unpack(self) -> None:
-        largest = max((part.layout.nbytes for part in self._units.values() if part.packing is not None), default=0)
+    def _make_room(self) -> None:
+        largest = max((part.room_bytes for part in self._units.values()), default=0)
         if largest:
-            self._unpacked = self.device.empty((largest,), torch.uint8)
+            self._room = self.device.empty((largest,), torch.uint8)
 
     def _home(self, home: str, largest: int) -> Home:
         own: Home
@@ -275,9 +317,9 @@ class Component:
         """This rank's run of the part, as it is stored."""
         if self._peers is None:
             self._fill(part, run, source)
-        elif part.packing is not None:
+        elif part.packed is not None:
             packed = torch.empty((self._slot_bytes(part),), dtype=torch.uint8, device=run.device)
-            self._fill(part, packed, source, touched(part.packing, self._shard.start(part.nbytes), run.nbytes))
+            self._fill(part, packed, source, touched(part.packed, self._shard.start(part.nbytes), run.nbytes))
             run.copy_(self._shard.mine(packed))
         elif source is None:
             self.device.loaded_weights(run, self.name, readers=self._shard.count)
@@ -291,7 +333,7 @@ class Component:
         """The part's tensors from the source into `flat` [part.nbytes], packed if the part is. only: the names wanted."""
         check()
         plain = flat
-        if part.packing is not None:
+        if part.packed is not None:
             plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
         if source is None and self._generated:
             self.device.generated_weights()
@@ -301,8 +343,8 @@ class Component:
             for name, view in part.layout.views(plain):
                 if only is None or name in only:
                     source.fill(name, view)
-        if part.packing is not None:
-            part.packing.pack(plain, flat, only)
+        if part.packed is not None:
+            part.packed.pack(plain, flat, only)
 
     def _parts(self) -> list[_Part]:
         shell = [self._shell] if self._shell.nbytes else []
@@ -340,11 +382,11 @@ class Component:
         try:
             for part in parts:
                 check()
-                if part.flat is not None and part.packing is None:
+                if part.is_bound:
                     yield part.module
                     continue
                 # Only the module holds the bytes, no local: release in the middle of a walk must free them.
-                part.bind(self._unpack(part, next(coming) if part.flat is None else part.flat))
+                part.bind(next(coming) if part.flat is None else part.flat, self._room)
                 try:
                     yield part.module
                 finally:
@@ -353,13 +395,6 @@ class Component:
         finally:
             if isinstance(coming, Generator):
                 coming.close()
-
-    def _unpack(self, part: _Part, stored: torch.Tensor) -> torch.Tensor:
-        if part.packing is None:
-            return stored
-        assert self._unpacked is not None
-        part.packing.unpack(stored, self._unpacked.narrow(0, 0, part.layout.nbytes))
-        return self._unpacked
 
     def walk_embedders(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Yields each embedder with its weights in place. Afterwards it is gone, on the device and at its home."""
@@ -397,8 +432,12 @@ class Component:
         return sum(master.nbytes for master in self._masters.values()) if self._in_ram else 0
 
 
-def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: bool = False) -> _Part:
+def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: Fp8 = NOWHERE) -> _Part:
     """names: of the root's parameters, by identity; a unit may gather modules from several places of it."""
     named = [(names[id(p)], p) for p in module.parameters()]
     layout = Layout.of(named)
-    return _Part(module, root, layout, tuple(named), Packing.of(layout) if fp8 else None)
+    if not (fp8.stored or fp8.multiplied):
+        return _Part(module, root, layout, tuple(named))
+    packing = Packing.of(layout)
+    scales = [(place.name, None) for place in packing.matrices.places if place.name.endswith(SCALE_SUFFIX)]
+    return _Part(module, root, layout, (*named, *scales), packing, fp8)

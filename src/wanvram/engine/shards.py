@@ -17,7 +17,7 @@ from wanvram.engine.layout import ALIGNMENT_BYTES, Layout, TensorPlace
 from wanvram.engine.packing import Packing
 from wanvram.engine.peers import Peers
 from wanvram.engine.streaming import Home, Later
-from wanvram.weights.fp8 import SCALE_SUFFIX
+from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.weights.sources import TensorSource
 
 __all__ = ["WHOLE", "Shard", "ShardHome", "fill_run", "touched"]

@@ -25,6 +25,7 @@ from wanvram.kernels.elementwise import (
     scaled_rope_,
 )
 from wanvram.kernels.scaled_attention import attention
+from wanvram.kernels.scaled_products import ScaledRows, scaled_product, scaled_rows
 from wanvram.models.precision import Precision
 from wanvram.models.shared_attention import SharedAttention
 from wanvram.models.team import Team
@@ -73,26 +74,53 @@ def chunks(length: int, rows: int | None) -> Iterator[slice]:
 
 
 class Linear(nn.Module):
-    """Product and bias in the dtype of the parameters, which are left uninitialised."""
+    """Product and bias in the dtype of the parameters, which are left uninitialised.
+
+    scale: None, or float32 [outputs, 1] where a weight in float8 was put in place; the product is then one of float8 numbers.
+    """
+
+    scale: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = parameter(outputs, inputs, dtype=dtype)
         self.bias = parameter(outputs, dtype=dtype)
+        self.register_parameter("scale", None)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return torch.addmm(self.bias, h, self.weight.t())
+    def operand(self, h: Tensor) -> Tensor | ScaledRows:
+        """h [L, inputs] as this product takes it: once for all products of the same rows, and instead of them."""
+        return h if self.scale is None else scaled_rows(h)
 
-    def gelu(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor | ScaledRows) -> Tensor:
+        if isinstance(h, Tensor) and self.scale is None:
+            return torch.addmm(self.bias, h, self.weight.t())
+        rows = scaled_rows(h) if isinstance(h, Tensor) else h
+        out = self.bias.new_empty((rows.values.shape[0], self.weight.shape[0]))
+        self.into(out, rows)
+        return out
+
+    def gelu(self, h: Tensor | ScaledRows) -> Tensor:
         """GELU in its tanh form, of the product with its bias."""
-        return linear_gelu(h, self.weight.t(), self.bias)
+        if isinstance(h, Tensor) and self.scale is None:
+            return linear_gelu(h, self.weight.t(), self.bias)
+        wide = self.forward(h)
+        gelu_tanh_(wide)
+        return wide
 
-    def into(self, out: Tensor, h: Tensor) -> None:
-        torch.addmm(self.bias, h, self.weight.t(), out=out)
+    def into(self, out: Tensor, h: Tensor | ScaledRows) -> None:
+        if isinstance(h, ScaledRows):
+            assert self.scale is not None
+            scaled_product(h, self.weight, self.scale, self.bias, out)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=out)
 
-    def columns_into(self, out: Tensor, h: Tensor, columns: slice) -> None:
+    def columns_into(self, out: Tensor, h: Tensor | ScaledRows, columns: slice) -> None:
         """These columns of the result only."""
-        torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
+        if isinstance(h, ScaledRows):
+            assert self.scale is not None
+            scaled_product(h, self.weight[columns], self.scale[columns], self.bias[columns], out)
+        else:
+            torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
 
 
 class PatchEmbedding(nn.Module):
@@ -207,7 +235,7 @@ class SelfAttention(_Projections):
         self, k: Tensor, v: Tensor, x: Tensor, c: slice, modulation: Sequence[Tensor], inputs: BlockInputs
     ) -> None:
         """k[c] and v[c], of [L, dim], from x, the rows c of the stream."""
-        h = self._normed(x, modulation)
+        h = self.k.operand(self._normed(x, modulation))
         self.k.into(k[c], h)
         self.v.into(v[c], h)
         del h
@@ -217,14 +245,16 @@ class SelfAttention(_Projections):
         self, x: Tensor, c: slice, k: Tensor, v: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs
     ) -> None:
         """x, the rows c of the stream, += gate * their attention to all keys and values [L, heads, head_dim]."""
-        h = self._normed(x, modulation)
+        h = self.q.operand(self._normed(x, modulation))
         q = self.q(h)
         del h
         rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
         attended = attention(self.by_head(q), k, v, inputs.attention)
         del q
-        y = self.o(attended.flatten(1))
+        rows = self.o.operand(attended.flatten(1))
         del attended
+        y = self.o(rows)
+        del rows
         gated_add_(x, y, modulation[2])
 
     def _sliced(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
@@ -235,7 +265,7 @@ class SelfAttention(_Projections):
         q = torch.empty(x.shape, dtype=self.q.bias.dtype, device=x.device)
         inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
+            h = self.q.operand(self._normed(x[c], modulation))
             self.q.into(q[c], h)
             rms_norm_rope_(q[c], self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
             k = self.k(h)
@@ -266,7 +296,7 @@ class SelfAttention(_Projections):
         k = torch.empty((x.shape[0], count * width), dtype=q.dtype, device=x.device)
         v = torch.empty_like(k)
         for c in chunks(x.shape[0], rows):
-            h = self._normed(x[c], modulation)
+            h = self.k.operand(self._normed(x[c], modulation))
             self.k.columns_into(k[c], h, columns)
             self.v.columns_into(v[c], h, columns)
             del h
@@ -302,10 +332,11 @@ class CrossAttention(_Projections):
         return pairs
 
     def _pair(self, tokens: Tensor, to_k: Linear, to_v: Linear, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        k = to_k(tokens)
+        rows = to_k.operand(tokens)
+        k = to_k(rows)
         rms_norm_(k, norm.weight, self.eps)
         shape = (tokens.shape[0], self.num_heads, -1)
-        return k.view(shape), to_v(tokens).view(shape)
+        return k.view(shape), to_v(rows).view(shape)
 
     def forward(self, x: Tensor, norm: AffineNorm, inputs: BlockInputs, rows: int | None) -> None:
         """x += attention(norm(x)), without a gate."""
@@ -314,7 +345,7 @@ class CrossAttention(_Projections):
             self.attend_rows(x[c], norm, pairs, inputs.attention)
 
     def attend_rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
-        h = norm(x)
+        h = self.q.operand(norm(x))
         q = self.q(h)
         del h
         rms_norm_(q, self.norm_q.weight, self.eps)
@@ -323,8 +354,10 @@ class CrossAttention(_Projections):
         for k, v in pairs[1:]:
             attended.add_(attention(q, k, v, asked))
         del q
-        y = self.o(attended.flatten(1))
+        rows = self.o.operand(attended.flatten(1))
         del attended
+        y = self.o(rows)
+        del rows
         add_(x, y)
 
 
@@ -344,12 +377,14 @@ class FeedForward(nn.Sequential):
     def add_rows(self, x: Tensor, modulation: Sequence[Tensor]) -> None:
         """The same for some rows of the stream."""
         shift, scale, gate = modulation
-        h = layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul)
-        up: Linear = self[0]  # type: ignore[assignment]
+        up, down = (module for module in self if isinstance(module, Linear))
+        h = up.operand(layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul))
         wide = up.gelu(h)
         del h
-        y = self[2](wide)
+        rows = down.operand(wide)
         del wide
+        y = down(rows)
+        del rows
         gated_add_(x, y, gate)
 
 

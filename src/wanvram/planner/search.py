@@ -160,6 +160,5 @@ def _notes(trials: Trials, chosen: Strategy) -> list[str]:
         notes.append("times are unknown: choices were ordered by how much they usually cost, not by prediction")
     if budget.ram_bytes is None:
         notes.append("host RAM was not limited; --ram 16GiB makes the plan respect it")
-    lossy = [knob for knob in knobs.lossy() if knob.official is None and knob.differs(chosen)]
-    notes += [f"{knob.name} {knob.of(chosen)} is lossy and was asked for" for knob in lossy]
+    notes += knobs.lossy_notes(chosen)
     return notes

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
-from wanvram.knobs import DIT_FSDP, ROWS_PER_CHUNK, T5_FSDP, VAE_TILE, chunk_rows
+from wanvram.knobs import ROWS_PER_CHUNK, VAE_TILE, chunk_rows, shares_weights
 from wanvram.media.inputs import prepare_inputs
 from wanvram.models.vae_tiles import grid
 from wanvram.record import Failure, RankRecord, RunRecord
@@ -62,8 +62,7 @@ def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> list[object]:
 
 def communication_of(config: RunConfig, link: Link) -> int:
     """Bytes of each card that NCCL takes; 0 of one."""
-    shards = DIT_FSDP.of(config.strategy) or T5_FSDP.of(config.strategy)
-    return communication_bytes(link, config.gpus, shards=shards)
+    return communication_bytes(link, config.gpus, shards=shares_weights(config.strategy))
 
 
 def communication_note(config: RunConfig, link: Link) -> str:

@@ -19,6 +19,7 @@ from wanvram.record import Predicted, RunRecord, Times
 from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.attention import attention_of, card_like
 from wanvram.run.execute import Around, Output, check_measurement, device_kind, execute, run_on
+from wanvram.run.products import check_products
 from wanvram.run_events import TellRun
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
@@ -48,6 +49,7 @@ def simulated_device(
         raise InputError(
             f"precision: bf16 has no fast attention on {gpu.name} (compute capability under 8.0); use fp16"
         )
+    check_products(config, gpu.name, gpu.compute_capability)
     settings = AllocatorSettings(EXPANDABLE_SEGMENTS.of(config.strategy))
     outside = gpu.context_bytes + sum(gpu.module_bytes.values())
     # A card with more memory than its name had: what is stated counts.

@@ -22,7 +22,7 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN, shares_weights
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
@@ -46,6 +46,7 @@ from wanvram.run.in_force import check_in_force, in_force
 from wanvram.run.keep import follow, keep_in, kept_before
 from wanvram.run.outputs import Outputs
 from wanvram.run.post_mortem import largest_alive
+from wanvram.run.products import check_products
 from wanvram.run.progress import StageProgress
 from wanvram.run.resume import Resumption
 from wanvram.run.tracing import observed, traced_config, traced_pass
@@ -109,6 +110,8 @@ def execute(
     if output.world is not None:
         device.place = config.place(output.world.me.rank)
         linked = output.world.connect(device)
+        if shares_weights(config.strategy):
+            device.weight_peers()  # connects before anything is loaded, so that what it takes is known
     start = since_process_start()
 
     def complete(record: RunRecord) -> None:
@@ -323,7 +326,9 @@ def make_device(config: RunConfig) -> Device:
         # The commands did it before importing torch; a program may not have.
         put_in_force(EXPANDABLE_SEGMENTS.of(config.strategy))
         device = CudaDevice(launched().local_rank, limit_bytes=config.memory_limit_bytes)
-        device.attention = attention_of(config, card_here(config, device))
+        card = card_here(config, device)
+        check_products(config, card.name, card.capability)
+        device.attention = attention_of(config, card)
         require_package(device.attention)
         return device
     if kind == "cpu":

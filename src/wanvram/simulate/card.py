@@ -29,7 +29,8 @@ H200_SUSTAINED_MHZ = 1545.0  # 793 TFLOP/s in a product of 8192 x 8192 x 8192 (h
 class Efficiency:
     """The share of a card's peak rates that long kernels reach, and what every operation costs besides. See EFFICIENCY."""
 
-    product: float  # 16-bit and 8-bit matrix products
+    product: float  # 16-bit matrix products
+    product_fp8: float  # with a scale per row
     product_fp32: float
     attention: float  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
     attention_fp32: float
@@ -46,9 +47,11 @@ class Efficiency:
 
 # Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
 # attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
-# single kernels (h200.md, *_probe_libraries.json). The host's times per operation are estimates.
+# single kernels (h200.md, *_probe_libraries.json). 8-bit products are an assumption, until one is
+# measured. The host's times per operation are estimates.
 EFFICIENCY = Efficiency(
     product=0.715,
+    product_fp8=0.62,
     product_fp32=0.71,
     attention=0.58,
     attention_fp32=0.62,

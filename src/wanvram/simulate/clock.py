@@ -104,6 +104,8 @@ class Costs:
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
+        if name == "wanvram.scaled_product":
+            return Price("product", self._scaled_product, dispatch)
         if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
@@ -125,10 +127,16 @@ class Costs:
         out = batch * m * n * max(a.itemsize, 2)
         return 2 * batch * m * k * n, self._product_rate(a.itemsize), a.nbytes + b.nbytes + out
 
+    def _scaled_product(self, args: Arguments, result: Any) -> Work:
+        """x [M,K] and weight [N,K] in 8 bits, what they give in 16."""
+        x, weight = args[0], args[2]
+        (m, k), n = x.shape, weight.shape[0]
+        return 2 * m * k * n, self._product_rate(x.itemsize), x.nbytes + weight.nbytes + 2 * m * n
+
     def _product_rate(self, itemsize: int) -> float:
         reached = self.gpu.efficiency
         if itemsize == 1:
-            return self._fp8 * reached.product
+            return self._fp8 * reached.product_fp8
         if itemsize == 2:
             return self._half * reached.product
         return self._fp32 * reached.product_fp32

@@ -53,6 +53,8 @@ NOTHING = (
     "scaled_rope_",
     "gated_add_",
     "add_",
+    "quantise_rows",
+    "scaled_product",
     "gelu_tanh_",
     "merge_attention_",
     "rms_norm_silu",

@@ -49,6 +49,7 @@ class LibraryBuffers:
             "aten.baddbmm.default": lambda args: _PRODUCT,
             "aten.addmm.default": lambda args: _LT_PRODUCT,
             "aten.addmm.out": lambda args: _LT_PRODUCT,
+            "wanvram.scaled_product.default": lambda args: _LT_PRODUCT,
             "wanvram.linear_gelu.default": lambda args: _LT_PRODUCT,
             "aten.pow.Scalar": lambda args: _SCALAR,
             "wanvram.attention.default": self._attention,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
-from wanvram.weights.fp8 import SCALE_SUFFIX
+from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.weights.stored import Shape, Stored, in_memory_order, memory_order, opened
 
 __all__ = [

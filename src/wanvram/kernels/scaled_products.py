@@ -1,0 +1,106 @@
+"""Numbers in float8_e4m3fn with one scale per row, and products of them: `wanvram::quantise_rows`, `wanvram::scaled_product`. Lossy.
+
+Three mantissa bits: an error of at most 2^-4 of a value, or 2^-10 of its row's largest for values under 2^-6 of that. It is what
+`wanvram convert` writes, what the engine packs, and what the transformer multiplies where it is asked to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanvram.kernels.operation import operation, uses_triton
+
+__all__ = [
+    "FP8",
+    "LARGEST",
+    "SCALE_SUFFIX",
+    "ScaledRows",
+    "quantise_rows",
+    "row_scales",
+    "scaled_product",
+    "scaled_rows",
+    "to_fp8",
+]
+
+SCALE_SUFFIX = ".scale"  # of a matrix's name: what the scales of its rows are called
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # the largest finite e4m3 number
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """values [L,K] in FP8 times scales, float32 [L,1]."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def row_scales(matrix: Tensor) -> Tensor:
+    """[rows, columns] -> float32 [rows, 1]: what brings each row's largest value to LARGEST; 1 for a row of zeros."""
+    largest = matrix.abs().amax(dim=1, keepdim=True).float()
+    return torch.where(largest > 0, largest / LARGEST, 1.0)
+
+
+def to_fp8(matrix: Tensor, scales: Tensor) -> Tensor:
+    """[rows, columns] over its scales, in fp8. The quotient can be rounded above LARGEST, which fp8 would store as NaN.
+
+    Times the reciprocal, as a kernel does it that has no time for divisions.
+    """
+    return (matrix * (1.0 / scales)).clamp_(-LARGEST, LARGEST).to(FP8)
+
+
+def quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
+    """x [L,K] -> values FP8 [L,K] and scales float32 [L,1]: `row_scales` and `to_fp8` in one pass, to the bit."""
+    _quantise_rows(x, values, scales)
+
+
+def scaled_rows(x: Tensor) -> ScaledRows:
+    """x [L,K], quantised into tensors of its own."""
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
+    quantise_rows(x, values, scales)
+    return ScaledRows(values, scales)
+
+
+def scaled_product(x: ScaledRows, weight: Tensor, scale: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out [L,N] = x times the transpose of weight FP8 [N,K] with its rows' scale float32 [N,1], plus bias [N].
+
+    On CUDA out and bias are bfloat16, N and K multiples of 16, compute capability 8.9 or newer: cuBLAS's kernels on sm_90, CUTLASS's
+    elsewhere (PyTorch's ScaledBlas.cpp). It then takes no memory beside cuBLAS's workspace (read from CUDABlas.cpp, not yet measured).
+    """
+    _scaled_product(x.values, x.scales, weight, scale, bias, out)
+
+
+@operation("(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()")
+def _quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
+    if uses_triton(x):
+        from wanvram.kernels import triton_fp8
+
+        triton_fp8.quantise_rows(x, values, scales)
+        return
+    scales.copy_(row_scales(x))
+    values.copy_(to_fp8(x, scales))
+
+
+@operation("(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor bias, Tensor(a!) out) -> ()")
+def _scaled_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, out: Tensor
+) -> None:
+    """Sums in what the tensor cores keep (use_fast_accum): its error is far below that of the operands."""
+    if x.is_cuda:
+        torch._scaled_mm(
+            x,
+            weight.t(),
+            x_scale,
+            weight_scale.t(),
+            bias=bias,
+            out_dtype=out.dtype,
+            use_fast_accum=True,
+            out=out,
+        )
+        return
+    wide = torch.mm(x.float(), weight.float().t())
+    out.copy_(wide.mul_(x_scale).mul_(weight_scale.t()).add_(bias))
