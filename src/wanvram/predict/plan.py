@@ -90,11 +90,14 @@ def plan_run(
     expected = 3 * len(components_of(config.request)) + (1 if offers else -1)
     forecasts = Forecasts(show, expected) if forecasts is None else forecasts
     forecasts.look_ahead(config.request, budget, base)
-    tried = budget
-    for _ in range(ATTEMPTS):
+    tried, excess, plans = budget, 0, 0
+    while plans < ATTEMPTS:
         result = search(config.request, tried, Options(base, offers=False), forecasts)
+        if isinstance(result, Refusal) and plans:
+            break
         if isinstance(result, Refusal):
             return result, None
+        plans += 1
         if show is not None:
             show("simulating the whole run")
         forecast = result.peak_device_bytes
@@ -113,8 +116,9 @@ def plan_run(
             return _confirmed(result, record), record
         # As much as the forecasts said too little, at least: else the same plan would be found again.
         tried = replace(budget, margin_bytes=max(tried.margin + excess, budget.margin + (whole or 0) - forecast))
+    made = "the only plan" if plans == 1 else f"{plans} plans"
     raise BudgetError(
-        f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "
+        f"{made} for {human(budget.usable_bytes)} needed more when simulated whole, the last {human(excess)} "
         "above what the margin allows; give that much more"
     )
 
