@@ -21,7 +21,7 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 BUDGETS = {
     ".": 3850,
     "analysis": 3375,
-    "cli": 2420,
+    "cli": 2480,
     "engine": 3720,
     "foreign": 3550,
     "kernels": 1390,
@@ -33,7 +33,7 @@ BUDGETS = {
     "predict": 1150,
     "prompt": 1000,
     "recorder": 1750,
-    "report": 2850,
+    "report": 2960,
     "run": 2360,
     "sampling": 255,
     "simulate": 3150,
