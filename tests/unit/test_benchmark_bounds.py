@@ -24,7 +24,14 @@ import tiled_vae
 BENCHMARKS = Path(provenance.__file__).parent
 # Tools that feed the simulator or others, and judge nothing.
 TOOLS = {
-    f"{name}.py" for name in ("fit_conv_workspaces", "harvest_conv_workspaces", "probe_libraries", "random_checkpoint")
+    f"{name}.py"
+    for name in (
+        "fit_conv_workspaces",
+        "harvest_conv_workspaces",
+        "probe_libraries",
+        "random_checkpoint",
+        "compare_events",
+    )
 }
 
 
