@@ -160,6 +160,10 @@ class RunConfig:
         )
 
         require(
+            self.strategy.cfg_size == 1 or self.request.guided,
+            "cfg_size: 2 GPUs share two guidance passes, and sample_guide_scale 1 takes one; leave it at 1",
+        )
+        require(
             not (knobs.RESIDUAL_IN.differs(self.strategy) and self.request.facts.takes_source),
             f"{knobs.RESIDUAL_IN.name}: pinned keeps one stream, and {self.request.task} has a second one for the source video; use "
             "device",

@@ -160,6 +160,15 @@ _WITHIN_THE_BATCH = Rule(
     lambda value, strategy: value is None or value <= BATCH_SIZE.of(strategy),
     "{value} videos cannot pass a block together where fewer are denoised together; give a batch_size of at least that many",
 )
+_TWO_PASSES = Rule(lambda value, _: value <= 2, "{value} GPUs cannot share two guidance passes; give 1 or 2")
+_ONE_PASS_EACH = Rule(
+    lambda value, strategy: value == 1 or CFG.of(strategy) == "sequential",
+    "{value} GPUs make a guidance pass each, and cfg joint takes both through every block; use cfg sequential",
+)
+_WHOLE_HEADS = Rule(
+    lambda value, strategy: value == 1 or not ATTENTION_SLICING.of(strategy),
+    "{value} GPUs attend for all of their heads at once; attention_slicing must be false",
+)
 _NO_FP8_OF_FP32 = Rule(
     lambda value, strategy: value == "same" or PRECISION.of(strategy) != "fp32",
     "fp8 is for bf16 and fp16; precision fp32 asks for full precision",
@@ -295,11 +304,17 @@ BATCH_SIZE = Knob(
 MICRO_BATCH_SIZE: Knob[int | None] = Knob(
     "micro_batch_size", None, "of these, videos that pass a block before the next one comes (default: 1)", absent="1",
     touches=("dit",), smaller=_fewer_streams, rules=(_at_least(1), _WITHIN_THE_BATCH), kept=True)
-CFG_SIZE = Knob("cfg_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
+CFG_SIZE = Knob(
+    "cfg_size", 1, "GPUs that share the guidance passes: 1 or 2 (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _TWO_PASSES, _ONE_PASS_EACH), kept=True)
 PARALLEL_DEGREE = Knob(
     "parallel_degree", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),), other_flag="gpus")
-ULYSSES_SIZE = Knob("ulysses_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
-RING_SIZE = Knob("ring_size", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),))
+ULYSSES_SIZE = Knob(
+    "ulysses_size", 1, "GPUs that share rows, and heads while they attend (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+RING_SIZE = Knob(
+    "ring_size", 1, "GPUs that share rows, and pass keys and values round (default: 1)", touches=("vae_decoder", "dit"),
+    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
 T5_FSDP = Knob(
     "t5_fsdp", False, "each GPU keeps a share of T5 (default: False)",
     touches=("text_encoder",), smaller=_only(True), rules=(_AMONG_SEVERAL, _NOT_ON_THE_CPU), kept=True)

@@ -269,15 +269,23 @@ HOW: list[Case] = [
     ),
     ("t2v", ["--vae_tile", "4"], "--vae_tile: 4 must be at least 8"),
     ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),
+    ("t2v", ["--gpus", "2"], "--gpus: 2; running on several GPUs"),
+    *(("t2v", [f"--{n}_size", "0"], f"--{n}_size: 0 must be at least 1") for n in ("cfg", "ulysses", "ring")),
+    ("t2v", ["--cfg_size", "3"], "--cfg_size: 3 GPUs cannot share two guidance passes"),
+    ("t2v", ["--cfg_size", "2", "--cfg", "joint"], "--cfg_size: 2 GPUs make a guidance pass each"),
+    ("t2v", ["--cfg_size", "2", "--sample_guide_scale", "1"], "--cfg_size: 2 GPUs share two guidance passes"),
     *(
-        ("t2v", [f"--{flag}", "2"], f"--{flag}: 2; running on several GPUs")
-        for flag in ("cfg_size", "gpus", "ulysses_size", "ring_size")
+        (
+            "t2v",
+            [f"--{n}_size", "2", "--attention_slicing", "True"],
+            f"--{n}_size: 2 GPUs attend for all of their heads",
+        )
+        for n in ("ulysses", "ring")
     ),
     *(
         ("t2v", [f"--{flag}", "True"], f"--{flag}: true; several GPUs share weights")
         for flag in ("t5_fsdp", "dit_fsdp")
     ),
-    ("t2v", ["--ulysses_size", "0"], "--ulysses_size: 0; "),
     ("t2v", ["--device", "tpu"], "--device: invalid choice"),
     ("t2v", ["--device", "simulated", "--gpu", "rtx9"], "rtx9"),
     ("t2v", ["--device", "simulated", "--link", "ethernet"], "--link: invalid choice"),

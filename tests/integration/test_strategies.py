@@ -60,18 +60,18 @@ class _Frames:
         """They are there."""
 
 
-def inputs_of(task: str, frames: int) -> Inputs:
+def inputs_of(task: str, frames: int, height: int = HEIGHT, width: int = WIDTH) -> Inputs:
     """Small stand-ins for what a user gives."""
     generator = torch.Generator().manual_seed(5)
     picture = lambda h, w: torch.randint(0, 256, (h, w, 3), dtype=torch.uint8, generator=generator)  # noqa: E731
-    video = torch.rand(4, frames, HEIGHT, WIDTH, generator=generator)
+    video = torch.rand(4, frames, height, width, generator=generator)
     pieces = [slice(0, 1), *(slice(i, i + 4) for i in range(1, frames, 4))]
     count = {"i2v-14B": 1, "flf2v-14B": 2}.get(task, 0)
     vace = task.startswith("vace")
     return Inputs(
         frames,
-        HEIGHT,
-        WIDTH,
+        height,
+        width,
         pictures=tuple(picture(50, 70) for _ in range(count)),
         source=(lambda: (video[:3, p] * 2 - 1 for p in pieces)) if vace else None,
         mask=(lambda: (video[3:, p] for p in pieces)) if vace else None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.residency import Component
+from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.staging import Ferry
 from wanvram.engine.vae_stages import decode
 from wanvram.models.vae import WanVAE
@@ -94,7 +95,7 @@ def test_a_group_of_frames_is_waited_for_only_after_the_next_one_has_been_queued
 ) -> None:
     component, z = vae_decoder(device), torch.randn(16, 4, 3, 6)
     with device.session():
-        frames = torch.cat(list(decode(component, device, Recorder(device.meter, None, None), z, tile)))
+        frames = torch.cat(list(decode(component, SharedStages(device), Recorder(device.meter, None, None), z, tile)))
     assert isinstance(component.module, nn.Module)
     plain = torch.cat(list(component.module.decode(z)), dim=1)
     expected = plain.clamp(-1, 1).add(1).mul(127.5).permute(1, 2, 3, 0)

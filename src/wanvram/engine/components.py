@@ -142,6 +142,20 @@ class Parts:
             contexts = module.encode(rows, walk=walk)
         return [self.device.upload(context) for context in contexts]
 
+    def stand_in_contexts(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Uninitialised, in place of what `encode` gives."""
+        lengths = [len(self.tokenizer.encode(text)) for text in texts]
+        return [self.device.empty((length, self.specs.text_encoder.dim), T5_DTYPE) for length in lengths]
+
+    def stand_in_features(self, pictures: int) -> torch.Tensor:
+        """Uninitialised, in place of what CLIP gives for so many pictures."""
+        return self.device.empty(
+            (pictures, self.specs.image_encoder.tokens, self.specs.dit.clip_dim), self._clip_dtype()
+        )
+
+    def _clip_dtype(self) -> torch.dtype:
+        return CLIP_DTYPE if self.device.computes_half else torch.float32
+
     def _embedding_rows(self, ids: list[int], spec: T5Spec) -> torch.Tensor:
         source = self.weights.source("text_encoder")
         if source is None:
@@ -155,7 +169,7 @@ class Parts:
         return _Built(module, list(module.blocks), extra={"token_embedding.weight": (spec.vocab_size, spec.dim)})
 
     def _image_encoder(self) -> _Built:
-        module = CLIPVision(self.specs.image_encoder, CLIP_DTYPE if self.device.computes_half else torch.float32)
+        module = CLIPVision(self.specs.image_encoder, self._clip_dtype())
         return _Built(module, module.walk_order(), tuple(module.unused_keys()))
 
     def _dit(self) -> _Built:

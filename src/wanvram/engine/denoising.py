@@ -14,11 +14,14 @@ from wanvram.engine.conditions import Inputs
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
 from wanvram.engine.residual import PinnedRows
+from wanvram.engine.shared_stages import SharedStages
+from wanvram.engine.team import team_of
 from wanvram.kernels.attention_backends import AUTO
 from wanvram.knobs import RESIDUAL_IN, chunk_rows
 from wanvram.models.dit import Attending, Prepared, Time, WanDiT
 from wanvram.request import Video
 from wanvram.sampling import SolverState
+from wanvram.sharing import SEQUENCE, Place
 
 __all__ = ["Guide", "Sampling", "Turn", "TurnPlan", "Velocities", "advance", "asked_of", "transformer", "velocities_of"]
 
@@ -76,10 +79,12 @@ def velocities_of(
     """Guided velocities v = uncond + g (cond - uncond) in float32, from one joint or two sequential forwards; without a
     negative prompt v = cond from one. The residual stream's buffers, where it waits in RAM, are there as long as these are."""
     request, strategy = config.request, config.strategy
-    dit, tokens = transformer(component), inputs.geometry.tokens(inputs.noise_shape)
-    rows = chunk_rows(tokens, strategy.rows_per_chunk)
+    dit, ranks = transformer(component), SharedStages(device)
+    tokens = inputs.geometry.tokens(inputs.noise_shape)
+    rows = _equal_chunks(device.place, tokens, chunk_rows(tokens, strategy.rows_per_chunk))
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-    asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device))}
+    team = team_of(device, tokens, dit.spec.num_heads, rows)
+    asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
     if RESIDUAL_IN.of(strategy) == "pinned":
         asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows)
 
@@ -88,11 +93,12 @@ def velocities_of(
         if strategy.cfg == "joint":
             groups = [[condition for group in groups for condition in group]]
         outputs: list[torch.Tensor] = []
-        for group in groups:
+        for group in ranks.my_guidance(groups):
             shared = latents * (len(group) // len(latents))
             outputs += dit.velocity(shared, time, group, walk=component.walk, **asked)
         if negative is None:
             return outputs
+        outputs = ranks.with_theirs(outputs)
         pairs = zip(outputs[: len(latents)], outputs[len(latents) :], strict=True)
         return [uncond.add_(cond.sub_(uncond), alpha=request.sample_guide_scale) for cond, uncond in pairs]
 
@@ -101,6 +107,14 @@ def velocities_of(
     finally:
         if "stream" in asked:
             asked.pop("stream").close()
+
+
+def _equal_chunks(place: Place, tokens: int, rows: int) -> int:
+    """Rows of a chunk where a rank has a share of the tokens: equal chunks, none of them longer than that of one GPU."""
+    if place.count(SEQUENCE) == 1:
+        return rows
+    share = -(-tokens // place.count(SEQUENCE))
+    return -(-share // -(-share // rows))
 
 
 def advance(batch: list[Sampling], velocities: Velocities, plan: TurnPlan, count: int) -> None:

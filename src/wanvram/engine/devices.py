@@ -316,7 +316,7 @@ class SimulatedDevice(Device):
             self.clock.copy_on_host(source.nbytes)
 
     def peers(self, axis: str) -> Peers:
-        return SimulatedPeers(self.place, axis, self.clock)
+        return SimulatedPeers(self.place, axis, self.memory)
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
         return self.clock.start_gather(whole.nbytes // peers.count * (peers.count - 1), peers.count - 1, after)

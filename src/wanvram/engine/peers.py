@@ -62,8 +62,8 @@ class Peers(Protocol):
         """What `pass_on` started is done for later computation. The mark keeps its tensors alive until then, and is used up."""
         ...
 
-    def send(self, tensor: Tensor, index: int) -> None:
-        """To one rank, which receives it meanwhile."""
+    def send(self, tensor: Tensor, index: int) -> Any:
+        """Starts sending to one rank; returns a mark for `wait`."""
         ...
 
     def receive(self, tensor: Tensor, index: int) -> None: ...
@@ -125,8 +125,8 @@ class TorchPeers:
             raise self._lost(error) from error
         self.exchanged.seconds += time.perf_counter() - start
 
-    def send(self, tensor: Tensor, index: int) -> None:
-        self._at_once([(index, tensor)], [])
+    def send(self, tensor: Tensor, index: int) -> Any:
+        return self._started([(index, tensor)], [])
 
     def receive(self, tensor: Tensor, index: int) -> None:
         self._at_once([], [(index, tensor)])

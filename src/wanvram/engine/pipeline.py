@@ -7,9 +7,9 @@ first and stay, as the official script does with `--offload_model False`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, groupby
 from typing import Protocol, cast
 
@@ -23,9 +23,10 @@ from wanvram.engine.devices import Device
 from wanvram.engine.first_use import use_libraries
 from wanvram.engine.keeping import Keeper
 from wanvram.engine.residency import Component
+from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.stage_progress import Count, Done, Tell, counted, counted_walk
 from wanvram.engine.vae_stages import FrameSink, decode, encode
-from wanvram.knobs import BATCH_SIZE, PRECISION, videos_per_pass
+from wanvram.knobs import BATCH_SIZE, PRECISION, T5_FSDP, videos_per_pass
 from wanvram.models.dit import Condition
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.vae_tiles import grid
@@ -96,6 +97,10 @@ class Pipeline:
     # Videos, by the first of those made together, that wait for the next transformer.
     _waiting: dict[int, list[Sampling]] = field(default_factory=dict)
 
+    @cached_property
+    def ranks(self) -> SharedStages:
+        return SharedStages(self.device)
+
     def run(self, open_sink: OpenSink) -> None:
         """`open_sink(i)` opens what takes the frames of the i-th video of `config.videos()`."""
         self.prompts = self._prompts()
@@ -115,8 +120,8 @@ class Pipeline:
     def _prompts(self) -> list[str]:
         """As an earlier process extended them, else extended now, else as they are."""
         if not self.keeper.prompts:
-            extended = self.extend(self.device, self.recorder) if self.extend else None
-            self.keeper.prompts = tuple(extended or self.config.request.all_prompts())
+            extended = self.extend(self.device, self.recorder) if self.extend and self.ranks.is_first else None
+            self.keeper.prompts = self.ranks.told(tuple(extended or self.config.request.all_prompts()))
         return list(self.keeper.prompts)
 
     def _kept_latents(self) -> list[torch.Tensor]:
@@ -128,7 +133,8 @@ class Pipeline:
         """From texts and pictures to one latent per prompt."""
         if not self.config.strategy.offload:
             for name in self._components():
-                self._load(name, parts)
+                if self._makes(name):
+                    self._load(name, parts)
         contexts = self.encode_text(parts)
         extra = self._encode_pictures(parts)
         for turn in self._turns_left():
@@ -155,6 +161,9 @@ class Pipeline:
             parts = [part.name for part in facts.parts() if part.component == model.name]
             names.append(parts[0] if len(parts) == 1 else model.name)
         return names
+
+    def _transformers(self) -> list[str]:
+        return [model.name for model in self.config.request.facts.family.transformers]
 
     def _name(self, which: str) -> str:
         """What records call a component or the half of one."""
@@ -218,12 +227,39 @@ class Pipeline:
 
     def encode_text(self, parts: Parts) -> list[torch.Tensor]:
         """`texts()` -> contexts [L, text_dim] on the device."""
-        component = self._use("text_encoder", parts)
-        with self.recorder.span("encode_text", kind="stage", component="text_encoder"):
+
+        def make(component: Component) -> list[torch.Tensor]:
             walk = counted_walk(component.walk, self.tell, "encode_text")
-            contexts = parts.encode(component, self.texts(), walk)
-        self._done_with("text_encoder")
-        return contexts
+            return parts.encode(component, self.texts(), walk)
+
+        return self._handed("encode_text", "text_encoder", parts, make, lambda: parts.stand_in_contexts(self.texts()))
+
+    def _makes(self, which: str) -> bool:
+        """Whether a component is used by this rank."""
+        if which in ("vae", "vae_decoder"):
+            return self.ranks.decodes(self._tiles())
+        return self.ranks.is_first or which in self._transformers() or self._is_everyones(which)
+
+    def _is_everyones(self, which: str) -> bool:
+        """Whether every rank has a share of a component that it needs all shares of."""
+        return which == "text_encoder" and T5_FSDP.of(self.config.strategy)
+
+    def _handed(
+        self,
+        stage: str,
+        which: str,
+        parts: Parts,
+        make: Callable[[Component], list[torch.Tensor]],
+        like: Callable[[], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """A stage's results: made here, and handed to the other ranks, or received from the first."""
+        component = self._use(which, parts) if self._makes(which) else None
+        name = self._name(which)
+        with self.recorder.span(stage, kind="stage", component=name):
+            made = self.ranks.handed(lambda: make(cast(Component, component)), like, everyone=self._is_everyones(which))
+        if component is not None:
+            self._done_with(name)
+        return made
 
     def texts(self) -> list[str]:
         """Every prompt, and the negative prompt last where it guides."""
@@ -240,40 +276,51 @@ class Pipeline:
         return _Extra()
 
     def stand_in_pictures(self, parts: Parts) -> _Extra:
-        """Uninitialised tensors in place of what `_encode_pictures` gives: for forecasts of the transformer alone."""
-        facts, specs, shape = self.config.request.facts, parts.specs, self.inputs.noise_shape[1:]
-        dtype = PRECISIONS[PRECISION.of(self.config.strategy)].matmul
+        """Uninitialised tensors in place of what `_encode_pictures` gives."""
+        facts = self.config.request.facts
         if facts.takes_source:
-            return _Extra(vace_context=self.device.empty((specs.dit.vace_in_dim, *shape), dtype))
+            return _Extra(vace_context=self._stand_in_video(parts))
         if not facts.pictures:
             return _Extra()
-        clip = (len(self.inputs.pictures), specs.image_encoder.tokens, specs.dit.clip_dim)
-        y = self.device.empty((self.inputs.geometry.image_channels, *shape), dtype)
-        return _Extra(y=y, clip_fea=self.device.empty(clip, torch.float16))
+        y = self._stand_in_video(parts)
+        return _Extra(y=y, clip_fea=parts.stand_in_features(len(self.inputs.pictures)))
+
+    def _stand_in_video(self, parts: Parts) -> torch.Tensor:
+        geometry, takes_source = self.inputs.geometry, self.config.request.facts.takes_source
+        channels = parts.specs.dit.vace_in_dim if takes_source else geometry.image_channels
+        return self.device.empty((channels, *self.inputs.noise_shape[1:]), self._matmul())
+
+    def _matmul(self) -> torch.dtype:
+        return PRECISIONS[PRECISION.of(self.config.strategy)].matmul
 
     def encode_image(self, parts: Parts) -> torch.Tensor:
-        component = self._use("image_encoder", parts)
-        with self.recorder.span("encode_image", kind="stage", component="image_encoder"):
+        def make(component: Component) -> list[torch.Tensor]:
             walk = counted_walk(component.walk, self.tell, "encode_image")
-            features = clip_features(component.module, self.device, self.inputs, walk)  # type: ignore[arg-type]
-        self._done_with("image_encoder")
-        return features
+            return [clip_features(component.module, self.device, self.inputs, walk)]  # type: ignore[arg-type]
+
+        like = lambda: [parts.stand_in_features(len(self.inputs.pictures))]  # noqa: E731
+        return self._handed("encode_image", "image_encoder", parts, make, like).pop()
 
     def encode_video(self, parts: Parts) -> torch.Tensor:
         condition = vace_context if self.config.request.facts.takes_source else image_condition
-        component = self._use("vae_encoder", parts)
-        dtype = PRECISIONS[PRECISION.of(self.config.strategy)].matmul
-        with self.recorder.span("encode_video", kind="stage", component="vae"):
+
+        def make(component: Component) -> list[torch.Tensor]:
             count = Count(self.tell, "encode_video", self._frames_to_encode(), "frames")
-            encoded = condition(partial(self._encode_frames, component, count), self.device, self.inputs, dtype)
-        self._done_with("vae")
-        return encoded
+            encode_frames = partial(self._encode_frames, component, count)
+            return [condition(encode_frames, self.device, self.inputs, self._matmul())]
+
+        return self._handed("encode_video", "vae_encoder", parts, make, lambda: [self._stand_in_video(parts)]).pop()
 
     def _frames_to_encode(self) -> int:
         """Every tile reads all frames; VACE reads a source twice."""
-        inputs, tile = self.inputs, self.config.strategy.vae_tile
+        inputs = self.inputs
         frames = len(inputs.references) + inputs.frames * (1 if inputs.source is None else 2)
-        return frames * (1 if tile is None else len(list(grid(*inputs.noise_shape[2:], (tile, tile)))))
+        return frames * (self._tiles() or 1)
+
+    def _tiles(self) -> int | None:
+        """Of a picture; None: it is taken whole."""
+        tile = self.config.strategy.vae_tile
+        return None if tile is None else len(list(grid(*self.inputs.noise_shape[2:], (tile, tile))))
 
     def _encode_frames(self, component: Component, count: Count, make_chunks: Frames) -> torch.Tensor:
         pieces = lambda: counted(make_chunks(), count, lambda piece: piece.shape[1])  # noqa: E731
@@ -368,9 +415,13 @@ class Pipeline:
         return SIMULATED_STEPS + (0 if self.alone else (steps - SIMULATED_STEPS) % STEPS_PERIOD)
 
     def _noise(self, seed: int) -> torch.Tensor:
-        generator = self.device.generator(seed)
         shape = self.inputs.noise_shape
-        return torch.randn(shape, dtype=torch.float32, device=self.device.torch_device, generator=generator)
+
+        def drawn() -> list[torch.Tensor]:
+            generator = self.device.generator(seed)
+            return [torch.randn(shape, dtype=torch.float32, device=self.device.torch_device, generator=generator)]
+
+        return self.ranks.handed(drawn, lambda: [self.device.empty(shape, torch.float32)]).pop()
 
     def _steps(self, batch: list[Sampling], component: Component, plan: TurnPlan, stage: str) -> None:
         """Advances videos through a turn, a span for each step; block spans on every `log_interval`-th."""
@@ -401,15 +452,19 @@ class Pipeline:
 
     def decode_all(self, parts: Parts, latents: list[torch.Tensor], open_sink: OpenSink) -> None:
         count = len(latents)
-        left = [index for index in range(count) if index not in self.whole]
+        left = self.ranks.told([index for index in range(count) if index not in self.whole])
         if not left:
+            return
+        if not self._makes("vae_decoder"):
+            latents.clear()
+            self.device.empty_cache()
             return
         component = self._use("vae_decoder", parts)
         for index in range(count):
             if index not in left:
                 latents.pop(0)
                 continue
-            with open_sink(index) as sink:
+            with open_sink(index) if self.ranks.is_first else nullcontext() as sink:
                 name = _numbered("decode", index)
                 with self.recorder.span(name, kind="stage", component="vae", part="decode"):
                     latent = latents.pop(0)
@@ -426,7 +481,7 @@ class Pipeline:
         """Latent -> frames, handed to the sink as they are finished; those of reference pictures are not part of the video."""
         latent = latent[:, len(self.inputs.references) :]
         count, tile = partial(Count, self.tell, stage), self.config.strategy.vae_tile
-        for frames in decode(component, self.device, self.recorder, latent, tile, count):
+        for frames in decode(component, self.ranks, self.recorder, latent, tile, count):
             if sink is not None:
                 sink.write(frames)
 

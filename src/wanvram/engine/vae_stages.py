@@ -11,10 +11,11 @@ import torch
 
 from wanvram.engine.devices import Device
 from wanvram.engine.residency import Component
+from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.stage_progress import Count
 from wanvram.engine.staging import Ferry
 from wanvram.models.vae import WanVAE
-from wanvram.models.vae_tiles import TilePiece, grid
+from wanvram.models.vae_tiles import grid
 from wanvram.recorder.recorder import Recorder
 
 __all__ = ["FrameSink", "decode", "encode"]
@@ -46,7 +47,7 @@ def encode(
 
 def decode(
     component: Component,
-    device: Device,
+    ranks: SharedStages,
     recorder: Recorder,
     latent: torch.Tensor,
     tile: int | None,
@@ -54,11 +55,15 @@ def decode(
 ) -> Iterator[torch.Tensor]:
     """Latent [16,T,h,w] -> frames for a FrameSink, each group as soon as it is complete. A step is a group or a tile.
 
-    counter(total, unit) counts the frames that have come down, or the tiles.
+    counter(total, unit) counts the frames that have come down, or the tiles. Of several ranks each decodes its tiles, and those
+    that are not the first send them to it.
     """
+    vae, device = _vae(component), ranks.device
     if tile is None:
-        return _whole(_vae(component), device, recorder, latent, counter)
-    return _tiled(_vae(component), device, recorder, latent, tile, counter)
+        return _whole(vae, device, recorder, latent, counter)
+    if ranks.is_first:
+        return _tiled(_Tiles(vae, device, recorder, latent, tile, ranks), counter)
+    return _tiles_sent(_Tiles(vae, device, recorder, latent, tile, ranks), counter)
 
 
 def _vae(component: Component) -> WanVAE:
@@ -91,40 +96,81 @@ def _frames(vae: WanVAE, latent: torch.Tensor) -> int:
     return vae.group * (latent.shape[1] - 1) + 1
 
 
-def _tiled(
-    vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor, tile: int, counter: Counter
-) -> Iterator[torch.Tensor]:
+class _Tiles:
+    """The tiles of a latent's decoding, and the way down of those that this rank makes."""
+
+    def __init__(
+        self, vae: WanVAE, device: Device, recorder: Recorder, latent: torch.Tensor, tile: int, ranks: SharedStages
+    ) -> None:
+        self.device, self.recorder, self.ranks = device, recorder, ranks
+        self.areas = [area.scaled(vae.scale) for area in grid(latent.shape[2], latent.shape[3], (tile, tile))]
+        self.mine = ranks.my_tiles(len(self.areas))
+        self.groups, self.frames = latent.shape[1], _frames(vae, latent)
+        self.size = latent.shape[2] * vae.scale, latent.shape[3] * vae.scale
+        # two: fetching features must not wait for the pieces on their way
+        features, self.ferry = Ferry(device), Ferry(device)
+        self.pieces = vae.decode_tiles(latent, (tile, tile), features.park, features.fetch, self.mine)
+
+    def place(self, frames: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
+        """Sends the next piece down to its place in frames [t,H,W,3] on the host, whose first pixel is `corner`; returns its frames."""
+        piece = next(self.pieces)
+        part = _to_uint8(piece.pixels)
+        count, height, width, _ = part.shape
+        top, left = piece.top - corner[0], piece.left - corner[1]
+        group = frames[piece.first_frame : piece.first_frame + count]
+        self.ferry.down(part, group[:, top : top + height, left : left + width])
+        return group
+
+    def empty(self, size: tuple[int, int]) -> torch.Tensor:
+        return self.device.host_empty((self.frames, *size, 3), torch.uint8)
+
+
+def _tiled(tiles: _Tiles, counter: Counter) -> Iterator[torch.Tensor]:
     """A tile runs through all frames before the next begins, so the video is put together on the host in uint8.
 
-    That is 3 bytes a pixel: 214 MiB for 81 frames of 1280x720. The last tile completes group after group.
+    That is 3 bytes a pixel: 214 MiB for 81 frames of 1280x720. The last tile completes group after group, unless others send it.
     """
-    groups = latent.shape[1]
-    height, width = latent.shape[2] * vae.scale, latent.shape[3] * vae.scale
-    video = device.host_empty((_frames(vae, latent), height, width, 3), torch.uint8)
-    features, ferry = Ferry(device), Ferry(device)  # two: fetching features must not wait for the pieces on their way
-    pieces = vae.decode_tiles(latent, (tile, tile), park=features.park, fetch=features.fetch)
-    tiles = len(list(grid(latent.shape[2], latent.shape[3], (tile, tile))))
-    count = counter(tiles, "tiles")
-    for number in range(tiles):
-        with recorder.span(f"tile {number}", kind="step", component="vae"):
+    video, count = tiles.empty(tiles.size), counter(len(tiles.mine), "tiles")
+    total = len(tiles.areas)
+    for number in tiles.mine:
+        with tiles.recorder.span(f"tile {number}", kind="step", component="vae"):
             finished: deque[torch.Tensor] = deque()
-            for _ in range(groups):
-                finished.append(_place(ferry, video, next(pieces)))
-                if number == tiles - 1 and len(finished) > 1:
-                    ferry.land(leave=1)
+            for _ in range(tiles.groups):
+                finished.append(tiles.place(video, (0, 0)))
+                if number == total - 1 and len(finished) > 1:
+                    tiles.ferry.land(leave=1)
                     yield finished.popleft()
+            for rank, other in tiles.ranks.others_tiles(number, total):
+                _receive(tiles, video, rank, other)
         count.add()
-    ferry.land()
-    yield finished.popleft()
+    tiles.ferry.land()
+    yield from finished
 
 
-def _place(ferry: Ferry, video: torch.Tensor, piece: TilePiece) -> torch.Tensor:
-    """Sends a piece down to its place in the video on the host; returns the view of its frames."""
-    part = _to_uint8(piece.pixels)
-    count, height, width, _ = part.shape
-    frames = video[piece.first_frame : piece.first_frame + count]
-    ferry.down(part, frames[:, piece.top : piece.top + height, piece.left : piece.left + width])
-    return frames
+def _receive(tiles: _Tiles, video: torch.Tensor, rank: int, number: int) -> None:
+    area = tiles.areas[number]
+    frames = tiles.empty(area.size)
+    tiles.ranks.world.receive(frames, rank)
+    rows, columns = area
+    tiles.device.copy_on_host(video[:, rows.start : rows.stop, columns.start : columns.stop], frames)
+
+
+def _tiles_sent(tiles: _Tiles, counter: Counter) -> Iterator[torch.Tensor]:
+    """No frames here: each tile travels while the next one is made."""
+    count, travelling = counter(len(tiles.mine), "tiles"), None
+    for number in tiles.mine:
+        area = tiles.areas[number]
+        with tiles.recorder.span(f"tile {number}", kind="step", component="vae"):
+            frames = tiles.empty(area.size)
+            for _ in range(tiles.groups):
+                tiles.place(frames, (area.rows.start, area.columns.start))
+            tiles.ferry.land()
+            if travelling is not None:
+                tiles.ranks.world.wait(travelling)
+            travelling = tiles.ranks.world.send(frames, 0)
+        count.add()
+    tiles.ranks.world.wait(travelling)
+    yield from ()
 
 
 def _to_uint8(frames: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ runs tile by tile, every tile over all frames with a stream of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -183,15 +183,21 @@ class WanVAE(nn.Module):
             del frames  # the caller's alone while the next group is computed
 
     def decode_tiles(
-        self, z: Tensor, tile: tuple[int, int], park: Move = stay, fetch: Move = stay
+        self,
+        z: Tensor,
+        tile: tuple[int, int],
+        park: Move = stay,
+        fetch: Move = stay,
+        of: Sequence[int] | None = None,
     ) -> Iterator[TilePiece]:
         """What `decode` gives, in parts of at most tile = (rows, columns) latent pixels: every tile from first frame to last.
 
-        Equal to `decode` but for the order of additions (1e-5); needs the temporal caches of one tile only.
+        Equal to `decode` but for the order of additions (1e-5); needs the temporal caches of one tile only. of: these tiles only.
         """
         self._check_latents(z)
         kept = self._start_all(z, park)
-        for area in grid(z.shape[2], z.shape[3], tile):
+        areas = list(grid(z.shape[2], z.shape[3], tile))
+        for area in areas if of is None else [areas[number] for number in of]:
             yield from self._decode_tile(kept, area.scaled(self.scale), fetch)
 
     def _start_all(self, z: Tensor, park: Move) -> list[Tensor]:

@@ -97,6 +97,10 @@ def execute(
     prediction yet, in a process beside the run. Raises InputError, CheckpointError or DeviceError before anything is loaded.
     """
     check_measurement(config)
+    require(
+        config.gpus == 1 or output.world is not None,
+        f"{config.gpus} GPUs need a process each: start them with torchrun, or with --gpus of wanvram generate or profile",
+    )
     config = _seeded(config)
     beside = _beside(config, output, predict)
     # Before the device: its CUDA context would look like somebody else's where the driver does not tell processes apart.
