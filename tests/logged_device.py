@@ -71,6 +71,10 @@ class Births(TorchDispatchMode):
         yield
         self._place = before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as simulate.memory
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         host = self._place == "host"
