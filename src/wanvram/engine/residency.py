@@ -241,7 +241,7 @@ class Component:
 
     def _home(self, home: str, largest: int, *, paced: bool) -> Home:
         own: Home
-        if home == "pinned" and paced:
+        if home == "pinned" and paced and self._peers is None:  # a run is short enough, and gathered once it is whole
             own = self._paced = PacedHome(self.device, self._masters)
         elif home in ("pinned", "device"):
             own = PinnedHome(self.device, self._masters)
