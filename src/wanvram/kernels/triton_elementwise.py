@@ -81,7 +81,7 @@ def _turned(even, odd, factor, weight, cos, sin, dtype: tl.constexpr):
 
 
 @triton.jit
-def _turn_row(
+def _turn_row_kernel(
     row_ptr,
     weight_ptr,
     cos_ptr,
@@ -129,7 +129,9 @@ def _rms_norm_rope_kernel(
         total += x * x
     factor = 1.0 / tl.sqrt(tl.sum(total) / (2 * num_heads * head_pairs) + eps)
     table = row * table_stride
-    _turn_row(x_ptr, weight_ptr, cos_ptr + table, sin_ptr + table, factor, num_heads, head_pairs, GROUPS, HEADS, DIM)
+    _turn_row_kernel(
+        x_ptr, weight_ptr, cos_ptr + table, sin_ptr + table, factor, num_heads, head_pairs, GROUPS, HEADS, DIM
+    )
 
 
 @triton.jit
@@ -159,7 +161,9 @@ def _scaled_rope_kernel(
     x_ptr += row * x_stride
     table = row * table_stride
     factor = tl.load(inverse_ptr + row)
-    _turn_row(x_ptr, weight_ptr, cos_ptr + table, sin_ptr + table, factor, num_heads, head_pairs, GROUPS, HEADS, DIM)
+    _turn_row_kernel(
+        x_ptr, weight_ptr, cos_ptr + table, sin_ptr + table, factor, num_heads, head_pairs, GROUPS, HEADS, DIM
+    )
 
 
 @triton.jit
