@@ -180,7 +180,7 @@ class Device(Placing, Copying, Measuring, Booking):
         """
         if self._weight_peers is None:
             self._weight_peers = peers = self._weight_connections()
-            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+            self.wait(self.gather_beside(peers, self.empty((peers.count,), torch.uint8), self.mark()))
             self.hold_to_limit()
         return self._weight_peers
 
