@@ -24,7 +24,7 @@ BUDGETS = {
     "cli": 2480,
     "engine": 3720,
     "foreign": 3550,
-    "kernels": 1390,
+    "kernels": 1410,
     "machine": 1170,
     "matrix": 675,
     "media": 625,
