@@ -109,6 +109,7 @@ class ForeignMemory(TimedMemory):
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
         self._pinned_real: set[int] = set()
+        self._unpinned: Counter[int] = Counter()  # sizes of pinned blocks that are free
         self._deaths: dict[int, _Death] = {}
         self._most_reserved = -1  # for which peak_device_bytes is known
 
@@ -200,6 +201,17 @@ class ForeignMemory(TimedMemory):
         if name not in self._loaded:
             super().load_library(name)
             self._most_reserved = -1
+
+    def _pin(self, nbytes: int) -> int:
+        """As PyTorch's allocator of pinned memory: the next power of two, which it keeps for the next of that size."""
+        size = 1 << (nbytes - 1).bit_length()
+        if self._unpinned[size]:
+            self._unpinned[size] -= 1
+            return size
+        return super()._pin(size)
+
+    def _unpin(self, nbytes: int) -> None:
+        self._unpinned[nbytes] += 1
 
     def _pin_changed(self) -> None:
         super()._pin_changed()
