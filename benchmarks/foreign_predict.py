@@ -33,6 +33,7 @@ from nvml_watch import watch
 
 MIB = 2**20
 MOST_SECONDS = 900.0  # of a case
+MOST_OF_DEVICE = 3.0  # percent of NVML's figure, where PyTorch's own are as stated
 FIGURES = ("base_bytes", "allocated_bytes", "reserved_bytes")
 
 
@@ -61,7 +62,7 @@ def run_case(name: str) -> dict[str, Any]:
     }
 
 
-def here(name: str, card: str | None) -> None:
+def here(name: str, card: str | None) -> int:
     """One case in this process; its figures are the last line of stdout."""
     if card is None:
         row = run_case(name)
@@ -75,6 +76,7 @@ def here(name: str, card: str | None) -> None:
         row |= {"below_bytes": max(buffers.ranged.values(), default=0), "above_bytes": buffers.above_bytes}
         row |= {"basis": gpu.peak.basis, "device_bytes": gpu.peak.device_bytes}
     print(json.dumps(row))
+    return 0
 
 
 def in_process(name: str, card: str | None) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def in_process(name: str, card: str | None) -> dict[str, Any]:
     return found | more
 
 
-def collect(args: argparse.Namespace, card: str | None) -> None:
+def collect(args: argparse.Namespace, card: str | None) -> int:
     """Rows of all chosen cases into one file, written after each."""
     target, start = args.target, time.monotonic()
     rows: dict[str, Any] = json.loads(target.read_text())["cases"] if target.exists() else {}
@@ -110,6 +112,7 @@ def collect(args: argparse.Namespace, card: str | None) -> None:
         target.write_text(json.dumps(document, indent=1) + "\n")
         print(f"{name:34s} {shown(rows[name])}", flush=True)
     print(f"Wrote {target}")
+    return 1 if any("error" in row for row in rows.values()) else 0
 
 
 def chosen(only: str) -> list[str]:
@@ -125,8 +128,9 @@ def shown(row: dict[str, Any]) -> str:
     return " ".join(f"{row[key] / MIB:12.2f}" for key in FIGURES) + f" {row['seconds']:8.1f} s"
 
 
-def judge(predicted_file: Path, measured_file: Path) -> None:
-    """Every measured case beside its prediction, errors in percent of the measured; misses are named."""
+def judge(predicted_file: Path, measured_file: Path) -> int:
+    """Every measured case beside its prediction, errors in percent of the measured; misses are named, and exit with 1."""
+    missed = 0
     predicted, measured = (json.loads(path.read_text())["cases"] for path in (predicted_file, measured_file))
     print(f"{'case':34s} {'allocated MiB':>14s} {'error':>9s} {'reserved MiB':>14s} {'error':>9s}  stated")
     for name, row in measured.items():
@@ -138,15 +142,15 @@ def judge(predicted_file: Path, measured_file: Path) -> None:
         for key in FIGURES[1:]:
             error = (forecast[key] - row[key]) / row[key] * 100
             cells.append(f"{row[key] / MIB:14.2f} {error:+8.3f}%")
-        print(f"{name:34s} {' '.join(cells)}  {verdict(forecast, row)}{of_device(forecast, row)}")
-
-
-def of_device(forecast: dict[str, Any], row: dict[str, Any]) -> str:
-    """NVML's figure beside the predicted, where both are there."""
-    if "device_bytes" not in row or "device_bytes" not in forecast:
-        return ""
-    told = row["device_bytes"]
-    return f"  device {told / MIB:.1f} MiB {(forecast['device_bytes'] - told) / told * 100:+.2f}%"
+        found, device = verdict(forecast, row), ""
+        if "device_bytes" in row and "device_bytes" in forecast:
+            error = (forecast["device_bytes"] - row["device_bytes"]) / row["device_bytes"] * 100
+            device = f"  device {row['device_bytes'] / MIB:.1f} MiB {error:+.2f}%"
+            found = "MISSED" if found == "ok" and abs(error) > MOST_OF_DEVICE else found
+        print(f"{name:34s} {' '.join(cells)}  {found}{device}")
+        missed += found == "MISSED"
+    print(f"{missed} missed")
+    return 1 if missed else 0
 
 
 def verdict(forecast: dict[str, Any], row: dict[str, Any]) -> str:
@@ -183,16 +187,16 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
-    actions: dict[str, Callable[[], None]] = {
+    actions: dict[str, Callable[[], int]] = {
         "predict": lambda: collect(args, args.gpu),
         "measure": lambda: collect(args, None),
         "judge": lambda: judge(args.predicted, args.measured),
         "here": lambda: here(args.name, args.card),
     }
-    actions[args.verb]()
+    return actions[args.verb]()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
