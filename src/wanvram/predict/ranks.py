@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
+from wanvram.engine.symmetric import BUFFER_BYTES
 from wanvram.knobs import ROWS_PER_CHUNK, VAE_TILE, chunk_rows, shares_weights
 from wanvram.media.inputs import prepare_inputs
 from wanvram.models.vae_tiles import grid
 from wanvram.record import Failure, RankRecord, RunRecord
-from wanvram.sharing import CFG, RING, SEQUENCE, Sequence, size
+from wanvram.sharing import CFG, RING, SEQUENCE, ULYSSES, WORLD, Sequence, size
 from wanvram.simulate.links import Link, communication_bytes
 from wanvram.spans import Span
 from wanvram.specs import DIT
@@ -61,16 +62,25 @@ def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> list[object]:
 
 
 def communication_of(config: RunConfig, link: Link) -> int:
-    """Bytes of each card that NCCL takes; 0 of one."""
-    return communication_bytes(link, config.gpus, shards=shares_weights(config.strategy))
+    """Bytes of each card that NCCL takes, or the rooms from which others copy; 0 of one."""
+    shards = shares_weights(config.strategy)
+    if config.gpus == 1 or not link.copies:
+        return communication_bytes(link, config.gpus, shards=shards)
+    place = config.place(0)
+    rooms: set[tuple[object, ...]] = {
+        (place.members(axis), "") for axis in (WORLD, ULYSSES, SEQUENCE) if place.count(axis) > 1
+    }
+    rooms |= {(place.members(axis), "passing") for axis in (RING, CFG) if place.count(axis) > 1}
+    return (len(rooms) + shards) * BUFFER_BYTES
 
 
 def communication_note(config: RunConfig, link: Link) -> str:
     """What joins the ranks, and what that takes of each card."""
-    basis = "measured on two H200s" if config.gpus == 2 and link.channels != 2 else "computed from two H200s"
+    basis = "measured on two H200s" if config.gpus == 2 else "computed from two H200s"
+    what = "buffers that others read" if link.copies else f"NCCL ({basis})"
     return (
         f"link: {link.name}, {link.bytes / 1e9:.3g} GB/s each way, {link.source}; "
-        f"NCCL takes {human(communication_of(config, link))} of each card, {basis}"
+        f"{what}: {human(communication_of(config, link))} of each card"
     )
 
 
