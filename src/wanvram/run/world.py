@@ -54,6 +54,7 @@ class World:
         self._bulletin = bulletin
         self._peers = peers
         self._step_ended = 0.0
+        self.communication_bytes: int | None = None  # that exchanges take of this rank's GPU
 
     def file(self, name: str) -> str:
         """What a file of the run directory is called that every rank writes: record.json, record.rank1.json."""
@@ -82,6 +83,7 @@ class World:
                 f"{EXCHANGE.asked(asked)}: {missing or 'nothing but GPUs exchange so'}; use {EXCHANGE.asked('auto')}"
             )
         nccl = cuda and (asked == "nccl" or missing is not None)
+        before = _outside(device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=store_for_tensors(TENSOR_TIMEOUT),
@@ -93,6 +95,7 @@ class World:
         if isinstance(device, CudaDevice):
             device.exchanges_by_copies = not nccl
         device.connect(weights=shares_weights(strategy))
+        self.communication_bytes = max(0, _outside(device) - before) if cuda else None
         return f"the GPUs exchange by NCCL, which takes more of their memory: {missing}" if missing else None
 
     def _missing_for_copies(self) -> str | None:
@@ -210,6 +213,7 @@ def together(record: RunRecord, world: World, exchanged: Exchanged) -> None:
         exchanged.nbytes,
         exchanged.seconds,
         record.failure,
+        world.communication_bytes,
     )
     if record.failure is not None:
         world.watchdog.stop()
@@ -246,6 +250,11 @@ def _come(bulletin: Bulletin, join_seconds: float) -> list[Present]:
             )
         time.sleep(POLL_SECONDS)
     return [come[rank] for rank in sorted(come)]
+
+
+def _outside(device: Device) -> int:
+    """Device memory of this process beside the allocator's."""
+    return (device.meter.device_memory() or 0) - device.meter.read().reserved_bytes
 
 
 def _exit_code(error: BaseException) -> int:
