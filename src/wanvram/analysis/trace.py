@@ -72,8 +72,7 @@ class _Collector(Kept):
     def __init__(self, name: str) -> None:
         super().__init__()
         self._name = name
-        self.records = self.uncategorised = 0
-        self.objects = 0  # events that are at least objects with a phase, whatever else they hold
+        self.records = self.uncategorised = self.phases = 0  # phases: events that have one, whatever else they hold
         self.left_out: Counter[str] = Counter()
         self.firsts: dict[str, str] = {}
         self._kinds: dict[str, int] = dict(_KINDS)
@@ -98,7 +97,7 @@ class _Collector(Kept):
 
     def _take(self, event: dict[str, Any]) -> None:
         category, phase = event.get("cat"), event.get("ph")
-        self.objects += phase.__class__ is str
+        self.phases += phase.__class__ is str
         kind = self._kinds.get(category) if category.__class__ is str else None
         if kind is None:
             if event.get("name") == "[memory]":
@@ -294,7 +293,7 @@ def read_trace(path: Path) -> TraceSummary:
     if not collector.events:
         raise InputError(f"{shown(path)} holds no events: nothing was recorded while the profiler ran")
     read = collector.events - sum(collector.left_out.values())
-    if not read and not collector.objects:
+    if not read and not collector.phases:
         first = next(iter(collector.firsts.values()))
         raise InputError(f"{shown(path)} is no torch.profiler trace: none of its events can be read; {first}")
     collector.join_halves()
