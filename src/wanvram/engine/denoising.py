@@ -83,7 +83,8 @@ def velocities_of(
     tokens = inputs.geometry.tokens(inputs.noise_shape)
     rows = _equal_chunks(device.place, tokens, chunk_rows(tokens, strategy.rows_per_chunk))
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-    team = team_of(device, tokens, dit.spec.num_heads, rows)
+    # Half of them, as another chunk travels while one attends: 14B at 720P on two GPUs then takes what whole chunks in turn do.
+    team = team_of(device, tokens, dit.spec.num_heads, -(-rows // 2))
     asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
     if RESIDUAL_IN.of(strategy) == "pinned":
         asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows)

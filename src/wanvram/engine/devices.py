@@ -194,7 +194,7 @@ class Device(Placing, Copying, Measuring, Booking):
 
     def exchanged(self) -> Exchanged:
         """With other ranks since the start."""
-        return self._exchanged
+        return self._exchanged.settle()
 
     @cached_property
     def _exchanged(self) -> Exchanged:
