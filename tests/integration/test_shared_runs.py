@@ -79,6 +79,9 @@ CASES = (
     ),
     case("t2v-1.3B", 2, 1, 1, request={"sample_guide_scale": 1.0}, **STREAMED),
     case("t2v-1.3B", 2, 1, 1, **STREAMED, cfg="joint"),
+    case("t2v-1.3B", 2, 1, 1, **STREAMED, dit_fsdp=True, t5_fsdp=True),
+    case("t2v-1.3B", 1, 1, 2, **RESIDENT, dit_fsdp=True, vae_tile=8),
+    case("t2v-1.3B", 1, 2, 1, load_strategy="block", offload=True, weights_in="disk", dit_fsdp=True),
     case("i2v-14B", 2, 1, 1, **STREAMED),
     case("i2v-14B", 1, 1, 2, **STREAMED),
     case("flf2v-14B", 1, 2, 1, **STREAMED),
@@ -89,6 +92,7 @@ CASES = (
     case("t2v-1.3B", 1, 4, 1, **RESIDENT, rows_per_chunk=5),
     case("t2v-1.3B", 2, 1, 2, **STREAMED, rows_per_chunk=5),
     case("t2v-1.3B", 1, 2, 2, **RESIDENT),
+    case("t2v-1.3B", 2, 1, 2, **STREAMED, dit_fsdp=True),
     case("i2v-14B", 2, 1, 2, **STREAMED),
     case("flf2v-14B", 4, 1, 1, **STREAMED),
     case("vace-1.3B", 2, 2, 1, **STREAMED, rows_per_chunk=5),
@@ -164,7 +168,8 @@ def together(world: int) -> list[dict[Case, Made]]:
 
 @cache
 def alone(case: Case) -> Made:
-    return run(replace(case, sizes=(1, 1, 1)), LoggedDevice())
+    strategy = tuple((name, value) for name, value in case.strategy if not name.endswith("fsdp"))
+    return run(replace(case, sizes=(1, 1, 1), strategy=strategy), LoggedDevice())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
