@@ -38,7 +38,7 @@ from typing import Any
 from nvml_watch import gpu_facts, gpu_of
 from provenance import ResultFile, circumstances, conclude
 
-__all__ = ["CASES", "Case", "judge", "sampled", "timed"]
+__all__ = ["CASES", "Case", "judge", "profile", "run_beside", "said", "sampled", "steps_of", "timed"]
 
 SCRIPTS = ("attention_backends.py", "nvml_watch.py", "provenance.py")
 GIB = 2**30
@@ -506,9 +506,14 @@ def steps_of(record: Mapping[str, Any]) -> tuple[float, float]:
 
 def measured(case: Case, backend: str, predicted: Mapping[str, Any], scratch: Path, **environment: str) -> Row:
     """One run on the GPU beside its prediction."""
-    row: Row = {"part": case.name, "kind": "run", "backend": backend, "predicted_step_seconds": steps_of(predicted)[1]}
+    about = {"part": case.name, "kind": "run", "backend": backend}
+    return about | run_beside(case.config(backend), predicted, scratch, **environment)
+
+
+def run_beside(config: Mapping[str, Any], predicted: Mapping[str, Any], scratch: Path, **environment: str) -> Row:
+    row: Row = {"predicted_step_seconds": steps_of(predicted)[1]}
     with sampled(row):
-        record = profile(case.config(backend), scratch, "cuda", **environment)
+        record = profile(config, scratch, "cuda", **environment)
     if isinstance(record, str) or record["failure"]:
         return row | {"failure": record if isinstance(record, str) else record["failure"]["message"]}
     first, steady = steps_of(record)

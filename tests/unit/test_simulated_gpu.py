@@ -72,6 +72,19 @@ def test_meta_stays_meta_and_takes_nothing() -> None:
             model.cuda()
 
 
+def test_tied_weights_stay_tied_on_their_way_to_the_card_and_part_when_meta_becomes_empty() -> None:
+    """Module._apply makes new parameters where `.data` cannot be set: Wan's text encoder had its table twice on an H200."""
+    with simulated_gpu("rtx4090"):
+        for tied, copies in ((torch.device("cpu"), 1), (torch.device("meta"), 2)):
+            with tied:
+                model = nn.Sequential(nn.Embedding(4096, 64), nn.Linear(64, 4096, bias=False))
+                model[1].weight = model[0].weight
+            model = model.cuda() if copies == 1 else model.to_empty(device="cuda")
+            assert (model[1].weight is model[0].weight) == (copies == 1)
+            assert allocated() == copies * MIB
+            del model
+
+
 def test_the_default_device_decides_where_a_module_is_built() -> None:
     with simulated_gpu("rtx4090"):
         with torch.device("cuda"):
@@ -206,6 +219,19 @@ def test_the_fraction_of_a_process_is_a_cap() -> None:
         torch.cuda.set_per_process_memory_fraction(64 * MIB / torch.cuda.mem_get_info()[1])
         with pytest.raises(SimulatedOutOfMemory):
             torch.empty(100 * MIB, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize(("given", "copied"), [("contiguous", 1), ("channels_last", 0)])
+def test_a_convolution_of_channels_last_weights_copies_an_input_that_lies_otherwise(given: str, copied: int) -> None:
+    """GroupNorm gives contiguous tensors: Flux's VAE in channels_last took 256 MiB more on an H200 than without the copy."""
+    layout = getattr(torch, f"{given}_format" if given == "contiguous" else given)
+    with simulated_gpu("h200") as gpu, torch.no_grad():
+        model = nn.Conv2d(64, 64, 1, bias=False).cuda().half().to(memory_format=torch.channels_last)
+        x = torch.empty(1, 64, 128, 128, device="cuda", dtype=torch.half).to(memory_format=layout)
+        before = allocated()
+        y = model(x)
+        assert y.stride() == (1 << 20, 1, 64 * 128, 64)
+        assert gpu.peak.allocated_bytes - before == (1 + copied) * 2 * MIB + 512
 
 
 def test_attention_takes_no_square_of_its_length() -> None:

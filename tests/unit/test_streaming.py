@@ -19,7 +19,7 @@ from torch import Tensor
 from queue_device import AT_ONCE, COMPUTE, COPIES, Mark, QueueDevice
 from toy_component import reading_threads
 from wanvram.engine.devices import CpuDevice
-from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
+from wanvram.engine.streaming import Home, PacedHome, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import CheckpointError, WanvramError
 
 pytestmark = pytest.mark.timeout(60)  # what waits for a copy or a thread that never ends must fail, not hang
@@ -53,8 +53,8 @@ def failing(error: Exception) -> Callable[..., None]:
 
 
 def home_of(kind: str, device: CpuDevice, pieces: list[Piece], read: Callable[..., None] = read_piece) -> Home:
-    if kind == "pinned":
-        return PinnedHome(device, {piece: piece.master() for piece in pieces})
+    if kind in ("pinned", "paced"):
+        return (PinnedHome if kind == "pinned" else PacedHome)(device, {piece: piece.master() for piece in pieces})
     return StagedHome(device, max(piece.nbytes for piece in pieces), read)
 
 
@@ -114,7 +114,7 @@ def walks(draw: st.DrawFn) -> list[tuple[list[int], int]]:
 @given(
     plan=walks(),
     sizes=st.lists(st.integers(0, 40), min_size=6, max_size=6),
-    kind=st.sampled_from(["pinned", "staged"]),
+    kind=st.sampled_from(["pinned", "paced", "staged"]),
     haste=st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0])),
     broken=st.sets(st.integers(1, 25), max_size=4),
     seed=st.integers(0, 2**16),
@@ -149,6 +149,8 @@ def test_computation_sees_the_piece_it_asked_for_in_any_order_of_the_queues(
             for piece, slot in zip(walked[:limit], slots, strict=False):
                 reader.visit(piece, slot)
                 visited += 1
+                if isinstance(ring.home, PacedHome):
+                    ring.home.advance(2 + visited % 2)
             assert kind == "staged" or visited == min(limit, len(walked))
     ring.close()
     assert not device.queues[COPIES], "no copy is under way when the memory is given back"
@@ -172,6 +174,25 @@ def test_a_slot_is_not_overwritten_before_its_piece_is_done(kind: str) -> None:
         else:
             with pytest.raises(AssertionError, match="instead of piece 1"):
                 device.reader_waits(Mark(COMPUTE, device.queued[COMPUTE]))
+
+
+def test_a_paced_home_sends_parts_as_it_is_told_and_the_rest_when_it_is_needed() -> None:
+    device, pieces = QueueDevice(), pieces_of(9, 8)
+    home = home_of("paced", device, pieces)
+    assert isinstance(home, PacedHome)
+    slots = [torch.zeros(piece.nbytes, dtype=torch.uint8) for piece in pieces]
+    coming = [home.fetch(piece, slot, None) for piece, slot in zip(pieces, slots, strict=True)]
+    assert device.queued[COPIES] == 0
+    for _ in range(3):
+        home.advance(4)  # parts of 3 bytes: the first piece is whole after three
+    home.advance(4)
+    device.finish()
+    assert [slot.tolist() for slot in slots] == [[1] * 9, [2] * 2 + [0] * 6]
+    device.reader_waits(coming[1].result())
+    assert slots[1].tolist() == [2] * 8
+    assert device.queued[COPIES] == 5
+    home.advance(4)  # nothing is left
+    assert device.queued[COPIES] == 5
 
 
 def test_only_as_much_is_copied_as_the_piece_has() -> None:

@@ -87,7 +87,7 @@ def velocities_of(
     team = team_of(device, tokens, dit.spec.num_heads, -(-rows // 2))
     asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
     if RESIDUAL_IN.of(strategy) == "pinned":
-        asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows)
+        asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows, component.between_rows)
 
     def velocities(latents: list[torch.Tensor], time: Time, conditions: list[Prepared]) -> list[torch.Tensor]:
         groups = [conditions, [negative] * len(latents)] if negative is not None else [conditions]

@@ -20,7 +20,7 @@ from wanvram.engine.layout import Layout
 from wanvram.engine.packing import NOWHERE, Fp8, Packing
 from wanvram.engine.peers import Peers
 from wanvram.engine.shards import WHOLE, Shard, ShardHome, fill_run, touched
-from wanvram.engine.streaming import Home, PinnedHome, SlotRing, StagedHome
+from wanvram.engine.streaming import Home, PacedHome, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
 from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
@@ -145,6 +145,7 @@ class Component:
         shell = [(n, p) for n, p in module.named_parameters() if id(p) not in placed]
         self._shell = _Part(module, module, Layout.of(shell), tuple(shell))
         self._ring: SlotRing | None = None
+        self._paced: PacedHome | None = None
         self._masters: dict[_Part, torch.Tensor] = {}
         self._read: set[_Part] = set()  # from disk, at least once
         self._source: TensorSource | None = None
@@ -194,7 +195,8 @@ class Component:
             given = zip(self._units.values(), lanes, strict=True) if lanes else ()
             through = {part: lane for part, lane in given if part.flat is None}
             slot = self._shard.whole_bytes(largest)
-            self._ring = SlotRing(self.device, self._home(home, largest), slot, through, self._slot_bytes)
+            own = self._home(home, largest, paced=bool(lanes))
+            self._ring = SlotRing(self.device, own, slot, through, self._slot_bytes)
         self._make_room()
 
     def load_host(self, source: TensorSource | None) -> None:
@@ -216,6 +218,7 @@ class Component:
             for part in self._parts():
                 part.clear()
             self._masters.clear()
+            self._paced = None
             self._source = self._room = None
             self._on_host = False
             self._shard, self._peers = WHOLE, None
@@ -236,9 +239,11 @@ class Component:
         if largest:
             self._room = self.device.empty((largest,), torch.uint8)
 
-    def _home(self, home: str, largest: int) -> Home:
+    def _home(self, home: str, largest: int, *, paced: bool) -> Home:
         own: Home
-        if home in ("pinned", "device"):
+        if home == "pinned" and paced:
+            own = self._paced = PacedHome(self.device, self._masters)
+        elif home in ("pinned", "device"):
             own = PinnedHome(self.device, self._masters)
         else:
             read = self._read_from_disk if home == "disk" else self._read_from_ram
@@ -355,6 +360,13 @@ class Component:
         count = min(count, len(groups))
         chosen = {g for i, g in enumerate(groups) if (i + 1) * count // len(groups) > i * count // len(groups)}
         return [part for part in self._units.values() if part.group in chosen]
+
+    def between_rows(self, chunks: int) -> None:
+        """One of so many chunks of the residual stream has been asked for: the next part of the weights may follow it."""
+        if self._paced is not None:
+            self._paced.advance(
+                max(1, chunks - 1)
+            )  # whole before the last chunk, which computes while nothing is awaited
 
     # --- visiting ------------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ SLOTS = 3  # one computes, one is being filled, one is on its way back: hidden w
 class PinnedRows:
     """A stream float32 [length, dim] that `rows` takes through the device again and again (models.dit_regrouped.RowStream).
 
-    Passes have one order, so that the first chunks of the next are on their way while the last of this one compute.
+    Passes have one order, so that the first chunks of the next are on their way while the last of this one compute. `between`
+    is told after every chunk how many there are: what else has to be copied may follow it.
     """
 
-    def __init__(self, device: Device, length: int, dim: int, rows: int | None) -> None:
+    def __init__(
+        self, device: Device, length: int, dim: int, rows: int | None, between: Callable[[int], None] = lambda _: None
+    ) -> None:
         """Raises DeviceError where RAM cannot hold it."""
         needed, room = length * dim * torch.float32.itemsize, device.host_room()
         if room is not None and needed > room:
@@ -32,7 +35,7 @@ class PinnedRows:
                 f"the residual stream needs {human(needed)} of RAM and {human(room)} are available; "
                 f"use {RESIDUAL_IN.asked('device')}"
             )
-        self.device = device
+        self.device, self.between = device, between
         self._chunks = list(chunks(length, rows))
         self._host = device.host_empty((length, dim), torch.float32, pinned=True)
         most = self._chunks[0].stop
@@ -56,6 +59,7 @@ class PinnedRows:
                 self._free[slot] = self.device.write_back(self._host[chunk], x, self._free[slot])
                 self._written[index] = self._free[slot]
             self._visits += 1
+            self.between(len(self._chunks))  # before the next read, which waits for what has just begun to be written
             ahead = index + len(self._slots)
             if reads if ahead < len(self._chunks) else writes:
                 self._read(visit + len(self._slots))

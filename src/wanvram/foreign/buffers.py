@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wanvram.foreign.layouts import layout_of
+from wanvram.foreign.layouts import as_channels_last, suggests_channels_last
 from wanvram.foreign.measured import MeasuredTable
 from wanvram.simulate.convolutions import Convolution
 from wanvram.simulate.gpus import GPU
@@ -74,12 +74,12 @@ class ForeignBuffers(LibraryBuffers):
         taken = None if self.measured is None else self.measured.taken(operation, args, kwargs)
         if taken is None:
             return None
-        copied: tuple[int, ...] = ()
-        if operation == "aten.convolution.default" and layout_of(args[0]) == "strided":
-            copied = (min(taken, args[0].numel() * args[0].itemsize),)
-            taken -= copied[0]
-        loads = ("cudnn",) if operation == "aten.convolution.default" else ()
-        return BufferPlan(before=copied, during=(taken,) if taken else (), loads=loads)
+        if operation != "aten.convolution.default":
+            return BufferPlan(during=(taken,) if taken else ())
+        x, weight = args[:2]
+        copied = tuple(min(taken, nbytes) for nbytes in _copied(x, _in_channels_last(x, weight)))
+        rest = taken - sum(copied)
+        return BufferPlan(before=copied, during=(rest,) if rest else (), loads=("cudnn",))
 
     def _plain_convolution(self, args: Arguments) -> BufferPlan:
         """In channels_last as measured; else cuDNN converts all three to channels_last inside: input, output and weight."""
@@ -89,7 +89,9 @@ class ForeignBuffers(LibraryBuffers):
         if groups > 1 and groups == x.shape[1]:
             return BufferPlan()  # depthwise: PyTorch's own kernels
         name = str(x.dtype).removeprefix("torch.")
-        if _channels_last(x) or _channels_last(weight):
+        last = _in_channels_last(x, weight)
+        copied, weights = _copied(x, last), _copied(weight, last)
+        if last:
             if (
                 x.dim() == 5
                 and x.shape[0] == 1
@@ -101,15 +103,14 @@ class ForeignBuffers(LibraryBuffers):
                 taken = self.libraries.conv_workspace(Convolution(name, *sizes))
             else:
                 taken = CHANNELS_LAST_BYTES
-            return BufferPlan(during=(taken,) if taken else (), loads=("cudnn",))
+            return BufferPlan(copied, (*weights, taken) if taken else weights, loads=("cudnn",))
         output = prod(convolution_shape(*args[:9])) * x.itemsize
         taken = x.numel() * x.itemsize + output + weight.numel() * weight.itemsize
         kind = f"convolution {x.dim() - 2}d {name} contiguous"
         self.ranged[kind] = max(self.ranged[kind], taken)
         if x.dim() == 4:
             self.above_bytes = max(self.above_bytes, taken // 2)
-        copied = () if x.is_contiguous() else (x.numel() * x.itemsize,)
-        return BufferPlan(before=copied, during=(taken,), loads=("cudnn",))
+        return BufferPlan(copied, (*weights, taken), loads=("cudnn",))
 
 
 def _group_norm(args: Arguments) -> BufferPlan:
@@ -118,8 +119,15 @@ def _group_norm(args: Arguments) -> BufferPlan:
     return BufferPlan(during=(nbytes, nbytes))
 
 
-def _channels_last(tensor: torch.Tensor) -> bool:
-    return layout_of(tensor) == "channels_last"
+def _in_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether cuDNN computes in it, and so gives its result: where the input or the weight suggests it."""
+    return suggests_channels_last(x) or suggests_channels_last(weight)
+
+
+def _copied(tensor: torch.Tensor, last: bool) -> tuple[int, ...]:
+    """Bytes of the copy that lies as cuDNN computes; none where the tensor does."""
+    fits = as_channels_last(tensor) if last else tensor.is_contiguous()
+    return () if fits else (tensor.numel() * tensor.itemsize,)
 
 
 def convolution_shape(
@@ -146,8 +154,7 @@ def convolution_result(*args: Any) -> torch.Tensor:
     shape = convolution_shape(*args[:9])
     if min(shape) < 1:
         torch.ops.aten.convolution.default(*args)  # says what is wrong
-    last = _channels_last(x) or _channels_last(weight)
     layout = torch.contiguous_format
-    if last:
+    if _in_channels_last(x, weight):
         layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.empty(shape, dtype=x.dtype, device="meta", memory_format=layout)

@@ -12,7 +12,7 @@ import torch
 
 from wanvram.foreign.errors import Unsupported
 from wanvram.foreign.fast_paths import without_modes
-from wanvram.foreign.memory import ForeignMemory
+from wanvram.foreign.memory import META, ForeignMemory
 
 __all__ = ["StandIns", "patched"]
 
@@ -170,10 +170,14 @@ class StandIns:
             (torch, "set_autocast_enabled", self.memory.casts.set_enabled),
             (torch.version, "cuda", "13.0"),
             (torch.backends.cuda, "is_built", lambda: True),
-            (torch, "_has_compatible_shallow_copy_type", lambda a, b: True),
+            (torch, "_has_compatible_shallow_copy_type", self._sets_data),
             (torch, "compile", self._compile),
             (torch.overrides, "has_torch_function", without_modes(torch.overrides.has_torch_function)),
         ]
+
+    def _sets_data(self, tensor: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether Module._apply sets `.data`: not between meta and a device, where it makes new parameters and parts tied ones."""
+        return (self.memory.place_of(tensor) == META) == (self.memory.place_of(other) == META)
 
     def _compile(self, model: Any = None, **options: Any) -> Any:
         """torch.compile: refused when what is compiled is called, unless the run was told to stay eager."""

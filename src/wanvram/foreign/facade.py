@@ -57,7 +57,6 @@ class Facade(TorchFunctionMode):
             T.__repr__: self._repr,
             torch.Tensor.__reduce_ex__: self._reduce,
             torch.from_numpy: torch.from_numpy,
-            torch._has_compatible_shallow_copy_type: lambda a, b: True,
         }
         for name in _FROM_DATA[:3]:
             self._handlers[getattr(torch, name)] = self._from_data(getattr(torch, name))

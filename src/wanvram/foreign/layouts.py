@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["alike", "layout_of"]
+__all__ = ["alike", "as_channels_last", "layout_of", "suggests_channels_last"]
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def layout_of(tensor: torch.Tensor) -> str:
     """contiguous, channels_last, or strided, which libraries copy first."""
     if tensor.is_contiguous():
         return "contiguous"
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(tensor.dim())
-    return "channels_last" if last is not None and tensor.is_contiguous(memory_format=last) else "strided"
+    return "channels_last" if tensor.dim() in _LAST and as_channels_last(tensor) else "strided"
+
+
+def as_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether its memory is that of channels_last; of 4 or 5 dimensions."""
+    return tensor.is_contiguous(memory_format=_LAST[tensor.dim()])
+
+
+def suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """As Tensor::suggest_memory_format, by which cuDNN's layout is chosen: by strides alone, those of dimensions of size 1 too."""
+    if tensor.dim() not in _LAST or tensor.stride(1) == 0:
+        return False
+    sizes, strides, least = tensor.shape, tensor.stride(), 0
+    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        if not sizes[d] or strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * sizes[d] if sizes[d] > 1 else strides[d]
+    return True
 
 
 def alike(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.layouts import alike
-from wanvram.foreign.results import IN_PLACE, as_iterated, as_meta, description, key_of, made_again
+from wanvram.foreign.results import IN_PLACE, RULES, as_iterated, as_meta, description, key_of, made_again
 from wanvram.foreign.timed_memory import TimedMemory
 from wanvram.foreign.values import Values, tensors_in
 from wanvram.simulate.allocator import CachingAllocator
@@ -369,6 +369,10 @@ class ForeignMemory(TimedMemory):
         return result
 
     def _meta(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any]) -> Any:
+        rule = RULES.get(operation.name)
+        ruled = rule(*args, **kwargs) if rule is not None else NotImplemented
+        if ruled is not NotImplemented:
+            return ruled
         args, kwargs = as_meta(args), {name: as_meta(value) for name, value in kwargs.items()}
         if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type != "cpu":
             kwargs["device"] = torch.device("meta")

@@ -37,6 +37,10 @@ class ScaledRows:
     values: Tensor
     scales: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
 
 def row_scales(matrix: Tensor) -> Tensor:
     """[rows, columns] -> float32 [rows, 1]: what brings each row's largest value to LARGEST; 1 for a row of zeros."""

@@ -92,34 +92,33 @@ class Linear(nn.Module):
         return h if self.scale is None else scaled_rows(h)
 
     def forward(self, h: Tensor | ScaledRows) -> Tensor:
-        if isinstance(h, Tensor) and self.scale is None:
+        if self.scale is None and isinstance(h, Tensor):
             return torch.addmm(self.bias, h, self.weight.t())
-        rows = scaled_rows(h) if isinstance(h, Tensor) else h
-        out = self.bias.new_empty((rows.values.shape[0], self.weight.shape[0]))
-        self.into(out, rows)
+        out = self.bias.new_empty((h.shape[0], self.bias.shape[0]))
+        self.into(out, h)
         return out
 
     def gelu(self, h: Tensor | ScaledRows) -> Tensor:
         """GELU in its tanh form, of the product with its bias."""
-        if isinstance(h, Tensor) and self.scale is None:
+        if self.scale is None and isinstance(h, Tensor):
             return linear_gelu(h, self.weight.t(), self.bias)
         wide = self.forward(h)
         gelu_tanh_(wide)
         return wide
 
     def into(self, out: Tensor, h: Tensor | ScaledRows) -> None:
-        if isinstance(h, ScaledRows):
-            assert self.scale is not None
-            scaled_product(h, self.weight, self.scale, self.bias, out)
-        else:
+        if self.scale is not None:
+            rows = scaled_rows(h) if isinstance(h, Tensor) else h
+            scaled_product(rows, self.weight, self.scale, self.bias, out)
+        elif isinstance(h, Tensor):
             torch.addmm(self.bias, h, self.weight.t(), out=out)
 
     def columns_into(self, out: Tensor, h: Tensor | ScaledRows, columns: slice) -> None:
         """These columns of the result only."""
-        if isinstance(h, ScaledRows):
-            assert self.scale is not None
-            scaled_product(h, self.weight[columns], self.scale[columns], self.bias[columns], out)
-        else:
+        if self.scale is not None:
+            rows = scaled_rows(h) if isinstance(h, Tensor) else h
+            scaled_product(rows, self.weight[columns], self.scale[columns], self.bias[columns], out)
+        elif isinstance(h, Tensor):
             torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
 
 

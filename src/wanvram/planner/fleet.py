@@ -21,7 +21,7 @@ from wanvram.planner.transformer import whole_transformer
 
 __all__ = ["Found", "best_of", "leanest"]
 
-CERTAIN = 0.9  # expected times are good to about a tenth: what is expected to take longer than that is not searched
+CERTAIN = 0.98  # what is expected to be slower by more than that, even with all weights on the device, is not searched
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def _layout(trials: Trials, way: _Tried, is_best: bool) -> GpuLayout:
     if found is None:
         failed = [t for t in trials.failed if t.memory == "device" and _is_of(t.strategy, way.sizes, shared)]
         return GpuLayout(sizes, "too large", None, min((t.needed for t in failed), default=None), None)
-    step, verdict = trials.of("dit", found.chosen).seconds_per_step, "chosen" if is_best else "fits"
-    return GpuLayout(sizes, verdict, step, trials.peak(found.chosen), trials.host(found.chosen))
+    dit, verdict = trials.of("dit", found.chosen), "chosen" if is_best else "fits"
+    return GpuLayout(sizes, verdict, dit.seconds_per_step, dit.peak_device_bytes, dit.host_bytes)
 
 
 def _is_of(strategy: Strategy, sizes: Sizes, shared: bool) -> bool:

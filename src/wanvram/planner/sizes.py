@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from wanvram import knobs
 from wanvram.config import Request, Strategy
-from wanvram.errors import InputError
+from wanvram.errors import InputError, require
 from wanvram.knobs import Change
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import situation
@@ -15,6 +15,9 @@ from wanvram.specs import DIT
 
 __all__ = ["Sizes", "leanest_sizes", "sizes_for", "sizes_of"]
 
+MERGED_BYTES = (
+    12  # a number of a ring's result is read and written in float32 beside what comes, for each further station
+)
 REACHED = 0.65  # of a card's rate, by products and attention together (EFFICIENCY has both)
 
 
@@ -44,6 +47,11 @@ def sizes_for(request: Request, budget: Budget, base: Strategy) -> list[Sizes]:
     """Of the budget's GPUs, those that `base` allows; what the user said is the only one. Raises InputError where there is none."""
     given = sizes_of(base)
     link = link_of(budget.card, budget.link, budget.gpus)
+    said = " x ".join(f"{knob.name} {value}" for knob, value in given.change.values.items())
+    require(
+        given.count in (1, budget.gpus),
+        f"{said} share the work of {given.count} GPUs, and {budget.gpus} were asked for; give the same number, or leave the sizes out",
+    )
     if given.count > 1 or budget.gpus == 1:
         return [given]
     found, refused = [], ""
@@ -89,4 +97,5 @@ def _seconds(request: Request, budget: Budget, sizes: Sizes, link: Link) -> floa
     exchanged = 4 * rows * spec.dim * 2 * (sizes.ulysses - 1) / sizes.ulysses
     passed_on = 2 * tokens / sizes.ring * spec.dim * heads / spec.num_heads * 2 * (sizes.ring - 1)
     exposed = exchanged / link.bytes + max(0.0, passed_on / link.bytes - attention)
-    return float(passes * (attention + row_wise + exposed))
+    merged = MERGED_BYTES * tokens / sizes.ring * spec.dim * heads / spec.num_heads * (sizes.ring - 1)
+    return float(passes * (attention + row_wise + exposed + merged / budget.card.bandwidth_bytes))

@@ -27,8 +27,8 @@ from wanvram.errors import DeviceError, PeerLost, WanvramError
 from wanvram.machine.launched import Launched
 from wanvram.progress_stream import ProgressStream
 from wanvram.record import Failure, RankRecord, RunRecord
-from wanvram.recorder.interrupts import INTERRUPTED, ending_begins
-from wanvram.run.bulletin import Bulletin, Ending, Present
+from wanvram.recorder.interrupts import INTERRUPTED, agreed, ending_begins, hold, pending
+from wanvram.run.bulletin import Bulletin, Ending, Present, store_for_tensors
 from wanvram.run.watchdog import Watchdog
 from wanvram.sharing import WORLD
 
@@ -56,6 +56,7 @@ class World:
         self.watchdog = watchdog
         self._bulletin = bulletin
         self._peers = peers
+        self._step_ended = 0.0
 
     def file(self, name: str) -> str:
         """What a file of the run directory is called that every rank writes: record.json, record.rank1.json."""
@@ -82,7 +83,7 @@ class World:
         nccl = cuda and missing is not None
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=self._bulletin.for_tensors(),
+            store=store_for_tensors(TENSOR_TIMEOUT),
             rank=self.me.rank,
             world_size=self.me.size,
             timeout=TENSOR_TIMEOUT,
@@ -100,6 +101,15 @@ class World:
         mine = what_is_missing(self.me.size) if seen else "they are of several hosts"
         self._bulletin.put("missing", {"why": mine})
         return next(filter(None, (self._awaited("missing", peer.rank)["why"] for peer in self._peers)), None)
+
+    def step_made(self) -> None:
+        """After each step: a signal to any process stops all of them here, where no GPU waits for another and the step can be kept."""
+        signal = torch.tensor(pending())
+        dist.all_reduce(signal, dist.ReduceOp.MAX)
+        now = time.monotonic()
+        hold(2 * (now - self._step_ended) if self._step_ended else 0.0)
+        self._step_ended = now
+        agreed(int(signal))
 
     def failed(self, failure: Failure, error: BaseException) -> Failure:
         """Of this process; what ended the run is returned, which may be another's."""
@@ -157,10 +167,7 @@ class World:
             dist.destroy_process_group()
 
     def _is_awaited(self, peer: Present) -> bool:
-        lost = (
-            self.watchdog.ending is not None and self.watchdog.ending.failure.rank == peer.rank and not peer.is_seen()
-        )
-        return not lost and self._bulletin.got("left", peer.rank) is None
+        return not self.watchdog.is_gone(peer.rank) and self._bulletin.got("left", peer.rank) is None
 
 
 @contextmanager
