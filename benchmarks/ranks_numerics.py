@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node 2 benchmarks/ranks_numerics.py --out DIR --device cpu --model tiny-t2v --latent 3 12 20
 
 One velocity of the transformer, with weights that let every block count, made on each GPU from one seed. `one`: by one GPU in the
-precision; `exact`: by one GPU in float32 without TF32; errors are root mean squares relative to `exact`. PASSES where a layout is no further from
-`one` than `one` is from `exact`, is at most 1.05 times as far from `exact`, and all ranks have the same bits; and where `displaced`, in
-which rank 1 turns its rows as their neighbours, does not pass. Exit code 1 otherwise.
+precision; `exact`: by one GPU in float32 without TF32; errors are root mean squares relative to `exact`. PASSES where a layout is no
+further from `one` than `one` is from `exact`, is at most 1.05 times as far from `exact`, and all ranks have the same bits; and where
+`displaced`, in which rank 1 turns its rows as their neighbours, does not pass. Exit code 1 otherwise.
 """
 
 from __future__ import annotations
