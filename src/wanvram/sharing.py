@@ -12,7 +12,21 @@ from itertools import pairwise
 
 from wanvram.errors import require
 
-__all__ = ["ALONE", "CFG", "LINKS", "RING", "SEQUENCE", "ULYSSES", "WORLD", "Place", "Sequence", "parts", "size"]
+__all__ = [
+    "ALONE",
+    "CFG",
+    "LINKS",
+    "RING",
+    "SEQUENCE",
+    "ULYSSES",
+    "WORLD",
+    "Place",
+    "Sequence",
+    "parts",
+    "rows_at_once",
+    "size",
+    "travelling",
+]
 
 ULYSSES, RING, CFG = "ulysses", "ring", "cfg"
 SEQUENCE = "sequence"  # ulysses and ring together: those that share one sequence
@@ -66,6 +80,23 @@ class Place:
 
 
 ALONE = Place()
+
+
+def rows_at_once(place: Place, tokens: int, rows: int) -> int:
+    """Rows of a chunk of a rank's share of the tokens: equal chunks, none of them longer than `rows`, those of one GPU."""
+    shares = place.count(SEQUENCE)
+    if shares == 1:
+        return rows
+    share = -(-tokens // shares)
+    return -(-share // -(-share // rows))
+
+
+def travelling(rows: int) -> int:
+    """Of such a chunk, the rows that are exchanged at once.
+
+    Half, as one travels while another attends: 14B at 720P on two GPUs then takes what whole chunks in turn do.
+    """
+    return -(-rows // 2)
 
 
 @dataclass(frozen=True)
