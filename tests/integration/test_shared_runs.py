@@ -81,7 +81,7 @@ CASES = (
     case("t2v-1.3B", 2, 1, 1, **STREAMED, cfg="joint"),
     case("t2v-1.3B", 2, 1, 1, **STREAMED, dit_fsdp=True, t5_fsdp=True),
     case("t2v-1.3B", 1, 1, 2, **RESIDENT, dit_fsdp=True, vae_tile=8),
-    case("t2v-1.3B", 1, 2, 1, load_strategy="block", offload=True, weights_in="disk", dit_fsdp=True),
+    case("t2v-1.3B", 1, 2, 1, load_strategy="block", offload=True, weights_in="pageable", dit_fsdp=True),
     case("i2v-14B", 2, 1, 1, **STREAMED),
     case("i2v-14B", 1, 1, 2, **STREAMED),
     case("flf2v-14B", 1, 2, 1, **STREAMED),
