@@ -13,24 +13,27 @@ from itertools import pairwise
 from wanvram.errors import require
 
 __all__ = [
-    "ALONE",
-    "CFG",
-    "LINKS",
-    "RING",
-    "SEQUENCE",
-    "ULYSSES",
-    "WORLD",
-    "Place",
-    "Sequence",
-    "parts",
-    "rows_at_once",
-    "size",
-    "travelling",
+    *(
+        "ALONE",
+        "BUFFER_BYTES",
+        "CFG",
+        "HELD_BYTES",
+        "LINKS",
+        "PASSING",
+        "RING",
+        "SEQUENCE",
+        "ULYSSES",
+        "WEIGHTS",
+        "WORLD",
+    ),
+    *("Place", "Sequence", "meetings", "parts", "rows_at_once", "size", "travelling"),
 ]
 
 ULYSSES, RING, CFG = "ulysses", "ring", "cfg"
 SEQUENCE = "sequence"  # ulysses and ring together: those that share one sequence
 WORLD = "world"
+# Of each rank and each set of ranks that exchange by copies; the last 64 KiB of its 64 MiB are PyTorch's own.
+BUFFER_BYTES, HELD_BYTES = 2**26 - 2**16, 2**26
 LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")  # what joins the GPUs; host: the RAM, without peer access
 
 
@@ -80,6 +83,27 @@ class Place:
 
 
 ALONE = Place()
+PASSING, WEIGHTS = "passing", "weights"  # exchanges beside the computation, which need a buffer of their own
+
+
+def meetings(place: Place, *, weights: bool) -> dict[tuple[tuple[int, ...], str], str]:
+    """Sets of ranks that need a buffer each to exchange by copies, (members, use) -> an axis that has them, the world first.
+
+    weights: shares of them are gathered, too.
+    """
+    axes = [
+        (WORLD, ""),
+        (SEQUENCE, ""),
+        (ULYSSES, ""),
+        (RING, PASSING),
+        (CFG, PASSING),
+        *([(WORLD, WEIGHTS)] if weights else []),
+    ]
+    found: dict[tuple[tuple[int, ...], str], str] = {}
+    for axis, use in axes:
+        if place.count(axis) > 1:
+            found.setdefault((place.members(axis), use), axis)
+    return found
 
 
 def rows_at_once(place: Place, tokens: int, rows: int) -> int:
