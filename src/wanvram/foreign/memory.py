@@ -31,13 +31,8 @@ from wanvram.units import human
 __all__ = ["CPU", "CUDA", "META", "WITH_TEMPORARIES", "ForeignMemory"]
 
 CUDA, CPU, META = "cuda", "cpu", "meta"  # where a storage lies; CPU: a host tensor too large to be real
-_ACROSS = (
-    "aten.copy_",
-    "aten.index",
-    "aten._index_put_impl_",
-    "aten._to_copy",
-    "aten.set_",
-)  # of host and device tensors
+# Of host and device tensors.
+_ACROSS = "aten.copy_", "aten.index", "aten._index_put_impl_", "aten._to_copy", "aten.set_"
 _DATA_SHAPED = (
     "aten.nonzero.default",
     "aten.masked_select.default",
@@ -381,8 +376,7 @@ class ForeignMemory(TimedMemory):
         return result
 
     def _meta(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any]) -> Any:
-        rule = RULES.get(operation.name)
-        ruled = rule(*args, **kwargs) if rule is not None else NotImplemented
+        ruled = RULES[operation.name](*args, **kwargs) if operation.name in RULES else NotImplemented
         if ruled is not NotImplemented:
             return ruled
         args, kwargs = as_meta(args), {name: as_meta(value) for name, value in kwargs.items()}
