@@ -96,19 +96,26 @@ class Card:
         streams = (2 if s.cfg == "joint" else 1) * videos_per_pass(s)
         tokens, dim = self.tokens(request), DIT[request.task].dim
         rows = min(tokens, s.rows_per_chunk or 8192)
-        extra = tokens * dim * (4 * streams + (4 if s.attention_slicing else 8)) + rows * dim * 24
+        kept = min(tokens, 3 * rows) if s.residual_in == "pinned" else tokens * streams
+        extra = (
+            kept * dim * 4
+            + tokens * dim * (4 if s.attention_slicing or s.residual_in == "pinned" else 8)
+            + rows * dim * 24
+        )
+        in_ram = tokens * dim * 4 if s.residual_in == "pinned" else 0
         if s.load_strategy == "full":
-            return blocks * block, extra, 0, 8.0
+            return blocks * block, extra, in_ram, 8.0
         resident = min(s.resident_blocks, blocks)
         host = 2 * block if s.weights_in == "disk" else (blocks - resident) * block
-        return (resident + min(2, blocks - resident)) * block, extra, host, 8.0
+        return (resident + min(2, blocks - resident)) * block, extra, host + in_ram, 8.0
 
     def tokens(self, request: Request) -> int:
         return ((request.frame_num + 3) // 4) * request.height * request.width // 256
 
     def step_seconds(self, request: Request, s: Strategy) -> float:
         tokens, dim, blocks = self.tokens(request), DIT[request.task].dim, block_count(request)
-        slower = (1.005 if s.attention_slicing else 1.0) * (1.03 if s.rows_per_chunk else 1.0)
+        in_ram = s.residual_in == "pinned"
+        slower = (1.005 if s.attention_slicing or in_ram else 1.0) * (1.03 if s.rows_per_chunk else 1.0)
         forwards = FORWARDS if request.guided else 1
         compute = (
             s.batch_size
@@ -118,4 +125,5 @@ class Card:
         )
         streamed = 0 if s.load_strategy == "full" else blocks - min(s.resident_blocks, blocks)
         copies = weight_passes(s, guided=request.guided) * self.block_bytes(request, s) / self.rate(s.weights_in)
+        copies += forwards * s.batch_size * 2 * tokens * dim * 4 / self.copy_rate if in_ram else 0
         return (blocks - streamed) * compute * slower + streamed * max(compute * slower, copies)
