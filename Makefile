@@ -16,12 +16,14 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check format test chromium demo clean
+.PHONY: help venv check format test chromium demo evidence mutants clean
 
 help:
 	@echo "make demo     profile tests/configs/baseline.yaml on whatever this machine has"
 	@echo "make check    formatting, lint, types, layers"
 	@echo "make test     the tests; those marked gpu only where CUDA is, those in a browser only where Chromium is"
+	@echo "make evidence every measurement that was committed, predicted anew without a GPU (20 minutes of one core; ARGS=--quick)"
+	@echo "make mutants  changes of the code that no test notices: a seeded sample (half a minute each; ARGS=\"--count 20 --seed 1\")"
 	@echo "make chromium for the tests in a browser, where root may install it (Debian); make test does so first"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make venv     create or refresh .venv"
@@ -57,6 +59,12 @@ chromium: $(STAMP)
 
 test: $(STAMP) chromium
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+evidence: $(STAMP)
+	$(BIN)/python benchmarks/evidence.py $(ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/wanvram profile tests/configs/baseline.yaml --force -o profiler_logs/demo

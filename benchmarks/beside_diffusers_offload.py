@@ -13,8 +13,10 @@ every 10 ms by the parent process, less what it reported before the part began, 
 
 diffusers streams from RAM pinned beforehand (low_cpu_mem_usage=False). With record_stream, which it documents as the faster,
 the host may run ahead of the computation, and weights not yet freed pile up; the `_sync` parts are without. Its decode ends with
-float32 frames on the device, ours with uint8 frames on the host; its residual stream is bfloat16, ours float32. Writes
-<out>/<date>_<gpu>_beside_diffusers_offload.json; parts already in that file stay unless they are measured again.
+float32 frames on the device, ours with uint8 frames on the host; its residual stream is bfloat16, ours float32. `_compiled` has
+its blocks compiled, `_640` its VAE in tiles as large as ours. Exit code 1 where a part fails, or where one setting of diffusers is
+both faster and takes less of the card than ours with the same allocator. Writes <out>/<date>_<gpu>_beside_diffusers_offload.json; parts
+already in that file stay unless they are measured again, and `calls` says of what code each call was.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 from beside_diffusers import SHAPES, fill
 from fit_card import MIB, Sampler
+from provenance import conclude, header
 
 TIMESTEP, GUIDANCE = 500, 5.0
 Call = Callable[[int], None]  # on the first so many latent frames
@@ -58,8 +62,8 @@ class Case:
 
 
 CASES = {
-    "1.3B-832x480": Case("t2v-1.3B", "wan2.1", SHAPES["1.3B"], repeats=2),
-    "14B-1280x720": Case("t2v-14B", "wan2.1", SHAPES["14B"], repeats=1),
+    "1.3B-832x480": Case("t2v-1.3B", "wan2.1", SHAPES["1.3B"], repeats=5),
+    "14B-1280x720": Case("t2v-14B", "wan2.1", SHAPES["14B"], repeats=3),
 }
 TINY = {"tiny": Case("tiny-t2v", "tiny", (2, 8, 40), repeats=2, tile=20, device="cpu")}
 
@@ -104,10 +108,12 @@ def offloaded_transformer(case: Case, offload_type: str, *, record_stream: bool)
     return model
 
 
-def diffusers_dit(case: Case, offload_type: str, *, record_stream: bool = True) -> Call:
+def diffusers_dit(case: Case, offload_type: str, *, record_stream: bool = True, compiled: bool = False) -> Call:
     import torch
 
     model = offloaded_transformer(case, offload_type, record_stream=record_stream)
+    if compiled:
+        model.compile_repeated_blocks()
     latent = torch.randn(1, 16, *case.shape, device=case.device, dtype=torch.bfloat16)
     texts = [
         torch.randn(1, 512, model.config.text_dim, device=case.device, dtype=torch.bfloat16)
@@ -125,7 +131,8 @@ def diffusers_dit(case: Case, offload_type: str, *, record_stream: bool = True) 
     return step
 
 
-def diffusers_vae_tiled(case: Case) -> Call:
+def diffusers_vae_tiled(case: Case, tile: int | None = None) -> Call:
+    """tile: edge in pixels, of which three quarters are its own, as by default of 256."""
     import torch
     from diffusers import AutoencoderKLWan
 
@@ -135,7 +142,16 @@ def diffusers_vae_tiled(case: Case) -> Call:
         model = AutoencoderKLWan(base_dim=VAE[case.vae].dim).eval()
     if case.device == "cuda":
         fill(model)
-    model.enable_tiling()
+    if tile is None:
+        model.enable_tiling()
+    else:
+        own = tile * 3 // 4
+        model.enable_tiling(
+            tile_sample_min_height=tile,
+            tile_sample_min_width=tile,
+            tile_sample_stride_height=own,
+            tile_sample_stride_width=own,
+        )
     z = torch.randn(1, 16, *case.shape, device=case.device)
 
     def decode(frames: int) -> None:
@@ -230,6 +246,9 @@ PARTS: dict[str, Callable[[Case], Call]] = {
     "our_dit_joint": partial(our_dit, cfg="joint"),
     "diffusers_dit_leaf_sync": partial(diffusers_dit, offload_type="leaf_level", record_stream=False),
     "diffusers_dit_block_sync": partial(diffusers_dit, offload_type="block_level", record_stream=False),
+    "diffusers_dit_leaf_compiled": partial(diffusers_dit, offload_type="leaf_level", compiled=True),
+    "diffusers_dit_block_compiled": partial(diffusers_dit, offload_type="block_level", compiled=True),
+    "diffusers_vae_tiled_640": partial(diffusers_vae_tiled, tile=640),
 }
 
 
@@ -260,7 +279,7 @@ def run_here(case: Case, part: str) -> None:
                 cuda.synchronize()
             times.append(time.perf_counter() - start)
     figures = {
-        "seconds": sorted(times)[len(times) // 2],
+        "seconds": median(times),
         "all_seconds": times,
         "allocated_bytes": cuda.max_memory_allocated() if cuda else None,
         "reserved_bytes": cuda.max_memory_reserved() if cuda else None,
@@ -327,13 +346,39 @@ def show(row: dict[str, Any]) -> None:
     print(f"{row['case']:14s} {row['part']:26s} {row['seconds']:9.3f} {cells}", flush=True)
 
 
-def store(target: Path, device: str, row: dict[str, Any]) -> None:
-    """Adds the row to the file, in place of one of the same case, part and allocator setting."""
+def breaches_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Where a part failed, and where one setting of diffusers is better in both."""
+    found = [f"{row['case']}/{row['part']} failed" for row in rows if "error" in row]
+    good = [row for row in rows if "error" not in row]
+    for ours in good:
+        what = {"our_dit": "dit", "our_vae_tiled": "vae"}.get(ours["part"])
+        for row in good if what else ():
+            same = all(row[key] == ours[key] for key in ("case", "expandable_segments"))
+            smaller = (row["nvml_bytes"] or 0) < (ours["nvml_bytes"] or 0)
+            if same and smaller and row["part"].startswith(f"diffusers_{what}") and row["seconds"] < ours["seconds"]:
+                found.append(f"{row['case']}: {row['part']} is faster and smaller than {ours['part']}")
+    return found
+
+
+def store(target: Path, device: str, row: dict[str, Any]) -> list[str]:
+    """Adds the row to the file, in place of one of the same case, part and allocator setting; what is broken now.
+
+    `calls`: of what code and machine each call was that put rows here.
+    """
     identity = ("case", "part", "expandable_segments")
-    rows = json.loads(target.read_text())["parts"] if target.exists() else []
-    rows = [other for other in rows if any(other[key] != row[key] for key in identity)]
-    document = {"device": device, "date": str(datetime.date.today()), "parts": [*rows, row]}
+    before = json.loads(target.read_text()) if target.exists() else {"parts": [], "calls": []}
+    rows = [other for other in before["parts"] if any(other[key] != row[key] for key in identity)] + [row]
+    about = header("beside_diffusers_offload.py")
+    calls = [call for call in before.get("calls", ()) if call["source_sha256"] != about["source_sha256"]] + [about]
+    document = {
+        "device": device,
+        "date": str(datetime.date.today()),
+        "calls": calls,
+        "breaches": breaches_of(rows),
+        "parts": rows,
+    }
     target.write_text(json.dumps(document, indent=1) + "\n")
+    return breaches_of(rows)
 
 
 def parse() -> argparse.Namespace:
@@ -351,12 +396,12 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     if args.here:
         name, part = args.here
         run_here((CASES | TINY)[name], part)
-        return
+        return 0
     cases = TINY if args.tiny else CASES
     chosen = [(c, p) for c in cases for p in PARTS if any(word in f"{c}/{p}" for word in args.only.split(","))]
     if not chosen:
@@ -371,15 +416,16 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     target = args.out / f"{datetime.date.today()}_{short}_beside_diffusers_offload.json"
     print(f"{device}; peaks in MiB\n{'case':14s} {'part':26s}   seconds      NVML allocated  reserved", flush=True)
-    start = time.monotonic()
+    start, breaches = time.monotonic(), ["nothing was measured"]
     for name, part in chosen:
         if time.monotonic() - start > args.seconds:
             print(f"{name:14s} {part:26s} not started: {args.seconds:g} s are over", flush=True)
             continue
         row = {"case": name, "part": part} | common | measure(cases[name], name, part, environment)
         show(row)
-        store(target, device, row)
+        breaches = store(target, device, row)
+    return conclude({"parts": len(chosen), "breaches": breaches})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

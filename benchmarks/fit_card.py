@@ -8,6 +8,9 @@ Every case runs in a fresh process on the GPU with random full-size weights: T5,
 (`--vram`). Device memory is what NVML reports for the whole GPU, sampled every 10 ms by this process, less what it reported
 before the case began; it includes the CUDA context. After it, in the same process and without a cap, the resident run gives the
 step time to compare with. The case is predicted by the simulated device as well. Writes <out>/<date>_<gpu>_fit_card.json.
+
+Exit code 1 when a case exceeds its cap, fails or dies (it is a row), takes over 1.05 times the resident step, or is predicted
+worse than 0.5 % of allocated, 1 % of reserved and 3 % of device memory and 7 % of a steady step (15 % from disk).
 """
 
 from __future__ import annotations
@@ -22,8 +25,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from provenance import conclude, header, unused
+
 GIB = 2**30
 MIB = 2**20
+BOUNDS = {"allocated": 0.005, "reserved": 0.01, "device": 0.03}
+MOST_OVER_RESIDENT = 1.05
+MOST_STEP_ERROR, MOST_STEP_ERROR_FROM_DISK = 0.07, 0.15
 
 
 def case(task: str, size: str, limit_gib: float, tile: int, resident_steps: int, **strategy: Any) -> dict[str, Any]:
@@ -149,7 +157,8 @@ def steady_step(record: dict[str, Any]) -> float | None:
 def row(case: dict[str, Any], records: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
     capped, resident = records["CAPPED"], records.get("RESIDENT")
     stages = []
-    for stage, other in zip(capped["stages"], predicted["stages"], strict=False):
+    for index, stage in enumerate(capped["stages"]):
+        other = predicted["stages"][index] if index < len(predicted["stages"]) else {}
         stages.append(
             {"stage": stage["name"], "seconds": stage["seconds"], "predicted_seconds": other.get("seconds")}
             | {
@@ -176,6 +185,33 @@ def row(case: dict[str, Any], records: dict[str, Any], predicted: dict[str, Any]
     }
 
 
+def breaches_of(r: dict[str, Any]) -> list[str]:
+    """A sentence for each bound that a row misses."""
+    name = r["name"]
+    if "error" in r:
+        return [f"{name}: died: {r['error'].strip().splitlines()[-1] if r['error'].strip() else 'without a word'}"]
+    found = [f"{name}: {r['failure']['message']}"] if r["failure"] else []
+    if r["nvml_peak_bytes"] > r["limit_bytes"]:
+        found.append(f"{name}: {r['nvml_peak_bytes'] / MIB:.0f} MiB of the {r['limit_bytes'] / MIB:.0f} it may have")
+    for stage in r["stages"]:
+        for quantity, bound in BOUNDS.items():
+            cell = stage[quantity]
+            if cell["measured"] and abs((cell["predicted"] or 0) / cell["measured"] - 1) > bound:
+                error = (cell["predicted"] or 0) / cell["measured"] - 1
+                found.append(f"{name}: {stage['stage']} {quantity} {error:+.2%}, at most {bound:.1%}")
+    whole = r["predicted_device_bytes"] / r["nvml_peak_bytes"] - 1
+    if abs(whole) > BOUNDS["device"]:
+        found.append(f"{name}: the card's memory {whole:+.2%}, at most {BOUNDS['device']:.0%}")
+    step, resident, coming = r["step_seconds"], r["resident_step_seconds"], r["predicted_step_seconds"]
+    if step and resident and step > MOST_OVER_RESIDENT * resident:
+        found.append(f"{name}: a step of {step / resident:.3f} times the resident one, at most {MOST_OVER_RESIDENT}")
+    disk = r["config"]["optimization"].get("weights_in") == "disk"
+    most = MOST_STEP_ERROR_FROM_DISK if disk else MOST_STEP_ERROR
+    if step and (not coming or abs(coming / step - 1) > most):
+        found.append(f"{name}: a step of {step:.3f} s, {coming} predicted: at most {most:.0%} off")
+    return found
+
+
 def show(r: dict[str, Any]) -> None:
     step, resident = r["step_seconds"], r["resident_step_seconds"]
     ratio = f" = {step / resident:.3f} x resident {resident:.3f} s" if step and resident else ""
@@ -199,7 +235,7 @@ def show(r: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains one of these, comma separated")
     parser.add_argument(
@@ -214,12 +250,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.here:
         run_here()
-        return
+        return 0
     import torch
 
     start, rows = time.monotonic(), []
+    about = header("fit_card.py")
     home = "" if args.weights_in == "pinned" else f"_{args.weights_in}"
-    target = args.out / f"{datetime.date.today()}_{args.gpu}_fit_card{home}.json"
+    target = unused(args.out / f"{datetime.date.today()}_{args.gpu}_fit_card{home}.json")
+    breaches: list[str] = []
     for item in CASES:
         if not any(part in item["name"] for part in args.only.split(",")) or time.monotonic() - start > args.seconds:
             continue
@@ -230,12 +268,16 @@ def main() -> None:
             rows.append(row(chosen, measure(chosen), predict(chosen, args.gpu)))
         except RuntimeError as error:
             print(f"{item['name']}: {error}", flush=True)
-            continue
-        show(rows[-1])
-        device = torch.cuda.get_device_name()
-        document = {"device": device, "date": str(datetime.date.today()), "torch": torch.__version__, "cases": rows}
+            rows.append({"name": item["name"], "config": chosen["config"], "error": str(error)})
+        else:
+            show(rows[-1])
+        breaches += breaches_of(rows[-1])
+        document = about | {"device": torch.cuda.get_device_name(), "breaches": breaches, "cases": rows}
         target.write_text(json.dumps(document, indent=1) + "\n")
+    if not rows:
+        breaches.append(f"--only {args.only} left no case")
+    return conclude({"cases": len(rows), "breaches": breaches})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

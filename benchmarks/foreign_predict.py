@@ -56,7 +56,7 @@ def run_case(name: str) -> dict[str, Any]:
     }
 
 
-def here(name: str, card: str | None) -> None:
+def here(name: str, card: str | None) -> int:
     """One case in this process; its figures are the last line of stdout."""
     if card is None:
         row = run_case(name)
@@ -70,6 +70,7 @@ def here(name: str, card: str | None) -> None:
         row |= {"below_bytes": max(buffers.ranged.values(), default=0), "above_bytes": buffers.above_bytes}
         row |= {"basis": gpu.peak.basis}
     print(json.dumps(row))
+    return 0
 
 
 def in_process(name: str, card: str | None) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def in_process(name: str, card: str | None) -> dict[str, Any]:
     return found
 
 
-def collect(args: argparse.Namespace, card: str | None) -> None:
+def collect(args: argparse.Namespace, card: str | None) -> int:
     """Rows of all chosen cases into one file, written after each."""
     target, start = args.target, time.monotonic()
     rows: dict[str, Any] = json.loads(target.read_text())["cases"] if target.exists() else {}
@@ -99,6 +100,7 @@ def collect(args: argparse.Namespace, card: str | None) -> None:
         target.write_text(json.dumps(document, indent=1) + "\n")
         print(f"{name:34s} {shown(rows[name])}", flush=True)
     print(f"Wrote {target}")
+    return 1 if any("error" in row for row in rows.values()) else 0
 
 
 def chosen(only: str) -> list[str]:
@@ -114,8 +116,9 @@ def shown(row: dict[str, Any]) -> str:
     return " ".join(f"{row[key] / MIB:12.2f}" for key in FIGURES) + f" {row['seconds']:8.1f} s"
 
 
-def judge(predicted_file: Path, measured_file: Path) -> None:
-    """Every measured case beside its prediction, errors in percent of the measured; misses are named."""
+def judge(predicted_file: Path, measured_file: Path) -> int:
+    """Every measured case beside its prediction, errors in percent of the measured; misses are named, and exit with 1."""
+    missed = 0
     predicted, measured = (json.loads(path.read_text())["cases"] for path in (predicted_file, measured_file))
     print(f"{'case':34s} {'allocated MiB':>14s} {'error':>9s} {'reserved MiB':>14s} {'error':>9s}  stated")
     for name, row in measured.items():
@@ -128,6 +131,9 @@ def judge(predicted_file: Path, measured_file: Path) -> None:
             error = (forecast[key] - row[key]) / row[key] * 100
             cells.append(f"{row[key] / MIB:14.2f} {error:+8.3f}%")
         print(f"{name:34s} {' '.join(cells)}  {verdict(forecast, row)}")
+        missed += verdict(forecast, row) == "MISSED"
+    print(f"{missed} missed")
+    return 1 if missed else 0
 
 
 def verdict(forecast: dict[str, Any], row: dict[str, Any]) -> str:
@@ -164,16 +170,16 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
-    actions: dict[str, Callable[[], None]] = {
+    actions: dict[str, Callable[[], int]] = {
         "predict": lambda: collect(args, args.gpu),
         "measure": lambda: collect(args, None),
         "judge": lambda: judge(args.predicted, args.measured),
         "here": lambda: here(args.name, args.card),
     }
-    actions[args.verb]()
+    return actions[args.verb]()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

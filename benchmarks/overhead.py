@@ -9,7 +9,7 @@ profile_memory: false without a directory, where stages and steps are still reco
 A round runs all three, the next one in the opposite order (ABBA); the first round warms up and is not counted. Trace and
 snapshot are off. Steps are timed by this script, the same for all (CUDA events), without the first; a round gives one ratio of
 medians, the verdict is the median over rounds. Peaks are what the recorder reports; for `bare` the allocator's own counters,
-never reset during the run. Bounds of the project: step time below 1 %, peaks equal to the byte.
+never reset during the run. Exit code 1 beyond the bounds of the project: step time below 1 %, peaks equal to the byte.
 Writes <out>/<date>_<gpu>_overhead.json.
 """
 
@@ -19,6 +19,7 @@ import argparse
 import datetime
 import gc
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from provenance import conclude, header, unused
 
 from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.engine.components import Parts
@@ -170,7 +172,17 @@ def show(rounds: list[list[dict[str, Any]]], result: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
+def breaches_of(result: dict[str, Any]) -> list[str]:
+    found = []
+    for name, r in result.items():
+        if not r["step_time_kept"]:
+            found.append(f"{name}: a step takes {r['step_time']:+.2%}, at most {BOUND:.0%}")
+        if not r["peaks_kept"]:
+            found.append(f"{name}: the peaks differ")
+    return found
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny weights and 5 frames: tries the script")
@@ -188,16 +200,16 @@ def main() -> None:
     show(rounds, result)
     key = args.gpu or ("cpu" if args.device == "cpu" else device.name.removeprefix("cuda:NVIDIA ").split()[0].lower())
     document = {
+        **header("overhead.py"),
         "device": device.name,
-        "date": str(datetime.date.today()),
-        "torch": torch.__version__,
         "config": config.to_dict(),
         "verdict": result,
         "rounds": rounds,
     }
-    target = args.out / f"{datetime.date.today()}_{key}_overhead.json"
+    target = unused(args.out / f"{datetime.date.today()}_{key}_overhead.json")
     target.write_text(json.dumps(document, indent=1) + "\n")
+    return conclude({"rounds": len(rounds), "breaches": breaches_of(result)})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

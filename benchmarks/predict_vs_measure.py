@@ -4,10 +4,12 @@
     python benchmarks/predict_vs_measure.py a.yaml b.yaml         your configurations
     python benchmarks/predict_vs_measure.py --only 1.3B --out DIR
     python benchmarks/predict_vs_measure.py --again benchmarks/2026-11-24_h200_predict_vs_measure.json     no GPU: is it still true?
+                                                                  (its file is left as it is; --out DIR writes what is predicted now)
 
 Every configuration runs in a fresh process on the GPU (random weights, few steps) and is predicted in another on the CPU; the table gives
 allocated, reserved and device peak of each stage with the signed error of the prediction. Writes DIR/<date>_<gpu>_predict_vs_measure.json.
-Bounds of the project: allocated 0.5 %, reserved 1 %, device 3 %.
+Exit code 1 beyond the bounds of the project, allocated 0.5 %, reserved 1 %, device 3 %, and where
+ a run fails or has other stages than predicted.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from provenance import circumstances, conclude, unused
 
 BOUNDS = {"allocated": 0.005, "reserved": 0.01, "device": 0.03}
 
@@ -113,6 +117,7 @@ def result_of(record: dict[str, Any]) -> dict[str, Any]:
         ],
         "seconds": {stage["name"]: stage["seconds"] for stage in record["stages"]},
         "environment": record.get("environment"),
+        "failure": record.get("failure"),
     }
 
 
@@ -124,12 +129,29 @@ def compared(result: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any
     rows = []
     for earlier in result["rows"]:
         row: dict[str, Any] = {"stage": earlier["stage"]}
+        if not coming.get(earlier["stage"]):
+            raise RuntimeError(f"{result['config']}: the stage {earlier['stage']} was measured and is not predicted")
         stage = coming[earlier["stage"]].pop(0)
         for quantity in BOUNDS:
             p, m = stage[f"peak_{quantity}_bytes"], earlier[quantity]["measured"]
             row[quantity] = {"predicted": p, "measured": m, "error": (p - m) / m if m else 0.0}
         rows.append(row)
-    return result | {"rows": rows}
+    unmeasured = [name for name, stages in coming.items() if stages and name not in ("start", "save")]
+    return result | {"rows": rows, "unmeasured": unmeasured}
+
+
+def breaches_of(result: dict[str, Any]) -> list[str]:
+    """A sentence for each bound that one configuration misses."""
+    name = result["config"]
+    if result.get("error"):
+        return [f"{name}: {result['error'].strip().splitlines()[-1]}"]
+    found = [f"{name}: {result['failure']['message']}"] if result.get("failure") else []
+    found += [f"{name}: {stage} is predicted and was not measured" for stage in result.get("unmeasured", ())]
+    for row in result["rows"]:
+        for quantity, bound in BOUNDS.items():
+            if abs(row[quantity]["error"]) > bound:
+                found.append(f"{name}: {row['stage']} {quantity} {row[quantity]['error']:+.3%}, at most {bound:.1%}")
+    return found
 
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
@@ -150,13 +172,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("configs", nargs="*", type=Path)
     parser.add_argument("--only", default="", help="only built-in cases whose name contains this")
     parser.add_argument("--gpu", default="h200")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument(
+        "--out", type=Path, help="folder for the result (default: benchmarks; with --again of a file: none)"
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this many seconds")
     parser.add_argument(
         "--again",
         type=Path,
         metavar="PATH",
-        help="predict anew, without a GPU, what a result file (rewritten) or the run directories in a folder measured",
+        help="predict anew, without a GPU, what a result file (not changed) or the run directories in a folder measured",
     )
     return parser.parse_args()
 
@@ -178,37 +202,39 @@ def work(args: argparse.Namespace, scratch: Path) -> list[tuple[str, Callable[[]
     return [(path.stem, partial(predict_and_measure, path, scratch, args.gpu)) for path in configs]
 
 
-def main() -> None:
+def main() -> int:
     args, start = parse(), time.monotonic()
     kind = args.again.name if args.again and args.again.is_dir() else "predict_vs_measure"
-    target = args.out / f"{datetime.date.today()}_{args.gpu}_{kind}.json"
-    target = args.again if args.again and args.again.is_file() else target
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = []
+    if args.again and args.again.is_file():
+        kind = f"{args.again.stem.split('_', 2)[-1]}_again"
+    target = None
+    if args.out or not (args.again and args.again.is_file()):
+        target = unused((args.out or Path("benchmarks")) / f"{datetime.date.today()}_{args.gpu}_{kind}.json")
+    about = circumstances("predict_vs_measure.py")
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, make in work(args, Path(scratch)):
             if time.monotonic() - start > args.seconds:
                 print(f"\nstopped for time before {name}")
                 break
             try:
-                results.append(make())
+                results.append(make() | {"predicted_by": about})
             except RuntimeError as error:
-                if args.again:
-                    sys.exit(str(error))  # nothing is written: what was measured must not be lost
                 print(f"\n{error}", flush=True)
                 results.append({"config": name, "rows": [], "error": str(error)})
                 continue
             show(name, results[-1]["rows"])
-            if not args.again:
+            if target:
                 target.write_text(json.dumps(results, indent=1) + "\n")
-    if args.again:
-        target.write_text(json.dumps(results, indent=1) + "\n")
     rows = [row for result in results for row in result["rows"]]
     equal = sum(row[q]["predicted"] == row[q]["measured"] for row in rows for q in ("allocated", "reserved"))
     print(f"\n{equal} of {2 * len(rows)} stage peaks of allocated and reserved memory equal to the byte")
     worst = {q: max((abs(row[q]["error"]) for row in rows), default=0.0) for q in BOUNDS}
     print("worst errors: " + ", ".join(f"{q} {e:.3%} (bound {BOUNDS[q]:.1%})" for q, e in worst.items()))
+    return conclude(
+        {"runs": len(results), "breaches": [breach for result in results for breach in breaches_of(result)]}
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

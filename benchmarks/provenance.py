@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,17 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ROOT", "ResultFile", "circumstances", "conclude", "environment_of_a_person", "prediction_of", "read_record"]
+__all__ = [
+    "ROOT",
+    "ResultFile",
+    "circumstances",
+    "conclude",
+    "environment_of_a_person",
+    "header",
+    "prediction_of",
+    "read_record",
+    "unused",
+]
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +42,26 @@ def circumstances(*scripts: str) -> dict[str, Any]:
         "ram_bytes": psutil.virtual_memory().total,
         "ram_available_bytes": psutil.virtual_memory().available,
     }
+
+
+def header(*scripts: str) -> dict[str, Any]:
+    """Date, card with driver, clock and power as they are now (None without one), code, versions and machine."""
+    import pynvml
+    from nvml_watch import gpu_facts, gpu_of
+
+    try:
+        pynvml.nvmlInit()
+        gpu = gpu_facts(pynvml, gpu_of(pynvml, os.environ)[1])
+    except pynvml.NVMLError:
+        gpu = None
+    return {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(), "gpu": gpu, **circumstances(*scripts)}
+
+
+def unused(path: Path) -> Path:
+    """The path, or with _2, _3 and so on behind its name where a result of the same day is already there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(2, 1000))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def _commit() -> str | None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from wanvram.config import Request, RunConfig, Strategy
-from wanvram.knobs import videos_per_pass, weight_passes
+from wanvram.knobs import gpus, videos_per_pass, weight_passes
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import Forecast, StageForecast
 from wanvram.planner.result import Plan
@@ -19,6 +19,7 @@ __all__ = ["Card", "plan"]
 
 CONTEXT = 760 * MIB  # CUDA context and libraries on the H200
 DISK_RATE = 3e9
+MOST_GPUS = 8
 FORWARDS = 2  # per step: with the prompt and without
 
 
@@ -42,6 +43,7 @@ class Card:
         assert config.memory_limit_bytes is None
         self.calls.append((component, config.strategy, config.request))
         part = "vae" if component.startswith("vae") else component
+        assert config.gpus <= MOST_GPUS
         base, extra, host, seconds = getattr(self, part)(config.request, config.strategy)
         step = self.step_seconds(config.request, config.strategy) if component == "dit" else None
         peak = base + extra
@@ -82,6 +84,8 @@ class Card:
         else:
             area = min(rows, s.vae_tile + 16) * min(columns, s.vae_tile + 16)
             covered = math.ceil(rows / s.vae_tile) * math.ceil(columns / s.vae_tile) * area
+        if s.vae_tile is not None:
+            covered = math.ceil(covered / gpus(s))  # tiles are shared
         element = 4 if s.vae_precision == "fp32" else 2
         frames = (request.frame_num + 3) // 4
         return 250 * MIB, int(area * 0.5 * element * MIB) // 4 + 60 * MIB, 0, covered * frames * 2e-5
@@ -96,18 +100,19 @@ class Card:
         streams = (2 if s.cfg == "joint" else 1) * videos_per_pass(s)
         tokens, dim = self.tokens(request), DIT[request.task].dim
         rows = min(tokens, s.rows_per_chunk or 8192)
-        kept = min(tokens, 3 * rows) if s.residual_in == "pinned" else tokens * streams
-        extra = (
-            kept * dim * 4
-            + tokens * dim * (4 if s.attention_slicing or s.residual_in == "pinned" else 8)
-            + rows * dim * 24
-        )
-        in_ram = tokens * dim * 4 if s.residual_in == "pinned" else 0
+        shares = s.ulysses_size * s.ring_size
+        in_ram = s.residual_in == "pinned"
+        kept = min(tokens, 3 * rows) if in_ram else tokens * streams
+        attending = tokens * (4 if s.attention_slicing or in_ram else 8)
+        extra = dim * (4 * kept + attending) // shares + rows * dim * 24
+        extra += tokens * dim * 6 if s.ring_size > 1 else 0
+        keepers = gpus(s) if s.dit_fsdp else 1
         if s.load_strategy == "full":
-            return blocks * block, extra, in_ram, 8.0
+            return blocks * block // keepers + (2 * block if s.dit_fsdp else 0), extra, tokens * dim * 4 * in_ram, 8.0
         resident = min(s.resident_blocks, blocks)
-        host = 2 * block if s.weights_in == "disk" else (blocks - resident) * block
-        return (resident + min(2, blocks - resident)) * block, extra, host + in_ram, 8.0
+        host = 2 * block if s.weights_in == "disk" else (blocks - resident) * block * gpus(s) // keepers
+        host += tokens * dim * 4 * in_ram
+        return (resident + min(2, blocks - resident)) * block, extra, host, 8.0
 
     def tokens(self, request: Request) -> int:
         return ((request.frame_num + 3) // 4) * request.height * request.width // 256
@@ -116,7 +121,9 @@ class Card:
         tokens, dim, blocks = self.tokens(request), DIT[request.task].dim, block_count(request)
         in_ram = s.residual_in == "pinned"
         slower = (1.005 if s.attention_slicing or in_ram else 1.0) * (1.03 if s.rows_per_chunk else 1.0)
-        forwards = FORWARDS if request.guided else 1
+        forwards = (FORWARDS if request.guided else 1) / (s.cfg_size * s.ulysses_size * s.ring_size)
+        exchanged = 1.05 if s.ulysses_size > 1 else 1.02 if s.ring_size > 1 else 1.0
+        forwards *= exchanged
         compute = (
             s.batch_size
             * forwards
@@ -125,5 +132,6 @@ class Card:
         )
         streamed = 0 if s.load_strategy == "full" else blocks - min(s.resident_blocks, blocks)
         copies = weight_passes(s, guided=request.guided) * self.block_bytes(request, s) / self.rate(s.weights_in)
+        copies /= gpus(s) if s.dit_fsdp else 1
         copies += forwards * s.batch_size * 2 * tokens * dim * 4 / self.copy_rate if in_ram else 0
         return (blocks - streamed) * compute * slower + streamed * max(compute * slower, copies)

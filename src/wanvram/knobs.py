@@ -147,10 +147,17 @@ def _streamed_only(plain: object) -> Rule:
     return Rule(lambda value, strategy: value == plain or is_streamed(strategy), why)
 
 
-_ONE_GPU = "running on several GPUs is not implemented"
+_AS_MANY = Rule(
+    lambda value, strategy: value == 1 or sizes_together(strategy) in (1, value),
+    "{value}, but cfg_size, ring_size and ulysses_size together are of another number; give one of them",
+)
 _AMONG_SEVERAL = Rule(
     lambda value, strategy: not value or gpus(strategy) > 1,
     "{value}; several GPUs share weights, and this run has one; give ulysses_size, ring_size or cfg_size too",
+)
+_EXCHANGES = Rule(
+    lambda value, strategy: value == "auto" or gpus(strategy) > 1,
+    "{value} is how several GPUs exchange, and this run has one; use auto",
 )
 _NOT_ON_THE_CPU = Rule(
     lambda value, strategy: not (value and T5_CPU.of(strategy)),
@@ -245,7 +252,6 @@ def chunk_rows(tokens: int, asked: int | None) -> int:
 
 _STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
 _VAE = ("vae_encoder", "vae_decoder")
-_MORE_GPUS = "default: 1; more needs several GPUs, which is not implemented"
 
 # fmt: off
 PRECISION = Knob(
@@ -308,13 +314,17 @@ CFG_SIZE = Knob(
     "cfg_size", 1, "GPUs that share the guidance passes: 1 or 2 (default: 1)", touches=("vae_decoder", "dit"),
     rules=(_at_least(1), _TWO_PASSES, _ONE_PASS_EACH), kept=True)
 PARALLEL_DEGREE = Knob(
-    "parallel_degree", 1, _MORE_GPUS, rules=(_nothing_but(1, _ONE_GPU),), other_flag="gpus")
+    "parallel_degree", 1, "GPUs that make the videos together, in sizes that are chosen (default: 1)",
+    touches=("vae_decoder", "dit"), rules=(_at_least(1), _AS_MANY), other_flag="gpus", kept=True)
 ULYSSES_SIZE = Knob(
     "ulysses_size", 1, "GPUs that share rows, and heads while they attend (default: 1)", touches=("vae_decoder", "dit"),
     rules=(_at_least(1), _WHOLE_HEADS), kept=True)
 RING_SIZE = Knob(
     "ring_size", 1, "GPUs that share rows, and pass keys and values round (default: 1)", touches=("vae_decoder", "dit"),
     rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+EXCHANGE = Knob(
+    "exchange_by", "auto", "how GPUs exchange: by copies out of each other's memory, or nccl (default: auto, copies where they can)",
+    choices=("auto", "copies", "nccl"), touches=(RUN,), rules=(_EXCHANGES,), kept=True)
 T5_FSDP = Knob(
     "t5_fsdp", False, "each GPU keeps a share of T5 (default: False)",
     touches=("text_encoder",), smaller=_only(True), rules=(_AMONG_SEVERAL, _NOT_ON_THE_CPU), kept=True)
@@ -337,7 +347,7 @@ TABLE: tuple[Knob[Any], ...] = (
         GRADIENT_CHECKPOINTING,
         BATCH_SIZE,
     ),
-    *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
+    *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, EXCHANGE, T5_FSDP, DIT_FSDP),
 )
 
 
@@ -391,9 +401,12 @@ def is_streamed(strategy: object) -> bool:
 
 def gpus(strategy: object) -> int:
     """That make the videos together."""
-    return max(
-        PARALLEL_DEGREE.of(strategy), math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
-    )
+    return max(PARALLEL_DEGREE.of(strategy), sizes_together(strategy))
+
+
+def sizes_together(strategy: object) -> int:
+    """Of how many GPUs the sizes are."""
+    return math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
 
 
 def shares_weights(strategy: object) -> bool:

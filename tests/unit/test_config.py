@@ -46,6 +46,7 @@ KEYS = {
     "optimization.parallel_degree",
     "optimization.ulysses_size",
     "optimization.ring_size",
+    "optimization.exchange_by",
     "optimization.t5_fsdp",
     "optimization.dit_fsdp",
     "logging.profile_memory",
@@ -230,9 +231,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "name: x\nmodel_config: {device: tpu}": ("model_config.device: 'tpu'", "simulated"),
     "name: x\nmodel_config: {device: cpu, precision: fp16}": ("fp16 has no fast CPU kernels; use bf16 or fp32",),
     "name: x\nmodel_config: []": ("model_config: [] is not a section",),
-    "name: x\noptimization: {parallel_degree: 2}": (
-        "optimization.parallel_degree: 2",
-        "several GPUs is not implemented",
+    "name: x\noptimization: {parallel_degree: 4, ulysses_size: 2}": (
+        "optimization.parallel_degree: 4",
+        "are of another number",
     ),
     "name: x\noptimization: {cfg_size: 3}": ("optimization.cfg_size: 3 GPUs", "two guidance passes; give 1 or 2"),
     "name: x\noptimization: {ring_size: 0}": ("optimization.ring_size: 0", "at least 1"),

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from wanvram.config import Request, RunConfig, Strategy
+from wanvram.predict.simulate import simulate
 from wanvram.simulate.convolutions import Convolution, Table, kernel_names, kernel_workspace, workspace
 from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.libraries import Libraries
 from wanvram.units import MIB
 
-MEASURED = Path(__file__).parents[1] / "data" / "conv_workspaces.json.gz"
+ROOT = Path(__file__).parents[2]
+MEASURED = ROOT / "tests" / "data" / "conv_workspaces.json.gz"
 UNIT = (1, 1, 1)
 SAME = (0, 1, 1)
 
@@ -41,6 +44,22 @@ def test_few_measured_shapes_need_an_exception() -> None:
     found = [workspace(from_key(key)) for key in measured()]
     assert sum(size.basis == "rule" for size in found) > 0.9 * len(found)
     assert {size.basis for size in found} == {"rule", "measured"}
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+def test_the_first_use_of_libraries_takes_what_was_measured(backend: str) -> None:
+    """Its smallest convolution decides the stage's peak with cuDNN's attention, which has nothing larger beside it."""
+    rows = json.loads((ROOT / "benchmarks" / "2026-11-29_h200_attention_pairs.json").read_text(encoding="utf-8"))[
+        "rows"
+    ]
+    mine = [row for row in rows if row["part"] == "1.3B-480P" and row.get("backend") == backend]
+    predicted = next(row["peaks"]["start"][0] for row in mine if row["kind"] == "predicted")
+    off = {s["allocated"] for row in mine if row["kind"] == "run" for s in row["stages"] if s["stage"] == "start"}
+    request = Request.for_task("t2v-1.3B", size="832*480", frame_num=1, sample_steps=1)
+    strategy = Strategy(load_strategy="block", offload=True, attention_backend=backend, expandable_segments=True)
+    record, _ = simulate(RunConfig("x", "", "simulated", request, strategy, memory_limit_bytes=2048 * MIB))
+    start = next(stage for stage in record.stages if stage.name == "start")
+    assert {start.peak.allocated_bytes} == {predicted - each for each in off}
 
 
 def test_keys_say_everything_about_a_convolution() -> None:

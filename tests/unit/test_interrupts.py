@@ -9,8 +9,9 @@ import weakref
 
 import pytest
 
+from wanvram.errors import PeerLost
 from wanvram.recorder import interrupts
-from wanvram.recorder.interrupts import ENDINGS, Interrupted, catching, check, deferred
+from wanvram.recorder.interrupts import ENDINGS, Interrupted, agreed, call_off, catching, check, deferred, hold, pending
 
 
 class Thing:
@@ -150,3 +151,43 @@ def test_a_forked_process_ends_as_processes_usually_do() -> None:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGTERM
+
+
+def held(*signals: signal.Signals) -> int:
+    """In a run whose processes stop together: what waits after these."""
+    with catching(), deferred():
+        hold(60.0)
+        send(*signals)
+        check()
+        waiting = pending()
+        agreed(0)
+        agreed(waiting)
+    return waiting
+
+
+def called_off() -> None:
+    with deferred():
+        call_off(PeerLost("rank 1 has ended"))
+        check()
+
+
+def test_a_held_signal_waits_until_all_processes_agree() -> None:
+    assert held() == 0
+    with pytest.raises(Interrupted) as raised:
+        held(signal.SIGTERM)
+    assert raised.traceback[-1].name == "agreed"
+
+
+def test_a_second_interrupt_is_not_held() -> None:
+    with pytest.raises(Interrupted) as raised:
+        held(signal.SIGINT, signal.SIGINT)
+    assert raised.traceback[-1].name == "check"
+    with deferred():
+        check()
+
+
+def test_what_another_thread_calls_off_ends_at_the_next_unit() -> None:
+    with pytest.raises(PeerLost, match="rank 1"):
+        called_off()
+    with deferred():
+        check()

@@ -27,7 +27,7 @@ from wanvram.machine import checks as module
 from wanvram.machine.checks import own_gpu_process, run_checks
 from wanvram.recorder.interrupts import deferred
 from wanvram.run.weights import choose_weights
-from wanvram.units import GIB, KIB, parse_bytes
+from wanvram.units import GIB, parse_bytes
 
 # --- the last value that is allowed ------------------------------------------------------------------------------------------
 
@@ -64,7 +64,14 @@ def test_a_name_may_have_as_many_bytes_and_not_characters() -> None:
 
 
 def test_amounts_of_memory_have_units_up_to_tebibytes() -> None:
-    assert [parse_bytes(text) for text in ("1T", "1.5TiB", "2k", "3B")] == [1024 * GIB, 1536 * GIB, 2 * KIB, 3]
+    assert [parse_bytes(text) for text in ("1T", "1.5TiB", "2k", "3B", "1GiB", "1MB")] == [
+        2**40,
+        3 * 2**39,
+        2048,
+        3,
+        2**30,
+        2**20,
+    ]
 
 
 # --- the command line --------------------------------------------------------------------------------------------------------

@@ -210,12 +210,19 @@ def test_expandable_segments_are_planned_where_pytorch_has_them(
 
 def test_a_plan_that_never_keeps_its_budget_when_simulated_whole_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     class Higher(WholeRun):
+        needed = 7 * GIB
+
         def peak(self) -> Memory:
-            return Memory(0, 0, 7 * GIB)
+            return Memory(0, 0, self.needed)
 
     monkeypatch.setattr("wanvram.predict.plan.simulate", lambda config, **how: (Higher(), None))
     config = RunConfig("x", "", "simulated", Request.for_task("t2v-1.3B", size="832*480"), Strategy())
-    with pytest.raises(BudgetError, match=r"3 plans for 6\.00 GiB needed more"):
+    with pytest.raises(BudgetError, match=r"plans? for 6\.00 GiB needed more .* the last 1,116\.2 MiB above"):
+        plan_run(config, Budget(6 * GIB), offers=False)
+    Higher.needed = 6 * GIB
+    with pytest.raises(
+        BudgetError, match=r"3 plans for 6\.00 GiB needed more when simulated whole, the last 92\.2 MiB above"
+    ):
         plan_run(config, Budget(6 * GIB), offers=False)
 
 

@@ -35,6 +35,7 @@ Number = int | float
 Key = tuple[str, ...]  # ("peak", "device_bytes"), ("stages", "denoise", "seconds"), ("seconds",)
 _UNCOMPARED = ("name", "description")
 _COMPONENT_FIGURES = ("parameters", "base_bytes", "host_bytes", "activation_bytes", "streamed_bytes")
+_RANK_FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "seconds")
 _PREDICTED = (
     "allocated_bytes",
     "reserved_bytes",
@@ -70,6 +71,11 @@ def _figures(record: RunRecord) -> Iterator[tuple[Key, Number | None]]:
     for span in record.stages:
         for name, value in _stage(span):
             yield ("stages", span.name, name), value
+    for rank in record.ranks:
+        for number in rank.ranks:
+            for span in rank.stages:
+                for name in _RANK_FIGURES:
+                    yield ("ranks", f"{number} {span.name}", name), dict(_stage(span))[name]
     for component in record.components:
         for name in _COMPONENT_FIGURES:
             yield ("components", component.name, name), getattr(component, name)

@@ -10,6 +10,7 @@ from wanvram.cli.common import stated
 from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, DeviceError, InputError
+from wanvram.knobs import gpus
 from wanvram.machine.nvml import first_gpu
 from wanvram.planner.budget import Budget, desktop_bytes, system_ram
 from wanvram.planner.result import Refusal
@@ -18,7 +19,7 @@ from wanvram.report.plan import summarize_plan
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, cards_with_memory, find_gpu
 from wanvram.units import human
 
-__all__ = ["add_budget_flags", "budget_of", "planned"]
+__all__ = ["add_budget_flags", "budget_for", "budget_of", "planned"]
 
 
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,11 @@ def budget_of(vram: str | None, ram: str | None, gpu: str | None, *, flag: str =
     return _with_ram(budget, now) if ram_bytes is None and here is not None and here.card == card else budget
 
 
+def budget_for(config: RunConfig, budget: Budget) -> Budget:
+    """Of each GPU that the configuration asks for, and what joins them."""
+    return replace(budget, gpus=gpus(config.strategy), link=config.link)
+
+
 def _here(*, required: bool) -> _Here | None:
     """None without a card; DeviceError if one is required."""
     try:
@@ -115,6 +121,7 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
     if config.gpu is None and default is not None:
         note = f"planned for the {budget.card.name}, the card that is simulated where --gpu names none"
         budget = replace(budget, notes=(*budget.notes, note))
+    budget = budget_for(config, budget)
     from wanvram.machine.host import since_process_start
     from wanvram.predict.plan import plan_run, planned_config
 

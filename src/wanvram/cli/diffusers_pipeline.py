@@ -17,7 +17,7 @@ __all__ = ["add_pipeline_flags", "check_no_pipeline", "estimate_pipeline"]
 # Destination -> flag: `offload` is that of --offload_model.
 _OWN = {name: name for name in ("height", "width", "num_frames", "dtype", "vae_dtype", "measured")}
 _OWN["pipeline_offload"] = "offload"
-_SHARED = ("diffusers", "verb", "run", "gpu", "vram", "output", "force", "json", "debug")
+_SHARED = ("diffusers", "verb", "run", "words", "gpu", "vram", "output", "force", "json", "debug")
 MOST_PIXELS, MOST_FRAMES = 16_384, 4096  # of a side; larger is a mistake, and a card has not the memory
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from wanvram.cli.common import add_link_flag, add_output_flags, finish, memory_limit, run_printer
 from wanvram.cli.diffusers_pipeline import add_pipeline_flags, check_no_pipeline, estimate_pipeline
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
+from wanvram.cli.processes import for_all
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
 
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     check_no_pipeline(args)
     limit = memory_limit(args)
     weights = None if args.config else "random"  # those of the file: tiny ones are of another size
-    config = config_from_flags(args, device="simulated", weights=weights, gpu=args.gpu, memory_limit_bytes=limit)
+    config = for_all(
+        config_from_flags(args, device="simulated", weights=weights, gpu=args.gpu, memory_limit_bytes=limit)
+    )
     if args.memory_viz is not None:
         return _export(args, config)
     from wanvram.predict.simulate import run_or_simulate

@@ -15,7 +15,7 @@ from wanvram.errors import InputError
 from wanvram.input_files import read_text
 from wanvram.tasks import TASKS, normal_size
 
-__all__ = ["add_knob_flags", "add_request_flags", "add_strategy_flags", "boolean", "config_from_flags"]
+__all__ = ["add_knob_flags", "add_request_flags", "add_strategy_flags", "boolean", "config_from_flags", "of_gpus"]
 
 # What the official script assumes when a flag is absent; with --config the file says it.
 REQUEST_DEFAULTS: dict[str, Any] = {"task": "t2v-14B", "size": "1280*720"}
@@ -105,7 +105,7 @@ def config_from_flags(
 ) -> RunConfig:
     """Checked RunConfig from --config (or `base` in its place) and the flags that override it; raises InputError naming the flag or
     key."""
-    request, strategy = _given_request(args), _given(args, [knob.name for knob in knobs.TABLE])
+    request, strategy = _given_request(args), of_gpus(_given(args, [knob.name for knob in knobs.TABLE]))
     others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes, "link": vars(args).get("link")}
     data: dict[str, Any]
     if args.config is None and base is None:
@@ -128,6 +128,13 @@ def config_from_flags(
         data["request"].update(prompt="", prompts=[])
     data["request"].update(request | {k: v for k, v in others.items() if v is not None})
     return _from_dict(data)
+
+
+def of_gpus(given: dict[str, Any]) -> dict[str, Any]:
+    """A number of GPUs forgets the file's sizes, and a size its number: what the flags say is meant."""
+    sizes = {knob.name: knob.default for knob in (knobs.CFG_SIZE, knobs.RING_SIZE, knobs.ULYSSES_SIZE)}
+    number = {knobs.PARALLEL_DEGREE.name: knobs.PARALLEL_DEGREE.default}
+    return (sizes if number.keys() & given.keys() else number if sizes.keys() & given.keys() else {}) | given
 
 
 def _strategy_defaults(device: str | None) -> dict[str, Any]:

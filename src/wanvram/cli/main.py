@@ -18,7 +18,7 @@ from wanvram.errors import PeerLost, WanvramError
 from wanvram.foreign_text import shown, unforeseen
 from wanvram.machine.launched import launched
 from wanvram.recorder.interrupts import INTERRUPTED, catching
-from wanvram.version import __version__
+from wanvram.version import described
 
 __all__ = ["main"]
 
@@ -60,6 +60,14 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+class _Version(argparse.Action):
+    """Asks git only when the version is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"wanvram {described()}")
+        parser.exit()
+
+
 class _VerbParser(_Parser):
     """Of one verb, whose module is imported when the verb is meant: all of them would cost every command 0.3 s."""
 
@@ -82,7 +90,7 @@ class _VerbParser(_Parser):
 def build_parser(*, whole: bool = True) -> argparse.ArgumentParser:
     """whole: with the flags of every verb, else they come when a verb is parsed."""
     parser = _Parser(prog="wanvram", description="GPU memory of Wan2.1 video generation: predicted, planned, measured.")
-    parser.add_argument("--version", action="version", version=f"wanvram {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="version and commit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_VerbParser)
     for name in VERBS:
         module = f"wanvram.cli.{name}"

@@ -5,6 +5,7 @@ examples:
   wanvram plan --task t2v-14B --size 1280*720 --gpu rtx4060 --ram 32GiB            less a desktop's share of its memory
   wanvram plan --task t2v-1.3B --size 832*480 --vram 6GiB --gpu rtx4060 --json     of a card that is shared
   wanvram plan --task t2v-14B --vram auto -o plan.yaml && wanvram generate --config plan.yaml --ckpt_dir ./Wan2.1-T2V-14B
+  wanvram plan --gpus 2 --gpu rtx4090 --link pcie4 --vram 12GiB --size 480p        two cards: how they share, and what each takes
   wanvram plan --longest --task t2v-14B --size 480p,720p --gpu rtx4080             the most frames that fit, for each size
 
 Exit code 3 if nothing fits: then it names the smallest budget that would do, and sizes or frames that fit this one.
@@ -20,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from wanvram import knobs
-from wanvram.cli.budget import budget_of
+from wanvram.cli.budget import budget_for, budget_of
 from wanvram.cli.common import add_link_flag, progress_printer
 from wanvram.cli.flags import add_knob_flags, add_request_flags, config_from_flags
 from wanvram.command_line import generate_command
@@ -41,7 +42,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("budget")
     group.add_argument(
         "--vram",
-        help="memory to plan for, for example 8GiB; auto: what the card here has free now (default: that, or with --gpu that "
+        help="memory to plan for, of each GPU, for example 8GiB; auto: what the card here has free now (default: that, or with --gpu that "
         "card's memory less a desktop's share)",
     )
     group.add_argument(
@@ -96,13 +97,13 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 
 def _budget(args: argparse.Namespace, config: RunConfig) -> Budget:
-    return budget_of(args.vram, args.ram, config.gpu)
+    return budget_for(config, budget_of(args.vram, args.ram, config.gpu))
 
 
 def _command(planned: RunConfig) -> str:
     """For the card that is there, with whole MiB of the budget as a cap."""
     limit = planned.memory_limit_bytes
-    return generate_command(replace(planned, gpu=None, memory_limit_bytes=limit and limit // MIB * MIB))
+    return generate_command(replace(planned, gpu=None, link=None, memory_limit_bytes=limit and limit // MIB * MIB))
 
 
 def _yaml(planned: RunConfig, plan: Plan) -> str:

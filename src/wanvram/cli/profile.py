@@ -32,7 +32,7 @@ from wanvram.cli.common import (
     run_printer,
     settle_allocator,
 )
-from wanvram.cli.flags import add_knob_flags
+from wanvram.cli.flags import add_knob_flags, of_gpus
 from wanvram.cli.processes import decided, for_all, must_start, processes
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, WanvramError
@@ -83,7 +83,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     limit = MAX_BYTES if args.child_of is None else MAX_WRITTEN_BYTES
-    configs = [_overridden(config, args) for config in load_configurations(args.config, limit)]
+    configs = [for_all(_overridden(config, args)) for config in load_configurations(args.config, limit)]
     single = len(args.config) == 1 and not is_matrix(args.config[0], limit)
     if not single or args.timeout is not None:
         return _run_each(configs, args, single)
@@ -109,16 +109,15 @@ def _overridden(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     config = replace(config, **changes)
     if args.vram:
         config = replace(config, memory_limit_bytes=memory_limit(args))
-    degree = PARALLEL_DEGREE
-    return (
-        replace(config, strategy=degree.set(config.strategy, args.parallel_degree)) if args.parallel_degree else config
-    )
+    if args.parallel_degree is not None:
+        strategy = replace(config.strategy, **of_gpus({PARALLEL_DEGREE.name: args.parallel_degree}))
+        config = replace(config, strategy=strategy)
+    return config
 
 
 def _run_here(config: RunConfig, args: argparse.Namespace) -> int:
     if args.child_of is not None and not launched().is_one_of_several:
         die_with_parent(args.child_of)
-    config = for_all(config)
     _look_at_checkpoint(config)
     if must_start(config):
         from wanvram.run.launch import start

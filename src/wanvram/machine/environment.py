@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from wanvram.version import __version__
+from wanvram.version import __version__, commit
 
 __all__ = ["cuda_usable", "describe_environment"]
 
@@ -19,6 +19,7 @@ def describe_environment() -> dict[str, Any]:
     memory = psutil.virtual_memory()
     result: dict[str, Any] = {
         "wanvram": __version__,
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -16,12 +16,10 @@ from wanvram.planner.economy import SAME_RAM
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.placement import TIE, Placements
 from wanvram.planner.result import GpuLayout
-from wanvram.planner.sizes import Sizes, leanest_sizes, sizes_for, sizes_of
+from wanvram.planner.sizes import SAME, Sizes, leanest_sizes, sizes_for, sizes_of
 from wanvram.planner.transformer import whole_transformer
 
 __all__ = ["Found", "best_of", "leanest"]
-
-CERTAIN = 0.9  # expected times are good to about a tenth: what is expected to take longer than that is not searched
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,12 @@ def _sharing_weights(base: Strategy) -> Strategy | None:
 
 
 def _cannot_win(trials: Trials, sizes: Sizes, best: Sizes, found: Found) -> bool:
-    """Not even with every weight on the device, by its expected time relative to that of the best so far."""
+    """Not by more than expected times can tell, even with every weight on the device, relative to the best so far."""
     now = trials.of("dit", found.chosen).seconds_per_step
     resident = whole_transformer(trials, found.chosen).seconds_per_step
     if now is None or resident is None:
         return True
-    return resident * sizes.expected_seconds / best.expected_seconds * CERTAIN >= now
+    return resident * sizes.expected_seconds / best.expected_seconds * (1 + SAME) >= now
 
 
 def _is_better(trials: Trials, way: _Tried, best: _Tried | None) -> bool:
@@ -115,8 +113,8 @@ def _layout(trials: Trials, way: _Tried, is_best: bool) -> GpuLayout:
     if found is None:
         failed = [t for t in trials.failed if t.memory == "device" and _is_of(t.strategy, way.sizes, shared)]
         return GpuLayout(sizes, "too large", None, min((t.needed for t in failed), default=None), None)
-    step, verdict = trials.of("dit", found.chosen).seconds_per_step, "chosen" if is_best else "fits"
-    return GpuLayout(sizes, verdict, step, trials.peak(found.chosen), trials.host(found.chosen))
+    dit, verdict = trials.of("dit", found.chosen), "chosen" if is_best else "fits"
+    return GpuLayout(sizes, verdict, dit.seconds_per_step, dit.peak_device_bytes, dit.host_bytes)
 
 
 def _is_of(strategy: Strategy, sizes: Sizes, shared: bool) -> bool:

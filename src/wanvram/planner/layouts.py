@@ -35,4 +35,4 @@ def laid_out(config: RunConfig, gpus: int) -> RunConfig:
     try:
         return replace(config, strategy=Change(values).on(config.strategy))
     except InputError as error:
-        raise InputError(f"{knobs.PARALLEL_DEGREE.name}: {gpus} GPUs cannot be used so: {error}") from error
+        raise InputError(f"{gpus} GPUs cannot share the work: {error}") from error

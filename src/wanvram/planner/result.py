@@ -76,8 +76,8 @@ class Offer:
 class GpuLayout:
     """A way in which several GPUs can share the video. sizes: of every axis, and whether weights are shared.
 
-    verdict: chosen, fits (but is no better), too large, or slower by estimate. seconds_per_step, of a GPU device bytes and of all
-    host bytes: of the fastest that fits; of one that is too large the least device memory that was looked at. None: not known.
+    verdict: chosen, fits (but is no better), too large, or slower by estimate. The figures are the transformer's, device bytes of a
+    GPU and host bytes of all: of the fastest that fits; of one that is too large the least that was looked at. None: not known.
     """
 
     sizes: dict[str, Any]

@@ -20,7 +20,7 @@ def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
     By bisection after whole frames and the largest tiles, which most cards hold: small tiles are many, and slow to simulate.
     """
     tiles = tiles_for(trials.request)
-    parts = [part.name for part in trials.request.facts.parts() if part.component == "vae"]
+    parts = _halves(trials.request)
     too_large, fitting = -1, len(tiles)
     while fitting - too_large > 1:
         middle = too_large + 1 if too_large < 1 else (too_large + fitting) // 2
@@ -29,4 +29,28 @@ def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
             fitting = middle
         else:
             too_large = middle
-    return None if fitting == len(tiles) else VAE_TILE.set(base, tiles[fitting])
+    if fitting == len(tiles):
+        return None
+    return _shared(trials, base, tiles[fitting:]) if trials.budget.gpus > 1 else VAE_TILE.set(base, tiles[fitting])
+
+
+def _shared(trials: Trials, base: Strategy, tiles: list[int | None]) -> Strategy:
+    """Several GPUs decode tiles beside each other, so that smaller ones are faster as long as there are more to share."""
+    best = VAE_TILE.set(base, tiles[0])
+    for tile in tiles[1:]:
+        smaller = VAE_TILE.set(base, tile)
+        before, after = _seconds(trials, best), _seconds(trials, smaller)
+        if before is None or after is None or after >= before:
+            break
+        best = smaller
+    return best
+
+
+def _seconds(trials: Trials, strategy: Strategy) -> float | None:
+    """Of encoder and decoder; None: not known."""
+    times = [trials.of(part, strategy).seconds for part in _halves(trials.request)]
+    return None if None in times else sum(time for time in times if time is not None)
+
+
+def _halves(request: Request) -> list[str]:
+    return [part.name for part in request.facts.parts() if part.component == "vae"]

@@ -90,13 +90,17 @@ def plan_run(
     expected = 3 * len(components_of(config.request)) + (1 if offers else -1)
     forecasts = Forecasts(show, expected) if forecasts is None else forecasts
     forecasts.look_ahead(config.request, budget, base)
-    tried = budget
-    for _ in range(ATTEMPTS):
+    tried, excess, plans = budget, 0, 0
+    while plans < ATTEMPTS:
         result = search(config.request, tried, Options(base, offers=False), forecasts)
+        if isinstance(result, Refusal) and plans:
+            break
         if isinstance(result, Refusal):
             return result, None
+        plans += 1
         if show is not None:
             show("simulating the whole run")
+        forecast = result.peak_device_bytes
         record = _whole_run(config, result)
         peak = record.peak()
         whole = peak.device_bytes if peak is not None else None
@@ -110,9 +114,11 @@ def plan_run(
                 note = streaming_note(planned_config(config, result), budget.card)
                 result = replace(result, notes=(*result.notes, note))
             return _confirmed(result, record), record
-        tried = replace(budget, margin_bytes=tried.margin + excess)
+        # As much as the forecasts said too little, at least: else the same plan would be found again.
+        tried = replace(budget, margin_bytes=max(tried.margin + excess, budget.margin + (whole or 0) - forecast))
+    made = "the only plan" if plans == 1 else f"{plans} plans"
     raise BudgetError(
-        f"{ATTEMPTS} plans for {human(budget.usable_bytes)} needed more when they were simulated whole, the last {human(excess)} "
+        f"{made} for {human(budget.usable_bytes)} needed more when simulated whole, the last {human(excess)} "
         "above what the margin allows; give that much more"
     )
 

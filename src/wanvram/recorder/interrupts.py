@@ -16,7 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "Interrupted", "call_off", "catching", "check", "deferred", "ending_begins"]
+__all__ = [
+    "INTERRUPTED",
+    "Interrupted",
+    "agreed",
+    "call_off",
+    "catching",
+    "check",
+    "deferred",
+    "ending_begins",
+    "hold",
+    "pending",
+]
 
 INTERRUPTED = "interrupted by the user"
 # A terminal that closes sends SIGHUP twice, a service manager SIGTERM and SIGHUP: they must not end the writing of the record.
@@ -28,6 +39,7 @@ ENDINGS = tuple(
 _pending: int | None = None
 _ending_since: float | None = None
 _called_off: Exception | None = None
+_held_until = 0.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,6 +59,25 @@ def call_off(error: Exception) -> None:
     _called_off = error
 
 
+def hold(seconds: float) -> None:
+    """For so long a first signal waits for `agreed`: several processes must not stop at different places."""
+    global _held_until
+    _held_until = time.monotonic() + seconds
+
+
+def pending() -> int:
+    """The signal that waits; 0: none."""
+    return _pending or 0
+
+
+def agreed(number: int) -> None:
+    """Raises Interrupted for a signal that came to any of several processes; 0: to none."""
+    global _pending
+    if number:
+        _pending = None
+        raise Interrupted(number)
+
+
 def ending_begins() -> None:
     """For a reason of its own: SIGTERM and SIGHUP, with which a launcher ends what is left, do not disturb the record."""
     _repeated(signal.SIGTERM)
@@ -58,7 +89,7 @@ def check() -> None:
     if _called_off is not None:
         error, _called_off = _called_off, None
         raise error
-    if _pending is not None:
+    if _pending is not None and time.monotonic() >= _held_until:
         number, _pending = _pending, None
         raise Interrupted(number)
 
@@ -67,6 +98,8 @@ def _remember(number: int, _frame: FrameType | None) -> None:
     global _pending
     if _repeated(number):
         return
+    if _pending is not None:
+        hold(0.0)
     check()
     _pending = number
 
@@ -105,6 +138,7 @@ def deferred() -> Iterator[None]:
         check()
     finally:
         _pending = _called_off = None
+        hold(0.0)
         for number, handler in ours.items():
             signal.signal(number, handler)
 

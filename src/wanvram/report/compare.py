@@ -35,6 +35,9 @@ _STAGE_FIGURES = (
     ("components", "base_bytes", "base MiB"),
     ("components", "activation_bytes", "activation MiB"),
     ("components", "host_bytes", "host MiB"),
+    ("ranks", "peak_allocated_bytes", "peak allocated MiB"),
+    ("ranks", "peak_device_bytes", "peak device MiB"),
+    ("ranks", "seconds", "time s"),
 )
 
 

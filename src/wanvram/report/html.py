@@ -19,6 +19,7 @@ from wanvram.analysis.compare import working_seconds
 from wanvram.errors import InputError
 from wanvram.record import RunRecord
 from wanvram.report.findings import CARDS_GIB, advice_first, alike, answer, best_first, card_of, ranked, ranks, together
+from wanvram.report.gpus import gpu_rows
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.timeline import thinned
 from wanvram.report.translations import GLOSSARY, TEXTS, Texts, shortened
@@ -160,6 +161,7 @@ def _run(run: Run, texts: Texts) -> dict[str, Any]:
         ],
         "components": [asdict(component) for component in record.components],
         "stages": [_stage(span, record.cached) for span in record.stages],
+        "ranks": list(gpu_rows(record)),
         "exact": run.exact,
         "borrowed": run.borrowed,
     }

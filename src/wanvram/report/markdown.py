@@ -9,6 +9,7 @@ from dataclasses import replace
 from wanvram.foreign_text import MAX_SHOWN, shown
 from wanvram.record import RunRecord
 from wanvram.report.findings import advice_first, alike, answer, card_of, ranked, ranks, together, unlimited_base
+from wanvram.report.gpus import GPU_HEADS, gpu_cells
 from wanvram.report.runs import Run, asked, pairs
 from wanvram.report.terminal import videos_line
 from wanvram.report.timeline import peak_moment
@@ -115,6 +116,10 @@ def _run(run: Run, texts: Texts) -> list[str]:
     lines += _videos(run.record, texts)
     lines += [f"### {texts('components')}", "", *_components(run, texts), ""]
     lines += [f"### {texts('stages')}", "", *_stages(run, texts), ""]
+    if run.record.ranks:
+        heads = [texts(key) for key in GPU_HEADS]
+        rows = list(gpu_cells(run.record))
+        lines += [f"### {texts('every_gpu')}", "", *_table(heads, rows, numbers=range(1, len(heads) - 1)), ""]
     moment = peak_moment(run.timeline)
     if moment is not None and run.borrowed:
         lines += [texts("borrowed"), ""]

@@ -7,11 +7,13 @@ from typing import Any
 
 from wanvram import knobs
 from wanvram.command_line import flag_of
+from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import StageForecast, stage_seconds
-from wanvram.planner.result import Offer, Plan, Rejected, Trade
+from wanvram.planner.result import GpuLayout, Offer, Plan, Rejected, Trade
 from wanvram.record import AttentionChoice
 from wanvram.report.terminal import attention_line, table
 from wanvram.report.translations import Texts
+from wanvram.simulate.links import link_of
 from wanvram.units import human, mib_cell, seconds
 
 __all__ = ["longest_table", "summarize_plan"]
@@ -23,6 +25,8 @@ FRAMES_PER_SECOND = 16  # of every Wan2.1 video
 def summarize_plan(plan: Plan, command: str) -> str:
     """Multi-line text; exact for a given plan. command: what runs it."""
     parts = [_headline(plan), "", "run it with:", f"  {command}", "", _stages(plan)]
+    if plan.layouts:
+        parts += ["", f"ways in which {plan.budget.gpus} GPUs can share it:", "", _layouts(plan)]
     if plan.rejected:
         parts += ["", "faster, but too large:", *(f"  {_rejected(r)}" for r in plan.rejected)]
     trades = [_trade(t) for t in plan.trades if t.seconds_gained >= LEAST_SECONDS]
@@ -47,16 +51,40 @@ def _headline(plan: Plan) -> str:
     ram = (
         "" if budget.ram_bytes is None else f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system"
     )
+    each_card = " of each" if budget.gpus > 1 else ""
     return "\n".join(
         [
-            f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps{made}, predicted for {budget.card.name}",
-            f"Fits in {human(budget.usable_bytes)}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
+            f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps{made}, predicted for {_cards(budget)}",
+            f"Fits in {human(budget.usable_bytes)}{each_card}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
             f"(margin kept: {human(budget.margin)})",
             f"Time: {step} per step, {whole} in all{each}{_outside_stages(plan)}",
             f"Host RAM: {human(plan.host_bytes)}{ram}",
             *_attention(plan.attention),
         ]
     )
+
+
+def _cards(budget: Budget) -> str:
+    if budget.gpus == 1:
+        return budget.card.name
+    return f"{budget.gpus} x {budget.card.name}, joined by {link_of(budget.card, budget.link, budget.gpus).name}"
+
+
+def _layouts(plan: Plan) -> str:
+    """One line for each, the most promising first."""
+    heads = [*plan.layouts[0].sizes, "step", "device MiB", "host weights MiB", ""]
+    return table([heads, *(_layout(layout) for layout in plan.layouts)])
+
+
+def _layout(layout: GpuLayout) -> list[str]:
+    sizes = [str(value) for value in layout.sizes.values()]
+    figures = ["-" if f is None else mib_cell(f) for f in (layout.peak_device_bytes, layout.host_bytes)]
+    return [
+        *sizes,
+        "-" if layout.seconds_per_step is None else seconds(layout.seconds_per_step),
+        *figures,
+        layout.verdict,
+    ]
 
 
 def _attention(attention: AttentionChoice | None) -> list[str]:

@@ -16,6 +16,7 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 from wanvram.record import AttentionChoice, RunRecord
+from wanvram.report.gpus import GPU_HEADS, gpu_cells
 from wanvram.report.runs import asked
 from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
@@ -32,6 +33,8 @@ def summarize(record: RunRecord, texts: Texts | None = None) -> str:
     """Multi-line text; exact for a given record. In English unless told otherwise."""
     texts = texts or Texts()
     parts = [_headline(record, texts), "", _components(record, texts), "", _stages(record, texts), ""]
+    if record.ranks:
+        parts += [table([[texts(key) for key in GPU_HEADS], *gpu_cells(record)]), ""]
     parts.append(_largest_moments(record, texts))
     if record.failure is not None and record.failure.alive:
         parts += ["", texts("alive_failed"), *_alive(record.failure.alive)]

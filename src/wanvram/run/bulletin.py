@@ -20,7 +20,7 @@ from wanvram.errors import PeerLost
 from wanvram.machine.launched import Launched
 from wanvram.record import Failure
 
-__all__ = ["Bulletin", "Ending", "Present"]
+__all__ = ["Bulletin", "Ending", "Present", "store_for_tensors"]
 
 T = TypeVar("T")
 ANSWER_SECONDS = 10.0  # of the store; torchrun's answers in less than a millisecond
@@ -94,21 +94,9 @@ class Bulletin:
     def __init__(self, me: Launched, *, hosted: bool = False, wait_seconds: float = ANSWER_SECONDS) -> None:
         """hosted: the store lives in this process. wait_seconds: until it is there."""
         self.me = me
-        self._tcp = _asked(
-            lambda: TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=hosted,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=wait_seconds),
-            )
-        )
-        self._tcp.set_timeout(timedelta(seconds=ANSWER_SECONDS))
-        self._store = PrefixStore("wanvram", self._tcp)
-
-    def for_tensors(self) -> PrefixStore:
-        """Where torch.distributed's groups find each other. Its own name: nothing of ours stands there."""
-        return PrefixStore("tensors", self._tcp)
+        store = _asked(lambda: _client(timedelta(seconds=wait_seconds), hosted=hosted))
+        store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+        self._store = PrefixStore("wanvram", store)
 
     def put(self, what: str, value: object) -> None:
         """As this rank's."""
@@ -132,6 +120,16 @@ class Bulletin:
     def ending(self) -> Ending | None:
         found = self.first_of("ending")
         return None if found is None else Ending.from_json(found)
+
+
+def store_for_tensors(timeout: timedelta) -> PrefixStore:
+    """Where torch.distributed's groups find each other, under a name of their own."""
+    return PrefixStore("tensors", _client(timeout))
+
+
+def _client(timeout: timedelta, *, hosted: bool = False) -> TCPStore:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=hosted, wait_for_workers=False, timeout=timeout)
 
 
 def _asked(ask: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, WEIGHTS_IN, shares_weights
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
@@ -113,9 +113,7 @@ def execute(
     linked = None
     if output.world is not None:
         device.place = config.place(output.world.me.rank)
-        linked = output.world.connect(device)
-        if shares_weights(config.strategy):
-            device.weight_peers()  # connects before anything is loaded, so that what it takes is known
+        linked = output.world.connect(device, config.strategy)
     start = since_process_start()
 
     def complete(record: RunRecord) -> None:
@@ -174,6 +172,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             _write_circumstances(directory, config, around.environment)
         if output.world is not None:
             output.world.shared("directory", lambda: True)  # the first one has made it
+            pipeline.trace_step = output.world.step_made  # a run of several is not traced
             output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
         failure, lost = _played(config, output, pipeline, outputs, around)
         record = _record(config, device, pipeline, failure, around.environment)
@@ -310,6 +309,11 @@ def check_measurement(config: RunConfig) -> None:
             "logging.snapshot: an allocator snapshot exists on CUDA only; set it to false or use --device cuda "
             "(of a predicted run: wanvram estimate --config FILE.yaml --memory_viz FILE.pickle)"
         )
+    require(
+        PARALLEL_DEGREE.of(config.strategy) in (1, config.gpus),
+        f"{PARALLEL_DEGREE.name}: {PARALLEL_DEGREE.of(config.strategy)} GPUs, and no sizes are chosen for them; give "
+        "cfg_size, ring_size and ulysses_size, whose product it is",
+    )
     require(
         config.gpus == 1 or not config.measurement.is_traced,
         "logging.trace: a run on several GPUs is not traced; set it to false, or trace the same run on one GPU",

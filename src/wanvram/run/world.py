@@ -19,18 +19,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wanvram.config import Strategy
 from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.devices import Device
 from wanvram.engine.peers import Exchanged
 from wanvram.engine.symmetric import what_is_missing
 from wanvram.errors import DeviceError, PeerLost, WanvramError
+from wanvram.knobs import EXCHANGE, shares_weights
 from wanvram.machine.launched import Launched
 from wanvram.progress_stream import ProgressStream
 from wanvram.record import Failure, RankRecord, RunRecord
-from wanvram.recorder.interrupts import INTERRUPTED, ending_begins
-from wanvram.run.bulletin import Bulletin, Ending, Present
+from wanvram.recorder.interrupts import INTERRUPTED, agreed, ending_begins, hold, pending
+from wanvram.run.bulletin import Bulletin, Ending, Present, store_for_tensors
 from wanvram.run.watchdog import Watchdog
-from wanvram.sharing import WORLD
 
 __all__ = ["World", "joined", "together"]
 
@@ -52,6 +53,7 @@ class World:
         self.watchdog = watchdog
         self._bulletin = bulletin
         self._peers = peers
+        self._step_ended = 0.0
 
     def file(self, name: str) -> str:
         """What a file of the run directory is called that every rank writes: record.json, record.rank1.json."""
@@ -66,19 +68,23 @@ class World:
             return value
         return self._awaited(what, 0)
 
-    def connect(self, device: Device) -> str | None:
+    def connect(self, device: Device, strategy: Strategy) -> str | None:
         """Makes torch.distributed's group and a connection to every peer: what the driver then shows is not the allocator's.
 
-        Returns a note where NCCL is used, which takes memory.
+        Returns a note where NCCL is used that nobody asked for. DeviceError: copies were asked for and cannot be made.
         """
         for name, value in _NCCL.items():
             os.environ.setdefault(name, value)
-        cuda = isinstance(device, CudaDevice)
-        missing = self._missing_for_copies() if cuda else None
-        nccl = cuda and missing is not None
+        asked, cuda = EXCHANGE.of(strategy), isinstance(device, CudaDevice)
+        missing = self._missing_for_copies() if cuda and asked != "nccl" else None
+        if asked == "copies" and (missing or not cuda):
+            raise DeviceError(
+                f"{EXCHANGE.asked(asked)}: {missing or 'nothing but GPUs exchange so'}; use {EXCHANGE.asked('auto')}"
+            )
+        nccl = cuda and (asked == "nccl" or missing is not None)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=self._bulletin.for_tensors(),
+            store=store_for_tensors(TENSOR_TIMEOUT),
             rank=self.me.rank,
             world_size=self.me.size,
             timeout=TENSOR_TIMEOUT,
@@ -86,9 +92,8 @@ class World:
         )
         if isinstance(device, CudaDevice):
             device.exchanges_by_copies = not nccl
-        device.peers(WORLD).gather(device.empty((self.me.size,), torch.uint8), [1] * self.me.size)
-        device.hold_to_limit()
-        return f"the GPUs exchange by NCCL, which takes memory of each: {missing}" if nccl else None
+        device.connect(weights=shares_weights(strategy))
+        return f"the GPUs exchange by NCCL, which takes more of their memory: {missing}" if missing else None
 
     def _missing_for_copies(self) -> str | None:
         """Why the ranks cannot copy out of each other's GPUs, as the first that cannot says it."""
@@ -96,6 +101,15 @@ class World:
         mine = what_is_missing(self.me.size) if seen else "they are of several hosts"
         self._bulletin.put("missing", {"why": mine})
         return next(filter(None, (self._awaited("missing", peer.rank)["why"] for peer in self._peers)), None)
+
+    def step_made(self) -> None:
+        """After each step: a signal to any process stops all of them here, where no GPU waits for another and the step can be kept."""
+        signal = torch.tensor(pending())
+        dist.all_reduce(signal, dist.ReduceOp.MAX)
+        now = time.monotonic()
+        hold(2 * (now - self._step_ended) if self._step_ended else 0.0)
+        self._step_ended = now
+        agreed(int(signal))
 
     def failed(self, failure: Failure, error: BaseException) -> Failure:
         """Of this process; what ended the run is returned, which may be another's."""
@@ -153,10 +167,7 @@ class World:
             dist.destroy_process_group()
 
     def _is_awaited(self, peer: Present) -> bool:
-        lost = (
-            self.watchdog.ending is not None and self.watchdog.ending.failure.rank == peer.rank and not peer.is_seen()
-        )
-        return not lost and self._bulletin.got("left", peer.rank) is None
+        return not self.watchdog.is_gone(peer.rank) and self._bulletin.got("left", peer.rank) is None
 
 
 @contextmanager

@@ -47,8 +47,8 @@ class Efficiency:
 
 # Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
 # attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
-# single kernels (h200.md, *_probe_libraries.json). 8-bit products are an assumption, until one is
-# measured. The host's times per operation are estimates.
+# single kernels (h200.md, *_probe_libraries.json). 8-bit products alone
+# reached 0.63 and 0.65 (h200.md); what they reach in a step is an assumption. The host's times per operation are estimates.
 EFFICIENCY = Efficiency(
     product=0.715,
     product_fp8=0.62,

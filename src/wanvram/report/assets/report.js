@@ -163,6 +163,7 @@ function comparison(a, b, open) {
 function details(run) {
   const parts = run.peak && run.timeline.points[0].length ? memoryOver(run) : [];
   parts.push(section(t("stages"), stageTable(run)), section(t("components"), componentTable(run)));
+  if (run.ranks.length) parts.push(section(t("every_gpu"), gpuTable(run)));
   if (run.advice.length) parts.push(section(t("advice_title"), adviceTable(run)));
   const notes = run.notes.map((note) => el("li", { text: note }));
   if (notes.length) parts.push(section(t("notes"), el("ul", {}, ...notes)));

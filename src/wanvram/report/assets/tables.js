@@ -176,6 +176,26 @@ function componentTable(run) {
   });
 }
 
+function gpuTable(run) {
+  return dataTable({
+    caption: t("every_gpu"),
+    file: "gpus",
+    titled: true,
+    columns: [
+      column("gpus", "gpus"),
+      column("allocated_bytes", "peak_allocated", "mib"),
+      ...(run.cached ? [column("reserved_bytes", "peak_reserved", "mib")] : []),
+      column("device_bytes", "peak_device", "mib"),
+      column("communication_bytes", "communication", "mib"),
+      column("pinned_bytes", "pinned", "mib"),
+      column("exchanged_bytes", "sent", "mib"),
+      column("exchange_seconds", "waited", "seconds"),
+      column("stage", "peak_in"),
+    ],
+    rows: run.ranks,
+  });
+}
+
 function verdict(run) {
   if (run.failure) return t("failed");
   return run.fits === null ? null : t(run.fits ? "fits" : "does_not_fit");

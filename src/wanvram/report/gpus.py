@@ -1,0 +1,49 @@
+"""What each of several GPUs took, as the rows of every report. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from wanvram.record import RunRecord
+from wanvram.units import mib_cell, seconds
+
+__all__ = ["GPU_HEADS", "gpu_cells", "gpu_rows"]
+
+GPU_HEADS = (
+    "gpus",
+    "allocated_mib",
+    "reserved_mib",
+    "device_mib",
+    "talk_mib",
+    "pinned_mib",
+    "sent_mib",
+    "waited",
+    "peak_in",
+)
+
+
+def gpu_rows(record: RunRecord) -> Iterator[dict[str, Any]]:
+    """Figures of every rank or kind of rank, bytes and seconds; None where one is unknown."""
+    for rank in record.ranks:
+        peak = rank.peak()
+        where = max(rank.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+        yield {
+            "gpus": rank.name,
+            "allocated_bytes": peak.allocated_bytes if peak else None,
+            "reserved_bytes": peak.reserved_bytes if peak and record.cached else None,
+            "device_bytes": peak.device_bytes if peak else None,
+            "communication_bytes": rank.communication_bytes,
+            "pinned_bytes": rank.host.get("pinned_bytes"),
+            "exchanged_bytes": rank.exchanged_bytes,
+            "exchange_seconds": rank.exchange_seconds,
+            "stage": where.name if where else None,
+        }
+
+
+def gpu_cells(record: RunRecord) -> Iterator[list[str]]:
+    """As text, below GPU_HEADS."""
+    for row in gpu_rows(record):
+        number, *figures = row.values()
+        *sizes, waited, stage = figures
+        yield [number, *("-" if size is None else mib_cell(size) for size in sizes), seconds(waited), stage or "-"]
