@@ -39,6 +39,7 @@ from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from
 from wanvram.cli.processes import Decision, decided, for_all, must_start, processes
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.knobs import gpus
 from wanvram.machine.launched import launched
 from wanvram.tasks import TASKS
 from wanvram.weights.folder import GENERATED, existing_path
@@ -79,7 +80,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with _resumption(args) as resumption:
-        config = for_all(_config(args, resumption))
+        config = for_all(_config(args, resumption), to_be_planned=args.vram_budget is not None)
         _check(config, args)
         if not must_start(config):
             return _generate(config, args, resumption)
@@ -106,7 +107,7 @@ def _check(config: RunConfig, args: argparse.Namespace) -> None:
     """What can be seen before anything is planned, started or written; what costs the user most to mend comes first."""
     if config.weights not in GENERATED and config.device != "simulated":
         existing_path(config.weights)  # without torch
-    if config.gpus == 1 or launched().is_one_of_several:  # the process that starts others never computes
+    if gpus(config.strategy) == 1 or launched().is_one_of_several:  # the process that starts others never computes
         settle_allocator(config, to_be_planned=args.vram_budget is not None)
     _refuse_what_cannot_run(config)
     if config.weights == "tiny" and args.vram_budget is not None:

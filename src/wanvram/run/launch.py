@@ -16,6 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from wanvram.config import RunConfig
 from wanvram.errors import DeviceError
+from wanvram.knobs import gpus
 from wanvram.progress_stream import ProgressStream
 from wanvram.run.execute import device_kind
 
@@ -27,7 +28,7 @@ def start(config: RunConfig, words: Sequence[str]) -> int:
 
     The first process speaks for all; here only what it cannot say itself is said.
     """
-    count = config.gpus
+    count = gpus(config.strategy)
     if device_kind(config) == "cuda" and torch.cuda.device_count() < count:
         raise DeviceError(
             f"{count} GPUs are asked for and {torch.cuda.device_count()} are here; give --gpus {torch.cuda.device_count()} or "
