@@ -207,7 +207,7 @@ class Device(Placing, Copying, Measuring, Booking):
 
     def exchanged(self) -> Exchanged:
         """With other ranks since the start."""
-        return self._exchanged
+        return self._exchanged.settle()
 
     def repeated(self, times: int, before: Exchanged) -> None:
         """What was exchanged since `before` stands for so many times more, where equal steps are not run."""
