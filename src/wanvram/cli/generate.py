@@ -8,6 +8,7 @@ examples:
   wanvram generate --config run.yaml --prompt_file prompts.txt                     several prompts, models loaded once
   wanvram generate --resume videos/RUN             an interrupted run goes on, also as --resume videos/RUN --vram_budget 8GiB
   wanvram generate --weights tiny --prompt "a cat"       a first try on the CPU, in seconds: a small video of noise
+  wanvram generate --weights tiny --prompt "a cat" --gpus 2      two GPUs make it together (tiny weights: two processes on the CPU)
   wanvram generate --weights random --task t2v-1.3B --size 832*480        full size without a download: noise, real memory
 
 Needs an NVIDIA GPU, except with tiny weights, which make videos of any size in multiples of 16 (default: 9 frames of 128*80,
