@@ -63,6 +63,7 @@ class Strategy:
     parallel_degree: int = knobs.PARALLEL_DEGREE.default
     ulysses_size: int = knobs.ULYSSES_SIZE.default
     ring_size: int = knobs.RING_SIZE.default
+    exchange_by: str = knobs.EXCHANGE.default
     t5_fsdp: bool = knobs.T5_FSDP.default
     dit_fsdp: bool = knobs.DIT_FSDP.default
 

@@ -155,6 +155,10 @@ _AMONG_SEVERAL = Rule(
     lambda value, strategy: not value or gpus(strategy) > 1,
     "{value}; several GPUs share weights, and this run has one; give ulysses_size, ring_size or cfg_size too",
 )
+_EXCHANGES = Rule(
+    lambda value, strategy: value == "auto" or gpus(strategy) > 1,
+    "{value} is how several GPUs exchange, and this run has one; use auto",
+)
 _NOT_ON_THE_CPU = Rule(
     lambda value, strategy: not (value and T5_CPU.of(strategy)),
     "{value}; GPUs share what they compute with, and t5_cpu has T5 on the CPU; choose one of them",
@@ -318,6 +322,9 @@ ULYSSES_SIZE = Knob(
 RING_SIZE = Knob(
     "ring_size", 1, "GPUs that share rows, and pass keys and values round (default: 1)", touches=("vae_decoder", "dit"),
     rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+EXCHANGE = Knob(
+    "exchange_by", "auto", "how GPUs exchange: by copies out of each other's memory, or nccl (default: auto, copies where they can)",
+    choices=("auto", "copies", "nccl"), touches=(RUN,), rules=(_EXCHANGES,), kept=True)
 T5_FSDP = Knob(
     "t5_fsdp", False, "each GPU keeps a share of T5 (default: False)",
     touches=("text_encoder",), smaller=_only(True), rules=(_AMONG_SEVERAL, _NOT_ON_THE_CPU), kept=True)
@@ -340,7 +347,7 @@ TABLE: tuple[Knob[Any], ...] = (
         GRADIENT_CHECKPOINTING,
         BATCH_SIZE,
     ),
-    *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, T5_FSDP, DIT_FSDP),
+    *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, EXCHANGE, T5_FSDP, DIT_FSDP),
 )
 
 

@@ -12,11 +12,28 @@ from itertools import pairwise
 
 from wanvram.errors import require
 
-__all__ = ["ALONE", "CFG", "LINKS", "RING", "SEQUENCE", "ULYSSES", "WORLD", "Place", "Sequence", "parts", "size"]
+__all__ = [
+    *(
+        "ALONE",
+        "BUFFER_BYTES",
+        "CFG",
+        "HELD_BYTES",
+        "LINKS",
+        "PASSING",
+        "RING",
+        "SEQUENCE",
+        "ULYSSES",
+        "WEIGHTS",
+        "WORLD",
+    ),
+    *("Place", "Sequence", "meetings", "parts", "size"),
+]
 
 ULYSSES, RING, CFG = "ulysses", "ring", "cfg"
 SEQUENCE = "sequence"  # ulysses and ring together: those that share one sequence
 WORLD = "world"
+# Of each rank and each set of ranks that exchange by copies; the last 64 KiB of its 64 MiB are PyTorch's own.
+BUFFER_BYTES, HELD_BYTES = 2**26 - 2**16, 2**26
 LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")  # what joins the GPUs; host: the RAM, without peer access
 
 
@@ -66,6 +83,27 @@ class Place:
 
 
 ALONE = Place()
+PASSING, WEIGHTS = "passing", "weights"  # exchanges beside the computation, which need a buffer of their own
+
+
+def meetings(place: Place, *, weights: bool) -> dict[tuple[tuple[int, ...], str], str]:
+    """Sets of ranks that need a buffer each to exchange by copies, (members, use) -> an axis that has them, the world first.
+
+    weights: shares of them are gathered, too.
+    """
+    axes = [
+        (WORLD, ""),
+        (SEQUENCE, ""),
+        (ULYSSES, ""),
+        (RING, PASSING),
+        (CFG, PASSING),
+        *([(WORLD, WEIGHTS)] if weights else []),
+    ]
+    found: dict[tuple[tuple[int, ...], str], str] = {}
+    for axis, use in axes:
+        if place.count(axis) > 1:
+            found.setdefault((place.members(axis), use), axis)
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,16 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from wanvram.config import load_config
+from wanvram.predict.simulate import simulate
+from wanvram.simulate.gpus import find_gpu
 from wanvram.units import GIB, MIB
 
 pytestmark = pytest.mark.gpu
@@ -105,3 +110,15 @@ def test_settings_that_pytorch_read_too_early_are_an_error_that_names_both_sides
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "expandable_segments is False in PyTorch's allocator but True in the configuration" in done.stderr
+
+
+def test_a_prediction_of_8_bit_products_is_the_run_s_memory_to_the_byte(tmp_path: Path) -> None:
+    """Streamed, allocated and reserved peak of every stage; in a process of its own, where no library has begun."""
+    watched = Watch("--product_precision", "fp8", "-o", str(tmp_path / "run"))
+    assert watched.code == 0, watched.said
+    card = find_gpu(torch.cuda.get_device_name()).key
+    config = replace(load_config(tmp_path / "run" / "config.yaml"), device="simulated", gpu=card)
+    predicted, _ = simulate(config)
+    peaks = [(stage.name, stage.peak.allocated_bytes, stage.peak.reserved_bytes) for stage in predicted.stages]
+    stages = record_of(tmp_path / "run")["stages"]
+    assert [(s["name"], s["peak_allocated_bytes"], s["peak_reserved_bytes"]) for s in stages] == peaks

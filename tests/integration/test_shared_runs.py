@@ -23,6 +23,7 @@ from wanvram.run.weights import choose_weights
 TOLERANCE = 1e-5  # of the latent's largest value
 STREAMED = {"load_strategy": "block", "offload": True}
 RESIDENT = {"load_strategy": "full", "offload": True}
+SHARDS = {"dit_fsdp": True, "t5_fsdp": True}
 STAGES = ("prepare", "denoise", "denoise 2", "decode", "decode 2")
 
 
@@ -44,7 +45,8 @@ class Case:
         given: dict[str, Any] = {"prompt": "a cat", **dict(self.request)}
         request = Request.for_task(self.task, frame_num=9, sample_steps=2, base_seed=3, **given)
         ulysses, ring, cfg = self.sizes
-        how = Strategy(precision="fp32", ulysses_size=ulysses, ring_size=ring, cfg_size=cfg, **dict(self.strategy))
+        chosen = {name: value for name, value in self.strategy if self.world > 1 or name not in SHARDS}
+        how = Strategy(precision="fp32", ulysses_size=ulysses, ring_size=ring, cfg_size=cfg, **chosen)
         return RunConfig("x", "", device, request, how, weights="tiny")
 
     def __str__(self) -> str:
@@ -58,7 +60,7 @@ def case(task: str, *sizes: int, request: dict[str, Any] | None = None, **strate
     return Case(task, (ulysses, ring, cfg), tuple(strategy.items()), tuple((request or {}).items()))
 
 
-CASES = (
+PLAIN = (
     case("t2v-1.3B", 2, 1, 1, **STREAMED, vae_tile=8),
     case("t2v-1.3B", 2, 1, 1, **RESIDENT, rows_per_chunk=7),
     case("t2v-1.3B", 1, 2, 1, **STREAMED, rows_per_chunk=7),
@@ -92,7 +94,16 @@ CASES = (
     case("i2v-14B", 2, 1, 2, **STREAMED),
     case("flf2v-14B", 4, 1, 1, **STREAMED),
     case("vace-1.3B", 2, 2, 1, **STREAMED, rows_per_chunk=5),
+    case("t2v-1.3B", 1, 3, 1, **STREAMED),
 )
+
+
+def sharing(plain: Case) -> Case:
+    return replace(plain, strategy=(*plain.strategy, *SHARDS.items()))
+
+
+SHARING = tuple(map(sharing, (*PLAIN[:3], *PLAIN[4:7], PLAIN[12], PLAIN[15], PLAIN[19], PLAIN[-1])))
+CASES = (*PLAIN, *SHARING)
 
 
 @dataclass
@@ -178,6 +189,14 @@ def test_all_ranks_together_make_the_video_of_one_process(case: Case) -> None:
     frames, expected = torch.cat(ranks[0].frames), torch.cat(one.frames)
     assert (frames.int() - expected.int()).abs().max() <= (0 if case.sizes[:2] == (1, 1) else 1)
     assert not any(rank.frames for rank in ranks[1:])
+
+
+@pytest.mark.parametrize("case", SHARING, ids=str)
+def test_ranks_that_share_weights_make_the_same_bits_as_those_that_do_not(case: Case) -> None:
+    plain = next(other for other in PLAIN if sharing(other) == case)
+    for mine, theirs in zip(together(case.world), together(case.world), strict=True):
+        assert all(map(torch.equal, mine[case].latents, theirs[plain].latents))
+        assert all(map(torch.equal, mine[case].frames, theirs[plain].frames))
 
 
 def ranks_of() -> list[tuple[Case, int]]:

@@ -33,6 +33,8 @@ WAYS = {
     "on the device": {},
     "one block resident": {"load_strategy": "block", "resident_blocks": 1},
     "fp8": {"load_strategy": "block", "weight_storage": "fp8"},
+    "fp8 products": {"load_strategy": "block", "product_precision": "fp8"},
+    "fp8 products on the device": {"product_precision": "fp8", "weight_storage": "fp8"},
 }
 
 

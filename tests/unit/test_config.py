@@ -46,6 +46,7 @@ KEYS = {
     "optimization.parallel_degree",
     "optimization.ulysses_size",
     "optimization.ring_size",
+    "optimization.exchange_by",
     "optimization.t5_fsdp",
     "optimization.dit_fsdp",
     "logging.profile_memory",

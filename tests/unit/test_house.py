@@ -19,12 +19,12 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3885,
+    ".": 3920,
     "analysis": 3375,
     "cli": 2480,
     "engine": 3720,
     "foreign": 3550,
-    "kernels": 1390,
+    "kernels": 1410,
     "machine": 1170,
     "matrix": 675,
     "media": 625,

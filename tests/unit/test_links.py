@@ -10,7 +10,7 @@ from wanvram.errors import InputError
 from wanvram.sharing import LINKS
 from wanvram.simulate import links
 from wanvram.simulate.gpus import GPUS
-from wanvram.simulate.links import communication_bytes, link_of, linked, links_of
+from wanvram.simulate.links import communication_bytes, exchanged, link_of, linked, links_of
 from wanvram.units import MIB
 
 H200 = GPUS["h200"]
@@ -99,3 +99,17 @@ def test_a_card_among_others_has_less_memory_left_and_no_faster_bus_than_is_stat
     assert two.context_bytes - one.context_bytes == 446 * MIB
     assert (one.pcie_bytes, two.pcie_bytes) == (25e9, 12.5e9)
     assert linked(H200, link_of(H200, None, 2), 0) == H200
+
+
+def test_copies_out_of_each_others_memory_are_faster_than_nccl_where_cards_reach_it() -> None:
+    nvlink, host = link_of(H200, "nvlink", 2), link_of(H200, "host", 2)
+    copies = exchanged(nvlink, H200, "auto")
+    assert copies == exchanged(nvlink, H200, "copies")
+    # 0.525 ms of the link, 0.1 of a copy into the buffer, and a barrier
+    assert copies.seconds(194e6) == pytest.approx(0.525e-3 + 2 * 194e6 / H200.bandwidth_bytes + 12e-6, rel=0.01)
+    assert copies.seconds(194e6) < nvlink.seconds(194e6) / 2
+    assert copies.gather_seconds(141e6) == copies.seconds(141e6)
+    assert exchanged(nvlink, H200, "nccl") == nvlink
+    assert exchanged(host, H200, "auto") == host
+    with pytest.raises(InputError, match="exchange_by: copies need access to each other's memory"):
+        exchanged(host, H200, "copies")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wanvram.errors import InputError
-from wanvram.sharing import ALONE, CFG, RING, SEQUENCE, ULYSSES, WORLD, Place, Sequence, parts, size
+from wanvram.sharing import ALONE, CFG, RING, SEQUENCE, ULYSSES, WORLD, Place, Sequence, meetings, parts, size
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 2))
 
@@ -64,3 +64,19 @@ def test_a_rank_without_a_head_or_a_row_is_refused_with_the_numbers() -> None:
 def test_alone_is_a_world_of_one() -> None:
     assert ALONE.world == 1
     assert ALONE.members(WORLD) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("place", "weights", "buffers"),
+    [
+        (Place(0), True, 0),
+        (Place(0, ulysses=2), False, 1),
+        (Place(1, cfg=2), False, 2),
+        (Place(0, ring=2), True, 3),
+        (Place(3, ulysses=2, ring=2, cfg=2), True, 6),
+    ],
+)
+def test_each_set_of_ranks_that_exchange_has_one_buffer_for_each_use(place: Place, weights: bool, buffers: int) -> None:
+    found = meetings(place, weights=weights)
+    assert len(found) == buffers
+    assert all(place.rank in members and place.members(axis) == members for (members, _), axis in found.items())

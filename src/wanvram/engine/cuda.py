@@ -25,7 +25,7 @@ from wanvram.knobs import WEIGHTS_IN
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.host import available_ram_bytes
 from wanvram.recorder.meters import CudaMeter
-from wanvram.sharing import WORLD
+from wanvram.sharing import WEIGHTS, WORLD, meetings
 from wanvram.simulate.links import WEIGHT_CHANNELS
 from wanvram.spans import Copies
 from wanvram.units import human
@@ -202,15 +202,21 @@ class CudaDevice(Device):
         self._copying.append((source.nbytes, start, end))
         return end
 
+    def connect(self, *, weights: bool) -> None:
+        if self.exchanges_by_copies:
+            for (_, use), axis in meetings(self.place, weights=weights).items():
+                SymmetricPeers(self.place, axis, rooms=self._rooms, use=use).open(self.torch_device)
+        super().connect(weights=weights)
+
     def peers(self, axis: str) -> Peers:
         if not self.exchanges_by_copies:
             return super().peers(axis)
-        return SymmetricPeers(self.place, axis, self._exchanged, None, self._rooms, self.hold_to_limit)
+        return SymmetricPeers(self.place, axis, self._exchanged, rooms=self._rooms)
 
     def _weight_connections(self) -> Peers:
         """Few channels are enough, and take 12 MiB each for every peer."""
         if self.exchanges_by_copies:
-            return SymmetricPeers(self.place, WORLD, self._exchanged, None, self._rooms, self.hold_to_limit, "weights")
+            return SymmetricPeers(self.place, WORLD, self._exchanged, rooms=self._rooms, use=WEIGHTS)
         options = dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = WEIGHT_CHANNELS
         group = dist.new_group(backend="nccl", pg_options=options, device_id=self.torch_device)

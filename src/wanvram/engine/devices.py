@@ -173,6 +173,19 @@ class Device(Placing, Copying, Measuring, Booking):
         """The ranks of an axis (sharing) of `place`. Whoever set a place with others has made torch.distributed's group."""
         return TorchPeers(self.place, axis, self._exchanged)
 
+    def connect(self, *, weights: bool) -> None:
+        """Once, when the other ranks are there: takes what exchanges take outside the allocator, so that it is known from the start.
+
+        weights: shares of them are gathered, too.
+        """
+        peers = self.peers(WORLD)
+        peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+        del peers
+        if weights:
+            self.weight_peers()
+        self.empty_cache()
+        self.hold_to_limit()
+
     def weight_peers(self) -> Peers:
         """All ranks, by connections of their own: weights must not stand in the way of what the computation exchanges.
 
@@ -180,7 +193,7 @@ class Device(Placing, Copying, Measuring, Booking):
         """
         if self._weight_peers is None:
             self._weight_peers = peers = self._weight_connections()
-            peers.gather(self.empty((peers.count,), torch.uint8), [1] * peers.count)
+            self.wait(self.gather_beside(peers, self.empty((peers.count,), torch.uint8), self.mark()))
             self.hold_to_limit()
         return self._weight_peers
 

@@ -241,7 +241,7 @@ class Component:
 
     def _home(self, home: str, largest: int, *, paced: bool) -> Home:
         own: Home
-        if home == "pinned" and paced:
+        if home == "pinned" and paced and self._peers is None:  # a run is short enough, and gathered once it is whole
             own = self._paced = PacedHome(self.device, self._masters)
         elif home in ("pinned", "device"):
             own = PinnedHome(self.device, self._masters)
@@ -312,11 +312,12 @@ class Component:
             self._fill(part, flat, source)
         else:
             self._fill_run(part, self._shard.mine(flat), source)
-            self._gather(part, flat)
+            self._gather(flat)
 
-    def _gather(self, part: _Part, flat: torch.Tensor) -> None:
+    def _gather(self, flat: torch.Tensor) -> None:
+        """In the computation's order, but behind what is coming for slots: two gathers must never be under way at once."""
         if self._peers is not None:
-            self._peers.gather(flat, self._shard.counts(part.nbytes))
+            self.device.wait(self.device.gather_beside(self._peers, flat, self.device.mark()))
 
     def _fill_run(self, part: _Part, run: torch.Tensor, source: TensorSource | None) -> None:
         """This rank's run of the part, as it is stored."""
@@ -427,7 +428,7 @@ class Component:
             self._fill_together(part, flat, self._source)
             return
         self.device.copy(self._shard.mine(flat), self._masters.pop(part))
-        self._gather(part, flat)
+        self._gather(flat)
 
     # --- sizes ---------------------------------------------------------------------------------------------------------------
 

@@ -41,9 +41,6 @@ class Shard:
     def start(self, nbytes: int) -> int:
         return self.index * self.run_bytes(nbytes)
 
-    def counts(self, nbytes: int) -> list[int]:
-        return [self.run_bytes(nbytes)] * self.count
-
     def mine(self, flat: torch.Tensor) -> torch.Tensor:
         """flat [whole_bytes] uint8 -> my run of it."""
         each = flat.nbytes // self.count

@@ -7,7 +7,7 @@ it is looked at before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -17,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wanvram.engine.peers import TorchPeers
-from wanvram.units import MIB
+from wanvram.sharing import BUFFER_BYTES, PASSING
 
-__all__ = ["BUFFER_BYTES", "Room", "SymmetricPeers", "what_is_missing"]
+__all__ = ["Room", "SymmetricPeers", "what_is_missing"]
 
 MODULE = "torch.distributed._symmetric_memory"
-BUFFER_BYTES = 64 * MIB  # of each rank, for each set of ranks; what is larger goes in rounds
 _ALIGNED = 256
 
 
@@ -44,7 +43,8 @@ def what_is_missing(gpus: int) -> str | None:
 
 
 class Room:
-    """A buffer of each of some ranks that all of them read, in two halves: while one is read, the other is written.
+    """A buffer of each of some ranks that all of them read, in two halves: while one is read, the other is written. What is larger
+    than that goes in rounds.
 
     All members make it, and use it, at the same places of their runs.
     """
@@ -88,11 +88,9 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 @dataclass
 class SymmetricPeers(TorchPeers):
-    """Host tensors go by gloo as ever. rooms: of the device, by ranks and use. made: to be called when one has come, which takes
-    memory. use: what its exchanges must not stand in the way of others for."""
+    """Host tensors go by gloo as ever. rooms: of the device, by ranks and use. use: why it must not stand in the way of others."""
 
     rooms: dict[tuple[Any, ...], Room] = field(default_factory=dict)
-    made: Callable[[], None] = lambda: None
     use: str = ""
 
     def exchange(
@@ -123,7 +121,7 @@ class SymmetricPeers(TorchPeers):
     def pass_on(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> Any:
         if not sent[0].is_cuda:
             return super().pass_on(received, sent)
-        room, before = self._room("passing"), (self.index - 1) % self.count
+        room, before = self._room(PASSING), (self.index - 1) % self.count
         if room.largest is None:  # parts differ by a row, and the first rank's are the longest
             longest = torch.tensor([sent[0].nbytes])
             super().broadcast(longest)
@@ -147,12 +145,12 @@ class SymmetricPeers(TorchPeers):
         self._room(self.use).swap(out, into, largest)
         self.exchanged.nbytes += sum(map(len, out))  # what others read of it twice was written once
 
+    def open(self, device: torch.device) -> None:
+        """Makes the room for its use, with all the others."""
+        self.rooms[tuple(self.ranks), self.use] = Room(self.ranks, self.index, device)
+
     def _room(self, use: str) -> Room:
-        key = (tuple(self.ranks), use)
-        if key not in self.rooms:
-            self.rooms[key] = Room(self.ranks, self.index, torch.device("cuda", torch.cuda.current_device()))
-            self.made()
-        return self.rooms[key]
+        return self.rooms[tuple(self.ranks), use]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from wanvram.knobs import ROWS_PER_CHUNK, VAE_TILE, chunk_rows, shares_weights
 from wanvram.media.inputs import prepare_inputs
 from wanvram.models.vae_tiles import grid
 from wanvram.record import Failure, RankRecord, RunRecord
-from wanvram.sharing import CFG, RING, SEQUENCE, Sequence, size
+from wanvram.sharing import CFG, HELD_BYTES, RING, SEQUENCE, Sequence, meetings, size
 from wanvram.simulate.links import Link, communication_bytes
 from wanvram.spans import Span
 from wanvram.specs import DIT
@@ -61,17 +61,21 @@ def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> list[object]:
 
 
 def communication_of(config: RunConfig, link: Link) -> int:
-    """Bytes of each card that NCCL takes; 0 of one."""
+    """Bytes of each card that exchanges take; 0 of one."""
+    if link.copies:
+        return HELD_BYTES * len(meetings(config.place(0), weights=shares_weights(config.strategy)))
     return communication_bytes(link, config.gpus, shards=shares_weights(config.strategy))
 
 
 def communication_note(config: RunConfig, link: Link) -> str:
     """What joins the ranks, and what that takes of each card."""
-    basis = "measured on two H200s" if config.gpus == 2 and link.channels != 2 else "computed from two H200s"
-    return (
-        f"link: {link.name}, {link.bytes / 1e9:.3g} GB/s each way, {link.source}; "
-        f"NCCL takes {human(communication_of(config, link))} of each card, {basis}"
-    )
+    taken = human(communication_of(config, link))
+    if link.copies:
+        what = f"their buffers take {taken} of each card"
+    else:
+        basis = "measured on two H200s" if config.gpus == 2 and link.channels != 2 else "computed from two H200s"
+        what = f"NCCL takes {taken} of each card, {basis}"
+    return f"link: {link.name}, {link.bytes / 1e9:.3g} GB/s each way, {link.source}; {what}"
 
 
 def rank_record(ranks: tuple[int, ...], record: RunRecord, config: RunConfig, device: SimulatedDevice) -> RankRecord:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from wanvram.config import Measurement, RunConfig
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.errors import InputError
-from wanvram.knobs import EXPANDABLE_SEGMENTS, PRECISION
+from wanvram.knobs import EXCHANGE, EXPANDABLE_SEGMENTS, PRECISION
 from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.environment import describe_environment
 from wanvram.planner.budget import beyond_card, usable_memory
@@ -24,7 +24,7 @@ from wanvram.run_events import TellRun
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.simulate.libraries import Libraries
-from wanvram.simulate.links import link_of, linked
+from wanvram.simulate.links import exchanged, link_of, linked
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.simulate.timeline import Timeline
@@ -43,7 +43,9 @@ def simulated_device(
     unlimited: a card of 1 PiB and no cap, to learn what a run would take.
     """
     card: GPU = find_gpu(config.gpu or DEFAULT_GPU)
-    link = link_of(card, config.link, config.gpus) if config.gpus > 1 else None
+    link = None
+    if config.gpus > 1:
+        link = exchanged(link_of(card, config.link, config.gpus), card, EXCHANGE.of(config.strategy))
     gpu = card if link is None else linked(card, link, communication_of(config, link))
     if PRECISION.of(config.strategy) == "bf16" and gpu.compute_capability < (8, 0):
         raise InputError(

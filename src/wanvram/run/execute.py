@@ -22,7 +22,7 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN, shares_weights
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
@@ -113,9 +113,7 @@ def execute(
     linked = None
     if output.world is not None:
         device.place = config.place(output.world.me.rank)
-        linked = output.world.connect(device)
-        if shares_weights(config.strategy):
-            device.weight_peers()  # connects before anything is loaded, so that what it takes is known
+        linked = output.world.connect(device, config.strategy)
     start = since_process_start()
 
     def complete(record: RunRecord) -> None:

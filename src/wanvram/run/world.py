@@ -19,18 +19,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wanvram.config import Strategy
 from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.devices import Device
 from wanvram.engine.peers import Exchanged
 from wanvram.engine.symmetric import what_is_missing
 from wanvram.errors import DeviceError, PeerLost, WanvramError
+from wanvram.knobs import EXCHANGE, shares_weights
 from wanvram.machine.launched import Launched
 from wanvram.progress_stream import ProgressStream
 from wanvram.record import Failure, RankRecord, RunRecord
 from wanvram.recorder.interrupts import INTERRUPTED, agreed, ending_begins, hold, pending
 from wanvram.run.bulletin import Bulletin, Ending, Present, store_for_tensors
 from wanvram.run.watchdog import Watchdog
-from wanvram.sharing import WORLD
 
 __all__ = ["World", "joined", "together"]
 
@@ -67,16 +68,20 @@ class World:
             return value
         return self._awaited(what, 0)
 
-    def connect(self, device: Device) -> str | None:
+    def connect(self, device: Device, strategy: Strategy) -> str | None:
         """Makes torch.distributed's group and a connection to every peer: what the driver then shows is not the allocator's.
 
-        Returns a note where NCCL is used, which takes memory.
+        Returns a note where NCCL is used that nobody asked for. DeviceError: copies were asked for and cannot be made.
         """
         for name, value in _NCCL.items():
             os.environ.setdefault(name, value)
-        cuda = isinstance(device, CudaDevice)
-        missing = self._missing_for_copies() if cuda else None
-        nccl = cuda and missing is not None
+        asked, cuda = EXCHANGE.of(strategy), isinstance(device, CudaDevice)
+        missing = self._missing_for_copies() if cuda and asked != "nccl" else None
+        if asked == "copies" and (missing or not cuda):
+            raise DeviceError(
+                f"{EXCHANGE.asked(asked)}: {missing or 'nothing but GPUs exchange so'}; use {EXCHANGE.asked('auto')}"
+            )
+        nccl = cuda and (asked == "nccl" or missing is not None)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=store_for_tensors(TENSOR_TIMEOUT),
@@ -87,9 +92,8 @@ class World:
         )
         if isinstance(device, CudaDevice):
             device.exchanges_by_copies = not nccl
-        device.peers(WORLD).gather(device.empty((self.me.size,), torch.uint8), [1] * self.me.size)
-        device.hold_to_limit()
-        return f"the GPUs exchange by NCCL, which takes memory of each: {missing}" if nccl else None
+        device.connect(weights=shares_weights(strategy))
+        return f"the GPUs exchange by NCCL, which takes more of their memory: {missing}" if missing else None
 
     def _missing_for_copies(self) -> str | None:
         """Why the ranks cannot copy out of each other's GPUs, as the first that cannot says it."""

@@ -15,7 +15,7 @@ from wanvram.sharing import LINKS
 from wanvram.simulate.card import GPU
 from wanvram.units import MIB
 
-__all__ = ["WEIGHT_CHANNELS", "Link", "communication_bytes", "link_of", "linked", "links_of"]
+__all__ = ["WEIGHT_CHANNELS", "Link", "communication_bytes", "exchanged", "link_of", "linked", "links_of"]
 
 _BUS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 55e9}  # what a copy reaches over 16 lanes, as in card_table.py
 
@@ -44,6 +44,10 @@ _NVLINK_SECONDS = 85e-6
 _HOST_SHARE, _HOST_SECONDS = 23.2 / 55.2, 65e-6
 _PEER_SHARE = 0.8  # of a copy, between cards on PCIe with peer access: an assumption
 
+# By copies out of the peer's memory 194 MB take 0.525 ms of NVLink 4, and a barrier 7 to 12 us; before it the sender puts them into its
+# buffer, which reads and writes its own memory.
+_COPIED_SHARE, _BARRIER_SECONDS = 370 / 450, 12e-6
+
 # Device memory that NCCL takes, MiB, as NVML shows it: by init_process_group, by the first message's kernels, and for every channel to
 # every peer (10 MiB to receive in, 2 to send from; without peer access they are pinned RAM). 222 + 344, 318 + 344, 366 + 632 and
 # 198 + 248 were measured with 8, 8, 32 and no channels on the device: 248 + 12 x channels each time.
@@ -58,7 +62,7 @@ class Link:
     """Between any two of the cards, each direction. bytes: per second, while others send, too. latency: seconds of a message of none.
 
     bus_bytes: of the bus that the cards are in, where it is stated, copies per second. channels: connections to a peer whose
-    buffers lie on the device. source: what the figures rest on.
+    buffers lie on the device. source: what the figures rest on. copies: out of each other's memory, without NCCL.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Link:
     channels: int
     source: str
     bus_bytes: float | None = None
+    copies: bool = False
 
     def seconds(self, nbytes: float) -> float:
         """A card sends so many bytes and receives as many."""
@@ -98,6 +103,22 @@ def link_of(gpu: GPU, name: str | None, count: int) -> Link:
         return Link(name, _HOST_SHARE * copies, _HOST_SECONDS, 0, source, bus)
     source = "peer access over PCIe: 0.8 of a copy's speed, an assumption"
     return Link(name, _PEER_SHARE * copies, _HOST_SECONDS, _PCIE_CHANNELS, source, bus)
+
+
+def exchanged(link: Link, gpu: GPU, how: str) -> Link:
+    """The link as the strategy has it used. InputError for copies between cards without access to each other's memory."""
+    reach = link.channels > 0
+    if how == "copies" and not reach:
+        raise InputError(
+            f"exchange_by: copies need access to each other's memory, which link {link.name} has not; use nccl"
+        )
+    if how == "nccl" or not reach:
+        return link
+    published = _SWITCHED.get(gpu.key) or _BRIDGED.get(gpu.key)
+    reached = _COPIED_SHARE * published * 1e9 if link.name == "nvlink" and published else link.bytes
+    passed = 1 / (1 / reached + 2 / gpu.bandwidth_bytes)
+    source = "copies out of each other's memory; 0.82 of NVLink 4 and 12 us a barrier were measured on the H200"
+    return replace(link, bytes=passed, latency=_BARRIER_SECONDS, channels=WEIGHT_CHANNELS, source=source, copies=True)
 
 
 def links_of(gpu: GPU) -> Iterator[Link]:
