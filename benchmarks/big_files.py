@@ -194,7 +194,7 @@ def measure(kind: str, size: int, folder: Path) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace-gib", type=float, default=2.0)
     parser.add_argument("--snapshot-gib", type=float, default=1.0)
@@ -206,10 +206,10 @@ def main() -> None:
         kind, path, size = args.make
         write = write_trace if kind == "trace" else write_snapshot
         print(json.dumps(write(Path(path), int(size))))
-        return
+        return 0
     if args.read:
         print(json.dumps(read(args.read[0], Path(args.read[1]))))
-        return
+        return 0
     with tempfile.TemporaryDirectory(prefix="wanvram-big-") as folder:
         results = {
             "trace": measure("trace", int(args.trace_gib * GIB), Path(folder)),
@@ -224,7 +224,11 @@ def main() -> None:
     if args.out:
         args.out.write_text(text)
     print(text, end="")
+    beyond = [kind for kind, result in results.items() if not result["within_limits"]]
+    for kind in beyond:
+        print(f"BROKEN {kind}: beyond {LIMIT_SECONDS} s or {LIMIT_BYTES:,} bytes of RAM", file=sys.stderr)
+    return 1 if beyond else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Weights that GPUs share, in every home: is each unit what one GPU would hold, what do they keep, how fast do they come?
 
     torchrun --standalone --nproc_per_node 2 benchmarks/shared_weights.py --out benchmarks/DATE_2xh200_shared_weights.json
+    torchrun --standalone --nproc_per_node 2 benchmarks/shared_weights.py --nccl --only pinned     by NCCL instead of copies
     torchrun --standalone --nproc_per_node 2 benchmarks/shared_weights.py --tiny                           without a GPU
 
 Random weights of the 14B transformer, bf16. Every rank walks the transformer and compares each parameter, as it lies in its slot, bit
@@ -45,15 +46,17 @@ WAYS = {
 UNIT_SECONDS = 0.024  # 5.8 s of a 720P forward on two H200s, by 240 visits of three units a block
 
 
-def joined(tiny: bool) -> tuple[Device, int]:
+def joined(tiny: bool, *, nccl: bool) -> tuple[Device, int]:
     """This process's device in the world that torchrun started, and its rank."""
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    os.environ |= {"NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "8"}
+    os.environ |= {"NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "8", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     device: Device = CpuDevice() if tiny else CudaDevice(local)
-    if tiny:
-        dist.init_process_group("gloo")
-    else:
+    if isinstance(device, CudaDevice) and nccl:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device.torch_device)
+    else:
+        dist.init_process_group("gloo")
+    if isinstance(device, CudaDevice):
+        device.exchanges_by_copies = not nccl
     device.place = Place(rank, ulysses=dist.get_world_size())
     return device, rank
 
@@ -148,9 +151,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny weights on the CPU")
     parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--nccl", action="store_true", help="where copies out of each other's memory would do, too")
     parser.add_argument("--out", type=Path, help="a JSON file with every rank's results")
     args = parser.parse_args()
-    device, rank = joined(args.tiny)
+    device, rank = joined(args.tiny, nccl=args.nccl)
     results = []
     with device.session():
         for way in args.only:

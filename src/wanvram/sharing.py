@@ -26,7 +26,7 @@ __all__ = [
         "WEIGHTS",
         "WORLD",
     ),
-    *("Place", "Sequence", "meetings", "parts", "size"),
+    *("Place", "Sequence", "meetings", "parts", "rows_at_once", "size", "travelling"),
 ]
 
 ULYSSES, RING, CFG = "ulysses", "ring", "cfg"
@@ -104,6 +104,23 @@ def meetings(place: Place, *, weights: bool) -> dict[tuple[tuple[int, ...], str]
         if place.count(axis) > 1:
             found.setdefault((place.members(axis), use), axis)
     return found
+
+
+def rows_at_once(place: Place, tokens: int, rows: int) -> int:
+    """Rows of a chunk of a rank's share of the tokens: equal chunks, none of them longer than `rows`, those of one GPU."""
+    shares = place.count(SEQUENCE)
+    if shares == 1:
+        return rows
+    share = -(-tokens // shares)
+    return -(-share // -(-share // rows))
+
+
+def travelling(rows: int) -> int:
+    """Of such a chunk, the rows that are exchanged at once.
+
+    Half, as one travels while another attends: 14B at 720P on two GPUs then takes what whole chunks in turn do.
+    """
+    return -(-rows // 2)
 
 
 @dataclass(frozen=True)

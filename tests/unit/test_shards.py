@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from wanvram.engine.layout import ALIGNMENT_BYTES, Layout
 from wanvram.engine.packing import Fp8, Packing
 from wanvram.engine.residency import Component
 from wanvram.engine.shards import Shard, fill_run, touched
+from wanvram.errors import DeviceError
+from wanvram.sharing import Place
 from wanvram.weights.diffusers import RenamedSource
 from wanvram.weights.random import CPU_PERIOD, RandomSource
 from wanvram.weights.sources import SafetensorsSource, TensorSource
@@ -254,6 +257,48 @@ def test_what_ranks_keep_is_one_model_together_and_two_units_each_on_the_device(
         _shell, *slots = device.on_device
         assert len(slots) == 2
         assert all(0 <= slot - largest < count * ALIGNMENT_BYTES for slot in slots)
+
+
+class SmallDevice(CpuDevice):
+    """With so much RAM, bytes; counts how often its rank met the others."""
+
+    def __init__(self, room: int, world: Together | None = None) -> None:
+        super().__init__()
+        self.room, self.met = room, 0
+        self.place = Place(0, ulysses=world.count if world else 1)
+
+    def host_room(self) -> int:
+        return self.room
+
+    def peers(self, axis: str) -> Any:
+        return self
+
+    def meet(self) -> None:
+        self.met += 1
+
+
+def test_all_ranks_take_of_one_ram_which_is_looked_at_before() -> None:
+    plain = Model()
+    needed, together = padded_bytes(*plain.embedders(), *plain.units()), Together(2)
+
+    def rank(peers: ThreadPeers, room: int, *, share: bool = True) -> int:
+        device = SmallDevice(room, together)
+        _, component = on_meta(device)
+        component.load_streamed(
+            MappingSource(plain.state_dict()),
+            peers=peers if share else None,
+            everyone=True,  # type: ignore[arg-type]
+        )
+        return device.met
+
+    assert together.run(partial(rank, room=needed + 2 * 256 * 10)) == [2, 2]
+    assert together.run(partial(rank, room=2 * needed, share=False)) == [2, 2]
+    with pytest.raises(DeviceError, match=r"toy need .* of RAM and .* are available; use --weights_in disk"):
+        together.run(partial(rank, room=needed - 256))
+    with pytest.raises(
+        DeviceError, match=r"toy need .* of RAM and .* are available; use --dit_fsdp True, --weights_in"
+    ):
+        together.run(partial(rank, room=2 * needed - 256, share=False))
 
 
 def test_shards_on_the_device_are_no_host_memory() -> None:

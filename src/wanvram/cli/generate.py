@@ -8,6 +8,7 @@ examples:
   wanvram generate --config run.yaml --prompt_file prompts.txt                     several prompts, models loaded once
   wanvram generate --resume videos/RUN             an interrupted run goes on, also as --resume videos/RUN --vram_budget 8GiB
   wanvram generate --weights tiny --prompt "a cat"       a first try on the CPU, in seconds: a small video of noise
+  wanvram generate --weights tiny --prompt "a cat" --gpus 2      two GPUs make it together (tiny weights: two processes on the CPU)
   wanvram generate --weights random --task t2v-1.3B --size 832*480        full size without a download: noise, real memory
 
 Needs an NVIDIA GPU, except with tiny weights, which make videos of any size in multiples of 16 (default: 9 frames of 128*80,
@@ -39,6 +40,7 @@ from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from
 from wanvram.cli.processes import Decision, decided, for_all, must_start, processes
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
+from wanvram.knobs import gpus
 from wanvram.machine.launched import launched
 from wanvram.tasks import TASKS
 from wanvram.weights.folder import GENERATED, existing_path
@@ -79,7 +81,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with _resumption(args) as resumption:
-        config = for_all(_config(args, resumption))
+        config = for_all(_config(args, resumption), to_be_planned=args.vram_budget is not None)
         _check(config, args)
         if not must_start(config):
             return _generate(config, args, resumption)
@@ -106,7 +108,7 @@ def _check(config: RunConfig, args: argparse.Namespace) -> None:
     """What can be seen before anything is planned, started or written; what costs the user most to mend comes first."""
     if config.weights not in GENERATED and config.device != "simulated":
         existing_path(config.weights)  # without torch
-    if config.gpus == 1 or launched().is_one_of_several:  # the process that starts others never computes
+    if gpus(config.strategy) == 1 or launched().is_one_of_several:  # the process that starts others never computes
         settle_allocator(config, to_be_planned=args.vram_budget is not None)
     _refuse_what_cannot_run(config)
     if config.weights == "tiny" and args.vram_budget is not None:

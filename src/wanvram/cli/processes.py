@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanvram.config import RunConfig
 from wanvram.errors import InputError
-from wanvram.knobs import PARALLEL_DEGREE
+from wanvram.knobs import PARALLEL_DEGREE, gpus
 from wanvram.machine.launched import launched
 from wanvram.planner.layouts import laid_out
 from wanvram.record import Predicted
@@ -23,19 +23,25 @@ __all__ = ["Decision", "decided", "for_all", "must_start", "processes"]
 Decision = tuple[RunConfig, Predicted | None, Path]
 
 
-def for_all(config: RunConfig) -> RunConfig:
-    """With sizes for every GPU that is asked for, or for every process that a launcher has started."""
+def for_all(config: RunConfig, *, to_be_planned: bool = False) -> RunConfig:
+    """With sizes for every GPU that is asked for, or for every process that a launcher has started.
+
+    to_be_planned: sizes that nobody gave are left to the planner, which is told how many GPUs there are.
+    """
     me, asked = launched(), PARALLEL_DEGREE.of(config.strategy)
     if me.is_one_of_several and config.device == "simulated":
         raise InputError("device: simulated takes one process, whatever the number of GPUs; run it without torchrun")
-    if me.is_one_of_several or asked > 1:
-        return laid_out(config, me.size if me.is_one_of_several else asked)
-    return config
+    count = me.size if me.is_one_of_several else asked
+    if count == 1:
+        return config
+    if to_be_planned and config.gpus == 1:
+        return replace(config, strategy=PARALLEL_DEGREE.set(config.strategy, count))
+    return laid_out(config, count)
 
 
 def must_start(config: RunConfig) -> bool:
     """Whether this command starts the run's processes, and is none of them."""
-    if config.gpus == 1 or launched().is_one_of_several:
+    if gpus(config.strategy) == 1 or launched().is_one_of_several:
         return False
     from wanvram.run.execute import device_kind
 

@@ -83,7 +83,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     limit = MAX_BYTES if args.child_of is None else MAX_WRITTEN_BYTES
-    configs = [for_all(_overridden(config, args)) for config in load_configurations(args.config, limit)]
+    configs = [
+        for_all(_overridden(config, args), to_be_planned=args.vram_budget is not None)
+        for config in load_configurations(args.config, limit)
+    ]
     single = len(args.config) == 1 and not is_matrix(args.config[0], limit)
     if not single or args.timeout is not None:
         return _run_each(configs, args, single)

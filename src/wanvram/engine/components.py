@@ -123,7 +123,9 @@ class Parts:
         elif built.units and (streamed or shared):
             resident, home = strategy.resident_blocks if is_dit else 0, strategy.weights_in if streamed else "device"
             peers = self.device.weight_peers() if shared else None
-            component.load_streamed(source, home=home, resident_groups=resident, lanes=built.lanes, peers=peers)
+            component.load_streamed(
+                source, home=home, resident_groups=resident, lanes=built.lanes, peers=peers, everyone=is_dit
+            )
         else:
             component.load_resident(source)
         return component

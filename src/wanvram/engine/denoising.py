@@ -21,7 +21,7 @@ from wanvram.knobs import RESIDUAL_IN, chunk_rows
 from wanvram.models.dit import Attending, Prepared, Time, WanDiT
 from wanvram.request import Video
 from wanvram.sampling import SolverState
-from wanvram.sharing import SEQUENCE, Place
+from wanvram.sharing import rows_at_once, travelling
 
 __all__ = ["Guide", "Sampling", "Turn", "TurnPlan", "Velocities", "advance", "asked_of", "transformer", "velocities_of"]
 
@@ -81,9 +81,9 @@ def velocities_of(
     request, strategy = config.request, config.strategy
     dit, ranks = transformer(component), SharedStages(device)
     tokens = inputs.geometry.tokens(inputs.noise_shape)
-    rows = _equal_chunks(device.place, tokens, chunk_rows(tokens, strategy.rows_per_chunk))
+    rows = rows_at_once(device.place, tokens, chunk_rows(tokens, strategy.rows_per_chunk))
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-    team = team_of(device, tokens, dit.spec.num_heads, rows)
+    team = team_of(device, tokens, dit.spec.num_heads, travelling(rows))
     asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
     if RESIDUAL_IN.of(strategy) == "pinned":
         asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows, component.between_rows)
@@ -107,14 +107,6 @@ def velocities_of(
     finally:
         if "stream" in asked:
             asked.pop("stream").close()
-
-
-def _equal_chunks(place: Place, tokens: int, rows: int) -> int:
-    """Rows of a chunk where a rank has a share of the tokens: equal chunks, none of them longer than that of one GPU."""
-    if place.count(SEQUENCE) == 1:
-        return rows
-    share = -(-tokens // place.count(SEQUENCE))
-    return -(-share // -(-share // rows))
 
 
 def advance(batch: list[Sampling], velocities: Velocities, plan: TurnPlan, count: int) -> None:

@@ -207,7 +207,10 @@ class Device(Placing, Copying, Measuring, Booking):
 
     def exchanged(self) -> Exchanged:
         """With other ranks since the start."""
-        return self._exchanged
+        return self._exchanged.settle()
+
+    def repeated(self, times: int, before: Exchanged) -> None:
+        """What was exchanged since `before` stands for so many times more, where equal steps are not run."""
 
     @cached_property
     def _exchanged(self) -> Exchanged:
@@ -336,6 +339,10 @@ class SimulatedDevice(Device):
 
     def exchanged(self) -> Exchanged:
         return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)
+
+    def repeated(self, times: int, before: Exchanged) -> None:
+        self.clock.exchanged_bytes += times * (self.clock.exchanged_bytes - before.nbytes)
+        self.clock.exchange_stalls += times * (self.clock.exchange_stalls - before.seconds)
 
     def read_from_disk(self, nbytes: int, component: str, kept_bytes: int | None, *, readers: int = 1) -> None:
         self.clock.read_from_disk(nbytes, component, kept_bytes, readers)

@@ -7,7 +7,9 @@ Everything is a grouped send and receive on the world's one communicator, so tha
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +29,31 @@ class Exchanged:
 
     nbytes: int = 0
     seconds: float = 0.0
+    _waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque, repr=False)
+
+    @contextmanager
+    def waiting(self, *, cuda: bool) -> Iterator[None]:
+        """Around a wait: on CUDA of the current stream, else of this thread."""
+        if not cuda:
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+            return
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        yield
+        after.record()
+        self._waits.append((before, after))
+        if len(self._waits) > 1000:
+            self.settle()
+
+    def settle(self) -> Exchanged:
+        """Counts the waits that are over. Nothing is waited for: a peer may be lost, and the device with it."""
+        with suppress(RuntimeError):
+            while self._waits and self._waits[0][1].query():
+                before, after = self._waits.popleft()
+                self.seconds += before.elapsed_time(after) / 1000
+        return self
 
 
 class Peers(Protocol):
@@ -42,8 +69,8 @@ class Peers(Protocol):
 
     def exchange(
         self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
-    ) -> None:
-        """Flat tensors, a part for each rank in order: what I send it, what it sends me."""
+    ) -> Any:
+        """Flat tensors, a part for each rank in order: what I send it, what it sends me. Starts it; returns a mark for `wait`."""
         ...
 
     def gather(self, whole: Tensor, counts: Sequence[int]) -> None:
@@ -59,7 +86,7 @@ class Peers(Protocol):
         ...
 
     def wait(self, mark: Any) -> None:
-        """What `pass_on` started is done for later computation. The mark keeps its tensors alive until then, and is used up."""
+        """What was started is done for later computation. The mark keeps its tensors alive until then, and is used up."""
         ...
 
     def send(self, tensor: Tensor, index: int) -> Any:
@@ -96,10 +123,10 @@ class TorchPeers:
 
     def exchange(
         self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
-    ) -> None:
+    ) -> Any:
         into, out = received.split(list(received_counts)), sent.split(list(sent_counts))
         into[self.index].copy_(out[self.index])
-        self._at_once([(i, out[i]) for i in self._others()], [(i, into[i]) for i in self._others()])
+        return self._started([(i, out[i]) for i in self._others()], [(i, into[i]) for i in self._others()])
 
     def gather(self, whole: Tensor, counts: Sequence[int]) -> None:
         shares = whole.split(list(counts))
@@ -117,13 +144,15 @@ class TorchPeers:
         return self._started([(after, t) for t in sent], [(before, t) for t in received])
 
     def wait(self, mark: Any) -> None:
-        start = time.perf_counter()
-        try:
-            while mark:  # a Work keeps its tensors alive
-                mark.pop(0).wait()
-        except RuntimeError as error:
-            raise self._lost(error) from error
-        self.exchanged.seconds += time.perf_counter() - start
+        if not mark:
+            return
+        with self.exchanged.waiting(cuda=mark[-1].is_cuda):
+            try:
+                while not isinstance(mark[0], Tensor):
+                    mark.pop(0).wait()
+            except RuntimeError as error:
+                raise self._lost(error) from error
+        mark.clear()
 
     def send(self, tensor: Tensor, index: int) -> Any:
         return self._started([(index, tensor)], [])
@@ -153,8 +182,11 @@ class TorchPeers:
         operations = [dist.P2POp(dist.isend, t, self.ranks[i], self.group) for i, t in sends if t.numel()]
         operations += [dist.P2POp(dist.irecv, t, self.ranks[i], self.group) for i, t in receives if t.numel()]
         self.exchanged.nbytes += sum(t.nbytes for _, t in sends)
+        if not operations:
+            return []
         try:
-            return dist.batch_isend_irecv(operations) if operations else []
+            # A Work may keep its tensors alive or not; the mark does.
+            return [*dist.batch_isend_irecv(operations), *(t for _, t in (*sends, *receives))]
         except RuntimeError as error:
             raise self._lost(error) from error
 

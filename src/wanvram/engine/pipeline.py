@@ -434,10 +434,12 @@ class Pipeline:
                 detailed = self.config.measurement.profile_memory and index % interval == 0
                 component.observe(partial(self._block_span, component.name) if detailed else None)
                 number = index if index < turn.stop - 1 else index + skipped
+                before = replace(self.device.exchanged())
                 with self.recorder.span(f"step {number}", kind="step", component=component.name) as span:
                     advance([s for s in batch if s.state.made == index], velocities, plan, together)
                 if skipped and index == turn.stop - 2:
                     span.repeats = skipped + 1
+                    self.device.repeated(skipped, before)
                 if self.tell:
                     self.tell(Done(stage, number + 1, total, "steps", turn.stop - 1 - index))
                 if self.trace_step:

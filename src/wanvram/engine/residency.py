@@ -23,7 +23,7 @@ from wanvram.engine.shards import WHOLE, Shard, ShardHome, fill_run, touched
 from wanvram.engine.streaming import Home, PacedHome, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
 from wanvram.kernels.scaled_products import SCALE_SUFFIX
-from wanvram.knobs import WEIGHT_STORAGE, WEIGHTS_IN
+from wanvram.knobs import DIT_FSDP, WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
 from wanvram.sharing import WORLD
 from wanvram.units import human
@@ -153,6 +153,7 @@ class Component:
         self._in_ram = True  # the masters
         self._shard: Shard = WHOLE
         self._peers: Peers | None = None
+        self._ranks = 1  # that keep weights in this machine's RAM, as it does
         self._room: torch.Tensor | None = None
         self._observe: Callable[[str], AbstractContextManager[object]] | None = None
 
@@ -172,17 +173,19 @@ class Component:
         resident_groups: int = 0,
         lanes: Sequence[int] = (),
         peers: Peers | None = None,
+        everyone: bool = False,
     ) -> None:
         """The shell, two slots and some resident groups of units on the device, all else at `home`.
 
         home: pinned or pageable (RAM), disk (the source, read again in every pass), or device. Groups that stay resident are
         spread evenly, so that the copies between them are, too. lanes: which slot each unit passes through, where they do not
         take turns. peers: ranks that load and walk it together; then each has a run of every buffer at its home, and the slots
-        are filled from all of them.
+        are filled from all of them. everyone: all ranks load it, each the whole where there are no peers.
         """
         self._source = source
+        self._ranks = self.device.place.world if everyone else 1
         if peers is not None:
-            self._shard, self._peers = Shard(peers.index, peers.count), peers
+            self._shard, self._peers, self._ranks = Shard(peers.index, peers.count), peers, peers.count
         if self._shell.nbytes:
             self._place(self._shell, source)
         for part in self._resident_units(resident_groups):
@@ -289,17 +292,18 @@ class Component:
         return masters
 
     def _check_room(self, needed: int) -> None:
-        """Ranks that share take theirs of one RAM, once all have looked at it."""
+        """Ranks take theirs of one RAM, once all have looked at it."""
         world = self.device.peers(WORLD)
-        if self._peers is not None:
+        if self._ranks > 1:
             world.meet()
-        room, needed = self.device.host_room(), needed * self._shard.count
+        room, needed = self.device.host_room(), needed * self._ranks
         if room is not None and needed > room:
+            share = f"{DIT_FSDP.asked(True)}, " if self._ranks > self._shard.count else ""
             raise DeviceError(
-                f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use "
+                f"the weights of {self.name} need {human(needed)} of RAM and {human(room)} are available; use {share}"
                 f"{WEIGHTS_IN.asked('disk')}, {WEIGHT_STORAGE.asked('fp8')}, or plan with --vram_budget, which knows the RAM"
             )
-        if self._peers is not None:
+        if self._ranks > 1:
             world.meet()
 
     def _makes(self, source: TensorSource | None) -> bool:

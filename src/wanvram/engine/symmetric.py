@@ -7,7 +7,8 @@ it is looked at before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -95,8 +96,29 @@ class SymmetricPeers(TorchPeers):
 
     def exchange(
         self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
-    ) -> None:
+    ) -> Any:
         """Parts are rows x heads, so that the largest of any rank follows from what this one sends and receives."""
+        if not sent.is_cuda:
+            self._exchange(received, sent, received_counts, sent_counts)
+            return []
+        with self._beside(self._room(self.use), sent.device) as room:
+            self._exchange(received, sent, received_counts, sent_counts)
+            return [room.stream.record_event(), received, sent]
+
+    @contextmanager
+    def _beside(self, room: Room, device: torch.device) -> Iterator[Room]:
+        """On the room's own stream, after what is computed by now: the computation goes on until it waits.
+
+        Its barriers come before the blocks of an attention that waits to be computed, hence the priority.
+        """
+        room.stream = room.stream or torch.cuda.Stream(device, priority=-1)
+        room.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(room.stream):
+            yield room
+
+    def _exchange(
+        self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
+    ) -> None:
         into, out = (
             _bytes(received).split(_times(received, received_counts)),
             _bytes(sent).split(_times(sent, sent_counts)),
@@ -126,9 +148,7 @@ class SymmetricPeers(TorchPeers):
             longest = torch.tensor([sent[0].nbytes])
             super().broadcast(longest)
             room.largest = int(longest)
-        room.stream = room.stream or torch.cuda.Stream(sent[0].device)
-        room.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(room.stream):
+        with self._beside(room, sent[0].device):
             for target, source in zip(received, sent, strict=True):
                 room.swap([_bytes(source)], [(before, 0, _bytes(target))], room.largest)
                 self.exchanged.nbytes += source.nbytes
@@ -136,7 +156,8 @@ class SymmetricPeers(TorchPeers):
 
     def wait(self, mark: Any) -> None:
         if mark and isinstance(mark[0], torch.cuda.Event):
-            torch.cuda.current_stream().wait_event(mark[0])
+            with self.exchanged.waiting(cuda=True):
+                torch.cuda.current_stream().wait_event(mark[0])
             mark.clear()
         else:
             super().wait(mark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,30 +55,47 @@ class SharedSequence:
         pairs = zip(self.sequence.chunks, self.sequence.pieces, strict=True)
         return ((number, mine, piece) for number, (mine, piece) in enumerate(pairs))
 
-    def to_heads(self, rows: Tensor, target: Tensor, chunk: int) -> None:
+    def to_heads(self, rows: Tensor, target: Tensor, chunk: int) -> Any:
         if self.ulysses.count == 1:
             target.copy_(rows)
-            return
+            return None
         length, _, width = rows.shape
         shares = self.sequence.heads_by_rank
         sent_counts = [length * size(heads) * width for heads in shares]
         sent = torch.empty(rows.numel(), dtype=rows.dtype, device=rows.device)
         for heads, part in zip(shares, sent.split(sent_counts), strict=True):
             part.view(length, size(heads), width).copy_(rows[:, heads])
-        self.ulysses.exchange(target.view(-1), sent, self._counts(chunk, width), sent_counts)
+        return self.ulysses.exchange(target.view(-1), sent, self._counts(chunk, width), sent_counts)
 
-    def to_rows(self, attended: Tensor, chunk: int) -> Tensor:
+    def wait(self, mark: Any) -> None:
+        self.ulysses.wait(mark)
+
+    def to_rows(self, attended: Tensor, chunk: int) -> Any:
+        """(received, mark); of one rank (attended, None)."""
         if self.ulysses.count == 1:
-            return attended.flatten(1)
-        width, shares = attended.shape[2], self.sequence.heads_by_rank
-        length = size(self.sequence.chunks[chunk])
-        received_counts = [length * size(heads) * width for heads in shares]
-        received = torch.empty(sum(received_counts), dtype=attended.dtype, device=attended.device)
-        self.ulysses.exchange(received, attended.view(-1), received_counts, self._counts(chunk, width))
-        rows = torch.empty((length, self.sequence.heads, width), dtype=attended.dtype, device=attended.device)
-        for heads, part in zip(shares, received.split(received_counts), strict=True):
+            return attended, None
+        counts = self._rows_counts(chunk, attended.shape[2])
+        received = torch.empty(sum(counts), dtype=attended.dtype, device=attended.device)
+        mark = self.ulysses.exchange(received, attended.view(-1), counts, self._counts(chunk, attended.shape[2]))
+        return received, mark
+
+    def arrived(self, coming: Any, chunk: int) -> Tensor:
+        received: Tensor = coming[0]
+        if self.ulysses.count == 1:
+            return received.flatten(1)
+        self.ulysses.wait(coming[1])
+        heads_by_rank, length = self.sequence.heads_by_rank, size(self.sequence.chunks[chunk])
+        width = received.numel() // (length * self.sequence.heads)
+        rows = torch.empty((length, self.sequence.heads, width), dtype=received.dtype, device=received.device)
+        parts = received.split(self._rows_counts(chunk, width))
+        for heads, part in zip(heads_by_rank, parts, strict=True):
             rows[:, heads].copy_(part.view(length, size(heads), width))
         return rows.flatten(1)
+
+    def _rows_counts(self, chunk: int, width: int) -> list[int]:
+        """Numbers of every rank's heads in my rows of a chunk."""
+        length = size(self.sequence.chunks[chunk])
+        return [length * size(heads) * width for heads in self.sequence.heads_by_rank]
 
     def _counts(self, chunk: int, width: int) -> list[int]:
         """Numbers of my heads in the chunk's rows of every rank that exchanges heads with me."""

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from wanvram.machine.launched import launched
 from wanvram.version import __version__, commit
 
 __all__ = ["cuda_usable", "describe_environment"]
@@ -33,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
         },
     }
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(launched().local_rank)
         result |= {
             "gpu": properties.name,
             "gpu_total_bytes": properties.total_memory,

@@ -7,7 +7,7 @@ Keys and values are exchanged row chunk by row chunk as they are made, then quer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,12 +25,16 @@ __all__ = ["SharedAttention"]
 
 
 class SharedAttention:
-    """One self-attention for one stream. x [my rows, dim]; modulation: shift, scale, gate, each float32 [dim]."""
+    """One self-attention for one stream. x [my rows, dim]; modulation: shift, scale, gate, each float32 [dim].
+
+    Each exchange travels while the next rows are computed, and is waited for before the next starts.
+    """
 
     def __init__(self, unit: SelfAttention, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs) -> None:
         assert inputs.team is not None
         self.unit, self.x, self.modulation, self.inputs = unit, x, modulation, inputs
         self.team: Team = inputs.team
+        self._travelling: Any = None
 
     def add(self) -> None:
         """x += gate * attention(norm(x))."""
@@ -42,40 +46,67 @@ class SharedAttention:
             pair = [k, v]
             del k, v
             self._add_round(pair)
-            return
-        for chunk, mine, piece in self.team.chunks():
-            q = self._new(piece.stop - piece.start)
-            self._queries(mine, chunk, q)
-            attended = attention(q, k, v, self.inputs.attention)
-            del q
-            rows = [self.team.to_rows(attended, chunk)]
-            del attended
-            self._add_rows(mine, rows)
+        else:
+            self._add_chunks(k, v)
 
     def _keys_and_values(self, mine: slice, chunk: int, k: Tensor, v: Tensor) -> None:
         h = self._normed(mine)
-        t = self._turned(h, self.unit.k, self.unit.norm_k, mine)
-        self.team.to_heads(t, k, chunk)
-        del t
+        self._send(self._turned(h, self.unit.k, self.unit.norm_k, mine), k, chunk)
         t = self._by_head(self.unit.v(h))
         del h
-        self.team.to_heads(t, v, chunk)
+        self._send(t, v, chunk)
 
     def _queries(self, mine: slice, chunk: int, q: Tensor) -> None:
         h = self._normed(mine)
         t = self._turned(h, self.unit.q, self.unit.norm_q, mine)
         del h
-        self.team.to_heads(t, q, chunk)
+        self._send(t, q, chunk)
+
+    def _send(self, rows: Tensor, target: Tensor, chunk: int) -> None:
+        self._land()
+        self._travelling = self.team.to_heads(rows, target, chunk)
+
+    def _land(self) -> None:
+        self.team.wait(self._travelling)
+        self._travelling = None
+
+    def _add_chunks(self, k: Tensor, v: Tensor) -> None:
+        """A chunk attends while the next one's queries come and the results of the one before go back."""
+        chunks = list(self.team.chunks())
+        coming, back = [self._coming(*chunks[0])], list[Any]()
+        for chunk, mine, _ in chunks:
+            self._land()
+            q = coming.pop()
+            if chunk + 1 < len(chunks):
+                coming.append(self._coming(*chunks[chunk + 1]))
+            attended = attention(q, k, v, self.inputs.attention)
+            del q
+            back.append((mine, chunk, self.team.to_rows(attended, chunk)))
+            del attended
+            if chunk:
+                self._add_back(*back.pop(0))
+        del k, v
+        self._add_back(*back.pop())
+
+    def _coming(self, chunk: int, mine: slice, piece: slice) -> Tensor:
+        """The queries of a chunk on their way."""
+        q = self._new(piece.stop - piece.start)
+        self._queries(mine, chunk, q)
+        return q
+
+    def _add_back(self, mine: slice, chunk: int, coming: Any) -> None:
+        self._add_rows(mine, [self.team.arrived(coming, chunk)])
 
     def _add_round(self, pair: list[Tensor]) -> None:
         """The same with keys and values of all stations. pair: mine, taken from the list, so that they go when they are used up."""
         q = self._new(self.team.station_rows)
         for chunk, mine, piece in self.team.chunks():
             self._queries(mine, chunk, q[piece])
+        self._land()
         out = self._attended_round(q, pair)
         del q
         for chunk, mine, piece in self.team.chunks():
-            self._add_rows(mine, [self.team.to_rows(out[piece].to(self.unit.o.bias.dtype), chunk)])
+            self._add_back(mine, chunk, self.team.to_rows(out[piece].to(self.unit.o.bias.dtype), chunk))
 
     def _attended_round(self, q: Tensor, pair: list[Tensor]) -> Tensor:
         """float32, in q's shape: the sums of all stations take as long as the queries, so they come and go chunk by chunk."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -37,12 +37,21 @@ class Team(Protocol):
         """(number, my rows of it, where its rows of all ranks lie among the station's)."""
         ...
 
-    def to_heads(self, rows: Tensor, target: Tensor, chunk: int) -> None:
-        """A chunk's rows [n,H,D], every rank its own, -> target [station's rows of the chunk, my heads, D]."""
+    def to_heads(self, rows: Tensor, target: Tensor, chunk: int) -> Any:
+        """A chunk's rows [n,H,D], every rank its own, -> target [station's rows of the chunk, my heads, D]: starts it.
+
+        rows may go at once. Returns a mark for `wait`, as `to_rows` does; each is waited for once, in the order of their starts.
+        """
         ...
 
-    def to_rows(self, attended: Tensor, chunk: int) -> Tensor:
-        """The way back: [station's rows of the chunk, my heads, D] -> new [n, H*D] of my rows."""
+    def wait(self, mark: Any) -> None: ...
+
+    def to_rows(self, attended: Tensor, chunk: int) -> Any:
+        """The way back of [station's rows of the chunk, my heads, D]: starts it; returns what `arrived` takes."""
+        ...
+
+    def arrived(self, coming: Any, chunk: int) -> Tensor:
+        """What `to_rows` started is here: new [n, H*D] of my rows."""
         ...
 
     def stations(self, pair: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,12 +16,10 @@ from wanvram.planner.economy import SAME_RAM
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.placement import TIE, Placements
 from wanvram.planner.result import GpuLayout
-from wanvram.planner.sizes import Sizes, leanest_sizes, sizes_for, sizes_of
+from wanvram.planner.sizes import SAME, Sizes, leanest_sizes, sizes_for, sizes_of
 from wanvram.planner.transformer import whole_transformer
 
 __all__ = ["Found", "best_of", "leanest"]
-
-CERTAIN = 0.98  # what is expected to be slower by more than that, even with all weights on the device, is not searched
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,12 @@ def _sharing_weights(base: Strategy) -> Strategy | None:
 
 
 def _cannot_win(trials: Trials, sizes: Sizes, best: Sizes, found: Found) -> bool:
-    """Not even with every weight on the device, by its expected time relative to that of the best so far."""
+    """Not by more than expected times can tell, even with every weight on the device, relative to the best so far."""
     now = trials.of("dit", found.chosen).seconds_per_step
     resident = whole_transformer(trials, found.chosen).seconds_per_step
     if now is None or resident is None:
         return True
-    return resident * sizes.expected_seconds / best.expected_seconds * CERTAIN >= now
+    return resident * sizes.expected_seconds / best.expected_seconds * (1 + SAME) >= now
 
 
 def _is_better(trials: Trials, way: _Tried, best: _Tried | None) -> bool:

@@ -10,14 +10,15 @@ from wanvram.errors import InputError, require
 from wanvram.knobs import Change
 from wanvram.planner.budget import Budget
 from wanvram.planner.forecasts import situation
-from wanvram.simulate.links import Link, link_of
+from wanvram.simulate.links import Link, exchanged, link_of
 from wanvram.specs import DIT
 
-__all__ = ["Sizes", "leanest_sizes", "sizes_for", "sizes_of"]
+__all__ = ["SAME", "Sizes", "leanest_sizes", "sizes_for", "sizes_of"]
 
 MERGED_BYTES = (
     12  # a number of a ring's result is read and written in float32 beside what comes, for each further station
 )
+SAME = 0.03  # expected times that differ by less say nothing
 REACHED = 0.65  # of a card's rate, by products and attention together (EFFICIENCY has both)
 
 
@@ -44,9 +45,12 @@ def sizes_of(strategy: Strategy) -> Sizes:
 
 
 def sizes_for(request: Request, budget: Budget, base: Strategy) -> list[Sizes]:
-    """Of the budget's GPUs, those that `base` allows; what the user said is the only one. Raises InputError where there is none."""
+    """Of the budget's GPUs, those that `base` allows; what the user said is the only one. Raises InputError where there is none.
+
+    Of those expected to be equally fast guidance comes first, which exchanges least, then Ulysses, which needs the least memory.
+    """
     given = sizes_of(base)
-    link = link_of(budget.card, budget.link, budget.gpus)
+    link = exchanged(link_of(budget.card, budget.link, budget.gpus), budget.card, knobs.EXCHANGE.of(base))
     said = " x ".join(f"{knob.name} {value}" for knob, value in given.change.values.items())
     require(
         given.count in (1, budget.gpus),
@@ -68,7 +72,10 @@ def sizes_for(request: Request, budget: Budget, base: Strategy) -> list[Sizes]:
         found.append(Sizes(sizes.cfg, sizes.ring, sizes.ulysses, _seconds(request, budget, sizes, link)))
     if not found:
         raise InputError(refused or f"{budget.gpus} GPUs cannot share {request.task}; give fewer")
-    return sorted(found, key=lambda sizes: sizes.expected_seconds)
+    fastest = min(sizes.expected_seconds for sizes in found)
+    same = [sizes for sizes in found if sizes.expected_seconds <= fastest * (1 + SAME)]
+    slower = sorted((sizes for sizes in found if sizes not in same), key=lambda sizes: sizes.expected_seconds)
+    return [*sorted(same, key=lambda sizes: (-sizes.cfg, -sizes.ulysses)), *slower]
 
 
 def leanest_sizes(found: list[Sizes]) -> Sizes:

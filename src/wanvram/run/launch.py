@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -16,7 +18,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from wanvram.config import RunConfig
 from wanvram.errors import DeviceError
+from wanvram.knobs import gpus
 from wanvram.progress_stream import ProgressStream
+from wanvram.recorder.interrupts import ENDINGS
 from wanvram.run.execute import device_kind
 
 __all__ = ["start"]
@@ -27,7 +31,7 @@ def start(config: RunConfig, words: Sequence[str]) -> int:
 
     The first process speaks for all; here only what it cannot say itself is said.
     """
-    count = config.gpus
+    count = gpus(config.strategy)
     if device_kind(config) == "cuda" and torch.cuda.device_count() < count:
         raise DeviceError(
             f"{count} GPUs are asked for and {torch.cuda.device_count()} are here; give --gpus {torch.cuda.device_count()} or "
@@ -36,7 +40,8 @@ def start(config: RunConfig, words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(_agent(count), sys.executable)("-m", "wanvram", *words)
+        with _own_signals():
+            elastic_launch(_agent(count), sys.executable)("-m", "wanvram", *words)
     except ChildFailedError as error:
         _tell(error.failures)
         return _exit_code(error.failures)
@@ -58,6 +63,18 @@ def _agent(count: int) -> LaunchConfig:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """The agent takes these for itself and does not give them back."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in usual.items():
+                signal.signal(number, handler)
 
 
 def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:

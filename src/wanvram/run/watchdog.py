@@ -21,7 +21,7 @@ __all__ = ["Watchdog"]
 
 TICK_SECONDS = 0.5
 # A silent peer is lost after this; its thread stands still only with its process, or while a library holds Python's lock.
-SILENT_SECONDS = 8.0
+SILENT_SECONDS = 7.0
 GRACE_SECONDS = 5.0  # from the news to the end: for the unit of work that is being computed, and the record
 
 LastWords = Callable[[Ending], None]

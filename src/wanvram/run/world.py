@@ -42,7 +42,11 @@ LEAVE_SECONDS = 5.0  # for the others' records: torchrun ends all that are left 
 # A collective waits for a peer that plans, reads a checkpoint or writes; who is lost the watchdog knows before.
 TENSOR_TIMEOUT = timedelta(hours=2)
 # NVLS reserves 2.4 GB on 8 GPUs; with 8 channels a first exchange of 2 takes 344 MiB instead of 632 (H200, NCCL 2.28.9).
-_NCCL = {"NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "8", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+# Exchanges beside an attention must not wait for its last block: hence the priority.
+_NCCL = {
+    **{"NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "8", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
+    "TORCH_NCCL_HIGH_PRIORITY": "1",
+}
 
 
 class World:
@@ -54,6 +58,7 @@ class World:
         self._bulletin = bulletin
         self._peers = peers
         self._step_ended = 0.0
+        self.communication_bytes: int | None = None  # that exchanges take of this rank's GPU
 
     def file(self, name: str) -> str:
         """What a file of the run directory is called that every rank writes: record.json, record.rank1.json."""
@@ -82,6 +87,7 @@ class World:
                 f"{EXCHANGE.asked(asked)}: {missing or 'nothing but GPUs exchange so'}; use {EXCHANGE.asked('auto')}"
             )
         nccl = cuda and (asked == "nccl" or missing is not None)
+        before = _outside(device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=store_for_tensors(TENSOR_TIMEOUT),
@@ -93,6 +99,7 @@ class World:
         if isinstance(device, CudaDevice):
             device.exchanges_by_copies = not nccl
         device.connect(weights=shares_weights(strategy))
+        self.communication_bytes = max(0, _outside(device) - before) if cuda else None
         return f"the GPUs exchange by NCCL, which takes more of their memory: {missing}" if missing else None
 
     def _missing_for_copies(self) -> str | None:
@@ -210,6 +217,7 @@ def together(record: RunRecord, world: World, exchanged: Exchanged) -> None:
         exchanged.nbytes,
         exchanged.seconds,
         record.failure,
+        world.communication_bytes,
     )
     if record.failure is not None:
         world.watchdog.stop()
@@ -246,6 +254,11 @@ def _come(bulletin: Bulletin, join_seconds: float) -> list[Present]:
             )
         time.sleep(POLL_SECONDS)
     return [come[rank] for rank in sorted(come)]
+
+
+def _outside(device: Device) -> int:
+    """Device memory of this process beside the allocator's."""
+    return (device.meter.device_memory() or 0) - device.meter.read().reserved_bytes
 
 
 def _exit_code(error: BaseException) -> int:
