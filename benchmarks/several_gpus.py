@@ -5,6 +5,7 @@
     python benchmarks/several_gpus.py same --case 1.3B-480P --out several.jsonl        frames of every way against one GPU's
     python benchmarks/several_gpus.py faults --count 5 --out several.jsonl             each rank killed with -9 at random moments
     python benchmarks/several_gpus.py diffusers --case 14B-720P --out several.jsonl    diffusers' context parallel: Ulysses and ring
+    python benchmarks/several_gpus.py predict --case 14B-720P --gpus 8 --card h100     the same table simulated; no GPU
     python benchmarks/several_gpus.py judge several.jsonl                              the bounds; exit code 1 if one is missed; no GPU
 
 Runs are `wanvram generate` with random weights, each in processes of its own; NVML is polled from here, all GPUs every 5 ms, and a
@@ -208,6 +209,39 @@ def layouts(args: argparse.Namespace, folder: Path) -> None:
             waiting.append((row, record, guess))
         for row, record, guess in waiting:
             figures.add(row | (_against(record, guess) if record and guess else {}))
+
+
+def predict(args: argparse.Namespace, _: Path) -> None:
+    """Every way simulated. Device bytes are those of the GPU that needs most, pinned and sent ones of all and of one step."""
+    task, size, _steps = CASES[args.case]
+    for name, flags in ways(args.gpus).items():
+        if args.only and name not in args.only.split(","):
+            continue
+        words = ["estimate", "--task", task, "--size", size, "--gpu", args.card, *STREAMED, *flags, "--json"]
+        words += ["--link", args.link] if args.link else []
+        ended = subprocess.run([sys.executable, "-m", "wanvram", *words], capture_output=True, text=True)
+        if ended.returncode:
+            row = {"stderr": ended.stderr[-400:]}
+        else:
+            record = json.loads(ended.stdout)
+            denoise = [s for stages in _by_rank(record).values() for s in stages if s["part"] == "denoise"]
+            row = {"step_seconds": _step(record), "in_all_seconds": record["times"]["in_all_seconds"]}
+            row |= {
+                key: max(stage[f"peak_{key}"] for stage in denoise)
+                for key in ("allocated_bytes", "reserved_bytes", "device_bytes")
+            }
+            row |= {
+                "pinned_bytes": sum(
+                    r["host"]["pinned_bytes"] * len(r["ranks"]) for r in record["ranks"] or [record | {"ranks": [0]}]
+                )
+            }
+            row |= {"sent_bytes": max((r["exchanged_bytes"] for r in record["ranks"]), default=0) // 50}
+        print(
+            json.dumps(
+                {"figure": "predicted", "case": args.case, "card": args.card, "gpus": args.gpus, "way": name, **row}
+            ),
+            flush=True,
+        )
 
 
 def _step(record: Row) -> float | None:
@@ -547,7 +581,7 @@ def judge(path: Path) -> int:
     return 1 if missed else 0
 
 
-PARTS = {part.__name__: part for part in (layouts, promise, same, faults, diffusers, diffusers_rank)}
+PARTS = {part.__name__: part for part in (layouts, predict, promise, same, faults, diffusers, diffusers_rank)}
 
 
 def main() -> int:
@@ -558,6 +592,7 @@ def main() -> int:
     parser.add_argument("--only", help="ways of sharing, by commas; one GPU comes first in any case")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--card", default="h200", help="as `wanvram estimate --gpu` knows it")
+    parser.add_argument("--link", help="of `predict`: what joins the cards")
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
