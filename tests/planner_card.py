@@ -101,13 +101,17 @@ class Card:
         tokens, dim = self.tokens(request), DIT[request.task].dim
         rows = min(tokens, s.rows_per_chunk or 8192)
         shares = s.ulysses_size * s.ring_size
-        extra = tokens * dim * (4 * streams + (4 if s.attention_slicing else 8)) // shares + rows * dim * 24
+        in_ram = s.residual_in == "pinned"
+        kept = min(tokens, 3 * rows) if in_ram else tokens * streams
+        attending = tokens * (4 if s.attention_slicing or in_ram else 8)
+        extra = dim * (4 * kept + attending) // shares + rows * dim * 24
         extra += tokens * dim * 6 if s.ring_size > 1 else 0
         keepers = gpus(s) if s.dit_fsdp else 1
         if s.load_strategy == "full":
-            return blocks * block // keepers + (2 * block if s.dit_fsdp else 0), extra, 0, 8.0
+            return blocks * block // keepers + (2 * block if s.dit_fsdp else 0), extra, tokens * dim * 4 * in_ram, 8.0
         resident = min(s.resident_blocks, blocks)
         host = 2 * block if s.weights_in == "disk" else (blocks - resident) * block * gpus(s) // keepers
+        host += tokens * dim * 4 * in_ram
         return (resident + min(2, blocks - resident)) * block, extra, host, 8.0
 
     def tokens(self, request: Request) -> int:
@@ -115,7 +119,8 @@ class Card:
 
     def step_seconds(self, request: Request, s: Strategy) -> float:
         tokens, dim, blocks = self.tokens(request), DIT[request.task].dim, block_count(request)
-        slower = (1.005 if s.attention_slicing else 1.0) * (1.03 if s.rows_per_chunk else 1.0)
+        in_ram = s.residual_in == "pinned"
+        slower = (1.005 if s.attention_slicing or in_ram else 1.0) * (1.03 if s.rows_per_chunk else 1.0)
         forwards = (FORWARDS if request.guided else 1) / (s.cfg_size * s.ulysses_size * s.ring_size)
         exchanged = 1.05 if s.ulysses_size > 1 else 1.02 if s.ring_size > 1 else 1.0
         forwards *= exchanged
@@ -128,4 +133,5 @@ class Card:
         streamed = 0 if s.load_strategy == "full" else blocks - min(s.resident_blocks, blocks)
         copies = weight_passes(s, guided=request.guided) * self.block_bytes(request, s) / self.rate(s.weights_in)
         copies /= gpus(s) if s.dit_fsdp else 1
+        copies += forwards * s.batch_size * 2 * tokens * dim * 4 / self.copy_rate if in_ram else 0
         return (blocks - streamed) * compute * slower + streamed * max(compute * slower, copies)

@@ -432,16 +432,16 @@ def fewer_passes(strategy: object) -> list[Change]:
         return []
     together = BATCH_SIZE.of(strategy)
     counts = {math.ceil(together / passes) for passes in range(1, together)}
-    return [Change({MICRO_BATCH_SIZE: count}) for count in sorted(counts)]
+    return [Change({MICRO_BATCH_SIZE: count, RESIDUAL_IN: "device"}) for count in sorted(counts)]
 
 
 FROM = {home: Change({LOAD_STRATEGY: "block", WEIGHTS_IN: home}) for home in WEIGHT_HOMES}  # blocks streamed from there
 # The transformer without any saving of activations, streamed or resident.
-_ONE_STREAM: dict[Knob[Any], Any] = {CFG: "sequential", MICRO_BATCH_SIZE: None}
+_ONE_STREAM: dict[Knob[Any], Any] = {CFG: "sequential", MICRO_BATCH_SIZE: None, RESIDUAL_IN: "device"}
 UNSLICED = Change({ATTENTION_SLICING: False, ROWS_PER_CHUNK: None, RESIDENT_BLOCKS: 0, **_ONE_STREAM})
 RESIDENT = Change({**UNSLICED.values, LOAD_STRATEGY: "full", WEIGHTS_IN: "pinned"})
 # Half the copies, for a second residual stream: slicing makes the room for that.
-JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0})
+JOINT = Change({CFG: "joint", ATTENTION_SLICING: True, RESIDENT_BLOCKS: 0, RESIDUAL_IN: "device"})
 
 
 def allowed(change: Change, strategy: S) -> S | None:
@@ -458,4 +458,22 @@ def allowed(change: Change, strategy: S) -> S | None:
 # Half the rows that are chosen by size; a quarter saves 1 % more memory at 14B 720P, idles the matrix units and is slow to simulate.
 FEW_ROWS = TARGET_ROWS // 2
 # Lossless ways to hold fewer activations, the fastest and largest first.
-LEANER = (Change({}), Change({ATTENTION_SLICING: True}), Change({ATTENTION_SLICING: True, ROWS_PER_CHUNK: FEW_ROWS}))
+LEANER = (
+    Change({}),
+    Change({ATTENTION_SLICING: True}),
+    Change({RESIDUAL_IN: "pinned", ROWS_PER_CHUNK: FEW_ROWS}),
+    Change({ATTENTION_SLICING: True, ROWS_PER_CHUNK: FEW_ROWS}),
+    Change({RESIDUAL_IN: "pinned", ROWS_PER_CHUNK: FEW_ROWS // 2}),
+)
+# Tokens from which on the stream is larger than what its slots and the larger units take: 17,000 at 14B by arithmetic, 12,500 at 1.3B.
+LONG_STREAM = 20_000
+
+
+def leaner(situation: Situation) -> tuple[Change, ...]:
+    """Those of `LEANER` that save memory there."""
+    of_stream = situation.streams == 1 and situation.tokens >= LONG_STREAM
+    return tuple(
+        change
+        for change in LEANER
+        if change.values.get(ROWS_PER_CHUNK, 0) < situation.tokens and (of_stream or RESIDUAL_IN not in change.values)
+    )

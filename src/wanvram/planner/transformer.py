@@ -8,14 +8,14 @@ from __future__ import annotations
 from wanvram.config import Request, Strategy
 from wanvram.knobs import (
     JOINT,
-    LEANER,
     RESIDENT,
     RESIDENT_BLOCKS,
-    ROWS_PER_CHUNK,
+    RESIDUAL_IN,
     UNSLICED,
     WEIGHTS_IN,
     allowed,
     fewer_passes,
+    leaner,
 )
 from wanvram.planner.forecasts import StageForecast, Trial, Trials, situation, stage_seconds
 from wanvram.specs import DIT
@@ -40,9 +40,8 @@ def block_count(request: Request) -> int:
 
 
 def variants(request: Request, base: Strategy) -> list[Strategy]:
-    """Lossless ways to hold fewer activations, the fastest and largest first; chunks of more rows than there are change nothing."""
-    tokens = situation(request).tokens
-    ways = [allowed(change, base) for change in LEANER if change.values.get(ROWS_PER_CHUNK, 0) < tokens]
+    """Lossless ways to hold fewer activations, the fastest first, the leanest last."""
+    ways = [allowed(change, base) for change in leaner(situation(request))]
     return list(dict.fromkeys(way for way in ways if way is not None))
 
 
@@ -56,12 +55,15 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
     if not _host_can_hold(trials, base):
         return None
     best: Strategy | None = None
-    on_device = False
+    first: int | None = None  # that fits the device
     for number, way in enumerate(variants(trials.request, base)):
-        if on_device and (number > 1 or (best is not None and not _waits(trials, best))):
-            break  # chunks of few rows cost more than the little that they leave for resident blocks
+        # A stream in RAM may be faster than slicing, but not where the plain way waits for copies, to which it adds. Chunks of few
+        # rows cost more than the little that they leave for resident blocks.
+        worth_it = first is None or number < 2 or (first == 1 and RESIDUAL_IN.differs(way))
+        if not worth_it or (first is not None and best is not None and not _waits(trials, best)):
+            break
         found = _filled(trials, way)
-        on_device = on_device or found is not None
+        first = number if first is None and found is not None else first
         best = _faster(trials, best, found)
     if best is not None and _waits(trials, best):
         shared = _sharing(trials, best)
