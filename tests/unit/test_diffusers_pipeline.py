@@ -96,6 +96,12 @@ def test_a_tokenizer_whose_files_are_there_is_the_real_one(tmp_path: Path) -> No
     (folder / "tokenizer_2" / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "unk_token": "<unk>"}')
     change(folder, "model_index.json", tokenizer_2=["transformers", "PreTrainedTokenizerFast"])
     assert simulated(folder, PipelineCall(64, 64)).fits
+    saved = json.loads((folder / "tokenizer_2" / "tokenizer.json").read_text())
+    replacing = {"type": "Replace", "pattern": {"String": "."}, "content": "." * 100}
+    saved["normalizer"] = {"type": "Sequence", "normalizers": [replacing] * 4}  # 5 GiB, then SIGABRT
+    (folder / "tokenizer_2" / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=r"tokenizer in .*tokenizer_2 is damaged: reading it ends the process"):
+        simulated(folder, PipelineCall(64, 64))
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------------

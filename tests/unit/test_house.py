@@ -23,7 +23,7 @@ BUDGETS = {
     "analysis": 3375,
     "cli": 2480,
     "engine": 3800,
-    "foreign": 3550,
+    "foreign": 3580,
     "kernels": 1410,
     "machine": 1170,
     "matrix": 675,

@@ -334,8 +334,14 @@ def test_a_value_that_cannot_be_costs_its_event_which_a_note_names(event: Any, s
     )
     gap = "" if sentence.startswith(",") else " "
     assert trace.notes == (f"1 event is left out: event {len(EVENTS) + 1}{gap}{sentence}",)
+    only = saved(tmp_path / "only.json", [event, event])
+    if isinstance(event, dict):
+        alone = read_trace(only)
+        assert alone.notes[0] == f"2 events are left out: the first, event 1{gap}{sentence}"
+        assert (alone.memory, alone.operators_by_time, alone.seconds) == ((), (), 0)
+        return
     with pytest.raises(InputError, match="none of its events can be read; event 1"):
-        read_trace(saved(tmp_path / "only.json", [event, event]))
+        read_trace(only)
 
 
 def test_what_is_kept_of_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

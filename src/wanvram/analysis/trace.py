@@ -72,7 +72,7 @@ class _Collector(Kept):
     def __init__(self, name: str) -> None:
         super().__init__()
         self._name = name
-        self.records = self.uncategorised = 0
+        self.records = self.uncategorised = self.phases = 0  # phases: events that have one, whatever else they hold
         self.left_out: Counter[str] = Counter()
         self.firsts: dict[str, str] = {}
         self._kinds: dict[str, int] = dict(_KINDS)
@@ -97,6 +97,7 @@ class _Collector(Kept):
 
     def _take(self, event: dict[str, Any]) -> None:
         category, phase = event.get("cat"), event.get("ph")
+        self.phases += phase.__class__ is str
         kind = self._kinds.get(category) if category.__class__ is str else None
         if kind is None:
             if event.get("name") == "[memory]":
@@ -275,7 +276,7 @@ class _Collector(Kept):
 def read_trace(path: Path) -> TraceSummary:
     """The trace at `path` (.json, or gzipped), read in one pass.
 
-    Raises InputError when it is missing, empty, not a trace, or when none of its events can be read. A trace that breaks off
+    Raises InputError when it is missing, empty, not a trace, or when none of its events is one. A trace that breaks off
     (a killed process) is read as far as it goes, events that cannot be read are left out, and `notes` says so.
     """
     collector, cut = _Collector(shown(path)), False
@@ -292,7 +293,7 @@ def read_trace(path: Path) -> TraceSummary:
     if not collector.events:
         raise InputError(f"{shown(path)} holds no events: nothing was recorded while the profiler ran")
     read = collector.events - sum(collector.left_out.values())
-    if not read:
+    if not read and not collector.phases:
         first = next(iter(collector.firsts.values()))
         raise InputError(f"{shown(path)} is no torch.profiler trace: none of its events can be read; {first}")
     collector.join_halves()

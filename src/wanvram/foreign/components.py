@@ -22,6 +22,7 @@ from wanvram.errors import InputError, WanvramError
 from wanvram.foreign.pipeline_folder import MAX_JSON_BYTES, PipelinePart, read_json
 from wanvram.foreign_text import quoted, shown
 from wanvram.input_files import read_text
+from wanvram.weights.tokenizer import LIMITED, what_is_wrong
 
 __all__ = ["DTYPES", "built_component", "diffusers_class", "offline"]
 
@@ -38,6 +39,16 @@ _ELSEWHERE = {
     "torch_dtype",
     "transformers_version",
 }
+
+_TRIAL = f"""{LIMITED}
+import transformers
+kind = getattr(transformers, given[0])
+limited()
+def encoder():
+    tokenizer = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return lambda sample: tokenizer(sample).input_ids
+tried(encoder)
+"""
 
 
 @contextmanager
@@ -177,12 +188,16 @@ def _bounded() -> Iterator[None]:
 
 
 def _tokenizer(folder: Path, kind: Any) -> Any:
-    """The real one where its files are there, else one that gives as many tokens as are asked for."""
+    """The real one where its files are there and do no harm to a child, else one that gives as many tokens as are asked for."""
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     for file in files:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise InputError(f"{shown(file)} has over {MAX_TOKENIZER_BYTES >> 20} MiB, too many for a tokenizer")
     if files:
+        state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir()))
+        problem = what_is_wrong(_TRIAL, folder, state, given=(kind.__name__,))
+        if problem:
+            raise InputError(f"the tokenizer in {shown(folder)} is damaged: {problem}")
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     clip = 77 if kind.__name__.startswith("CLIP") else 512
     return StandInTokenizer(_max_length(folder / "tokenizer_config.json") or clip)

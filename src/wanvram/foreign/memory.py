@@ -31,13 +31,8 @@ from wanvram.units import human
 __all__ = ["CPU", "CUDA", "META", "WITH_TEMPORARIES", "ForeignMemory"]
 
 CUDA, CPU, META = "cuda", "cpu", "meta"  # where a storage lies; CPU: a host tensor too large to be real
-_ACROSS = (
-    "aten.copy_",
-    "aten.index",
-    "aten._index_put_impl_",
-    "aten._to_copy",
-    "aten.set_",
-)  # of host and device tensors
+# Of host and device tensors.
+_ACROSS = "aten.copy_", "aten.index", "aten._index_put_impl_", "aten._to_copy", "aten.set_"
 _DATA_SHAPED = (
     "aten.nonzero.default",
     "aten.masked_select.default",
@@ -109,6 +104,7 @@ class ForeignMemory(TimedMemory):
         self._foreign: dict[Any, _Operation] = {}
         self._results: dict[Any, Any] = {}
         self._pinned_real: set[int] = set()
+        self._unpinned: Counter[int] = Counter()  # sizes of pinned blocks that are free
         self._deaths: dict[int, _Death] = {}
         self._most_reserved = -1  # for which peak_device_bytes is known
 
@@ -200,6 +196,17 @@ class ForeignMemory(TimedMemory):
         if name not in self._loaded:
             super().load_library(name)
             self._most_reserved = -1
+
+    def _pin(self, nbytes: int) -> int:
+        """As PyTorch's allocator of pinned memory: the next power of two, which it keeps for the next of that size."""
+        size = 1 << (nbytes - 1).bit_length()
+        if self._unpinned[size]:
+            self._unpinned[size] -= 1
+            return size
+        return super()._pin(size)
+
+    def _unpin(self, nbytes: int) -> None:
+        self._unpinned[nbytes] += 1
 
     def _pin_changed(self) -> None:
         super()._pin_changed()
@@ -369,8 +376,7 @@ class ForeignMemory(TimedMemory):
         return result
 
     def _meta(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any]) -> Any:
-        rule = RULES.get(operation.name)
-        ruled = rule(*args, **kwargs) if rule is not None else NotImplemented
+        ruled = RULES[operation.name](*args, **kwargs) if operation.name in RULES else NotImplemented
         if ruled is not NotImplemented:
             return ruled
         args, kwargs = as_meta(args), {name: as_meta(value) for name, value in kwargs.items()}

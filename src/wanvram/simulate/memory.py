@@ -235,12 +235,10 @@ class SimulatedMemory(TorchDispatchMode):
             self._host[key] = nbytes
             self.host_bytes += nbytes
             self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
-            pinned = nbytes if self._pinning else 0
-            self.pinned_bytes += pinned
-            if pinned:
+            pinned = 0
+            if self._pinning:
                 self._pinned.add(key)
-                self.clock.pin(pinned)
-                self._pin_changed()
+                pinned = self._pin(nbytes)
             weakref.finalize(storage, self._forget_host, key, pinned).atexit = False
         else:
             self._device[key] = self._malloc(nbytes, self._operation, tensor)
@@ -249,10 +247,20 @@ class SimulatedMemory(TorchDispatchMode):
     def _forget_host(self, key: int, pinned: int) -> None:
         self.host_bytes -= self._host.pop(key)
         self._pinned.discard(key)
-        self.pinned_bytes -= pinned
         if pinned:
-            self.clock.unpin(pinned)
-            self._pin_changed()
+            self._unpin(pinned)
+
+    def _pin(self, nbytes: int) -> int:
+        """Bytes that are pinned for so many."""
+        self.pinned_bytes += nbytes
+        self.clock.pin(nbytes)
+        self._pin_changed()
+        return nbytes
+
+    def _unpin(self, nbytes: int) -> None:
+        self.pinned_bytes -= nbytes
+        self.clock.unpin(nbytes)
+        self._pin_changed()
 
     def _pin_changed(self) -> None:
         """Page tables lie on the card: the allocator's cap gives way to them, as engine.cuda makes it."""

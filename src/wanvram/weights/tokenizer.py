@@ -22,7 +22,17 @@ from wanvram.errors import CheckpointError
 from wanvram.units import GIB, MIB, human
 from wanvram.weights.sources import check_file, shown
 
-__all__ = ["EOS", "MAX_TOKENS", "ByteTokenizer", "Tokenizer", "UMT5Tokenizer", "clean_text", "try_tokenizer"]
+__all__ = [
+    "EOS",
+    "LIMITED",
+    "MAX_TOKENS",
+    "ByteTokenizer",
+    "Tokenizer",
+    "UMT5Tokenizer",
+    "clean_text",
+    "try_tokenizer",
+    "what_is_wrong",
+]
 
 MAX_TOKENS = 512
 EOS = 1
@@ -47,26 +57,36 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", text.strip()).strip()
 
 
-# Run by -c in a process of its own, which imports nothing but the tokenizers library. The current folder is not searched.
-_TRIAL = """
+# Begins what is run by -c in a process of its own. The current folder is not searched; `limited` comes after the imports.
+LIMITED = """
 import json, sys
 sys.path[:] = [entry for entry in sys.path if entry]
-path, memory, samples = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except (ImportError, AttributeError, OSError, ValueError):
-    pass  # the parent watches the memory, too
-try:
-    import tokenizers
+path, memory, samples, given = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
+def limited():
+    try:
+        import resource
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (held + memory, held + memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, AttributeError, OSError, ValueError):
+        pass  # the parent watches the memory, too
+def tried(encoder):
+    try:
+        encode = encoder()
+        print(json.dumps({"lengths": [len(encode(sample)) for sample in samples]}))
+    except BaseException as error:
+        print(json.dumps({"error": str(error)[:300]}))
+"""
+_TRIAL = f"""{LIMITED}
+import tokenizers
+def encoder():
     tokenizer = tokenizers.Tokenizer.from_file(path)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    lengths = [len(tokenizer.encode(sample, add_special_tokens=False).ids) for sample in samples]
-    print(json.dumps({"lengths": lengths}))
-except BaseException as error:
-    print(json.dumps({"error": str(error)[:300]}))
+    return lambda sample: tokenizer.encode(sample, add_special_tokens=False).ids
+limited()
+tried(encoder)
 """
 
 
@@ -82,16 +102,16 @@ def try_tokenizer(path: Path) -> None:
         raise CheckpointError(
             f"{path} has {human(status.st_size)}, at most {human(MAX_FILE)} is read; expected {EXPECTED}"
         )
-    problem = _tried(str(path.absolute()), status.st_size, status.st_mtime_ns)
+    problem = what_is_wrong(_TRIAL, path, status.st_size, status.st_mtime_ns)
     if problem:
         raise CheckpointError(f"{path} is damaged ({problem}); expected the umt5-xxl tokenizer")
 
 
 @cache
-def _tried(path: str, _size: int, _changed: int) -> str:
-    """What is wrong with the file of this size and time of change; empty if nothing is."""
-    command = [sys.executable, "-c", _TRIAL, path, str(MAX_MEMORY), json.dumps(SAMPLES)]
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+def what_is_wrong(program: str, path: Path, *_state: Any, given: tuple[str, ...] = ()) -> str:
+    """Of the tokenizer at `path` in this state, by the program, which is told what is `given`; empty if nothing is."""
+    command = [sys.executable, "-c", program, str(path.absolute()), str(MAX_MEMORY), json.dumps(SAMPLES), *given]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL
