@@ -236,7 +236,7 @@ def _to_unit(weight: Any) -> None:
 def _in_8_bits(torch: Any, model: Any) -> None:
     """Every product of the blocks, as the engine puts them in place."""
     from wanvram.kernels.scaled_products import scaled_rows
-    from wanvram.models.dit_blocks import Linear
+    from wanvram.models.linear import Linear
 
     for block in model.blocks:
         for layer in (module for module in block.modules() if isinstance(module, Linear)):
