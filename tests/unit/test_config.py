@@ -235,6 +235,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "optimization.parallel_degree: 4",
         "are of another number",
     ),
+    "name: x\noptimization: {ulysses_size: 41}": ("optimization.ulysses_size: 41 GPUs", "40 heads; give at most 40"),
     "name: x\noptimization: {cfg_size: 3}": ("optimization.cfg_size: 3 GPUs", "two guidance passes; give 1 or 2"),
     "name: x\noptimization: {ring_size: 0}": ("optimization.ring_size: 0", "at least 1"),
     "name: x\noptimization: {dit_fsdp: true}": ("optimization.dit_fsdp: true", "several GPUs"),
