@@ -28,7 +28,7 @@ CASES: dict[str, tuple[Callable[[], Callable[[], Any]], float, float]] = {
         15.0,
         60.0,
     ),
-    "flux-1024": (lambda: flux(1024), 1.0, 80.0),
+    "flux-1024": (lambda: flux(1024), 1.0, 60.0),
 }
 
 
