@@ -153,7 +153,7 @@ _AS_MANY = Rule(
 )
 _AMONG_SEVERAL = Rule(
     lambda value, strategy: not value or gpus(strategy) > 1,
-    "{value}; several GPUs share weights, and this run has one; give ulysses_size, ring_size or cfg_size too",
+    "{value}; several GPUs share weights, and this run has one; give --gpus, ulysses_size, ring_size or cfg_size too",
 )
 _EXCHANGES = Rule(
     lambda value, strategy: value == "auto" or gpus(strategy) > 1,
