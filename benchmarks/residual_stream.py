@@ -7,14 +7,16 @@
 
 `equal` denoises one step at full size from random weights, blocks streamed, and compares both passes' velocities with those of the
 stream on the device. `run` types `wanvram generate` under a hard cap, in a fresh process each, with the stream in RAM and then on
-the device; nvml_watch.py, another process, polls the GPU. With --out of an earlier call it goes on with that file. Step times are
-those of the last step: the first one compiles. Bounds are the issue's: memory of the whole GPU, time beside the same run with the
-stream on the device, 95 % of all stage peaks to the byte, steps within 7 % of their prediction.
+the device; nvml_watch.py, another process, polls the GPU; both videos have to be the
+same to the byte. With --out of an earlier call it goes on with that file. Step times are those of the last step: the first one
+compiles. Bounds are the issue's: memory of the whole GPU, time beside the same run with the stream on the device, 95 % of all stage
+peaks to the byte, steps within 7 % of their prediction.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -95,6 +97,8 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if case.ratio is not None and device is not None and device["exit_code"] == 0:
             ratio = pinned["step"]["measured"] / device["step"]["measured"]
             found[case.name]["ratio"] = round(ratio, 4)
+            if not pinned.get("videos") or pinned["videos"] != device["videos"]:
+                breaches.append(f"{case.name}: another video with the stream in RAM than with it on the device")
             if ratio > case.ratio:
                 breaches.append(
                     f"{case.name}: {ratio:.3f} of the step with the stream on the device, at most {case.ratio}"
@@ -167,6 +171,7 @@ def run_once(case: Case, stream: str, args: argparse.Namespace, predicted: Mappi
     if record is None or ended.returncode:
         return row
     row["step"] = {"predicted": predicted["step"], "measured": last_step(record)}
+    row["videos"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob("*.mp4"))]
     row |= {"dit": next(c for c in record["components"] if c["name"] == "dit"), "host": record["host"]}
     return row | {"stages": compared(result_of(record), dict(predicted))["rows"]}
 

@@ -3,6 +3,7 @@
     make mutants ARGS="--count 20 --seed 1 --out mutants.json"      about half a minute a mutant on one core; outside CI
     make mutants ARGS="--list --seed 1 --count 200"                 the sample, without running anything
     make mutants ARGS="--only src/wanvram/record.py:213:18"         one again
+    make mutants ARGS="--wide --lanes 16"                           what lives is also tried on all of unit/ and parity/: minutes each
 
 A change is one flipped comparison, one arithmetic or logical operator, one number, one boolean, one inverted condition, or one
 statement that is left out, in a copy of the source. Killed: a test failed, or took longer than --seconds. Whether a survivor
@@ -77,8 +78,8 @@ TESTS = {
     "simulate/allocator.py": "test_allocator test_reading_facts",
     "simulate/clock.py": "test_clock test_reading_facts test_times test_wall_clock",
     "simulate/libraries.py": "test_libraries test_simulated_kernels integration/test_measured_on_a_gpu",
-    "simulate/memory.py": "test_simulated_memory test_timeline test_libraries",
-    "simulate/operation_buffers.py": "test_libraries test_simulated_memory integration/test_measured_on_a_gpu",
+    "simulate/memory.py": "test_simulated_memory test_timeline test_libraries test_clock",
+    "simulate/operation_buffers.py": "test_libraries test_simulated_memory test_attention_choice integration/test_measured_on_a_gpu",
     "simulate/timeline.py": "test_timeline test_reading_facts",
     "spans.py": "test_record test_record_facts test_analysis",
     "units.py": "test_units test_machine_facts",
@@ -279,8 +280,8 @@ class Outcome:
 class Bench:
     """Copies of the source in which mutants are tried, one for each lane."""
 
-    def __init__(self, lanes: int, limit: float) -> None:
-        self.limit = limit
+    def __init__(self, lanes: int, limit: float, *, wide: bool = False) -> None:
+        self.limit, self.wide = limit, wide
         self.folder = Path(tempfile.mkdtemp(prefix="wanvram-mutants-"))
         self.free: SimpleQueue[Path] = SimpleQueue()
         for lane in range(lanes):
@@ -316,12 +317,17 @@ class Bench:
             "--tb=no",
             "-rfE",
         ]
-        command += [f"--basetemp={lane / 'tmp'}", *tests_of(mutant.file)]
+        command += [f"--basetemp={lane / 'tmp'}"]
         start = time.monotonic()
-        try:
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=self.limit)
-        except subprocess.TimeoutExpired:
-            return Outcome(mutant, "late", "", time.monotonic() - start)
+        for tests in (tests_of(mutant.file), ["tests/unit", "tests/parity"])[: 1 + self.wide]:
+            try:
+                done = subprocess.run(
+                    [*command, *tests], cwd=ROOT, env=env, capture_output=True, text=True, timeout=self.limit
+                )
+            except subprocess.TimeoutExpired:
+                return Outcome(mutant, "late", "", time.monotonic() - start)
+            if done.returncode != 0:
+                break
         first = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
         outcome = "survived" if done.returncode == 0 else "killed"
         return Outcome(mutant, outcome, first[:200] or done.stderr[-200:], time.monotonic() - start)
@@ -369,6 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=300.0, help="after which a mutant counts as killed")
     parser.add_argument("--out", type=Path, default=Path("mutants.json"))
+    parser.add_argument("--wide", action="store_true", help="then give --seconds 1200 or so")
     parser.add_argument("--only", metavar="FILE:LINE:COLUMN")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="a result whose survivors have reasons")
@@ -383,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{m.place}: {m.old!r} => {m.new!r}" for m in chosen))
         return 0
-    bench, outcomes = Bench(args.lanes, args.seconds), []
+    bench, outcomes = Bench(args.lanes, args.seconds, wide=args.wide), []
     try:
         with ThreadPoolExecutor(args.lanes) as pool:
             for outcome in pool.map(bench.run, chosen):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wanvram.engine.devices import CpuDevice
 
-QUEUES = COMPUTE, COPIES, RETURNS = "compute", "copies", "returns"
+QUEUES = COMPUTE, COPIES, RETURNS, GATHERS = "compute", "copies", "returns", "gathers"
 LATE = (0.0, 0.0)  # nothing runs before somebody waits for it
 AT_ONCE = (1.0, 1.0)
 
@@ -27,7 +27,7 @@ class Mark:
 
 
 class QueueDevice(CpuDevice):
-    """Three queues as a GPU's streams: each runs in order, all together in any order that their marks allow.
+    """Four queues as a GPU's streams: each runs in order, all together in any order that their marks allow.
 
     haste: how likely an operation of (computation, copies either way) runs at once when one more is queued; the rest runs when
     it is waited for.
@@ -35,7 +35,7 @@ class QueueDevice(CpuDevice):
 
     def __init__(self, haste: tuple[float, float] = LATE, seed: int = 0) -> None:
         super().__init__()
-        self.haste = dict(zip(QUEUES, (*haste, haste[1]), strict=True))
+        self.haste = dict(zip(QUEUES, (*haste, haste[1], haste[1]), strict=True))
         self.random = Random(seed)
         self.queues: dict[str, deque[tuple[tuple[Mark | None, ...], Callable[[], None]]]] = {q: deque() for q in QUEUES}
         self.queued = dict.fromkeys(QUEUES, 0)
@@ -55,6 +55,9 @@ class QueueDevice(CpuDevice):
     def write_back(self, destination: Tensor, source: Tensor, after: Any) -> Mark:
         return self._queue(RETURNS, (after,), partial(destination.copy_, source))
 
+    def gather_beside(self, peers: Any, whole: Tensor, after: Any) -> Mark:
+        return self._queue(GATHERS, (after,), peers.gathering(whole))
+
     def mark(self) -> Mark:
         return Mark(COMPUTE, self.queued[COMPUTE])
 
@@ -71,7 +74,7 @@ class QueueDevice(CpuDevice):
 
     def finish(self) -> None:
         self.reader_waits(self.mark())
-        for queue in (COPIES, RETURNS):
+        for queue in (COPIES, RETURNS, GATHERS):
             self.reader_waits(Mark(queue, self.queued[queue]))
 
     def _queue(self, queue: str, after: tuple[Mark | None, ...], operation: Callable[[], None]) -> Mark:

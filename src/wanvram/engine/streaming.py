@@ -155,6 +155,9 @@ class _Coming:
     mark: Any
 
 
+PENDING = (Future, Later, _Going)  # marks to come: what they are of is started, or goes on, when they are asked for
+
+
 class SlotRing:
     """Two device buffers that pieces pass through. What comes next is known, so both are always being filled.
 
@@ -189,8 +192,7 @@ class SlotRing:
         if any(
             slot not in first or c.piece is not pieces[first[slot] % len(pieces)] for slot, c in self._coming.items()
         ):
-            # Another order, or the last walk was broken off. What is coming is overwritten: copies keep their order.
-            self._coming.clear()
+            self._forget()  # another order, or the last walk was broken off
         for slot in sorted(first.keys() - self._coming.keys(), key=lambda slot: first[slot]):
             self._start(pieces[first[slot] % len(pieces)], slot)
         for index in range(len(pieces)):
@@ -215,6 +217,14 @@ class SlotRing:
         ahead = range(index + 1, index + 2 + 2 * len(pieces))
         return next((other for other in ahead if self._slot(pieces, other) == slot), None)
 
+    def _forget(self) -> None:
+        """What is coming is overwritten, once it is there: copies keep their order, but what ranks gather is no copy."""
+        for slot, coming in self._coming.items():
+            if not isinstance(coming.mark, PENDING):
+                self.device.wait(coming.mark)
+                self._free[slot] = self.device.mark()
+        self._coming.clear()
+
     def _start(self, piece: Any, slot: int) -> None:
         target = self.slots[slot].narrow(0, 0, self.nbytes(piece))
         self._coming[slot] = _Coming(piece, self.home.fetch(piece, target, self._free[slot]))
@@ -229,4 +239,4 @@ class SlotRing:
 
 
 def _resolved(mark: Any) -> Any:
-    return mark.result() if isinstance(mark, (Future, Later, _Going)) else mark
+    return mark.result() if isinstance(mark, PENDING) else mark

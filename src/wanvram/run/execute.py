@@ -171,7 +171,9 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
         if directory and output.is_first:
             _write_circumstances(directory, config, around.environment)
         if output.world is not None:
-            output.world.shared("directory", lambda: True)  # the first one has made it
+            output.world.shared("directory", lambda: True)  # the first one has made it, on its machine
+            if directory:
+                directory.mkdir(parents=True, exist_ok=True)
             pipeline.trace_step = output.world.step_made  # a run of several is not traced
             output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
         failure, lost = _played(config, output, pipeline, outputs, around)

@@ -45,8 +45,8 @@ def start(config: RunConfig, words: Sequence[str]) -> int:
     except ChildFailedError as error:
         _tell(error.failures)
         return _exit_code(error.failures)
-    except SignalException as error:  # the agent has passed it on, and everybody has ended
-        return 128 + int(error.sigval) if error.sigval != signal.SIGINT else 1
+    except SignalException:  # the agent has passed it on, and everybody has ended
+        return 1
     return 0
 
 
