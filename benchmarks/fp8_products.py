@@ -13,8 +13,8 @@ model's error may be another; they are taken as whole runs have them, and larger
 turns, each beside its prediction.
 
 Expected, written before the first run: 0.62 of the peak in 8 bits (1227 TFLOP/s at an H200's sustained clock); 10 to 20 times bf16's
-error where the blocks matter (11 times, 7.2 %, of the tiny one on a CPU); a step of 17.96 s instead of 19.77 for 14B 720P and of 4.41
-instead of 5.18 for 14B 480P. Exit code 1 when a bound is missed.
+error where the blocks matter (11 times, 7.2 %, of the tiny one on a CPU); a step of 17.72 s instead of 19.77 for 14B 720P, of 4.32
+instead of 5.18 for 14B 480P, of 0.84 instead of 0.91 for 1.3B. Exit code 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _to_unit(weight: Any) -> None:
 def _in_8_bits(torch: Any, model: Any) -> None:
     """Every product of the blocks, as the engine puts them in place."""
     from wanvram.kernels.scaled_products import scaled_rows
-    from wanvram.models.dit_blocks import Linear
+    from wanvram.models.linear import Linear
 
     for block in model.blocks:
         for layer in (module for module in block.modules() if isinstance(module, Linear)):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from wanvram.config import Strategy
 from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.devices import CpuDevice, Device
 from wanvram.engine.team import team_of
@@ -86,6 +87,7 @@ def measured(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     tokens = latent[0].numel() // 4
     for ulysses, ring in layouts(world):
         device.place = Place(rank, ulysses, ring)
+        device.connect(weights=False)
         for displaced in (False, True):
             team = team_of(device, tokens, model.spec.num_heads, ROWS)
             if displaced and rank == 1:
@@ -120,7 +122,7 @@ def main() -> int:
     with joined(me) as world, torch.no_grad():
         device: Device = CudaDevice(me.local_rank) if args.device == "cuda" else CpuDevice()
         device.place = Place(me.rank, ulysses=me.size)
-        note = world.connect(device)
+        note = world.connect(device, Strategy())
         rows = measured(args, device)
     if not me.is_first:
         return 0

@@ -212,36 +212,30 @@ def layouts(args: argparse.Namespace, folder: Path) -> None:
 
 
 def predict(args: argparse.Namespace, _: Path) -> None:
-    """Every way simulated. Device bytes are those of the GPU that needs most, pinned and sent ones of all and of one step."""
+    """Denoising, every way simulated: device bytes of the GPU that needs most, host bytes of all, seconds of the slowest."""
+    from wanvram.cli.flags import config_from_flags
+    from wanvram.cli.main import build_parser
+    from wanvram.cli.processes import for_all
+    from wanvram.predict.stage import simulate_stage
+
     task, size, _steps = CASES[args.case]
     for name, flags in ways(args.gpus).items():
         if args.only and name not in args.only.split(","):
             continue
-        words = ["estimate", "--task", task, "--size", size, "--gpu", args.card, *STREAMED, *flags, "--json"]
-        words += ["--link", args.link] if args.link else []
-        ended = subprocess.run([sys.executable, "-m", "wanvram", *words], capture_output=True, text=True)
-        if ended.returncode:
-            row = {"stderr": ended.stderr[-400:]}
-        else:
-            record = json.loads(ended.stdout)
-            denoise = [s for stages in _by_rank(record).values() for s in stages if s["part"] == "denoise"]
-            row = {"step_seconds": _step(record), "in_all_seconds": record["times"]["in_all_seconds"]}
-            row |= {
-                key: max(stage[f"peak_{key}"] for stage in denoise)
-                for key in ("allocated_bytes", "reserved_bytes", "device_bytes")
-            }
-            row |= {
-                "pinned_bytes": sum(
-                    r["host"]["pinned_bytes"] * len(r["ranks"]) for r in record["ranks"] or [record | {"ranks": [0]}]
-                )
-            }
-            row |= {"sent_bytes": max((r["exchanged_bytes"] for r in record["ranks"]), default=0) // 50}
-        print(
-            json.dumps(
-                {"figure": "predicted", "case": args.case, "card": args.card, "gpus": args.gpus, "way": name, **row}
-            ),
-            flush=True,
-        )
+        words = ["estimate", "--task", task, "--size", size, "--gpu", args.card, *STREAMED, *flags]
+        asked = build_parser(whole=True).parse_args([*words, *(["--link", args.link] if args.link else [])])
+        limits = {"weights": "random", "gpu": args.card, "memory_limit_bytes": None}
+        found = simulate_stage(for_all(config_from_flags(asked, device="simulated", **limits)), "dit")
+        row = {"step_seconds": found.seconds_per_step, "host_bytes": found.host_bytes, "base_bytes": found.base_bytes}
+        row |= {f"{kind}_bytes": getattr(found, f"peak_{kind}_bytes") for kind in ("allocated", "reserved", "device")}
+        about = {
+            "case": args.case,
+            "card": args.card,
+            "link": args.link,
+            "gpus": 1 if name == "one" else args.gpus,
+            "way": name,
+        }
+        print(json.dumps({"figure": "predicted", **about, **row}), flush=True)
 
 
 def _step(record: Row) -> float | None:

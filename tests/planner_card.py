@@ -38,10 +38,12 @@ class Card:
     flops: float = 500e12
     timed: bool = True
     calls: list[tuple[str, Strategy, Request]] = field(default_factory=list)
+    configs: list[RunConfig] = field(default_factory=list)
 
     def __call__(self, config: RunConfig, component: str) -> StageForecast:
         assert config.memory_limit_bytes is None
         self.calls.append((component, config.strategy, config.request))
+        self.configs.append(config)
         part = "vae" if component.startswith("vae") else component
         assert config.gpus <= MOST_GPUS
         base, extra, host, seconds = getattr(self, part)(config.request, config.strategy)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import multiprocessing
+import os
 import sys
 import tempfile
 import traceback
@@ -14,9 +17,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["on_ranks"]
+__all__ = ["on_ranks", "once"]
 
-SECONDS = 240
+SECONDS = 800  # on two cores that other workers use, too
+
+
+def once(name: str, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives, computed by one of the workers of a test session (pytest -n) for all of them."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if session is None:
+        return compute()
+    path = Path(tempfile.gettempdir()) / f"wanvram-{session}-{name}.pt"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            torch.save(compute(), path)
+            atexit.register(path.unlink, missing_ok=True)
+            atexit.register(path.with_suffix(".lock").unlink, missing_ok=True)
+        return torch.load(path, weights_only=False)
 
 
 def on_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:

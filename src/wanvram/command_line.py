@@ -35,10 +35,18 @@ def generate_command(config: RunConfig) -> str:
     return shlex.join(parts)
 
 
-def plan_command(request: Request, strategy: Strategy, *, vram: str | None, ram: str | None, gpu: str | None) -> str:
+def plan_command(
+    request: Request,
+    strategy: Strategy,
+    *,
+    vram: str | None,
+    ram: str | None,
+    gpu: str | None,
+    link: str | None = None,
+) -> str:
     """`wanvram plan` of this request; of the strategy only what the planner leaves to the user."""
     parts = ["wanvram", "plan", *request_flags(request), *strategy_flags(strategy, knobs.asked())]
-    return shlex.join([*parts, *_flags({"vram": vram, "ram": ram, "gpu": gpu})])
+    return shlex.join([*parts, *_flags({"vram": vram, "ram": ram, "gpu": gpu, "link": link})])
 
 
 def request_flags(request: Request) -> list[str]:

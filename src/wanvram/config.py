@@ -154,6 +154,13 @@ class RunConfig:
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
             "precision: fp16 has no fast CPU kernels; use bf16 or fp32 with device cpu",
         )
+        dit = DIT[TASKS[self.request.task].dit]
+        heads = (DIT["tiny-" + dit.model_type] if self.weights == "tiny" else dit).num_heads
+        sharing = knobs.ULYSSES_SIZE.of(self.strategy)
+        require(
+            sharing <= heads,
+            f"{knobs.ULYSSES_SIZE.name}: {sharing} GPUs cannot share {heads} heads; give at most {heads}",
+        )
         blocks, resident = DIT[TASKS[self.request.task].dit].block_count, self.strategy.resident_blocks
         require(
             self.weights == "tiny" or resident <= blocks,  # tiny transformers have few blocks: there it means all

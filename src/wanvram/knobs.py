@@ -153,7 +153,7 @@ _AS_MANY = Rule(
 )
 _AMONG_SEVERAL = Rule(
     lambda value, strategy: not value or gpus(strategy) > 1,
-    "{value}; several GPUs share weights, and this run has one; give ulysses_size, ring_size or cfg_size too",
+    "{value}; several GPUs share weights, and this run has one; give --gpus, ulysses_size, ring_size or cfg_size too",
 )
 _EXCHANGES = Rule(
     lambda value, strategy: value == "auto" or gpus(strategy) > 1,
@@ -350,6 +350,8 @@ TABLE: tuple[Knob[Any], ...] = (
     *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, EXCHANGE, T5_FSDP, DIT_FSDP),
 )
 
+SIZES = (ULYSSES_SIZE, RING_SIZE, CFG_SIZE)  # whose product is the number of GPUs
+
 
 def named(name: str) -> Knob[Any] | None:
     return next((knob for knob in TABLE if knob.name == name), None)
@@ -406,7 +408,7 @@ def gpus(strategy: object) -> int:
 
 def sizes_together(strategy: object) -> int:
     """Of how many GPUs the sizes are."""
-    return math.prod(knob.of(strategy) for knob in (ULYSSES_SIZE, RING_SIZE, CFG_SIZE))
+    return math.prod(knob.of(strategy) for knob in SIZES)
 
 
 def shares_weights(strategy: object) -> bool:

@@ -279,6 +279,7 @@ HOW: list[Case] = [
         "4 GPUs cannot share the work: ulysses_size: 2 GPUs attend",
     ),
     *(("t2v", [f"--{n}_size", "0"], f"--{n}_size: 0 must be at least 1") for n in ("cfg", "ulysses", "ring")),
+    ("t2v", ["--ulysses_size", "5"], "--ulysses_size: 5 GPUs cannot share 4 heads; give at most 4"),
     ("t2v", ["--cfg_size", "3"], "--cfg_size: 3 GPUs cannot share two guidance passes"),
     ("t2v", ["--cfg_size", "2", "--cfg", "joint"], "--cfg_size: 2 GPUs make a guidance pass each"),
     ("t2v", ["--cfg_size", "2", "--sample_guide_scale", "1"], "--cfg_size: 2 GPUs share two guidance passes"),

@@ -77,6 +77,19 @@ def test_the_official_command_line_under_torchrun_shares_the_sequence(tmp_path: 
     assert record_of(directory)["config"]["optimization"]["ulysses_size"] == 2
 
 
+def test_official_sharing_of_weights_needs_no_sizes_and_makes_the_video_of_one_process(
+    tmp_path: Path, alone: bytes
+) -> None:
+    directory = tmp_path / "run"
+    flags = [*SHORT, "--ring_size", "1", "--dit_fsdp", "--t5_fsdp", "-o", str(directory)]
+    ended = run([*TORCHRUN, "2", str(ROOT / "generate.py"), *flags])
+    assert ended.returncode == 0, ended.stderr
+    chosen, (first, second) = record_of(directory)["config"]["optimization"], record_of(directory)["ranks"]
+    assert (chosen["dit_fsdp"], chosen["t5_fsdp"], chosen["cfg_size"]) == (True, True, 2)
+    assert (directory / "video.mp4").read_bytes() == alone
+    assert first["exchanged_bytes"] > 0 < second["exchanged_bytes"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

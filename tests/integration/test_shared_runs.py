@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.integration.test_strategies import _Frames, inputs_of
 from tests.logged_device import LoggedDevice, simulated_events
-from tests.rank_processes import on_ranks
+from tests.rank_processes import on_ranks, once
 
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.engine.devices import SimulatedDevice
@@ -20,6 +20,7 @@ from wanvram.predict.simulate import simulated_device
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.weights import choose_weights
 
+pytestmark = pytest.mark.timeout(900)  # the first test of so many ranks runs all cases of them
 TOLERANCE = 1e-5  # of the latent's largest value
 STREAMED = {"load_strategy": "block", "offload": True}
 RESIDENT = {"load_strategy": "full", "offload": True}
@@ -170,7 +171,9 @@ def runs(rank: int, cases: tuple[Case, ...]) -> dict[Case, Made]:
 
 @cache
 def together(world: int) -> list[dict[Case, Made]]:
-    return on_ranks(world, runs, tuple(case for case in CASES if case.world == world))
+    cases = tuple(case for case in CASES if case.world == world)
+    made: list[dict[Case, Made]] = once(f"shared-runs-{world}", lambda: on_ranks(world, runs, cases))
+    return made
 
 
 @cache

@@ -19,8 +19,8 @@ from wanvram.errors import InputError
 from wanvram.kernels import attention
 from wanvram.models import dit_blocks
 from wanvram.models.dit import Condition, WanDiT
-from wanvram.models.dit_blocks import Linear
 from wanvram.models.dit_regrouped import RegroupedDiT
+from wanvram.models.linear import Linear
 from wanvram.models.precision import BF16, FP16, FP32, Precision
 from wanvram.models.rotary import rotary_tables
 from wanvram.specs import DIT, DiTSpec

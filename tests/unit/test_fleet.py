@@ -51,8 +51,8 @@ def test_without_guidance_they_share_the_sequence() -> None:
 
 def test_a_budget_below_one_gpu_s_activations_is_kept_by_sharing_rows() -> None:
     asked = request()
-    alone = search(asked, budget(5.2, gpus=1), Options(offers=False), Card())
-    assert isinstance(alone, Refusal)
+    alone = planned(asked, budget(5.2, gpus=1))
+    assert alone.strategy.residual_in == "pinned"
     result = planned(asked, budget(5.2))
     assert sizes(result) == (1, 1, 2)
     assert result.peak_device_bytes <= budget(5.2).device_limit
@@ -114,10 +114,11 @@ def test_a_way_that_is_expected_to_be_slower_is_named_and_not_searched() -> None
 
 
 def test_where_nothing_fits_the_refusal_is_that_of_the_way_that_needs_least() -> None:
-    one, two = (search(request(), budget(1.5, gpus=gpus), Options(offers=False), Card()) for gpus in (1, 2))
-    assert isinstance(one, Refusal)
-    assert isinstance(two, Refusal)
-    assert two.smallest_bytes < one.smallest_bytes
+    bases = (Strategy(), Strategy(cfg_size=2))
+    free, guided = (search(request(), budget(1.5), Options(base, offers=False), Card()) for base in bases)
+    assert isinstance(free, Refusal)
+    assert isinstance(guided, Refusal)
+    assert free.smallest_bytes < guided.smallest_bytes
 
 
 def test_the_json_says_how_many_gpus_there_are_and_every_way() -> None:

@@ -24,7 +24,7 @@ BUDGETS = {
     "cli": 2480,
     "engine": 3800,
     "foreign": 3580,
-    "kernels": 1410,
+    "kernels": 1560,
     "machine": 1170,
     "matrix": 675,
     "media": 625,

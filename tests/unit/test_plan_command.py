@@ -17,6 +17,7 @@ from wanvram.cli import generate
 from wanvram.cli import main as command
 from wanvram.cli.budget import planned
 from wanvram.cli.flags import config_from_flags
+from wanvram.cli.processes import for_all
 from wanvram.config import Request, RunConfig, Strategy, load_config
 from wanvram.errors import BudgetError, DeviceError, InputError, WanvramError
 from wanvram.planner.budget import Budget
@@ -355,6 +356,57 @@ def test_a_vram_budget_needs_a_card_or_its_name_unless_the_run_is_simulated(
     ready, _ = planned(config, args)
     assert (ready.gpu, ready.memory_limit_bytes) == ("h200", 8 * GIB)
     assert "planned for the NVIDIA H200, the card that is simulated where --gpu names none" in capsys.readouterr().err
+
+
+# --- several GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_for_two_gpus_says_how_they_share_and_what_joins_them(
+    capsys: pytest.CaptureFixture[str], card: Card
+) -> None:
+    asked = ["plan", "--task", "t2v-14B", "--size", "480p", "--gpu", "rtx4090", "--vram", "12GiB", "--gpus", "2"]
+    assert command.main([*asked, "--link", "pcie4"]) == 0
+    text = capsys.readouterr().out
+    assert "predicted for 2 x NVIDIA GeForce RTX 4090, joined by pcie4" in text
+    assert "Fits in 12.00 GiB of each" in text
+    assert "ways in which 2 GPUs can share it:" in text
+    assert "--cfg_size 2 --gpus 2" in next(line for line in text.splitlines() if "wanvram generate" in line)
+    assert all(config.link == "pcie4" for config in card.configs)
+    assert command.main([*asked, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["budget"]["gpus"] == 2
+    assert [layout["verdict"] for layout in document["layouts"]].count("chosen") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpus", "2", "--link", "nvlink"], "the NVIDIA GeForce RTX 4090 has no NVLink"),
+        (["--gpus", "4", "--ulysses_size", "2"], "together are of another number"),
+        (["--gpus", "0"], "must be at least 1"),
+    ],
+)
+def test_gpus_that_contradict_their_sizes_or_cards_end_with_2(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["plan", "--task", "t2v-14B", "--gpu", "rtx4090", "--vram", "12GiB", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"), [([], (2, 1)), (["--ulysses_size", "2"], (1, 2)), (["--sample_guide_scale", "1"], (1, 2))]
+)
+def test_a_vram_budget_of_several_gpus_chooses_how_they_share_unless_that_was_said(
+    flags: list[str], sizes: tuple[int, int]
+) -> None:
+    parser = ArgumentParser()
+    generate.prepare_parser(parser)
+    words = ["--task", "t2v-14B", "--weights", "random", "--vram_budget", "60GiB", "--device", "simulated"]
+    args = parser.parse_args([*words, "--gpus", "2", *flags])
+    config = config_from_flags(args, device="simulated", weights="random", gpu=None, memory_limit_bytes=None)
+    ready, _ = planned(for_all(config), args)
+    assert (ready.strategy.cfg_size, ready.strategy.ulysses_size) == sizes
+    assert ready.gpus == 2
 
 
 # --- the command to copy -----------------------------------------------------------------------------------------------------

@@ -361,6 +361,16 @@ def test_lossy_knobs_are_offered_with_their_savings_and_never_chosen() -> None:
     assert offers["vae_precision", "bf16"].device_saved_bytes > 0
 
 
+def test_a_lossy_knob_that_changes_neither_memory_nor_time_is_not_offered() -> None:
+    class AlreadyIn8Bits(Card):
+        def __call__(self, config: RunConfig, component: str) -> StageForecast:
+            strategy = replace(config.strategy, weight_storage="fp8") if component == "dit" else config.strategy
+            return super().__call__(replace(config, strategy=strategy), component)
+
+    result = planned(gibibytes=6, card=AlreadyIn8Bits())
+    assert [list(offer.change) for offer in result.offers] == [["vae_precision"]]
+
+
 def test_an_offer_for_the_vae_counts_both_of_its_halves() -> None:
     class HungryEncoder(Card):
         """The encoder takes twice what the decoder does."""

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError
+from wanvram.kernels.elementwise import gelu_tanh_, layer_norm_modulate
 from wanvram.kernels.scaled_products import (
     FP8,
     LARGEST,
     ScaledRows,
+    gelu_rows,
+    modulated_rows,
     quantise_rows,
     row_scales,
     scaled_product,
     scaled_rows,
     to_fp8,
 )
-from wanvram.models.dit_blocks import Linear
+from wanvram.models.linear import Linear
 from wanvram.predict.simulate import simulate
 from wanvram.record import RunRecord
 from wanvram.run.products import check_products
@@ -55,6 +58,11 @@ def product64(x: ScaledRows, weight: ScaledRows, bias: Tensor) -> Tensor:
     return wide(x) @ wide(weight).t() + bias.double()
 
 
+def same(rows: ScaledRows, expected: ScaledRows) -> None:
+    assert torch.equal(rows.scales, expected.scales)
+    assert torch.equal(rows.values.view(torch.uint8), expected.values.view(torch.uint8))
+
+
 # --- arithmetic ----------------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +80,16 @@ def test_a_row_is_scaled_so_that_its_largest_value_is_the_largest_number() -> No
     assert (error <= torch.maximum(x.double().abs() * 2**-4, most * 2**-10)).all()
 
 
+def test_norm_and_gelu_quantise_what_they_make() -> None:
+    x, weight, _ = operands()
+    scale, shift = weight[0].float(), weight[2].float()
+    normed = layer_norm_modulate(x.float(), scale, shift, 1e-6, 1.0, torch.bfloat16)
+    same(modulated_rows(x.float(), scale, shift, 1e-6, 1.0), scaled_rows(normed))
+    bent = x.clone()
+    gelu_tanh_(bent)
+    same(gelu_rows(x), scaled_rows(bent))
+
+
 def test_a_scaled_product_is_its_float64_formula() -> None:
     x, weight, bias = operands()
     rows, columns = scaled_rows(x), scaled_rows(weight)
@@ -81,12 +99,14 @@ def test_a_scaled_product_is_its_float64_formula() -> None:
     assert ((out.double() - expected).abs() <= BF16_ROUNDING * expected.abs() + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", ["quantise_rows", "scaled_product"])
+@pytest.mark.parametrize("name", ["quantise_rows", "modulated_rows", "gelu_rows", "scaled_product"])
 def test_the_declared_schema_is_what_the_operation_does(name: str) -> None:
     x, weight, bias = operands()
-    rows, columns = scaled_rows(x), scaled_rows(weight)
+    rows, columns, room = scaled_rows(x), scaled_rows(weight), (torch.zeros(ROWS, INPUTS).to(FP8), torch.empty(ROWS, 1))
     arguments = {
-        "quantise_rows": (x, torch.zeros(ROWS, INPUTS).to(FP8), torch.empty(ROWS, 1)),
+        "quantise_rows": (x, *room),
+        "gelu_rows": (x.clone(), *room),
+        "modulated_rows": (x.float(), weight[0].float(), weight[2].float(), 1e-6, 1.0, *room),
         "scaled_product": (
             *(rows.values, rows.scales, columns.values, columns.scales, bias),
             torch.empty(ROWS, OUTPUTS, dtype=torch.bfloat16),
@@ -188,9 +208,7 @@ def test_streamed_matrices_need_room_for_the_largest_unit_s_unless_they_are_stor
     _, stored, _ = denoising(**streamed, product_precision="fp8", weight_storage="fp8")
     _, unpacked, _ = denoising(**streamed, weight_storage="fp8")
     unit = 2 * 1536 * 8960  # numbers in the feed-forward's two matrices
-    rows = (
-        5 * 30 * 52 * (8960 - 2 * 1536)
-    )  # its activations, quantised, instead of its result: what is alive at the peak
+    rows = 5 * 30 * 52 * (8960 - 2 * 1536)  # its activations, quantised, instead of its result: alive at the peak
     assert quantised - plain == pytest.approx(unit + rows, abs=2**20)
     assert stored - plain == pytest.approx(rows - 2 * unit, abs=2**20)
     assert unpacked - plain == pytest.approx(0, abs=2**20)
@@ -219,6 +237,23 @@ def test_triton_quantises_as_the_reference_does_to_the_bit(width: int, dtype: to
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("width", [64, 1536, 5120, 8960, 13824])
+def test_norm_and_gelu_quantise_on_a_gpu_what_their_own_kernels_make(width: int) -> None:
+    """GELU to the bit; the norm's sums may be added in another order, which moves a number here and there by one step."""
+    pytest.importorskip("triton")
+    x = drawn(40, width, device="cuda")[3:]
+    scale, shift = drawn(2, width, seed=3, device="cuda").float() + 0.5
+    normed = layer_norm_modulate(x.float(), scale, shift, 1e-6, 1.0, torch.bfloat16)
+    rows, expected = modulated_rows(x.float(), scale, shift, 1e-6, 1.0), scaled_rows(normed)
+    assert (rows.values.view(torch.uint8) != expected.values.view(torch.uint8)).float().mean() < 0.01
+    assert torch.allclose(wide(rows), wide(expected), rtol=0.13, atol=1e-6 * float(normed.abs().max()))
+    bent = x.clone()
+    gelu_tanh_(bent)
+    same(gelu_rows(x.clone()), scaled_rows(bent))
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), GPU_SHAPES)
 def test_scaled_mm_is_its_float64_formula_and_takes_columns_apart(rows: int, inputs: int, outputs: int) -> None:
     x, weight, bias = operands(rows, inputs, outputs, device="cuda")
@@ -240,8 +275,11 @@ def test_quantising_and_multiplying_allocate_nothing_but_their_outputs() -> None
     x, weight, bias = operands(512, 5120, 5120, device="cuda")
     left, right = scaled_rows(x), scaled_rows(weight)
     out = torch.empty(512, 5120, dtype=torch.bfloat16, device="cuda")
+    float32 = x.float()
     calls: list[Callable[[], object]] = [
         lambda: quantise_rows(x, left.values, left.scales),
+        lambda: torch.ops.wanvram.gelu_rows(x, left.values, left.scales),
+        lambda: torch.ops.wanvram.modulated_rows(float32, bias, bias, 1e-6, 1.0, left.values, left.scales),
         lambda: scaled_product(left, right.values, right.scales, bias, out),
     ]
     for call in calls:

@@ -10,7 +10,7 @@ from wanvram.cli.common import stated
 from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, DeviceError, InputError
-from wanvram.knobs import gpus
+from wanvram.knobs import PARALLEL_DEGREE, SIZES, Change, gpus
 from wanvram.machine.nvml import first_gpu
 from wanvram.planner.budget import Budget, desktop_bytes, system_ram
 from wanvram.planner.result import Refusal
@@ -104,6 +104,14 @@ def _which_card(vram_bytes: int | None) -> str:
     return f"no NVIDIA GPU answers here, and how long a run takes depends on the card: name it with --gpu ({known})"
 
 
+def _with_free_sizes(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """Where `--gpus` says how many there are and nobody said how they share, the planner chooses that, too."""
+    said = args.config is not None or any(vars(args).get(knob.name) is not None for knob in SIZES)
+    if said or not PARALLEL_DEGREE.differs(config.strategy):
+        return config
+    return replace(config, strategy=Change(dict.fromkeys(SIZES, 1)).on(config.strategy))
+
+
 def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Predicted | None]:
     """The configuration with the planner's strategy under `--vram_budget` and what it will take; as it is without that flag.
 
@@ -121,7 +129,7 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
     if config.gpu is None and default is not None:
         note = f"planned for the {budget.card.name}, the card that is simulated where --gpu names none"
         budget = replace(budget, notes=(*budget.notes, note))
-    budget = budget_for(config, budget)
+    budget, config = budget_for(config, budget), _with_free_sizes(config, args)
     from wanvram.machine.host import since_process_start
     from wanvram.predict.plan import plan_run, planned_config
 

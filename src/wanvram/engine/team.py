@@ -59,12 +59,11 @@ class SharedSequence:
         if self.ulysses.count == 1:
             target.copy_(rows)
             return None
-        length, _, width = rows.shape
-        shares = self.sequence.heads_by_rank
-        sent_counts = [length * size(heads) * width for heads in shares]
+        width = rows.shape[2]
+        sent_counts = self._rows_counts(chunk, width)
         sent = torch.empty(rows.numel(), dtype=rows.dtype, device=rows.device)
-        for heads, part in zip(shares, sent.split(sent_counts), strict=True):
-            part.view(length, size(heads), width).copy_(rows[:, heads])
+        for part, of_rank in self._by_rank(sent, rows):
+            part.copy_(of_rank)
         return self.ulysses.exchange(target.view(-1), sent, self._counts(chunk, width), sent_counts)
 
     def wait(self, mark: Any) -> None:
@@ -84,13 +83,24 @@ class SharedSequence:
         if self.ulysses.count == 1:
             return received.flatten(1)
         self.ulysses.wait(coming[1])
-        heads_by_rank, length = self.sequence.heads_by_rank, size(self.sequence.chunks[chunk])
-        width = received.numel() // (length * self.sequence.heads)
-        rows = torch.empty((length, self.sequence.heads, width), dtype=received.dtype, device=received.device)
-        parts = received.split(self._rows_counts(chunk, width))
-        for heads, part in zip(heads_by_rank, parts, strict=True):
-            rows[:, heads].copy_(part.view(length, size(heads), width))
+        length, heads = size(self.sequence.chunks[chunk]), self.sequence.heads
+        shape = (length, heads, received.numel() // (length * heads))
+        rows = torch.empty(shape, dtype=received.dtype, device=received.device)
+        for part, of_rank in self._by_rank(received, rows):
+            of_rank.copy_(part)
         return rows.flatten(1)
+
+    def _by_rank(self, flat: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views of the same shape: each rank's part of `flat`, its heads of rows [n,H,D]; one for all where they have as many."""
+        length, _, width = rows.shape
+        shares = self.sequence.heads_by_rank
+        if size(shares[0]) == size(shares[-1]):
+            apart = (length, len(shares), size(shares[0]), width)
+            return [(flat.view(len(shares), length, size(shares[0]), width), rows.view(apart).transpose(0, 1))]
+        parts = flat.split([length * size(heads) * width for heads in shares])
+        return [
+            (part.view(length, size(heads), width), rows[:, heads]) for heads, part in zip(shares, parts, strict=True)
+        ]
 
     def _rows_counts(self, chunk: int, width: int) -> list[int]:
         """Numbers of every rank's heads in my rows of a chunk."""

@@ -1,4 +1,4 @@
-"""Numbers in float8_e4m3fn with one scale per row, and products of them: `wanvram::quantise_rows`, `wanvram::scaled_product`. Lossy.
+"""Numbers in float8_e4m3fn with one scale per row, and products of them: `wanvram::scaled_product` and what quantises. Lossy.
 
 Three mantissa bits: an error of at most 2^-4 of a value, or 2^-10 of its row's largest for values under 2^-6 of that. It is what
 `wanvram convert` writes, what the engine packs, and what the transformer multiplies where it is asked to.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanvram.kernels.elementwise import gelu_tanh_, layer_norm_modulate
 from wanvram.kernels.operation import operation, uses_triton
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "LARGEST",
     "SCALE_SUFFIX",
     "ScaledRows",
+    "gelu_rows",
+    "modulated_rows",
     "quantise_rows",
     "row_scales",
     "scaled_product",
@@ -63,10 +66,28 @@ def quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
 
 def scaled_rows(x: Tensor) -> ScaledRows:
     """x [L,K], quantised into tensors of its own."""
+    rows = _empty(x)
+    quantise_rows(x, rows.values, rows.scales)
+    return rows
+
+
+def _empty(x: Tensor) -> ScaledRows:
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
-    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
-    quantise_rows(x, values, scales)
-    return ScaledRows(values, scales)
+    return ScaledRows(values, torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device))
+
+
+def modulated_rows(x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float) -> ScaledRows:
+    """scaled_rows of layer_norm_modulate of x in bfloat16, in one pass; sums may be added in another order."""
+    rows = _empty(x)
+    _modulated_rows(x, scale, shift, eps, scale_offset, rows.values, rows.scales)
+    return rows
+
+
+def gelu_rows(x: Tensor) -> ScaledRows:
+    """scaled_rows of gelu_tanh_ of x, in one pass, to the bit; x is used up."""
+    rows = _empty(x)
+    _gelu_rows(x, rows.values, rows.scales)
+    return rows
 
 
 def scaled_product(x: ScaledRows, weight: Tensor, scale: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -87,6 +108,31 @@ def _quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
         return
     scales.copy_(row_scales(x))
     values.copy_(to_fp8(x, scales))
+
+
+@operation(
+    "(Tensor x, Tensor scale, Tensor shift, float eps, float offset, Tensor(a!) values, Tensor(b!) scales) -> ()"
+)
+def _modulated_rows(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, offset: float, values: Tensor, scales: Tensor
+) -> None:
+    if uses_triton(x):
+        from wanvram.kernels import triton_fp8
+
+        triton_fp8.modulated_rows(x, scale, shift, eps, offset, values, scales)
+    else:
+        quantise_rows(layer_norm_modulate(x, scale, shift, eps, offset, torch.bfloat16), values, scales)
+
+
+@operation("(Tensor(a!) x, Tensor(b!) values, Tensor(c!) scales) -> ()")
+def _gelu_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
+    if uses_triton(x):
+        from wanvram.kernels import triton_fp8
+
+        triton_fp8.gelu_rows(x, values, scales)
+        return
+    gelu_tanh_(x)
+    quantise_rows(x, values, scales)
 
 
 @operation("(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor bias, Tensor(a!) out) -> ()")

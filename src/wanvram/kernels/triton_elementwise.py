@@ -15,16 +15,34 @@ from torch import Tensor
 __all__ = [
     "add_",
     "gated_add_",
+    "gelu_of",
     "gelu_tanh_",
     "inverse_rms",
     "layer_norm_modulate",
     "merge_attention_",
+    "normalised_row",
     "rms_norm_",
     "rms_norm_rope_",
     "scaled_rope_",
 ]
 
 _FLAT_BLOCK = 4096
+
+
+@triton.jit
+def normalised_row(x, inside, width, eps):
+    """x less its mean, over its standard deviation; x and the result are 0 where not inside."""
+    mean = tl.sum(x, axis=0) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / width
+    return centred * (1.0 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def gelu_of(x):
+    """In its tanh form. 0.5 x (1 + tanh u) = x / (1 + exp(-2u)): no device library, and exp overflowing gives the limit 0."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * inner))
 
 
 @triton.jit
@@ -35,10 +53,7 @@ def _layer_norm_modulate_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / width
-    centred = tl.where(inside, x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / width
-    normalised = centred * (1.0 / tl.sqrt(variance + eps))
+    normalised = normalised_row(x, inside, width, eps)
     scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32) + scale_offset
     shift = tl.load(shift_ptr + column, mask=inside, other=0.0).to(tl.float32)
     result = normalised * scale + shift
@@ -193,10 +208,7 @@ def _gelu_tanh_kernel(x_ptr, count, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     x = tl.load(x_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    # 0.5 x (1 + tanh u) = x / (1 + exp(-2u)): no device library, and exp overflowing gives the limit 0.
-    result = x / (1.0 + tl.exp(-2.0 * inner))
-    tl.store(x_ptr + index, result.to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_ptr + index, gelu_of(x).to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -21,10 +21,10 @@ from wanvram.models.dit_blocks import (
     GeluTanh,
     Head,
     ImageEmbedding,
-    Linear,
     PatchEmbedding,
     VaceBlock,
 )
+from wanvram.models.linear import Linear
 from wanvram.models.precision import Precision
 from wanvram.models.rotary import rotary_tables
 from wanvram.models.team import Team

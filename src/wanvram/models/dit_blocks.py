@@ -19,13 +19,13 @@ from wanvram.kernels.elementwise import (
     gelu_tanh_,
     inverse_rms,
     layer_norm_modulate,
-    linear_gelu,
     rms_norm_,
     rms_norm_rope_,
     scaled_rope_,
 )
 from wanvram.kernels.scaled_attention import attention
-from wanvram.kernels.scaled_products import ScaledRows, scaled_product, scaled_rows
+from wanvram.kernels.scaled_products import ScaledRows, gelu_rows
+from wanvram.models.linear import Linear, parameter
 from wanvram.models.precision import Precision
 from wanvram.models.shared_attention import SharedAttention
 from wanvram.models.team import Team
@@ -37,10 +37,8 @@ __all__ = [
     "GeluTanh",
     "Head",
     "ImageEmbedding",
-    "Linear",
     "PatchEmbedding",
     "VaceBlock",
-    "parameter",
 ]
 
 IMAGE_TOKENS = 257  # 16 x 16 patches and the class token of CLIP ViT-H/14 at 224 pixels
@@ -64,62 +62,9 @@ class BlockInputs:
     team: Team | None = None
 
 
-def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-
-
 def chunks(length: int, rows: int | None) -> Iterator[slice]:
     step = length if rows is None else rows
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
-
-
-class Linear(nn.Module):
-    """Product and bias in the dtype of the parameters, which are left uninitialised.
-
-    scale: None, or float32 [outputs, 1] where a weight in float8 was put in place; the product is then one of float8 numbers.
-    """
-
-    scale: Tensor | None
-
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = parameter(outputs, inputs, dtype=dtype)
-        self.bias = parameter(outputs, dtype=dtype)
-        self.register_parameter("scale", None)
-
-    def operand(self, h: Tensor) -> Tensor | ScaledRows:
-        """h [L, inputs] as this product takes it: once for all products of the same rows, and instead of them."""
-        return h if self.scale is None else scaled_rows(h)
-
-    def forward(self, h: Tensor | ScaledRows) -> Tensor:
-        if self.scale is None and isinstance(h, Tensor):
-            return torch.addmm(self.bias, h, self.weight.t())
-        out = self.bias.new_empty((h.shape[0], self.bias.shape[0]))
-        self.into(out, h)
-        return out
-
-    def gelu(self, h: Tensor | ScaledRows) -> Tensor:
-        """GELU in its tanh form, of the product with its bias."""
-        if self.scale is None and isinstance(h, Tensor):
-            return linear_gelu(h, self.weight.t(), self.bias)
-        wide = self.forward(h)
-        gelu_tanh_(wide)
-        return wide
-
-    def into(self, out: Tensor, h: Tensor | ScaledRows) -> None:
-        if self.scale is not None:
-            rows = scaled_rows(h) if isinstance(h, Tensor) else h
-            scaled_product(rows, self.weight, self.scale, self.bias, out)
-        elif isinstance(h, Tensor):
-            torch.addmm(self.bias, h, self.weight.t(), out=out)
-
-    def columns_into(self, out: Tensor, h: Tensor | ScaledRows, columns: slice) -> None:
-        """These columns of the result only."""
-        if self.scale is not None:
-            rows = scaled_rows(h) if isinstance(h, Tensor) else h
-            scaled_product(rows, self.weight[columns], self.scale[columns], self.bias[columns], out)
-        elif isinstance(h, Tensor):
-            torch.addmm(self.bias[columns], h, self.weight[columns].t(), out=out)
 
 
 class PatchEmbedding(nn.Module):
@@ -234,7 +179,7 @@ class SelfAttention(_Projections):
         self, k: Tensor, v: Tensor, x: Tensor, c: slice, modulation: Sequence[Tensor], inputs: BlockInputs
     ) -> None:
         """k[c] and v[c], of [L, dim], from x, the rows c of the stream."""
-        h = self.k.operand(self._normed(x, modulation))
+        h = self._normed(x, modulation, self.k)
         self.k.into(k[c], h)
         self.v.into(v[c], h)
         del h
@@ -244,7 +189,7 @@ class SelfAttention(_Projections):
         self, x: Tensor, c: slice, k: Tensor, v: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs
     ) -> None:
         """x, the rows c of the stream, += gate * their attention to all keys and values [L, heads, head_dim]."""
-        h = self.q.operand(self._normed(x, modulation))
+        h = self._normed(x, modulation, self.q)
         q = self.q(h)
         del h
         rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
@@ -264,7 +209,7 @@ class SelfAttention(_Projections):
         q = torch.empty(x.shape, dtype=self.q.bias.dtype, device=x.device)
         inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         for c in chunks(x.shape[0], rows):
-            h = self.q.operand(self._normed(x[c], modulation))
+            h = self._normed(x[c], modulation, self.q)
             self.q.into(q[c], h)
             rms_norm_rope_(q[c], self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
             k = self.k(h)
@@ -295,7 +240,7 @@ class SelfAttention(_Projections):
         k = torch.empty((x.shape[0], count * width), dtype=q.dtype, device=x.device)
         v = torch.empty_like(k)
         for c in chunks(x.shape[0], rows):
-            h = self.k.operand(self._normed(x[c], modulation))
+            h = self._normed(x[c], modulation, self.k)
             self.k.columns_into(k[c], h, columns)
             self.v.columns_into(v[c], h, columns)
             del h
@@ -306,8 +251,8 @@ class SelfAttention(_Projections):
         for c in chunks(x.shape[0], rows and rows * (self.num_heads // count)):
             q[c, group].copy_(attention(q[c, group], k, v, inputs.attention))
 
-    def _normed(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
-        return layer_norm_modulate(x, modulation[1], modulation[0], self.eps, 1.0, self.k.bias.dtype)
+    def _normed(self, x: Tensor, modulation: Sequence[Tensor], product: Linear) -> Tensor | ScaledRows:
+        return product.modulated(x, modulation[1], modulation[0], self.eps, 1.0)
 
     def by_head(self, t: Tensor) -> Tensor:
         return t.view(t.shape[0], self.num_heads, -1)
@@ -344,7 +289,7 @@ class CrossAttention(_Projections):
             self.attend_rows(x[c], norm, pairs, inputs.attention)
 
     def attend_rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
-        h = self.q.operand(norm(x))
+        h = self.q.modulated(x, norm.weight, norm.bias, norm.eps, 0.0)
         q = self.q(h)
         del h
         rms_norm_(q, self.norm_q.weight, self.eps)
@@ -366,7 +311,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, spec: DiTSpec, precision: Precision) -> None:
         up, down = (spec.dim, spec.ffn_dim), (spec.ffn_dim, spec.dim)
         super().__init__(Linear(*up, precision.matmul), GeluTanh(), Linear(*down, precision.matmul))
-        self.eps, self.matmul = spec.eps, precision.matmul
+        self.eps = spec.eps
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], rows: int | None) -> None:  # type: ignore[override]
         """x += gate * ffn(norm(x)). modulation: shift, scale, gate."""
@@ -377,11 +322,16 @@ class FeedForward(nn.Sequential):
         """The same for some rows of the stream."""
         shift, scale, gate = modulation
         up, down = (module for module in self if isinstance(module, Linear))
-        h = up.operand(layer_norm_modulate(x, scale, shift, self.eps, 1.0, self.matmul))
-        wide = up.gelu(h)
-        del h
-        rows = down.operand(wide)
-        del wide
+        h = up.modulated(x, scale, shift, self.eps, 1.0)
+        rows: Tensor | ScaledRows
+        if isinstance(h, Tensor):
+            rows = up.gelu(h)
+            del h
+        else:
+            wide = up(h)
+            del h
+            rows = gelu_rows(wide)
+            del wide
         y = down(rows)
         del rows
         gated_add_(x, y, gate)

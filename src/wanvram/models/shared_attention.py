@@ -18,7 +18,8 @@ from wanvram.kernels.scaled_attention import attention, attention_with_sums
 from wanvram.models.team import Team
 
 if TYPE_CHECKING:
-    from wanvram.models.dit_blocks import BlockInputs, Linear, RMSNorm, SelfAttention
+    from wanvram.models.dit_blocks import BlockInputs, RMSNorm, SelfAttention
+    from wanvram.models.linear import Linear
 
 __all__ = ["SharedAttention"]
 

@@ -161,4 +161,5 @@ def _command(trials: Trials, base: Strategy, alternative: Alternative) -> str:
     budget = trials.budget
     request = replace(trials.request, size=alternative.size, frame_num=alternative.frame_num)
     ram = None if budget.ram_bytes is None else exact(budget.ram_bytes)
-    return plan_command(request, base, vram=exact(budget.vram_bytes), ram=ram, gpu=budget.card.argument)
+    vram, card = exact(budget.vram_bytes), budget.card.argument
+    return plan_command(request, base, vram=vram, ram=ram, gpu=card, link=budget.link)

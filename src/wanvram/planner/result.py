@@ -71,6 +71,11 @@ class Offer:
     host_saved_bytes: int
     seconds_saved: float | None
 
+    @property
+    def is_felt(self) -> bool:
+        """In memory or time: resident matrices that are multiplied in 8 bits are not stored otherwise by weight_storage."""
+        return bool(self.device_saved_bytes or self.host_saved_bytes or self.seconds_saved)
+
 
 @dataclass(frozen=True)
 class GpuLayout:

@@ -121,11 +121,10 @@ def _gained(trials: Trials, trial: Trial, chosen: Strategy) -> float | None:
 
 
 def _offers(trials: Trials, chosen: Strategy) -> list[Offer]:
-    """Every lossy change, none of which the planner makes."""
+    """Every lossy change that makes a difference, none of which the planner makes."""
     around = situation(trials.request, trials.budget.card.half)
-    return [
-        _offer(trials, chosen, *change) for change in knobs.smaller_values(chosen, around) if not change[0].lossless
-    ]
+    changes = (change for change in knobs.smaller_values(chosen, around) if not change[0].lossless)
+    return [offer for change in changes if (offer := _offer(trials, chosen, *change)).is_felt]
 
 
 def _offer(trials: Trials, chosen: Strategy, knob: knobs.Knob[Any], value: Any) -> Offer:

@@ -14,6 +14,7 @@ from wanvram.config import Request, RunConfig, Strategy
 from wanvram.planner import Budget, StageForecast
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.search import cleared
+from wanvram.planner.sizes import sizes_for
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import variants
 from wanvram.predict.stage import simulate_stage
@@ -61,6 +62,7 @@ def _likely(request: Request, budget: Budget, base: Strategy) -> list[Question]:
 
     trials = Trials(request, budget, note)
     plain = cleared(base)
+    plain = sizes_for(request, budget, plain)[0].change.on(plain)
     block, disk = knobs.FROM["pinned"].on(plain), knobs.FROM["disk"].on(plain)
     ways = [plain, *variants(request, block), disk, knobs.allowed(knobs.JOINT, block)]
     for strategy in (way for way in ways if way is not None):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
 from wanvram.planner import Budget, Plan, StageForecast
+from wanvram.planner.fleet import leanest
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.longest import most_frames
 from wanvram.planner.search import cleared, planned_base
@@ -36,7 +37,8 @@ def plan_longest(config: RunConfig, budget: Budget, show: Callable[[str], None] 
             said(f"{asked.request.frame_num} frames: {component} {human(found.peak_device_bytes)}")
         return found
 
-    frames = most_frames(Trials(request, budget, forecast), cleared(planned_base(config.strategy)))
+    trials = Trials(request, budget, forecast)
+    frames = most_frames(trials, leanest(trials, cleared(planned_base(config.strategy))))
     for fewer in range(FEWER if frames is not None else 0):
         count = (frames or 0) - request.geometry.strides[0] * fewer
         if count < 1:

@@ -170,7 +170,8 @@ def _remedy(record: RunRecord, texts: Texts) -> str:
     gpu = card_of_run(record.device, config.gpu)
     limit = record.budget_bytes or (gpu.total_bytes if gpu else None)
     vram = f"{limit // MIB}MiB" if limit else "auto"
-    command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=gpu.argument if gpu else None)
+    card = gpu.argument if gpu else None
+    command = plan_command(config.request, config.strategy, vram=vram, ram=None, gpu=card, link=config.link)
     return f"{texts('make_it_fit')}\n  {shown(command, MAX_COMMAND)}\n  {advice}"
 
 

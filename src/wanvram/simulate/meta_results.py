@@ -54,6 +54,8 @@ NOTHING = (
     "gated_add_",
     "add_",
     "quantise_rows",
+    "modulated_rows",
+    "gelu_rows",
     "scaled_product",
     "gelu_tanh_",
     "merge_attention_",
