@@ -351,7 +351,7 @@ def same(args: argparse.Namespace, folder: Path) -> None:
         words = ["generate", "--task", task, "--size", size, "--frame_num", str(args.frames), "--sample_steps", "3"]
         words += ["--base_seed", "7", "--prompt", "x", "--weights", "random", *STREAMED, *flags, "-o", str(directory)]
         row = run(words, figures.watch, figures.left())
-        found = next(directory.glob("video*"), None)
+        found = next(directory.glob("video*.mp4"), None)
         del row["stdout"]
         if found is not None:
             frames = _frames(found)
@@ -405,7 +405,11 @@ def faults(args: argparse.Namespace, folder: Path) -> None:
         ]
         before = figures.watch.now()
         process = subprocess.Popen(
-            [sys.executable, "-m", "wanvram", *words], env=environment_of_a_person(), stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "wanvram", *words],
+            env=environment_of_a_person(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         pids = _ranks_of(process.pid, args.gpus)
         time.sleep(draw.uniform(4.0, 25.0))
@@ -420,7 +424,8 @@ def faults(args: argparse.Namespace, folder: Path) -> None:
         seconds = time.monotonic() - start
         after = figures.watch.settled(before)
         alive = [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
-        failure = (read_record(directory) or {}).get("failure")
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("record*.json"))]
+        failure = next((record["failure"] for record in records if record["failure"]), None)
         row = {
             "figure": "fault",
             "index": index,
