@@ -351,7 +351,7 @@ def same(args: argparse.Namespace, folder: Path) -> None:
         words = ["generate", "--task", task, "--size", size, "--frame_num", str(args.frames), "--sample_steps", "3"]
         words += ["--base_seed", "7", "--prompt", "x", "--weights", "random", *STREAMED, *flags, "-o", str(directory)]
         row = run(words, figures.watch, figures.left())
-        found = next(directory.glob("video*"), None)
+        found = next(directory.glob("video*.mp4"), None)
         del row["stdout"]
         if found is not None:
             frames = _frames(found)
@@ -405,7 +405,11 @@ def faults(args: argparse.Namespace, folder: Path) -> None:
         ]
         before = figures.watch.now()
         process = subprocess.Popen(
-            [sys.executable, "-m", "wanvram", *words], env=environment_of_a_person(), stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "wanvram", *words],
+            env=environment_of_a_person(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         pids = _ranks_of(process.pid, args.gpus)
         time.sleep(draw.uniform(4.0, 25.0))
@@ -420,7 +424,8 @@ def faults(args: argparse.Namespace, folder: Path) -> None:
         seconds = time.monotonic() - start
         after = figures.watch.settled(before)
         alive = [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
-        failure = (read_record(directory) or {}).get("failure")
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("record*.json"))]
+        failure = next((record["failure"] for record in records if record["failure"]), None)
         row = {
             "figure": "fault",
             "index": index,
@@ -540,6 +545,7 @@ def breaches_of(rows: Sequence[Row]) -> list[str]:
             found.append(f"{name}: {row['seconds']} s, {row['alive']} processes and {row['left_bytes']} bytes left")
         elif row["figure"] == "same" and row["way"] in ("cfg, shards", "cfg") and not row.get("equal"):
             found.append(f"{name}: frames are not those of one GPU")
+    found += _missed_by_frames([row for row in rows if row["figure"] == "same" and "mean_apart" in row])
     shared = [row for row in rows if row["figure"] == "layout" and row.get("stages")]
     stages = sum(row["stages"] for row in shared)
     for figure in ("equal_allocated", "equal_reserved"):
@@ -547,6 +553,17 @@ def breaches_of(rows: Sequence[Row]) -> list[str]:
         if stages and equal < EQUAL_SHARE * stages:
             found.append(f"{figure}: {equal} of {stages} stages")
     return found
+
+
+def _missed_by_frames(rows: Sequence[Row]) -> list[str]:
+    """Where sums are reordered frames may be as far from one GPU's as float32's are."""
+    limits = {row["case"]: row["mean_apart"] for row in rows if row["way"] == "one in float32"}
+    reordered = [row for row in rows if row["way"].startswith(("ulysses", "ring")) and row["case"] in limits]
+    return [
+        f"{row['case']} {row['way']}: frames are {row['mean_apart']:.4f} apart, float32's {limits[row['case']]:.4f}"
+        for row in reordered
+        if row["mean_apart"] > limits[row["case"]]
+    ]
 
 
 def _missed_by_layout(row: Row) -> list[str]:

@@ -77,6 +77,19 @@ def test_the_official_command_line_under_torchrun_shares_the_sequence(tmp_path: 
     assert record_of(directory)["config"]["optimization"]["ulysses_size"] == 2
 
 
+def test_official_sharing_of_weights_needs_no_sizes_and_makes_the_video_of_one_process(
+    tmp_path: Path, alone: bytes
+) -> None:
+    directory = tmp_path / "run"
+    flags = [*SHORT, "--ring_size", "1", "--dit_fsdp", "--t5_fsdp", "-o", str(directory)]
+    ended = run([*TORCHRUN, "2", str(ROOT / "generate.py"), *flags])
+    assert ended.returncode == 0, ended.stderr
+    chosen, (first, second) = record_of(directory)["config"]["optimization"], record_of(directory)["ranks"]
+    assert (chosen["dit_fsdp"], chosen["t5_fsdp"], chosen["cfg_size"]) == (True, True, 2)
+    assert (directory / "video.mp4").read_bytes() == alone
+    assert first["exchanged_bytes"] > 0 < second["exchanged_bytes"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -222,6 +235,7 @@ def test_an_interrupted_run_of_two_goes_on_as_one_and_makes_the_same_video(start
 # What befalls rank 1 alone, in a program that is otherwise the command.
 TROUBLE = """
 import sys
+import time
 from wanvram.engine import denoising
 from wanvram.engine.devices import CpuDevice
 from wanvram.engine.pipeline import Pipeline
@@ -235,17 +249,20 @@ def full(self, *args, **kwargs):
 def refused(config):
     raise DeviceError("this card has a cold")
 
+def hang(self, *args, **kwargs):  # as in a library that waits for a peer
+    time.sleep(1000)
+
 def defect(self, *args, **kwargs):
     raise ZeroDivisionError("a defect")
 
 if launched().rank == 1:
     what = sys.argv.pop(1)
-    if what == "full": Pipeline._steps = full
+    if what in ("full", "hang"): Pipeline._steps = full
     if what == "defect": Pipeline._steps = defect
     if what == "refused": execute.make_device = refused
     if what == "card": CpuDevice.name = "cpu of another kind"
-else:
-    sys.argv.pop(1)
+elif sys.argv.pop(1) == "hang":
+    Pipeline._steps = hang
 from wanvram.cli.main import main
 sys.exit(main(["generate", *sys.argv[1:]]))
 """
@@ -276,6 +293,15 @@ def test_what_befalls_one_process_is_the_runs_failure_with_its_figures(
     assert first["message"].startswith(message)
     assert first["requested_bytes"] == second["requested_bytes"]
     assert [rank["failure"]["kind"] for rank in record_of(directory)["ranks"]] == [kind, kind]
+
+
+def test_a_process_that_hangs_when_another_has_failed_is_ended_by_its_watchdog_with_a_record(tmp_path: Path) -> None:
+    ended, directory = troubled(tmp_path, "hang")
+    assert ended.returncode == 1
+    failure = record_of(directory)["failure"]
+    assert (failure["kind"], failure["rank"], failure["stage"]) == ("oom", 1, "denoise")
+    assert [stage["name"] for stage in record_of(directory)["stages"]][-1] == "denoise"
+    assert record_of(directory, 1)["failure"]["message"] == "CUDA out of memory: 5 B asked for"
 
 
 def test_a_process_whose_card_cannot_be_used_is_named_by_the_first(tmp_path: Path) -> None:

@@ -239,6 +239,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "name: x\noptimization: {cfg_size: 3}": ("optimization.cfg_size: 3 GPUs", "two guidance passes; give 1 or 2"),
     "name: x\noptimization: {ring_size: 0}": ("optimization.ring_size: 0", "at least 1"),
     "name: x\noptimization: {dit_fsdp: true}": ("optimization.dit_fsdp: true", "several GPUs"),
+    "name: x\nmodel_config: {t5_cpu: true}\noptimization: {ulysses_size: 2, t5_fsdp: true}": (
+        "optimization.t5_fsdp: true",
+        "t5_cpu has T5 on the CPU; choose one of them",
+    ),
     "name: x\noptimization: {batch_size: 0}": ("optimization.batch_size: 0", "must be at least 1"),
     "name: x\noptimization: {batch_size: 65}": ("optimization.batch_size: 65", "at most 64 videos in one run"),
     "name: x\noptimization: {micro_batch_size: 0}": ("optimization.micro_batch_size: 0", "must be at least 1"),

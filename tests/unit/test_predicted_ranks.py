@@ -152,3 +152,10 @@ def test_a_stage_s_forecast_is_of_the_rank_that_takes_most_and_its_host_memory_i
     shared = simulate_stage(full(ulysses_size=2, dit_fsdp=True), "dit")
     assert shared.host_bytes == pytest.approx(alone.host_bytes, rel=0.01)
     assert (pair.seconds_per_step or 0) == pytest.approx((alone.seconds_per_step or 0) / 2, rel=0.15)
+
+
+def test_text_that_all_ranks_share_the_weights_of_is_encoded_by_all() -> None:
+    config = full(ulysses_size=2, t5_fsdp=True)
+    assert kinds_of(config, "text_encoder") == [(0, 1)]
+    alone, shared = (simulate_stage(c, "text_encoder").host_bytes for c in (full(), config))
+    assert shared == pytest.approx(alone, rel=0.02)

@@ -13,6 +13,7 @@ from wanvram.command_line import flag_of
 from wanvram.config import Request, RunConfig, load_config
 from wanvram.errors import InputError
 from wanvram.input_files import read_text
+from wanvram.machine.launched import launched
 from wanvram.tasks import TASKS, normal_size
 
 __all__ = ["add_knob_flags", "add_request_flags", "add_strategy_flags", "boolean", "config_from_flags", "of_gpus"]
@@ -113,7 +114,7 @@ def config_from_flags(
             "name": "flags",
             "description": "from command line flags",
             "request": REQUEST_DEFAULTS | request | {k: v for k, v in others.items() if v is not None},
-        } | _sections(_strategy_defaults(device) | strategy, device or "auto")
+        } | _sections(_strategy_defaults(device) | _as_launched(strategy), device or "auto")
         config = _from_dict(data)
         r = config.request
         return dataclasses.replace(config, name=f"{r.task}-{r.size.replace('*', 'x')}-{r.frame_num}")
@@ -135,6 +136,14 @@ def of_gpus(given: dict[str, Any]) -> dict[str, Any]:
     sizes = {knob.name: knob.default for knob in (knobs.CFG_SIZE, knobs.RING_SIZE, knobs.ULYSSES_SIZE)}
     number = {knobs.PARALLEL_DEGREE.name: knobs.PARALLEL_DEGREE.default}
     return (sizes if number.keys() & given.keys() else number if sizes.keys() & given.keys() else {}) | given
+
+
+def _as_launched(given: dict[str, Any]) -> dict[str, Any]:
+    """torchrun has said how many GPUs there are where no flag does, as to the official script with --dit_fsdp alone."""
+    count, number = launched().size, knobs.PARALLEL_DEGREE.name
+    sizes = (knobs.CFG_SIZE, knobs.RING_SIZE, knobs.ULYSSES_SIZE, knobs.PARALLEL_DEGREE)
+    said = count == 1 or any(given.get(knob.name, 1) != 1 for knob in sizes)
+    return given if said else given | {number: count}
 
 
 def _strategy_defaults(device: str | None) -> dict[str, Any]:

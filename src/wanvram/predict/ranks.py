@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from wanvram.config import RunConfig
 from wanvram.engine.devices import SimulatedDevice
-from wanvram.knobs import ROWS_PER_CHUNK, VAE_TILE, chunk_rows, shares_weights
+from wanvram.knobs import ROWS_PER_CHUNK, T5_FSDP, VAE_TILE, chunk_rows, shares_weights
 from wanvram.media.inputs import prepare_inputs
 from wanvram.models.vae_tiles import grid
 from wanvram.record import Failure, RankRecord, RunRecord
@@ -29,6 +29,8 @@ def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int,
     """
     if config.gpus == 1:
         return [(0,)]
+    if component == "text_encoder" and T5_FSDP.of(config.strategy):
+        return [tuple(range(config.gpus))]
     if component in ("text_encoder", "image_encoder", "vae_encoder"):
         return [(0,)]
     inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
