@@ -156,7 +156,7 @@ def result_of(operation: str, out: Path) -> dict[str, Any]:
 
 def _run_result(run: Path) -> dict[str, Any]:
     record = json.loads((run / "record.json").read_text())
-    for gpu in record["environment"]["checks"]["gpus"]:
+    for gpu in record["environment"].get("checks", {}).get("gpus", ()):  # none of a run that ended before it looked
         del gpu["processes"]  # other programs', which come and go
     return {
         "keys": sorted(set(_keys(record, ""))),

@@ -464,8 +464,8 @@ LEANER = (
     Change({}),
     Change({ATTENTION_SLICING: True}),
     Change({RESIDUAL_IN: "pinned", ROWS_PER_CHUNK: FEW_ROWS}),
-    Change({ATTENTION_SLICING: True, ROWS_PER_CHUNK: FEW_ROWS}),
     Change({RESIDUAL_IN: "pinned", ROWS_PER_CHUNK: FEW_ROWS // 2}),
+    Change({ATTENTION_SLICING: True, ROWS_PER_CHUNK: FEW_ROWS}),  # larger than these, but for host RAM
 )
 # Tokens from which on the stream is larger than what its slots and the larger units take: 17,000 at 14B by arithmetic, 12,500 at 1.3B.
 LONG_STREAM = 20_000

@@ -120,5 +120,7 @@ def test_a_prediction_of_8_bit_products_is_the_run_s_memory_to_the_byte(tmp_path
     config = replace(load_config(tmp_path / "run" / "config.yaml"), device="simulated", gpu=card)
     predicted, _ = simulate(config)
     peaks = [(stage.name, stage.peak.allocated_bytes, stage.peak.reserved_bytes) for stage in predicted.stages]
-    stages = record_of(tmp_path / "run")["stages"]
+    stages = [
+        stage for stage in record_of(tmp_path / "run")["stages"] if stage["name"] != "save"
+    ]  # nothing is estimated of
     assert [(s["name"], s["peak_allocated_bytes"], s["peak_reserved_bytes"]) for s in stages] == peaks

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +14,21 @@ import torch
 from tests.rank_processes import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checkpoints import write_diffusers, write_official
 from wanvram.config import RunConfig, Strategy
-from wanvram.engine.components import Parts
+from wanvram.engine.components import Parts, Weights
 from wanvram.engine.devices import CpuDevice, SimulatedDevice
 from wanvram.models.dit import WanDiT
 from wanvram.request import Request
-from wanvram.run.weights import choose_weights
+from wanvram.run.weights import GeneratedWeights, choose_weights
 from wanvram.sharing import Place
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.gpus import find_gpu
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.operation_buffers import LibraryBuffers
+from wanvram.weights.official import open_checkpoint
+from wanvram.weights.sources import TensorSource
 
 WAYS = {
     "pinned": {"load_strategy": "block"},
@@ -38,16 +42,26 @@ WAYS = {
 }
 
 
-def strategy_of(way: str, *, shared: bool) -> Strategy:
-    strategy = Strategy(precision="bf16", **WAYS[way])  # type: ignore[arg-type]
-    object.__setattr__(strategy, "dit_fsdp", shared)
-    object.__setattr__(strategy, "t5_fsdp", shared)
-    return strategy
-
-
-def config_of(way: str, *, shared: bool, device: str = "cpu") -> RunConfig:
+def config_of(way: str, count: int, device: str, weights: str) -> RunConfig:
     request = Request.for_task("t2v-1.3B", prompt="a cat", size="832*480", frame_num=5, base_seed=1)
-    return RunConfig("shared", "", device, request, strategy_of(way, shared=shared), weights="tiny")
+    shared = {"ulysses_size": count, "dit_fsdp": count > 1, "t5_fsdp": count > 1}
+    strategy = Strategy(precision="bf16", **shared, **WAYS[way])  # type: ignore[arg-type]
+    return RunConfig("shared", "", device, request, strategy, weights=weights)
+
+
+class FromFiles(GeneratedWeights):
+    """Of a checkpoint folder of a tiny model."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(1, tiny=True)
+        self.folder = Path(folder)
+
+    def source(self, component: str) -> TensorSource:
+        return open_checkpoint(self.folder, component)
+
+
+FILES = ("pinned", "disk", "on the device", "one block resident", "fp8")
+PARTS = ("dit", "text_encoder")
 
 
 @dataclass
@@ -97,10 +111,12 @@ class Asked(TorchDispatchMode):
         return result
 
 
-def walked(device: Any, way: str, component: str, *, shared: bool) -> tuple[list[torch.Tensor], int]:
+def walked(device: Any, way: str, component: str, folder: str = "tiny") -> tuple[list[torch.Tensor], int]:
     """Loads a component and walks it twice -> copies of its weights as they came by, bytes in host RAM."""
-    config = config_of(way, shared=shared, device=device.kind)
-    weights = choose_weights("tiny", simulated=device.kind == "simulated", task=config.request.task, seed=1)
+    config = config_of(way, device.place.world, device.kind, folder)
+    weights: Weights = FromFiles(folder)
+    if folder == "tiny":
+        weights = choose_weights(folder, simulated=device.kind == "simulated", task=config.request.task, seed=1)
     loaded = Parts(config, device, weights).load(component)
     module, seen = loaded.module, []
     order = module.walk_order() if isinstance(module, WanDiT) else list(module.blocks)
@@ -122,7 +138,7 @@ def walks(rank: int, count: int) -> dict[tuple[str, str], Kept]:
             device = NotedDevice()
             device.place = Place(rank, ulysses=count)
             with torch.no_grad(), device.asked:
-                seen, host_bytes = walked(device, way, component, shared=True)
+                seen, host_bytes = walked(device, way, component)
             results[way, component] = Kept(seen, host_bytes, device.asked.sizes)
     return results
 
@@ -137,7 +153,7 @@ def together(count: int) -> list[dict[tuple[str, str], Kept]]:
 @pytest.mark.parametrize("way", WAYS)
 def test_every_rank_walks_the_weights_of_one_process_bit_for_bit(way: str, component: str, count: int) -> None:
     with torch.no_grad():
-        alone, host_bytes = walked(CpuDevice(), way, component, shared=False)
+        alone, host_bytes = walked(CpuDevice(), way, component)
     ranks = [results[way, component] for results in together(count)]
     for kept in ranks:
         assert len(kept.seen) == len(alone) > 0
@@ -147,6 +163,26 @@ def test_every_rank_walks_the_weights_of_one_process_bit_for_bit(way: str, compo
     assert sum(kept.host_bytes for kept in ranks) == pytest.approx(
         host_bytes, rel=0.15
     )  # tiny units, padded to 256 bytes
+
+
+def of_files(rank: int, count: int, folders: tuple[str, ...]) -> list[list[torch.Tensor]]:
+    device = CpuDevice()
+    device.place = Place(rank, ulysses=count)
+    with torch.no_grad():
+        return [walked(device, way, part, folder)[0] for folder in folders for way in FILES for part in PARTS]
+
+
+def test_ranks_that_read_a_checkpoint_together_have_what_one_process_reads(tmp_path: Path) -> None:
+    """Official and Diffusers folders: float32 files for bfloat16 weights, tensors in pieces, torch files and safetensors."""
+    folders = tuple(str(tmp_path / name) for name in ("official", "diffusers"))
+    for folder, write in zip(folders, (write_official, write_diffusers), strict=True):
+        Path(folder).mkdir()
+        write(Path(folder))
+    alone = of_files(0, 1, folders)
+    assert all(alone)
+    for mine in on_ranks(3, of_files, 3, folders):
+        for seen, one in zip(mine, alone, strict=True):
+            assert all(map(torch.equal, seen, one))
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -159,7 +195,7 @@ def test_a_simulated_rank_asks_the_device_for_what_a_real_one_does(way: str, com
         device = SimulatedDevice(memory)
         device.place = Place(rank, ulysses=count)
         with device.session():
-            walked(device, way, component, shared=True)
+            walked(device, way, component)
         assert memory.events is not None
         asked = [e.nbytes for e in memory.events if e.operation.startswith("aten.empty.memory_format") and e.nbytes > 0]
         assert asked == together(count)[rank][way, component].sizes

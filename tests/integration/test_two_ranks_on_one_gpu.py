@@ -24,6 +24,10 @@ REQUEST = [
     *("--weights", "random", "--task", "t2v-1.3B", "--size", "832*480", "--frame_num", "17", "--sample_steps", "3"),
     *("--precision", "bf16", "--prompt", "a cat", "--base_seed", "1"),
 ]
+SHARES = (
+    *(["--cfg_size", "2"], ["--ulysses_size", "2"], ["--ring_size", "2"]),
+    ["--ulysses_size", "2", "--dit_fsdp"],
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -38,7 +42,7 @@ def made(command: list[str], directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [["--cfg_size", "2"], ["--ulysses_size", "2"], ["--ring_size", "2"]])
+@pytest.mark.parametrize("sizes", SHARES)
 def test_two_processes_on_one_gpu_take_what_is_predicted_of_each(sizes: list[str], tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     together = made([*TORCHRUN, str(tmp_path / "program.py"), *sizes], tmp_path / "together")

@@ -29,7 +29,7 @@ BUDGETS = {
     "matrix": 675,
     "media": 625,
     "models": 2600,
-    "planner": 1700,
+    "planner": 1740,
     "predict": 1150,
     "prompt": 1000,
     "recorder": 1750,

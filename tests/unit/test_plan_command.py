@@ -129,20 +129,20 @@ def test_a_file_is_not_replaced_without_force(tmp_path: Path, capsys: pytest.Cap
 
 def test_nothing_fits_is_exit_code_3_and_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.yaml"
-    assert command.main([*T2V, "--vram", "4GiB", "-o", str(path)]) == 3
+    assert command.main([*T2V, "--vram", "3.4GiB", "-o", str(path)]) == 3
     out, err = capsys.readouterr()
     assert out == ""
-    assert "does not fit 4.00 GiB: the dit needs a budget of" in err
+    assert "does not fit 3,481.6 MiB: the dit needs a budget of" in err
     assert "--size 832*480" in err
     assert not path.exists()
 
 
 def test_nothing_fits_in_json_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main([*T2V, "--vram", "4GiB", "--json"]) == 3
+    assert command.main([*T2V, "--vram", "3.4GiB", "--json"]) == 3
     document = json.loads(capsys.readouterr().out)
     assert document["fits"] is False
     assert (document["memory"], document["component"]) == ("device", "dit")
-    assert document["smallest_bytes"] > 4 * GIB
+    assert document["smallest_bytes"] > 3.4 * GIB
     assert document["alternatives"][0]["size"] == "832*480"
 
 
@@ -432,7 +432,7 @@ def test_the_whole_command_is_printed_and_means_the_plan(tmp_path: Path, capsys:
 
 def test_the_remedy_is_the_same_request(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--precision", "bf16", "--sample_steps", "7", "--prompt", "it's", "--ram", "64GiB"]
-    assert command.main([*T2V, "--vram", "4GiB", *asked]) == 3
+    assert command.main([*T2V, "--vram", "3.4GiB", *asked]) == 3
     remedies = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  wanvram plan ")]
     assert len(remedies) == 2
     for remedy in remedies:

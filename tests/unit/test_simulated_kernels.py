@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanvram import simulated_gpu
+from wanvram.foreign.results import RULES, as_iterated
 
 MIB = 1 << 20
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -68,3 +69,44 @@ def test_a_transposed_batch_of_one_is_laid_out_as_without_a_simulation() -> None
     plain = strides("cpu")
     with simulated_gpu("h200"):
         assert strides("cuda") == plain
+
+
+# --- results by rule ---------------------------------------------------------------------------------------------------------
+
+SHAPES = [(), (1,), (5,), (4, 5), (1, 5), (4, 1), (2, 4, 5), (2, 1, 5), (1, 1, 1), (3, 1, 4, 5), (0, 5), (5, 4)]
+MIXED = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+
+
+def on_meta(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def laid_out(result: object) -> list[object]:
+    tensors = result if isinstance(result, (tuple, list)) else (result,)
+    return [(t.shape, t.stride(), t.dtype) for t in tensors]
+
+
+def rule_cases() -> list[tuple[str, tuple[object, ...]]]:
+    of_two = [f"aten.{name}.Tensor" for name in ("add", "sub", "mul", "div")]
+    pairs = [(on_meta(a, d), on_meta(b, e)) for a in SHAPES for b in SHAPES for d, e in MIXED]
+    cases: list[tuple[str, tuple[object, ...]]] = [(name, pair) for name in of_two for pair in pairs]
+    cases += [(name, (on_meta(shape), value)) for name in of_two for shape in SHAPES for value in (2, 2.5, True)]
+    cases += [(name, (on_meta(shape),)) for name in ("aten.gelu.default", "aten.silu.default") for shape in SHAPES]
+    cases += [("aten.mm.default", pair) for pair in pairs]
+    cases += [("aten.addmm.default", (on_meta(bias), *pair)) for bias in SHAPES[:4] for pair in pairs]
+    for shape, last in (((2, 4, 5), (5,)), ((2, 4, 5), (4, 5)), ((0, 5), (5,)), ((4, 5), (4,))):
+        for weight in (None, on_meta(last), on_meta(last, torch.float32)):
+            cases.append(("aten.native_layer_norm.default", (on_meta(shape), list(last), weight, None, 1e-5)))
+    return cases
+
+
+def test_results_by_rule_lie_as_pytorchs_meta_kernels_lay_them_out() -> None:
+    ruled = 0
+    for name, args in rule_cases():
+        found = RULES[name](*args)
+        if found is not NotImplemented:
+            _, operation, overload = name.split(".")
+            expected = getattr(getattr(torch.ops.aten, operation), overload)(*args)
+            assert laid_out(found) == laid_out(as_iterated(expected, args)), (name, args)
+            ruled += 1
+    assert ruled > 500

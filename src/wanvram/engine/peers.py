@@ -33,11 +33,14 @@ class Exchanged:
 
     @contextmanager
     def waiting(self, *, cuda: bool) -> Iterator[None]:
-        """Around a wait: on CUDA of the current stream, else of this thread."""
+        """Around a wait: on CUDA of the computation's stream (what waits on another stands in nobody's way), else of this thread."""
         if not cuda:
             start = time.perf_counter()
             yield
             self.seconds += time.perf_counter() - start
+            return
+        if torch.cuda.current_stream() != torch.cuda.default_stream():
+            yield
             return
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()

@@ -71,14 +71,6 @@ class _Death(weakref.ref[torch.UntypedStorage]):
     __slots__ = ("key",)
     key: int
 
-    def __new__(cls, storage: torch.UntypedStorage, told: Callable[[_Death], None], key: int) -> _Death:
-        made = super().__new__(cls, storage, told)
-        made.key = key
-        return made
-
-    def __init__(self, *_: Any) -> None:
-        """weakref.ref's would refuse the key."""
-
 
 class ForeignMemory(TimedMemory):
     """Dispatch mode. `placing`: where the facade wants the storages of a factory; None: where the operation's tensors are."""
@@ -157,7 +149,8 @@ class ForeignMemory(TimedMemory):
         elif place == CPU:
             self._register(storage, True, tensor)
         self._place[key] = place
-        self._deaths[key] = _Death(storage, self._died, key)
+        death = self._deaths[key] = _Death(storage, self._died)
+        death.key = key
 
     def close(self) -> None:
         """The run is over: what dies later changes none of its figures."""

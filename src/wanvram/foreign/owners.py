@@ -65,7 +65,7 @@ class _ForeignPlaces(Places):
         self._kept: list[CodeType] = []
 
     def of_caller(self) -> str | None:
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(4)  # those before are ours
         inner: str | None = None
         named = self._named
         while frame is not None:

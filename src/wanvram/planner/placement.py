@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from wanvram import knobs
 from wanvram.config import Strategy
 from wanvram.planner.forecasts import Trials, components_of, stage_seconds, steps_of
-from wanvram.planner.transformer import block_count, cannot_fit, fastest_streamed, variants, whole_transformer
+from wanvram.planner.transformer import block_count, cannot_fit, fastest_streamed, whole_transformer, worth_trying
 
 __all__ = ["TIE", "Placements", "placements"]
 
@@ -83,7 +83,7 @@ def _disk_probes(trials: Trials, base: Strategy) -> Iterator[Strategy]:
     start = _start(trials, base, "disk")
     if start is None:
         return
-    first = next((way for way in variants(trials.request, start) if trials.fits("dit", way)), None)
+    first = next((way for way in worth_trying(trials, start) if trials.fits("dit", way)), None)
     if first is None:
         return
     yield first

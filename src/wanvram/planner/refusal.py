@@ -10,7 +10,7 @@ from wanvram.config import Request, Strategy
 from wanvram.planner.forecasts import Trials, components_of
 from wanvram.planner.result import Alternative, Refusal
 from wanvram.planner.tiles import tiles_for
-from wanvram.planner.transformer import variants
+from wanvram.planner.transformer import leanest, variants
 from wanvram.units import exact, human
 
 __all__ = ["least_peak", "refuse"]
@@ -50,10 +50,13 @@ def _refuse_for_host(trials: Trials, base: Strategy) -> Refusal:
 
 
 def _host_bytes(trials: Trials, base: Strategy, component: str) -> list[int]:
-    """Of the lean strategies that fit the device."""
+    """Of the lean strategies that fit the device; a stream in RAM is the leanest there, and not here."""
+    ways = _lean(trials.request, base, component)
+    if component == "dit":
+        ways.append(variants(trials.request, knobs.FROM["disk"].on(base))[-1])
     return [
         trials.of(component, strategy).host_bytes
-        for strategy in _lean(trials.request, base, component)
+        for strategy in ways
         if trials.of(component, strategy).peak_device_bytes <= trials.budget.device_limit
     ]
 
@@ -67,7 +70,7 @@ def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
         return [block, knobs.T5_CPU.set(base, True)]
     if component == "image_encoder":
         return [block]
-    return [variants(request, block)[-1]]
+    return [leanest(request, block)]
 
 
 def least_peak(trials: Trials, base: Strategy, component: str) -> int:

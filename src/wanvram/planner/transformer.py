@@ -5,6 +5,8 @@ Where the weights of a streamed block come from is given; the caller tries pinne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from wanvram.config import Request, Strategy
 from wanvram.knobs import (
     JOINT,
@@ -25,9 +27,11 @@ __all__ = [
     "block_count",
     "cannot_fit",
     "fastest_streamed",
+    "leanest",
     "most_resident",
     "variants",
     "whole_transformer",
+    "worth_trying",
 ]
 
 NEGLIGIBLE = 0.01  # of a step: within it of the resident transformer, the search stops looking for faster ways
@@ -40,9 +44,26 @@ def block_count(request: Request) -> int:
 
 
 def variants(request: Request, base: Strategy) -> list[Strategy]:
-    """Lossless ways to hold fewer activations, the fastest first, the leanest last."""
+    """Lossless ways to hold fewer activations, the fastest first."""
     ways = [allowed(change, base) for change in leaner(situation(request))]
     return list(dict.fromkeys(way for way in ways if way is not None))
+
+
+def leanest(request: Request, base: Strategy) -> Strategy:
+    """Of the variants, on the device."""
+    ways = variants(request, base)
+    return next((way for way in reversed(ways) if RESIDUAL_IN.differs(way)), ways[-1])
+
+
+def worth_trying(trials: Trials, base: Strategy) -> Iterator[Strategy]:
+    """The variants in order; what comes after a stream in RAM only where that was not too large for the device."""
+    before: Strategy | None = None
+    for way in variants(trials.request, base):
+        in_vain = before is not None and RESIDUAL_IN.differs(before) and not RESIDUAL_IN.differs(way)
+        if in_vain and before and trials.of("dit", before).peak_device_bytes > trials.budget.device_limit:
+            return
+        yield way
+        before = way
 
 
 def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
@@ -56,10 +77,12 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
         return None
     best: Strategy | None = None
     first: int | None = None  # that fits the device
-    for number, way in enumerate(variants(trials.request, base)):
+    for number, way in enumerate(worth_trying(trials, base)):
         # A stream in RAM may be faster than slicing, but not where the plain way waits for copies, to which it adds. Chunks of few
         # rows cost more than the little that they leave for resident blocks.
-        worth_it = first is None or number < 2 or (first == 1 and RESIDUAL_IN.differs(way))
+        worth_it = (
+            first is None or number < 2 or (RESIDUAL_IN.differs(way) if first == 1 else best is None and first > 1)
+        )
         if not worth_it or (first is not None and best is not None and not _waits(trials, best)):
             break
         found = _filled(trials, way)
@@ -91,8 +114,8 @@ def _sharing(trials: Trials, plain: Strategy) -> Strategy | None:
 
 def cannot_fit(trials: Trials, base: Strategy) -> bool:
     """Whether the leanest variant is known to be too large for the device."""
-    leanest = trials.known("dit", variants(trials.request, base)[-1])
-    return leanest is not None and leanest.peak_device_bytes > trials.budget.device_limit
+    least = trials.known("dit", leanest(trials.request, base))
+    return least is not None and least.peak_device_bytes > trials.budget.device_limit
 
 
 def whole_transformer(trials: Trials, strategy: Strategy) -> StageForecast:
