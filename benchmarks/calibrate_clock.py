@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -224,6 +225,7 @@ def main() -> int:
     parser.add_argument("--fit", action="store_true", help="suggest efficiencies")
     parser.add_argument("--rates", nargs="+", default=RATES, choices=RATES, metavar="RATE", help="fit only these")
     args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a GPU here would bring its machine's speed into the predictions
     held_out = args.files or files(JUDGED)
     assert args.files or not {*held_out} & {*files(FITTED)}, "what is fitted on is not judged on"
     measurements = [m for path in held_out for m in read(path, args.gpu) if re.search(args.only, m.label)]

@@ -391,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--because", default="", help="why a sealed file changed; kept in seals.json")
     parser.add_argument("--lanes", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a GPU here would bring its machine's speed into the predictions
     if args.seal is not None:
         return sealed.seal(HERE, args.seal, args.because)
     known = json.loads(

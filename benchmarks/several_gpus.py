@@ -545,6 +545,7 @@ def breaches_of(rows: Sequence[Row]) -> list[str]:
             found.append(f"{name}: {row['seconds']} s, {row['alive']} processes and {row['left_bytes']} bytes left")
         elif row["figure"] == "same" and row["way"] in ("cfg, shards", "cfg") and not row.get("equal"):
             found.append(f"{name}: frames are not those of one GPU")
+    found += _missed_by_frames([row for row in rows if row["figure"] == "same" and "mean_apart" in row])
     shared = [row for row in rows if row["figure"] == "layout" and row.get("stages")]
     stages = sum(row["stages"] for row in shared)
     for figure in ("equal_allocated", "equal_reserved"):
@@ -552,6 +553,17 @@ def breaches_of(rows: Sequence[Row]) -> list[str]:
         if stages and equal < EQUAL_SHARE * stages:
             found.append(f"{figure}: {equal} of {stages} stages")
     return found
+
+
+def _missed_by_frames(rows: Sequence[Row]) -> list[str]:
+    """Where sums are reordered frames may be as far from one GPU's as float32's are."""
+    limits = {row["case"]: row["mean_apart"] for row in rows if row["way"] == "one in float32"}
+    reordered = [row for row in rows if row["way"].startswith(("ulysses", "ring")) and row["case"] in limits]
+    return [
+        f"{row['case']} {row['way']}: frames are {row['mean_apart']:.4f} apart, float32's {limits[row['case']]:.4f}"
+        for row in reordered
+        if row["mean_apart"] > limits[row["case"]]
+    ]
 
 
 def _missed_by_layout(row: Row) -> list[str]:

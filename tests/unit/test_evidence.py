@@ -135,6 +135,7 @@ def test_a_real_measurement_is_predicted_anew_and_a_changed_digit_of_it_is_a_mis
     document = json.loads((BENCHMARKS / name).read_text())
     runs = [run for run in document if run["config"] == "t2v-1.3B-480x832-17f-bf16-full-offload-t5_cpu"]
     assert len(runs) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # which main sets, too, and which is taken back here
     monkeypatch.setattr(evidence, "HERE", tmp_path)
     monkeypatch.setattr(evidence, "KNOWN", tmp_path / "known_misses.json")
     (tmp_path / "known_misses.json").write_text('{"reasons": {}, "misses": []}')

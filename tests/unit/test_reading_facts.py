@@ -22,7 +22,7 @@ from wanvram.analysis.trace import read_trace
 from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.errors import InputError
 from wanvram.predict.simulate import simulate
-from wanvram.record import Failure
+from wanvram.record import Failure, Times
 from wanvram.report.findings import advice_first
 from wanvram.report.terminal import summarize
 from wanvram.report.translations import Texts
@@ -154,6 +154,23 @@ def advice(change: str, saved_bytes: int, *, lossless: bool) -> Advice:
 def test_a_lossless_change_comes_before_a_larger_lossy_one() -> None:
     found = advice_first([advice("fp8", 900, lossless=False), advice("tile", 100, lossless=True)])
     assert [a.change for a in found] == ["tile", "fp8"]
+
+
+def test_of_two_videos_the_report_says_what_one_takes_and_of_one_nothing() -> None:
+    at = Memory(MIB, MIB, MIB)
+
+    def stages(count: int) -> list[Span]:
+        names = ("denoise", "decode", "save")
+        return [Span(f"{n} {i}", "stage", "dit", at, at, at, seconds=10.0, part=n) for i in range(count) for n in names]
+
+    def text(count: int, whole: float | None) -> str:
+        made = replace(analysed(), stages=stages(count), times=Times(1.0, whole))
+        return summarize(made)
+
+    assert "2 videos" in text(2, 80.0)
+    assert "40.0 s" in text(2, 80.0)
+    assert "videos" not in text(2, None)
+    assert "videos" not in text(1, 80.0)
 
 
 # --- the allocator -----------------------------------------------------------------------------------------------------------

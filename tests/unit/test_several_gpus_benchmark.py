@@ -52,6 +52,16 @@ def test_a_promise_a_fault_and_frames_are_judged() -> None:
     assert breaches_of(fine) == []
 
 
+def test_frames_of_reordered_sums_may_be_as_far_away_as_float32_s() -> None:
+    rows = [{"figure": "same", "case": "x", "way": "one in float32", "mean_apart": 0.5, "equal": False}]
+    rows += [
+        {"figure": "same", "case": "x", "way": way, "mean_apart": 0.5, "equal": False} for way in ("ulysses", "ring")
+    ]
+    assert breaches_of(rows) == []
+    rows[1]["mean_apart"] = 0.51
+    assert breaches_of(rows) == ["x ulysses: frames are 0.5100 apart, float32's 0.5000"]
+
+
 def test_every_way_uses_all_gpus() -> None:
     for count in (2, 4, 8):
         for name, flags in ways(count).items():
