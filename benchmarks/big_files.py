@@ -169,7 +169,8 @@ def read(kind: str, path: Path) -> dict[str, Any]:
         history = read_snapshot(path).main
         found = {"events": history.events, "peak_allocated_bytes": history.peak_allocated_bytes}
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": round(time.perf_counter() - began, 1), "peak_rss_bytes": rss, **found}
+    seconds = {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time(), 1)}
+    return {**seconds, "peak_rss_bytes": rss, **found}
 
 
 def in_process(*arguments: str) -> Any:

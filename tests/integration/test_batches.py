@@ -219,6 +219,16 @@ def test_the_simulation_of_a_batch_takes_and_gives_back_what_the_batch_does(
     assert predicted == real
 
 
+@pytest.mark.parametrize("load", ["full", "block"])
+@pytest.mark.parametrize("task", ["t2v-1.3B", "i2v-14B"])
+def test_the_simulation_of_a_stream_in_ram_takes_and_gives_back_what_the_run_does(task: str, load: str) -> None:
+    chosen = (("load_strategy", load), ("residual_in", "pinned"), ("batch_size", 3), ("rows_per_chunk", 17))
+    asked = (("prompt", PROMPTS[0]), ("sample_steps", 2))
+    real, predicted = (storage_events(device, task, chosen, asked) for device in ("cpu", "simulated"))
+    assert len(real) > 100
+    assert predicted == real
+
+
 # --- predicted ---------------------------------------------------------------------------------------------------------------
 
 

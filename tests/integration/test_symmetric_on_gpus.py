@@ -44,8 +44,8 @@ for rows, width in ((7, 1), (9001, 2048)):
     sent, into = new(sum(sent_counts)), torch.zeros(sum(received_counts))
     there = into.to(device)
     for _ in range(3):
-        gloo.exchange(into, sent, received_counts, sent_counts)
-        copies.exchange(there, sent.to(device), received_counts, sent_counts)
+        gloo.wait(gloo.exchange(into, sent, received_counts, sent_counts))
+        copies.wait(copies.exchange(there, sent.to(device), received_counts, sent_counts))
         same(into, there, "exchange")
     whole, counts = new(rows * width), [size(run) * width for run in shares]
     there = whole.to(device)

@@ -48,6 +48,8 @@ def at(data: Any, path: str) -> Any:
     for inside, key in _STEP.findall(path):
         if not inside:
             data = data[key]
+        elif isinstance(data, dict):
+            data = data[inside.replace("_", " ")]
         elif inside.isdigit():
             data = data[int(inside)]
         else:

@@ -26,7 +26,7 @@ def sizes(config: RunConfig) -> tuple[int, int, int]:
 
 
 def test_without_a_launcher_a_process_is_the_only_one_and_with_one_it_is_told_which() -> None:
-    assert launched({}) == launched({"RANK": "0", "WORLD_SIZE": "1"}) == Launched()
+    assert launched({}) == launched({"RANK": "0", "WORLD_SIZE": "1"}) == launched({"WORLD_SIZE": "8"}) == Launched()
     second = launched({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
     assert (second.rank, second.local_rank, second.is_first, second.is_one_of_several) == (5, 1, False, True)
     for wrong in ({"RANK": "1"}, {"RANK": "8", "LOCAL_RANK": "0"}, {"RANK": "x", "LOCAL_RANK": "0"}):

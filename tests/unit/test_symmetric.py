@@ -11,6 +11,7 @@ import torch
 
 from wanvram.engine import symmetric
 from wanvram.engine.symmetric import Room, SymmetricPeers, what_is_missing
+from wanvram.errors import DeviceError
 from wanvram.sharing import ULYSSES, Place, parts, size
 
 BUFFER = 4096
@@ -100,3 +101,17 @@ def test_without_the_gpus_or_the_private_names_it_is_said_what_is_missing(monkey
     assert what_is_missing(2) == "json of this PyTorch has no empty, rendezvous, get_buffer, barrier"
     monkeypatch.setattr(symmetric, "MODULE", "torch.no_such")
     assert what_is_missing(2) == "this PyTorch has no torch.no_such"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_room_is_proved_before_it_is_used(count: int) -> None:
+    def prove(peers: SymmetricPeers) -> None:
+        (room,) = peers.rooms.values()
+        room.prove()
+
+    peers = world(count)
+    together(peers, prove)
+    (room,) = peers[0].rooms.values()
+    room._buffers = [torch.zeros_like(buffer) for buffer in room._buffers]  # what the others put down is not seen here
+    with pytest.raises(DeviceError, match="other bytes than were sent; use --exchange_by nccl"):
+        together(peers, prove)

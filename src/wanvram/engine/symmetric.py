@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wanvram.engine.peers import TorchPeers
+from wanvram.errors import DeviceError
 from wanvram.sharing import BUFFER_BYTES, PASSING
 
 __all__ = ["Room", "SymmetricPeers", "what_is_missing"]
@@ -80,6 +81,16 @@ class Room:
                 piece = target[start : start + slot]
                 _copy(piece, self._buffers[member][base + place * slot :][: piece.numel()])
             self._half = 1 - self._half
+
+    def prove(self) -> None:
+        """Raises DeviceError where what another member put down is not what is read there; both halves, with all members."""
+        device, others = self._buffers[0].device, [n for n in range(len(self._buffers)) if n != self._index]
+        for _ in range(2):
+            mine = torch.full((_ALIGNED,), 1 + self._index, dtype=torch.uint8, device=device)
+            found = [torch.zeros_like(mine) for _ in others]
+            self.swap([mine], [(n, 0, target) for n, target in zip(others, found, strict=True)], len(mine))
+            if not all(bool((target == 1 + n).all()) for n, target in zip(others, found, strict=True)):
+                raise DeviceError("copies between the GPUs brought other bytes than were sent; use --exchange_by nccl")
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -168,7 +179,9 @@ class SymmetricPeers(TorchPeers):
 
     def open(self, device: torch.device) -> None:
         """Makes the room for its use, with all the others."""
-        self.rooms[tuple(self.ranks), self.use] = Room(self.ranks, self.index, device)
+        room = Room(self.ranks, self.index, device)
+        room.prove()
+        self.rooms[tuple(self.ranks), self.use] = room
 
     def _room(self, use: str) -> Room:
         return self.rooms[tuple(self.ranks), use]

@@ -32,7 +32,7 @@ class Launched:
 def launched(environment: Mapping[str, str] | None = None) -> Launched:
     """The only one of one where no launcher says otherwise. Raises InputError for numbers that no launcher gives."""
     given = os.environ if environment is None else environment
-    if given.get("WORLD_SIZE", "1") == "1":  # also torchrun with one process
+    if given.get("WORLD_SIZE", "1") == "1" or "RANK" not in given:  # also torchrun with one process; a job's size alone
         return Launched()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
