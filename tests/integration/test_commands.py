@@ -142,7 +142,7 @@ BAD_YAML = {
     "bad frames": ("name: x\nrequest: {task: t2v-1.3B, size: 832*480, frame_num: 80}", "4n+1"),
     "bad size": ("name: x\nrequest: {task: t2v-1.3B, size: 1280*720}", "832*480"),
     "several GPUs": (
-        "name: x\nrequest: {task: t2v-1.3B, size: 832*480}\noptimization: {parallel_degree: 2}",
+        "name: x\nrequest: {task: t2v-1.3B, size: 832*480}\noptimization: {ulysses_size: 2, parallel_degree: 3}",
         "parallel_degree",
     ),
     "alias bomb": ("a: &a [x,x]\nb: &b [*a,*a]\nname: *b", ""),

@@ -111,7 +111,10 @@ def test_a_room_is_proved_before_it_is_used(count: int) -> None:
 
     peers = world(count)
     together(peers, prove)
-    (room,) = peers[0].rooms.values()
-    room._buffers = [torch.zeros_like(buffer) for buffer in room._buffers]  # what the others put down is not seen here
+    for each in peers:
+        (room,) = each.rooms.values()
+        room._buffers = [
+            torch.zeros_like(buffer) for buffer in room._buffers
+        ]  # what the others put down is not seen here
     with pytest.raises(DeviceError, match="other bytes than were sent; use --exchange_by nccl"):
         together(peers, prove)
