@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanvram.engine.devices import CpuDevice, SimulatedDevice
+from wanvram.engine.peers import TorchPeers
 
 __all__ = ["LoggedDevice", "simulated_events"]
 
@@ -40,6 +41,11 @@ class LoggedDevice(CpuDevice):
         with self.births.on_host():
             yield
 
+    def peers(self, axis: str) -> TorchPeers:
+        peers = _Telling(self.place, axis, self._exchanged)
+        peers.births = self.births
+        return peers
+
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         with self.births.on_device():
             return super().upload(host)
@@ -47,6 +53,16 @@ class LoggedDevice(CpuDevice):
     def send(self, host: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
         with self.births.on_device():
             return super().send(host, passage)
+
+
+class _Telling(TorchPeers):
+    """Plain data is on the host, as tensors that gloo lets go of when it likes: two such deaths were seen in a later stage."""
+
+    births: Births
+
+    def told(self, value: Any) -> Any:
+        with self.births.on_host():
+            return super().told(value)
 
 
 class Births(TorchDispatchMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -134,8 +133,6 @@ class _Stages:
         self.device, self.events, self._open = device, dict[str, list[int]](), list[tuple[str, int]]()
 
     def begin(self, name: str, kind: str, component: str | None) -> None:
-        if isinstance(self.device, LoggedDevice):
-            gc.collect()  # what waits in a cycle since an earlier stage dies before this one, not at a moment of its own
         self._open.append((name, len(self._log())))
 
     def end(self) -> None:
@@ -164,7 +161,6 @@ def run(case: Case, device: LoggedDevice | SimulatedDevice) -> Made:
 
 
 def runs(rank: int, cases: tuple[Case, ...]) -> dict[Case, Made]:
-    gc.freeze()  # what was imported is not looked at in every stage
     results = {}
     for case in cases:
         device = LoggedDevice()
