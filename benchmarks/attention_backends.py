@@ -36,7 +36,7 @@ from statistics import median
 from typing import Any
 
 from nvml_watch import gpu_facts, gpu_of
-from provenance import ResultFile, circumstances, conclude
+from provenance import ResultFile, circumstances, conclude, rows_of_a_process, say_row
 
 __all__ = ["CASES", "Case", "judge", "profile", "run_beside", "said", "sampled", "steps_of", "timed"]
 
@@ -451,25 +451,11 @@ def timed(torch: Any, call: Callable[[], Any], count: int, *, warm: bool = False
 SINGLE = {"kernels": kernels_here, "numerics": numerics_here}
 
 
-def in_a_process(what: str) -> Iterator[Row]:
-    """The rows that this script says in a fresh process."""
-    with subprocess.Popen([sys.executable, __file__, "--here", what], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ROW "):
-                yield json.loads(line[4:])
-    if process.returncode:
-        raise SystemExit(f"{what}: the process failed with exit code {process.returncode}")
-
-
 def here(what: str) -> int:
-    def say(row: Row) -> None:
-        print("ROW " + json.dumps(row), flush=True)
-
     if what in SINGLE:
-        SINGLE[what](say)
+        SINGLE[what](say_row)
     else:
-        alone_here(next(case for case in CASES if case.name == what), say)
+        alone_here(next(case for case in CASES if case.name == what), say_row)
     return 0
 
 
@@ -560,7 +546,7 @@ def whole_runs(case: Case, rounds: int, gpu: str, scratch: Path) -> Iterator[Row
     for number in range(rounds):
         for backend in BACKENDS if number % 2 == 0 else BACKENDS[::-1]:
             yield measured(case, backend, predicted[backend], scratch) | {"round": number}
-    yield from in_a_process(case.name)
+    yield from rows_of_a_process(__file__, case.name)
 
 
 def warm_starts(gpu: str, scratch: Path) -> Iterator[Row]:
@@ -626,7 +612,7 @@ def run(args: argparse.Namespace) -> int:
             if case is not None:
                 rows = whole_runs(case, args.rounds, args.gpu, scratch)
             else:
-                rows = in_a_process(part) if part in SINGLE else warm_starts(args.gpu, scratch)
+                rows = rows_of_a_process(__file__, part) if part in SINGLE else warm_starts(args.gpu, scratch)
             for row in rows:
                 result.append(row)
                 print(said(row), flush=True)

@@ -20,10 +20,8 @@ instead of 5.18 for 14B 480P, of 0.84 instead of 0.91 for 1.3B. Exit code 1 when
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +34,7 @@ from typing import Any
 
 from attention_backends import CASES, Case, Row, profile, run_beside, said, sampled, steps_of, timed
 from nvml_watch import gpu_facts, gpu_of
-from provenance import ResultFile, circumstances, conclude
+from provenance import ResultFile, circumstances, conclude, rows_of_a_process, say_row
 
 __all__ = ["judge"]
 
@@ -248,19 +246,8 @@ def _in_8_bits(torch: Any, model: Any) -> None:
 SINGLE = {"products": products_here, "numerics": numerics_here}
 
 
-def in_a_process(part: str) -> Iterator[Row]:
-    """The rows that this script says in a fresh process."""
-    with subprocess.Popen([sys.executable, __file__, "--here", part], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ROW "):
-                yield json.loads(line[4:])
-    if process.returncode:
-        raise SystemExit(f"{part}: the process failed with exit code {process.returncode}")
-
-
 def here(part: str) -> int:
-    SINGLE[part](lambda row: print("ROW " + json.dumps(row), flush=True))
+    SINGLE[part](say_row)
     return 0
 
 
@@ -311,7 +298,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             case = next((case for case in CASES if case.name == part), None)
-            for row in in_a_process(part) if case is None else pairs(case, args, Path(folder)):
+            for row in rows_of_a_process(__file__, part) if case is None else pairs(case, args, Path(folder)):
                 result.append(row)
                 print(_shown(row), flush=True)
     return conclude(judge(result.rows))

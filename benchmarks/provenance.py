@@ -9,8 +9,9 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ __all__ = [
     "header",
     "prediction_of",
     "read_record",
+    "rows_of_a_process",
+    "say_row",
     "unused",
 ]
 
@@ -144,3 +147,18 @@ def conclude(summary: dict[str, Any]) -> int:
     for breach in summary["breaches"]:
         print(f"BROKEN {breach}")
     return 1 if summary["breaches"] else 0
+
+
+def rows_of_a_process(script: str, part: str) -> Iterator[dict[str, Any]]:
+    """What `script --here part` says in a fresh process, in lines of `ROW ` and JSON (`say_row`). SystemExit if it fails."""
+    with subprocess.Popen([sys.executable, script, "--here", part], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                yield json.loads(line[4:])
+    if process.returncode:
+        raise SystemExit(f"{part}: the process failed with exit code {process.returncode}")
+
+
+def say_row(row: Mapping[str, Any]) -> None:
+    print("ROW " + json.dumps(row), flush=True)

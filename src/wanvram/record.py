@@ -163,6 +163,13 @@ class RankRecord:
     failure: Failure | None = None
     communication_bytes: int | None = None
 
+    @classmethod
+    def of(
+        cls, ranks: tuple[int, ...], record: RunRecord, exchanged: tuple[int, float], communication: int | None
+    ) -> RankRecord:
+        """From the record of one of these. exchanged: bytes sent, and seconds stood still."""
+        return cls(ranks, record.device, record.stages, record.host, *exchanged, record.failure, communication)
+
     @property
     def name(self) -> str:
         """`0`, `1-3` or `1, 3`."""

@@ -13,7 +13,7 @@ from wanvram.cli.processes import for_all
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError
 from wanvram.machine.launched import Launched, launched
-from wanvram.planner.layouts import laid_out
+from wanvram.planner.sizes import sizes_at_once
 
 
 def config(task: str = "t2v-14B", device: str = "cuda", **strategy: Any) -> RunConfig:
@@ -48,15 +48,15 @@ def test_without_a_launcher_a_process_is_the_only_one_and_with_one_it_is_told_wh
 def test_guidance_is_shared_first_then_heads_that_divide_then_the_ring(
     task: str, gpus: int, found: tuple[int, int, int]
 ) -> None:
-    assert sizes(laid_out(config(task), gpus)) == found
+    assert sizes(sizes_at_once(config(task), gpus)) == found
 
 
 def test_sizes_that_are_given_are_kept_and_must_be_of_as_many_gpus() -> None:
     given = config(ulysses_size=4)
-    assert laid_out(given, 4) == given
+    assert sizes_at_once(given, 4) == given
     with pytest.raises(InputError, match="ulysses_size 4 share the work of 4 GPUs, and 8 were asked for"):
-        laid_out(given, 8)
-    assert sizes(laid_out(config(cfg="joint"), 2)) == (1, 1, 2)
+        sizes_at_once(given, 8)
+    assert sizes(sizes_at_once(config(cfg="joint"), 2)) == (1, 1, 2)
 
 
 def test_a_launcher_or_a_number_gives_sizes_unless_a_plan_will(monkeypatch: pytest.MonkeyPatch) -> None:

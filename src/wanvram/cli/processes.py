@@ -12,7 +12,7 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.knobs import PARALLEL_DEGREE, gpus
 from wanvram.machine.launched import launched
-from wanvram.planner.layouts import laid_out
+from wanvram.planner.sizes import sizes_at_once
 from wanvram.record import Predicted
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def for_all(config: RunConfig, *, to_be_planned: bool = False) -> RunConfig:
         return config
     if to_be_planned and config.gpus == 1:
         return replace(config, strategy=PARALLEL_DEGREE.set(config.strategy, count))
-    return laid_out(config, count)
+    return sizes_at_once(config, count)
 
 
 def must_start(config: RunConfig) -> bool:

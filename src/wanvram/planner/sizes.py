@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from wanvram import knobs
-from wanvram.config import Request, Strategy
+from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import InputError, require
 from wanvram.knobs import Change
 from wanvram.planner.budget import Budget
@@ -13,11 +14,10 @@ from wanvram.planner.forecasts import situation
 from wanvram.simulate.links import Link, exchanged, link_of
 from wanvram.specs import DIT
 
-__all__ = ["SAME", "Sizes", "leanest_sizes", "sizes_for", "sizes_of"]
+__all__ = ["SAME", "Sizes", "leanest_sizes", "sizes_at_once", "sizes_for", "sizes_of"]
 
-MERGED_BYTES = (
-    12  # a number of a ring's result is read and written in float32 beside what comes, for each further station
-)
+# A number of a ring's result is read and written in float32 beside what comes, for each further station.
+MERGED_BYTES = 12
 SAME = 0.03  # expected times that differ by less say nothing
 REACHED = 0.65  # of a card's rate, by products and attention together (EFFICIENCY has both)
 
@@ -44,18 +44,41 @@ def sizes_of(strategy: Strategy) -> Sizes:
     return Sizes(knobs.CFG_SIZE.of(strategy), knobs.RING_SIZE.of(strategy), knobs.ULYSSES_SIZE.of(strategy))
 
 
+def _given(strategy: Strategy, gpus: int) -> Sizes:
+    """What the user said, 1 of each where nothing. Raises InputError where it is for another number of GPUs."""
+    given = sizes_of(strategy)
+    said = " x ".join(f"{knob.name} {value}" for knob, value in given.change.values.items())
+    require(
+        given.count in (1, gpus),
+        f"{said} share the work of {given.count} GPUs, and {gpus} were asked for; give the same number, or leave the sizes out",
+    )
+    return given
+
+
+def sizes_at_once(config: RunConfig, gpus: int) -> RunConfig:
+    """The configuration with sizes for so many GPUs where there is no budget to plan for; those that are given are kept.
+
+    Guidance first, on two GPUs it exchanges 19 MiB a step; then as many heads as divide, which exchange gigabytes; the ring for
+    the rest, which takes more memory (docs/several-gpus.md). Raises InputError where they cannot share the work.
+    """
+    if _given(config.strategy, gpus).count == gpus:
+        return config
+    guided = config.request.guided and not knobs.CFG.differs(config.strategy)
+    cfg = 2 if guided and gpus % 2 == 0 else 1
+    ulysses = math.gcd(gpus // cfg, DIT[config.request.facts.dit].num_heads)
+    try:
+        return replace(config, strategy=Sizes(cfg, gpus // cfg // ulysses, ulysses).change.on(config.strategy))
+    except InputError as error:
+        raise InputError(f"{gpus} GPUs cannot share the work: {error}") from error
+
+
 def sizes_for(request: Request, budget: Budget, base: Strategy) -> list[Sizes]:
     """Of the budget's GPUs, those that `base` allows; what the user said is the only one. Raises InputError where there is none.
 
     Of those expected to be equally fast guidance comes first, which exchanges least, then Ulysses, which needs the least memory.
     """
-    given = sizes_of(base)
+    given = _given(base, budget.gpus)
     link = exchanged(link_of(budget.card, budget.link, budget.gpus), budget.card, knobs.EXCHANGE.of(base))
-    said = " x ".join(f"{knob.name} {value}" for knob, value in given.change.values.items())
-    require(
-        given.count in (1, budget.gpus),
-        f"{said} share the work of {given.count} GPUs, and {budget.gpus} were asked for; give the same number, or leave the sizes out",
-    )
     if given.count > 1 or budget.gpus == 1:
         return [given]
     found, refused = [], ""

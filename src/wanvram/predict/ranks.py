@@ -83,16 +83,7 @@ def rank_record(ranks: tuple[int, ...], record: RunRecord, config: RunConfig, de
     """What each of these took, of which the first was simulated."""
     exchanged, link = device.exchanged(), device.clock.link
     assert link is not None
-    return RankRecord(
-        ranks,
-        record.device,
-        record.stages,
-        record.host,
-        exchanged.nbytes,
-        exchanged.seconds,
-        record.failure,
-        communication_of(config, link),
-    )
+    return RankRecord.of(ranks, record, (exchanged.nbytes, exchanged.seconds), communication_of(config, link))
 
 
 def as_one_run(record: RunRecord, ranks: Ordered[RankRecord]) -> None:

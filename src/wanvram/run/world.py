@@ -209,16 +209,8 @@ def joined(me: Launched, join_seconds: float = JOIN_SECONDS) -> Iterator[World]:
 
 def together(record: RunRecord, world: World, exchanged: Exchanged) -> None:
     """Gives the first rank's record everybody's figures. Of a run that has failed nobody waits for another's longer than for its own."""
-    mine = RankRecord(
-        (world.me.rank,),
-        record.device,
-        record.stages,
-        record.host,
-        exchanged.nbytes,
-        exchanged.seconds,
-        record.failure,
-        world.communication_bytes,
-    )
+    sent = exchanged.nbytes, exchanged.seconds
+    mine = RankRecord.of((world.me.rank,), record, sent, world.communication_bytes)
     if record.failure is not None:
         world.watchdog.stop()
     record.ranks = world.gathered(mine)
