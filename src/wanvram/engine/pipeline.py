@@ -442,9 +442,9 @@ class Pipeline:
                     self.device.repeated(skipped, before)
                 if self.tell:
                     self.tell(Done(stage, number + 1, total, "steps", turn.stop - 1 - index))
-                if self.trace_step:
-                    self.trace_step()
                 self.keeper.after_step(index + 1, self.device)
+                if self.trace_step:  # where several processes stop together: after what was made is kept
+                    self.trace_step()
         component.observe(None)
 
     def _block_span(self, component: str, group: str) -> AbstractContextManager[object]:
