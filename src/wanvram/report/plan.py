@@ -14,7 +14,7 @@ from wanvram.record import AttentionChoice
 from wanvram.report.terminal import attention_line, table
 from wanvram.report.translations import Texts
 from wanvram.simulate.links import link_of
-from wanvram.units import human, mib_cell, seconds
+from wanvram.units import human, mib_cell, seconds, seconds_cell
 
 __all__ = ["longest_table", "summarize_plan"]
 
@@ -48,9 +48,7 @@ def _headline(plan: Plan) -> str:
     count = len(r.videos(together))
     made = f", {count} videos, {together} together" if count > 1 else ""
     each = f", {seconds(plan.seconds / count)} a video" if count > 1 and plan.seconds is not None else ""
-    ram = (
-        "" if budget.ram_bytes is None else f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system"
-    )
+    ram = f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system" if budget.ram_bytes else ""
     each_card = " of each" if budget.gpus > 1 else ""
     return "\n".join(
         [
@@ -77,14 +75,8 @@ def _layouts(plan: Plan) -> str:
 
 
 def _layout(layout: GpuLayout) -> list[str]:
-    sizes = [str(value) for value in layout.sizes.values()]
-    figures = ["-" if f is None else mib_cell(f) for f in (layout.peak_device_bytes, layout.host_bytes)]
-    return [
-        *sizes,
-        "-" if layout.seconds_per_step is None else seconds(layout.seconds_per_step),
-        *figures,
-        layout.verdict,
-    ]
+    figures = [seconds_cell(layout.seconds_per_step), mib_cell(layout.peak_device_bytes), mib_cell(layout.host_bytes)]
+    return [*map(str, layout.sizes.values()), *figures, layout.verdict]
 
 
 def _attention(attention: AttentionChoice | None) -> list[str]:
@@ -100,23 +92,19 @@ def _outside_stages(plan: Plan) -> str:
     if plan.seconds is None or None in known:
         return ""
     rest = plan.seconds - sum(time for time in known if time is not None)
-    return (
-        f", {seconds(rest)} of it the program's start, its end and what lies between the stages"
-        if rest >= LEAST_SECONDS
-        else ""
-    )
+    if rest < LEAST_SECONDS:
+        return ""
+    return f", {seconds(rest)} of it the program's start, its end and what lies between the stages"
 
 
 def _stages(plan: Plan) -> str:
-    rows = [["component", "weights MiB", "device MiB", "host weights MiB", "time"]]
-    rows += [_row(plan, stage) for stage in plan.stages]
-    return table(rows)
+    heads = ["component", "weights MiB", "device MiB", "host weights MiB", "time"]
+    return table([heads, *(_stage(plan, stage) for stage in plan.stages)])
 
 
-def _row(plan: Plan, stage: StageForecast) -> list[str]:
-    time = stage_seconds(plan.request, stage)
+def _stage(plan: Plan, stage: StageForecast) -> list[str]:
     sizes = (stage.base_bytes, stage.peak_device_bytes, stage.host_bytes)
-    return [stage.component, *(mib_cell(size) for size in sizes), "-" if time is None else seconds(time)]
+    return [stage.component, *map(mib_cell, sizes), seconds_cell(stage_seconds(plan.request, stage))]
 
 
 def _rejected(r: Rejected) -> str:
@@ -164,16 +152,9 @@ def longest_table(plans: Sequence[tuple[str, Plan | None]], most: int) -> str:
         if plan is None:
             rows.append([size, "none fits", *["-"] * 5])
             continue
-        times = [plan.seconds_per_step, plan.seconds]
         frames = plan.request.frame_num
-        rows.append(
-            [
-                size,
-                f"{frames}{' (the most there are)' if frames == most else ''}",
-                seconds(frames / FRAMES_PER_SECOND),
-                mib_cell(plan.peak_device_bytes),
-                mib_cell(plan.host_bytes),
-                *("-" if time is None else seconds(time) for time in times),
-            ]
-        )
+        said = f"{frames} (the most there are)" if frames == most else str(frames)
+        sizes = map(mib_cell, (plan.peak_device_bytes, plan.host_bytes))
+        times = map(seconds_cell, (plan.seconds_per_step, plan.seconds))
+        rows.append([size, said, seconds(frames / FRAMES_PER_SECOND), *sizes, *times])
     return table(rows)
