@@ -202,12 +202,12 @@ class RunRecord:
     device: str
     simulated: bool
     config: dict[str, Any]
-    fits: bool | None
-    budget_bytes: int | None
-    components: list[ComponentRecord]
-    stages: list[Span]
-    environment: dict[str, Any]
-    host: dict[str, int]
+    fits: bool | None = None
+    budget_bytes: int | None = None
+    components: list[ComponentRecord] = field(default_factory=list)
+    stages: list[Span] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     failure: Failure | None = None
     notes: list[str] = field(default_factory=list)
     times: Times = field(default_factory=Times)

@@ -106,7 +106,9 @@ class _Collector(Kept):
             kind = self._kind(event, category, phase)
         if phase == "X" or (phase is None and kind != _OTHER):
             if kind != _OTHER:
-                self._complete(kind, event, *self._times(event))
+                times = self._times(event)
+                if not self._keep_aside(kind, *times):
+                    self._operator(self._thread(event), *times)
         elif phase == "B" or phase == "E":
             self._half(event, phase == "B", kind)
         elif event.get("name") == "[memory]":
@@ -126,7 +128,8 @@ class _Collector(Kept):
         self.legacy = self.legacy or process == "CPU functions" or process == "CUDA functions"
         return _ON_DEVICE if process == "CUDA functions" else _OPERATOR
 
-    def _complete(self, kind: int, event: dict[str, Any], start: float, end: float, name: str) -> None:
+    def _keep_aside(self, kind: int, start: float, end: float, name: str) -> bool:
+        """Keeps a kernel or a span; False for an operator, which goes to its thread."""
         if kind == _ON_DEVICE:
             if len(self.kernels) < MAX_NAMES or name in self.kernels:
                 total = self.kernels.setdefault(name, [0, 0.0])
@@ -137,7 +140,8 @@ class _Collector(Kept):
                 self.spans.append((name, start, end))
             self.spans_full = len(self.spans) >= MAX_SPANS
         else:
-            self._operator(self._thread(event), start, end, name)
+            return False
+        return True
 
     def _operator(self, index: int, start: float, end: float, name: str) -> None:
         thread = self.threads[index]
@@ -169,15 +173,10 @@ class _Collector(Kept):
                 del opened[place:]
                 if kind != _OTHER:
                     self._seen(start, half[0], number)
-                    self._joined(kind, thread, start, half[0], name)
+                    if not self._keep_aside(kind, start, half[0], name):
+                        self._operator(thread, start, half[0], name)
             self._unfinished(opened)
         self._halves.clear()
-
-    def _joined(self, kind: int, thread: int, start: float, end: float, name: str) -> None:
-        if kind == _OPERATOR and not name.startswith(STEP):
-            self._operator(thread, start, end, name)
-        else:
-            self._complete(kind, {}, start, end, name)
 
     def _unfinished(self, begun: list[tuple[float, int, bool, str, int]]) -> None:
         for _, number, _, name, _ in begun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 
 from wanvram.advice import Advice
 from wanvram.analysis.events import EventGroup, EventSummary
@@ -16,7 +17,6 @@ from wanvram.record import RunRecord
 from wanvram.report.findings import advice_first, unlimited_base
 from wanvram.report.terminal import listed, table
 from wanvram.report.translations import Texts
-from wanvram.spans import Memory
 from wanvram.units import human, mib, mib_cell, seconds, seconds_cell
 
 __all__ = ["events_text", "run_text", "snapshot_text", "trace_text"]
@@ -111,12 +111,8 @@ def _moments(moments: SpecMoments) -> str:
         (inside, moments.inside_blocks),
         ("after vae.decode", moments.after_decode),
     )
-    rows = ([name, *_memory(memory)] for name, memory in places if memory is not None)
+    rows = ([name, *map(mib_cell, astuple(memory))] for name, memory in places if memory is not None)
     return listed(["moment", "allocated MiB", "reserved MiB", "device MiB"], rows)
-
-
-def _memory(memory: Memory) -> list[str]:
-    return [mib_cell(memory.allocated_bytes), mib_cell(memory.reserved_bytes), mib_cell(memory.device_bytes)]
 
 
 def _loading(analysis: Analysis) -> str:

@@ -83,12 +83,7 @@ def _read_snapshot(path: Path) -> Run:
         device=f"cuda:{main.device}",
         simulated=False,
         config={"name": path.name, "description": f"snapshot {path.name}", "foreign": True},
-        fits=None,
-        budget_bytes=None,
-        components=[],
         stages=[Span(WHOLE_RUN, "stage", None, Memory(0, 0, None), peak.highest(end), end)],
-        environment={},
-        host={},
         notes=[*snapshot.notes, *unrecorded],
     )
     return Run(path.name, record, snapshot_timeline(snapshot), True)

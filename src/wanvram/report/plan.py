@@ -8,9 +8,8 @@ from typing import Any
 from wanvram import knobs
 from wanvram.command_line import flag_of
 from wanvram.planner.budget import Budget
-from wanvram.planner.forecasts import StageForecast, stage_seconds
-from wanvram.planner.result import GpuLayout, Offer, Plan, Rejected, Trade
-from wanvram.record import AttentionChoice
+from wanvram.planner.forecasts import stage_seconds
+from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.report.terminal import attention_line, table
 from wanvram.report.translations import Texts
 from wanvram.simulate.links import link_of
@@ -50,16 +49,16 @@ def _headline(plan: Plan) -> str:
     each = f", {seconds(plan.seconds / count)} a video" if count > 1 and plan.seconds is not None else ""
     ram = f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system" if budget.ram_bytes else ""
     each_card = " of each" if budget.gpus > 1 else ""
-    return "\n".join(
-        [
-            f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps{made}, predicted for {_cards(budget)}",
-            f"Fits in {human(budget.usable_bytes)}{each_card}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
-            f"(margin kept: {human(budget.margin)})",
-            f"Time: {step} per step, {whole} in all{each}{_outside_stages(plan)}",
-            f"Host RAM: {human(plan.host_bytes)}{ram}",
-            *_attention(plan.attention),
-        ]
-    )
+    lines = [
+        f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps{made}, predicted for {_cards(budget)}",
+        f"Fits in {human(budget.usable_bytes)}{each_card}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
+        f"(margin kept: {human(budget.margin)})",
+        f"Time: {step} per step, {whole} in all{each}{_outside_stages(plan)}",
+        f"Host RAM: {human(plan.host_bytes)}{ram}",
+    ]
+    if plan.attention is not None:
+        lines += [attention_line(plan.attention, Texts()), f"  its time: {plan.attention.self_attention.rate_source}"]
+    return "\n".join(lines)
 
 
 def _cards(budget: Budget) -> str:
@@ -70,20 +69,11 @@ def _cards(budget: Budget) -> str:
 
 def _layouts(plan: Plan) -> str:
     """One line for each, the most promising first."""
-    heads = [*plan.layouts[0].sizes, "step", "device MiB", "host weights MiB", ""]
-    return table([heads, *(_layout(layout) for layout in plan.layouts)])
-
-
-def _layout(layout: GpuLayout) -> list[str]:
-    figures = [seconds_cell(layout.seconds_per_step), mib_cell(layout.peak_device_bytes), mib_cell(layout.host_bytes)]
-    return [*map(str, layout.sizes.values()), *figures, layout.verdict]
-
-
-def _attention(attention: AttentionChoice | None) -> list[str]:
-    """What was assumed, and what its time rests on."""
-    if attention is None:
-        return []
-    return [attention_line(attention, Texts()), f"  its time: {attention.self_attention.rate_source}"]
+    rows = [[*plan.layouts[0].sizes, "step", "device MiB", "host weights MiB", ""]]
+    for layout in plan.layouts:
+        sizes = map(mib_cell, (layout.peak_device_bytes, layout.host_bytes))
+        rows.append([*map(str, layout.sizes.values()), seconds_cell(layout.seconds_per_step), *sizes, layout.verdict])
+    return table(rows)
 
 
 def _outside_stages(plan: Plan) -> str:
@@ -98,13 +88,11 @@ def _outside_stages(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    heads = ["component", "weights MiB", "device MiB", "host weights MiB", "time"]
-    return table([heads, *(_stage(plan, stage) for stage in plan.stages)])
-
-
-def _stage(plan: Plan, stage: StageForecast) -> list[str]:
-    sizes = (stage.base_bytes, stage.peak_device_bytes, stage.host_bytes)
-    return [stage.component, *map(mib_cell, sizes), seconds_cell(stage_seconds(plan.request, stage))]
+    rows = [["component", "weights MiB", "device MiB", "host weights MiB", "time"]]
+    for stage in plan.stages:
+        sizes = (stage.base_bytes, stage.peak_device_bytes, stage.host_bytes)
+        rows.append([stage.component, *map(mib_cell, sizes), seconds_cell(stage_seconds(plan.request, stage))])
+    return table(rows)
 
 
 def _rejected(r: Rejected) -> str:
