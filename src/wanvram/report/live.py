@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,19 +21,33 @@ from rich.text import Text
 from wanvram.progress_stream import ProgressStream
 from wanvram.report.event_text import event_text
 from wanvram.run_events import RunEvent, StageAdvanced, StageEnded
-from wanvram.spans import Span
+from wanvram.spans import Memory, Span
 from wanvram.units import human, mib_cell, seconds
 
-if TYPE_CHECKING:
-    from wanvram.recorder.meters import Meter
-    from wanvram.recorder.recorder import Recorder
-
-__all__ = ["LiveView"]
+__all__ = ["LiveView", "Watched"]
 
 FRAMES_PER_SECOND = 4  # the driver is asked that often; each time takes about 1 ms
 BAR_WIDTH = 20  # with the longest figures beside it a line has 80 columns
 _HEAD = ("stage", "peak MiB", "reserved MiB", "device MiB", "time")
 MAX_FINISHED = 12  # lines of finished stages; several prompts have many
+
+
+class _Meter(Protocol):
+    def read(self) -> Memory: ...
+
+    def device_memory(self) -> int | None: ...
+
+
+class Watched(Protocol):
+    """The part of a Recorder that is looked at."""
+
+    spans: list[Span]
+
+    @property
+    def meter(self) -> _Meter: ...
+
+    @property
+    def open_spans(self) -> tuple[Span, ...]: ...
 
 
 class LiveView:
@@ -44,7 +58,7 @@ class LiveView:
         self._budget = budget_bytes
         self._stream = ProgressStream(sys.stderr if stream is None else stream)
         self._start = time.monotonic()
-        self._recorder: Recorder | None = None
+        self._recorder: Watched | None = None
         self._drawn = self._stream.isatty()
         self._lines = 0  # of finished spans
         self._last: RunEvent | None = None
@@ -57,7 +71,7 @@ class LiveView:
                 self._stream.line(event_text(event))
 
     @contextmanager
-    def watch(self, recorder: Recorder) -> Iterator[None]:
+    def watch(self, recorder: Watched) -> Iterator[None]:
         self._recorder = recorder
         if not self._drawn:
             yield
@@ -113,7 +127,7 @@ class LiveView:
             rows.add_row(*_row("now", span, depth))
         return rows
 
-    def _bars(self, meter: Meter, spans: Sequence[Span]) -> Table:
+    def _bars(self, meter: _Meter, spans: Sequence[Span]) -> Table:
         """Now, against the budget; without one against the highest peak so far."""
         memory, device = meter.read(), meter.device_memory()
         peaks = [span.peak for span in spans]

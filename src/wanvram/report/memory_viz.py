@@ -8,15 +8,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from wanvram.analysis.replay import ACTIVE, INACTIVE, Frame, Segment, SnapshotBlock, TraceEntry
 from wanvram.output_files import whole_file, writing
-from wanvram.simulate.allocator import SegmentView
+from wanvram.simulate.allocator import CachingAllocator, SegmentView
 from wanvram.timeline_record import MemoryOwner
-
-if TYPE_CHECKING:
-    from wanvram.simulate.timeline import Timeline
 
 __all__ = ["allocator_segments", "export_timeline", "write_memory_viz"]
 
@@ -45,7 +42,16 @@ def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterabl
         pickle.dump(content, file, protocol=4)
 
 
-def export_timeline(path: Path, timeline: Timeline) -> None:
+class History(Protocol):
+    """What a simulated run's Timeline tells: its allocator, and (action, address, bytes, owner) in order."""
+
+    @property
+    def allocator(self) -> CachingAllocator: ...
+
+    def history(self) -> Iterable[tuple[str, int, int, MemoryOwner | None]]: ...
+
+
+def export_timeline(path: Path, timeline: History) -> None:
     """A predicted run. Its time axis counts events; the stack of an allocation is operation, module and stage."""
     traces = [
         TraceEntry(action, address, nbytes, 0, time, _frames(owner))
