@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -202,12 +202,12 @@ class RunRecord:
     device: str
     simulated: bool
     config: dict[str, Any]
-    fits: bool | None
-    budget_bytes: int | None
-    components: list[ComponentRecord]
-    stages: list[Span]
-    environment: dict[str, Any]
-    host: dict[str, int]
+    fits: bool | None = None
+    budget_bytes: int | None = None
+    components: list[ComponentRecord] = field(default_factory=list)
+    stages: list[Span] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     failure: Failure | None = None
     notes: list[str] = field(default_factory=list)
     times: Times = field(default_factory=Times)
@@ -240,8 +240,7 @@ class RunRecord:
         return _peak(self.all_stages())
 
     def all_stages(self) -> list[Span]:
-        """Of every rank; those of the first may come twice."""
-        """Of this process and, of a run on several GPUs, of every one."""
+        """Of this process and, of a run on several GPUs, of every one; those of the first may come twice."""
         return [*self.stages, *(span for rank in self.ranks for span in rank.stages)]
 
     def step_seconds(self) -> float | None:
@@ -308,7 +307,10 @@ class RunRecord:
             },
             "components": [asdict(c) for c in self.components],
             "stages": [s.to_json() for s in self.stages],
-            "fragmentation": _fragmentation(self.stages, where),
+            "fragmentation": {
+                "at_peak": where.peak.fragmentation if where else 0.0,
+                "stages": _highest((s.name, s.peak.fragmentation) for s in self.stages),
+            },
             "fluctuation": _highest((s.name, s.fluctuation_bytes) for s in self.stages),
             "host": self.host,
             "times": asdict(self.times),
@@ -395,14 +397,6 @@ def _peak(stages: Iterable[Span]) -> Memory | None:
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
-
-
-def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:
-    """(reserved - allocated) / reserved at the peak and per stage, from the peaks of both."""
-    return {
-        "at_peak": where.peak.fragmentation if where else 0.0,
-        "stages": _highest((s.name, s.peak.fragmentation) for s in stages),
-    }
 
 
 _Number = TypeVar("_Number", int, float)

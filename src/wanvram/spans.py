@@ -50,11 +50,7 @@ class Copies:
 
     def __sub__(self, earlier: Copies) -> Copies:
         """What was copied since."""
-        return Copies(
-            self.nbytes - earlier.nbytes,
-            self.seconds - earlier.seconds,
-            self.stalled_seconds - earlier.stalled_seconds,
-        )
+        return self + Copies(-earlier.nbytes, -earlier.seconds, -earlier.stalled_seconds)
 
     @property
     def hidden_share(self) -> float | None:
