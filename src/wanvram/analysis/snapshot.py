@@ -145,9 +145,6 @@ class Snapshot:
         return max(self.devices, key=lambda d: d.peak_allocated_bytes)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------
-
-
 def read_snapshot(path: Path) -> Snapshot:
     """The snapshot at `path`, replayed. A pickle (gzipped or not) is interpreted, never executed; memory stays bounded.
 
@@ -238,9 +235,6 @@ def _rules(root: Any) -> Rules:
     divisions = tuple(parts.values()) if isinstance(parts, dict) else ()
     usable = all(isinstance(n, int) and 0 <= n < 1 << 32 for n in divisions) and any(divisions)
     return Rules(split if isinstance(split, int) and 0 < split < 1 << 62 else None, divisions if usable else ())
-
-
-# --- what a replay says ----------------------------------------------------------------------------------------------------
 
 
 def _history(

@@ -35,9 +35,6 @@ FAR = 24  # hours without any event, beyond which a time is not of this recordin
 _DEVICES = {-1: "a device of unknown kind", 0: "cpu", 1: "cuda", 12: "xpu", 13: "mps"}
 
 
-# --- results ---------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MemoryCurve:
     """One device over time. Fragmentation is (reserved - allocated) / reserved; the mean is weighted by time. Both, and what
@@ -120,9 +117,6 @@ class TraceSummary:
         return self.memory[0] if self.memory else None
 
 
-# --- what is kept --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Thread:
     """The operators of one thread; times in microseconds."""
@@ -159,9 +153,6 @@ class Kept:
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     spans_full: bool = False
     hours: dict[int, list[float]] = field(default_factory=dict)
-
-
-# --- summing up ------------------------------------------------------------------------------------------------------------
 
 
 def summarize(path: Path, kept: Kept, distributed: dict[str, Any], notes: list[str]) -> TraceSummary:

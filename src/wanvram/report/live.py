@@ -82,8 +82,6 @@ class LiveView:
             yield
             self._last = None
 
-    # --- lines -----------------------------------------------------------------------------------------------------------
-
     def _tell_finished(self) -> None:
         spans = self._recorder.spans if self._recorder is not None else []
         for span in spans[self._lines :]:
@@ -98,8 +96,6 @@ class LiveView:
             if self._budget is not None:
                 text += f" ({100 * peak.device_bytes / self._budget:.0f} % of {human(self._budget)})"
         return text + (f", {seconds(span.seconds)}" if span.seconds is not None else "")
-
-    # --- picture ---------------------------------------------------------------------------------------------------------
 
     def picture(self) -> RenderableType:
         """What is on the screen now."""
