@@ -259,7 +259,7 @@ def _curve(device: tuple[int, int], first: float, memory: dict[str, Any]) -> Mem
     at, allocated, reserved = (memory["at"] - first) / 1e6, memory["allocated"], memory["reserved"].clip(0)
     points = Points()
     for x, a, r in zip(at, allocated, reserved, strict=True):
-        points.add(float(x), int(a), int(r))
+        points.add((float(x), int(a), int(r)))
     peak, held = int(allocated.argmax()), int(reserved.argmax())
     free = np.where(reserved > 0, 1.0 - allocated / np.maximum(reserved, 1), 0.0).clip(0.0)
     spent = np.diff(at, append=at[-1])
