@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,21 +61,13 @@ class Display(Protocol):
     def finished(self, number: int, count: int, outcome: Outcome) -> None: ...
 
 
-def run_all(
-    jobs: Sequence[Job],
-    display: Display,
-    *,
-    timeout: float | None = None,
-    force: bool = False,
-    force_changed: bool = False,
-    retry: bool = False,
-) -> list[Outcome]:
-    """One outcome per job, in order; see `finished` for what is not run again. timeout: seconds per run.
+def run_all(jobs: Sequence[Job], display: Display, *, timeout: float | None = None, **again: bool) -> list[Outcome]:
+    """One outcome per job, in order. timeout: seconds per run. again: what `finished` takes, which says what is not run again.
 
     Raises InputError, before anything runs, for a directory that holds something else; OutputError; KeyboardInterrupt
     after the running process has recorded what it had.
     """
-    known = _known(jobs, force=force, force_changed=force_changed, retry=retry)
+    known = _known(jobs, again)
     outcomes = []
     with _only_one_in({job.directory.parent for job in jobs}):
         for number, (job, record) in enumerate(zip(jobs, known, strict=True), 1):
@@ -89,12 +81,12 @@ def run_all(
     return outcomes
 
 
-def _known(jobs: Sequence[Job], **how: bool) -> list[RunRecord | None]:
+def _known(jobs: Sequence[Job], again: Mapping[str, bool]) -> list[RunRecord | None]:
     """What `finished` says of each. All directories in the way are counted, not only the first."""
     known, errors = [], []
     for job in jobs:
         try:
-            known.append(finished(job, **how))
+            known.append(finished(job, **again))
         except InputError as error:
             errors.append(str(error))
     if errors:
