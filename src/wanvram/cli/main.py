@@ -184,7 +184,3 @@ def _printed() -> bool:
     if lost:
         streams.say(lost)
     return False
-
-
-if __name__ == "__main__":
-    sys.exit(main())
