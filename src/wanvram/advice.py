@@ -66,6 +66,6 @@ def read_advice(data: Any) -> tuple[Advice, ...]:
         for item in data["advice"]:
             if item["change"].endswith(_OLD_MARK):
                 item |= {"change": item["change"].removesuffix(_OLD_MARK), "lossless": False}
-        return tuple(built(_Document, data, "").advice)
+        return tuple(built(_Document, data).advice)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{FILE_NAME} is damaged: {why(error)}") from error

@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[tuple[Measured, ...], str]:
     try:
         if not path.exists():
             return (), ""
-        kept = built(_Kept, strict_json(read_text(path, MAX_BYTES)), "")
+        kept = built(_Kept, strict_json(read_text(path, MAX_BYTES)))
         _check(kept)
     except (InputError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         return (
