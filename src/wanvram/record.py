@@ -35,6 +35,7 @@ __all__ = [
     "Times",
     "dotted",
     "write_atomically",
+    "write_json",
 ]
 
 SCHEMA = 1
@@ -345,7 +346,7 @@ class RunRecord:
                 raise DamagedError(f"videos of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
 
     def write(self, path: Path) -> None:
-        write_atomically(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
+        write_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
@@ -398,6 +399,11 @@ def _flattened(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield from _flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def write_json(path: Path, value: object) -> None:
+    """For people, too. Raises OutputError naming the path."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
