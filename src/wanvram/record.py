@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -192,12 +192,12 @@ class RunRecord:
     device: str
     simulated: bool
     config: dict[str, Any]
-    fits: bool | None
-    budget_bytes: int | None
-    components: list[ComponentRecord]
-    stages: list[Span]
-    environment: dict[str, Any]
-    host: dict[str, int]
+    fits: bool | None = None
+    budget_bytes: int | None = None
+    components: list[ComponentRecord] = field(default_factory=list)
+    stages: list[Span] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     failure: Failure | None = None
     notes: list[str] = field(default_factory=list)
     times: Times = field(default_factory=Times)
@@ -297,7 +297,10 @@ class RunRecord:
             },
             "components": [asdict(c) for c in self.components],
             "stages": [s.to_json() for s in self.stages],
-            "fragmentation": _fragmentation(self.stages, where),
+            "fragmentation": {
+                "at_peak": where.peak.fragmentation if where else 0.0,
+                "stages": _highest((s.name, s.peak.fragmentation) for s in self.stages),
+            },
             "fluctuation": _highest((s.name, s.fluctuation_bytes) for s in self.stages),
             "host": self.host,
             "times": asdict(self.times),
@@ -367,14 +370,6 @@ def _peak(stages: Iterable[Span]) -> Memory | None:
 
 def _with_moments(section: dict[str, Any]) -> dict[str, Any]:
     return section | {"stages": with_moments(section["stages"])}
-
-
-def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:
-    """(reserved - allocated) / reserved at the peak and per stage, from the peaks of both."""
-    return {
-        "at_peak": where.peak.fragmentation if where else 0.0,
-        "stages": _highest((s.name, s.peak.fragmentation) for s in stages),
-    }
 
 
 _Number = TypeVar("_Number", int, float)

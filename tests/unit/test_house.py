@@ -24,7 +24,7 @@ BUDGETS = {
     "cli": 2480,
     "engine": 3810,
     "foreign": 3580,
-    "kernels": 1560,
+    "kernels": 1430,
     "machine": 1150,
     "matrix": 675,
     "media": 625,
@@ -36,7 +36,7 @@ BUDGETS = {
     "report": 2960,
     "run": 2140,
     "sampling": 255,
-    "simulate": 3150,
+    "simulate": 3070,
     "weights": 2295,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page

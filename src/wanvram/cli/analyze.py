@@ -29,7 +29,8 @@ from wanvram.advice import write_advice
 from wanvram.analysis.events import read_events
 from wanvram.analysis.snapshot import read_snapshot, snapshot_timeline
 from wanvram.analysis.stages import analyze_run
-from wanvram.analysis.trace import TraceSummary, read_trace
+from wanvram.analysis.trace import read_trace
+from wanvram.analysis.trace_summary import TraceSummary
 from wanvram.cli.common import progress_printer
 from wanvram.config import RunConfig
 from wanvram.errors import InputError

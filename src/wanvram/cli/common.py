@@ -62,9 +62,7 @@ def add_output_flags(parser: argparse.ArgumentParser, default: str) -> None:
 
 def memory_limit(args: argparse.Namespace) -> int | None:
     """Bytes of --vram, None when it is absent. Raises InputError that names the flag."""
-    if args.vram is None:
-        return None
-    return stated("vram", args.vram)
+    return None if args.vram is None else stated("vram", args.vram)
 
 
 def stated(flag: str, text: str) -> int:

@@ -108,13 +108,15 @@ def config_from_flags(
     key."""
     request, strategy = _given_request(args), of_gpus(_given(args, [knob.name for knob in knobs.TABLE]))
     others = {"weights": weights, "gpu": gpu, "memory_limit_bytes": memory_limit_bytes, "link": vars(args).get("link")}
+    others = {key: value for key, value in others.items() if value is not None}
     data: dict[str, Any]
     if args.config is None and base is None:
         data = {
             "name": "flags",
             "description": "from command line flags",
-            "request": REQUEST_DEFAULTS | request | {k: v for k, v in others.items() if v is not None},
-        } | _sections(_strategy_defaults(device) | _as_launched(strategy), device or "auto")
+            "request": REQUEST_DEFAULTS | request | others,
+        }
+        data |= _sections(_strategy_defaults(device) | _as_launched(strategy), device or "auto")
         config = _from_dict(data)
         r = config.request
         return dataclasses.replace(config, name=f"{r.task}-{r.size.replace('*', 'x')}-{r.frame_num}")
@@ -127,23 +129,22 @@ def config_from_flags(
         data[section].update(values)
     if "prompts" in request or "prompt" in request:  # either replaces both of the file
         data["request"].update(prompt="", prompts=[])
-    data["request"].update(request | {k: v for k, v in others.items() if v is not None})
+    data["request"].update(request | others)
     return _from_dict(data)
 
 
 def of_gpus(given: dict[str, Any]) -> dict[str, Any]:
     """A number of GPUs forgets the file's sizes, and a size its number: what the flags say is meant."""
-    sizes = {knob.name: knob.default for knob in (knobs.CFG_SIZE, knobs.RING_SIZE, knobs.ULYSSES_SIZE)}
+    sizes = {knob.name: knob.default for knob in knobs.SIZES}
     number = {knobs.PARALLEL_DEGREE.name: knobs.PARALLEL_DEGREE.default}
     return (sizes if number.keys() & given.keys() else number if sizes.keys() & given.keys() else {}) | given
 
 
 def _as_launched(given: dict[str, Any]) -> dict[str, Any]:
     """torchrun has said how many GPUs there are where no flag does, as to the official script with --dit_fsdp alone."""
-    count, number = launched().size, knobs.PARALLEL_DEGREE.name
-    sizes = (knobs.CFG_SIZE, knobs.RING_SIZE, knobs.ULYSSES_SIZE, knobs.PARALLEL_DEGREE)
-    said = count == 1 or any(given.get(knob.name, 1) != 1 for knob in sizes)
-    return given if said else given | {number: count}
+    count, number = launched().size, knobs.PARALLEL_DEGREE
+    said = count == 1 or any(given.get(knob.name, 1) != 1 for knob in (*knobs.SIZES, number))
+    return given if said else given | {number.name: count}
 
 
 def _strategy_defaults(device: str | None) -> dict[str, Any]:

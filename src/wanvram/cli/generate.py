@@ -28,14 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanvram.cli.budget import add_budget_flags, planned
-from wanvram.cli.common import (
-    add_device_flags,
-    add_output_flags,
-    finish,
-    memory_limit,
-    run_printer,
-    settle_allocator,
-)
+from wanvram.cli.common import add_device_flags, add_output_flags, finish, memory_limit, run_printer, settle_allocator
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.cli.processes import Decision, decided, for_all, must_start, processes
 from wanvram.config import RunConfig
@@ -148,12 +141,8 @@ def _decide(config: RunConfig, args: argparse.Namespace, resumption: Resumption 
         predicted = replace(predicted, seconds=None)  # of the whole run
     from wanvram.run.directory import unused_directory
 
-    directory = args.resume or args.output
-    return (
-        config,
-        predicted,
-        directory or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}"),
-    )
+    usual = Path("videos") / f"{config.name}-seed{config.request.base_seed}"
+    return config, predicted, args.resume or args.output or unused_directory(usual)
 
 
 def _config(args: argparse.Namespace, resumption: Resumption | None) -> RunConfig:
@@ -172,19 +161,16 @@ def _config(args: argparse.Namespace, resumption: Resumption | None) -> RunConfi
 
 def _of_flags(args: argparse.Namespace, base: RunConfig | None) -> RunConfig:
     """Tiny weights run on the CPU unless something else is asked for. base: of the run that goes on."""
-    if base is not None:
-        limit = memory_limit(args)
-        return config_from_flags(
-            args, device=args.device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit, base=base
-        )
-    if not args.weights and args.config is None:
-        raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
-    if args.weights == "tiny" and args.config is None:
-        _make_small(args)
-    device = args.device or ("cpu" if args.weights == "tiny" else None)
-    limit = memory_limit(args)
-    config = config_from_flags(args, device=device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit)
-    return replace(config, device="cpu") if (config.device, config.weights) == ("auto", "tiny") else config
+    if base is None and args.config is None:
+        if not args.weights:
+            raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
+        if args.weights == "tiny":
+            _make_small(args)
+    tiny = base is None and args.weights == "tiny"
+    given = {"weights": args.weights, "gpu": args.gpu, "memory_limit_bytes": memory_limit(args), "base": base}
+    config = config_from_flags(args, device=args.device or ("cpu" if tiny else None), **given)
+    on_cpu = base is None and (config.device, config.weights) == ("auto", "tiny")
+    return replace(config, device="cpu") if on_cpu else config
 
 
 def _make_small(args: argparse.Namespace) -> None:

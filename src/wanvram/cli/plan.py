@@ -125,15 +125,16 @@ def _longest(args: argparse.Namespace) -> int:
 
     show = progress_printer(args)
     found = [(config, plan_longest(config, budget, show)) for config in configs]
-    commands = {c.request.size: _command(planned_config(_of(c, p), p)) for c, p in found if p is not None}
+    ready = [planned_config(replace(config, request=plan.request), plan) for config, plan in found if plan is not None]
+    commands = {config.request.size: _command(config) for config in ready}
     if args.json:
         rows = [
             {
                 "size": c.request.size,
                 "frame_num": p.request.frame_num if p else None,
                 "plan": p.to_json() if p else None,
+                "command": commands.get(c.request.size),
             }
-            | {"command": commands.get(c.request.size)}
             for c, p in found
         ]
         print(json.dumps({"schema": 1, "fits": bool(commands), "longest": rows}, ensure_ascii=False))
@@ -149,7 +150,3 @@ def _longest(args: argparse.Namespace) -> int:
         print(longest_table([(c.request.size, p) for c, p in found], MAX_FRAMES))
         print("\n".join(["", "run it with:", *(f"  {command}" for command in commands.values())]))
     return 0
-
-
-def _of(config: RunConfig, plan: Plan) -> RunConfig:
-    return replace(config, request=plan.request)

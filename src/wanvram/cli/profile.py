@@ -181,7 +181,9 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
     base = args.output or LOGS
     jobs = _jobs(configs, args, base, single)
-    changed = [] if single or args.force or args.force_changed else _changed(jobs)
+    # Found before the first run, so that who watches can stop a series of hours at once.
+    untouched = not (single or args.force or args.force_changed)
+    changed = [(job, keys) for job in jobs if untouched and (keys := difference(job))]
     for job, keys in changed:
         streams.say(f"{job.directory}: {_left_alone(keys)}")
     left = {job.name for job, _ in changed}
@@ -204,11 +206,6 @@ def _jobs(configs: Sequence[RunConfig], args: argparse.Namespace, base: Path, si
             find_gpu(config.gpu)
     jobs = [Job(c, base / c.name, args.vram_budget, args.ram) for c in configs]
     return [replace(jobs[0], directory=args.output)] if single and args.output is not None else jobs
-
-
-def _changed(jobs: Sequence[Job]) -> list[Changed]:
-    """Found before the first run, so that who watches can stop a series of hours at once."""
-    return [(job, keys) for job in jobs if (keys := difference(job))]
 
 
 def _left_alone(keys: Sequence[str]) -> str:

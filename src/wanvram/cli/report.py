@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
         write_atomically(output, text)
     if args.json:
         print(json.dumps(_summary(runs, args.lang, output), ensure_ascii=False))
-    elif output is None and kind == "text":
-        show(text)
-    elif output is None:
-        print(text, end="")
-    else:
+    elif output is not None:
         print(f"Wrote {shown(output)}")
+    elif kind == "text":
+        show(text)
+    else:
+        print(text, end="")
     return 0
 
 
@@ -114,12 +114,8 @@ def _tables(groups: Sequence[Sequence[Run]], texts: Texts) -> Iterator[str]:
 
 
 def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:
-    texts = Texts(language)
-    return {
-        "schema": 1,
-        "written": None if output is None else str(output),
-        "runs": [_run_summary(run, texts) for run in runs],
-    }
+    written = None if output is None else str(output)
+    return {"schema": 1, "written": written, "runs": [_run_summary(run, Texts(language)) for run in runs]}
 
 
 def _run_summary(run: Run, texts: Texts) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from wanvram.cli.common import stated
+from wanvram.cli.common import memory_limit
 from wanvram.cli.simulated_run import add_measured_flag, check_output, show_run
 from wanvram.knobs import EXPANDABLE_SEGMENTS
 
@@ -43,14 +43,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; 1 if the script itself failed, 3 if it ran out of the card's memory."""
     check_output(args)
-    vram = None if args.vram is None else stated("vram", args.vram)
+    limit = memory_limit(args)
     from wanvram.foreign.script import run_script
     from wanvram.foreign.session import simulated_gpu
     from wanvram.simulate.gpus import DEFAULT_GPU
 
     settings = {"expandable": args.expandable, "compile_eagerly": args.eager, "measured": args.measured}
     with (
-        simulated_gpu(args.gpu or DEFAULT_GPU, vram=vram, **settings) as gpu,
+        simulated_gpu(args.gpu or DEFAULT_GPU, vram=limit, **settings) as gpu,
         redirect_stdout(sys.stderr) if args.json else nullcontext(),
     ):
         status = run_script(args.script, args.arguments, gpu)

@@ -101,11 +101,9 @@ def _owner(run: Run, span: Span, texts: Texts) -> str:
     component = span.component or texts("no_component")
     there, activation = span.start.allocated_bytes, span.activation_bytes
     key = "owner_activation" if activation > there else "owner_weights"
-    values = {"stage": span.name, "component": component, "there": human(there)}
     if span.kind == "load":  # what loading adds are weights, though they were not there when it began
-        sentence = texts("owner_loading", loaded=human(activation), **values)
-    else:
-        sentence = texts(key, activation=human(activation), **values)
+        key = "owner_loading"
+    sentence = texts(key, stage=span.name, component=component, there=human(there), activation=human(activation))
     moment = peak_moment(run.timeline)
     groups = [g for g in moment.alive if g.operation != OTHER] if moment else []
     if not groups or span.kind == "load":
