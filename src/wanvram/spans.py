@@ -30,6 +30,11 @@ class Memory:
         """(reserved - allocated) / reserved; 0 where nothing is reserved."""
         return (self.reserved_bytes - self.allocated_bytes) / self.reserved_bytes if self.reserved_bytes > 0 else 0.0
 
+    @property
+    def deciding_bytes(self) -> int:
+        """What decides whether a run fits: device bytes, where they are unknown reserved bytes."""
+        return self.device_bytes if self.device_bytes is not None else self.reserved_bytes
+
     def highest(self, other: Memory) -> Memory:
         """The larger of each figure."""
         device = max((d for d in (self.device_bytes, other.device_bytes) if d is not None), default=None)
