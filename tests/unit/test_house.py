@@ -19,7 +19,7 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3905,
+    ".": 3930,
     "analysis": 3375,
     "cli": 2480,
     "engine": 3810,
