@@ -33,8 +33,8 @@ from wanvram.machine.launched import launched
 from wanvram.media.inputs import prepare_inputs
 from wanvram.output_files import writing
 from wanvram.progress_stream import ProgressStream
-from wanvram.prompt.extension import Extension, prompt_extension
-from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically
+from wanvram.prompt.extension import prompt_extension
+from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically, write_json
 from wanvram.recorder.events import EventLog
 from wanvram.recorder.interrupts import INTERRUPTED, deferred, forget
 from wanvram.recorder.recorder import Recorder
@@ -141,7 +141,6 @@ class Assembled:
 
     pipeline: Pipeline
     notes: list[str]
-    extend: Extension | None
 
 
 def assembled(device: Device, config: RunConfig, recorder: Recorder) -> Assembled:
@@ -152,7 +151,7 @@ def assembled(device: Device, config: RunConfig, recorder: Recorder) -> Assemble
     real = config.weights not in ("random", "tiny") and not simulated
     inputs, notes = prepare_inputs(request, simulated=simulated, real_weights=real)
     extend = prompt_extension(request, simulated=simulated)
-    return Assembled(Pipeline(config, device, recorder, weights, inputs, extend=extend), notes, extend)
+    return Assembled(Pipeline(config, device, recorder, weights, inputs, extend=extend), notes)
 
 
 def run_on(device: Device, config: RunConfig, output: Output, around: Around) -> RunRecord:
@@ -179,7 +178,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
         failure, lost = _played(config, output, pipeline, outputs, around)
         record = _record(config, device, pipeline, failure, around.environment)
-        record.notes += made.notes + (made.extend.notes if made.extend else []) + lost
+        record.notes += made.notes + (pipeline.extend.notes if pipeline.extend else []) + lost
         record.notes += [pipeline.keeper.lost] if pipeline.keeper.lost else []
         record.notes += [kept_before(resumed, config.request.sample_steps)] if resumed else []
         record.resumed = resumed
@@ -234,11 +233,9 @@ def _last_words(config: RunConfig, output: Output, pipeline: Pipeline, around: A
 def _directory(output: Output) -> AbstractContextManager[Path]:
     """Held for this run; that of a run that goes on is held already, and that of several processes by the first of them."""
     assert output.directory is not None
-    return (
-        nullcontext(output.directory)
-        if output.resume or not output.is_first
-        else run_directory(output.directory, force=output.force)
-    )
+    if output.resume or not output.is_first:
+        return nullcontext(output.directory)
+    return run_directory(output.directory, force=output.force)
 
 
 def _trace(device: Device, config: RunConfig, directory: Path, around: Around, output: Output) -> str:
@@ -277,7 +274,7 @@ def _seeded(config: RunConfig) -> RunConfig:
 def _write_circumstances(directory: Path, config: RunConfig, environment: dict[str, object]) -> None:
     text = yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False)
     write_atomically(directory / "config.yaml", text)
-    write_atomically(directory / "environment.json", _json(environment))
+    write_json(directory / "environment.json", environment)
 
 
 def _write_results(directory: Path, record: RunRecord, output: Output, timeline: Timeline | None) -> None:
@@ -489,7 +486,3 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     if config.gpu and pipeline.device.kind != "simulated":
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     return notes
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
