@@ -188,7 +188,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
         record.fits = _fits(record)
         if directory:
             _write_results(directory, record, output, around.timeline)
-        forget()
+            forget()
         del made, pipeline, outputs
         if directory and config.measurement.is_traced:
             failed = failure is not None and failure.kind != "oom"
