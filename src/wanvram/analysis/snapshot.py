@@ -40,17 +40,7 @@ from wanvram.timeline_record import (
 )
 from wanvram.units import human
 
-__all__ = [
-    "AliveGroup",
-    "AllocatorMoment",
-    "DeviceHistory",
-    "Hole",
-    "HostMemory",
-    "Snapshot",
-    "find_holes",
-    "read_snapshot",
-    "snapshot_timeline",
-]
+__all__ = ["DeviceHistory", "HostMemory", "Snapshot", "read_snapshot", "snapshot_timeline"]
 
 MAX_GROUPS = 200  # alive groups of a moment in a timeline
 MAX_STAGES = 1000

@@ -29,18 +29,7 @@ from wanvram.spans import Memory, Span
 from wanvram.timeline_record import WEIGHTS, AliveBlocks, TimelineRecord
 from wanvram.units import mib
 
-__all__ = [
-    "Analysis",
-    "Bottleneck",
-    "Fragmentation",
-    "Loading",
-    "SpecMoments",
-    "StageUse",
-    "StepGrowth",
-    "Switch",
-    "analyze_run",
-    "steady_growth",
-]
+__all__ = ["Analysis", "SpecMoments", "Switch", "analyze_run", "steady_growth"]
 
 SCHEMA = 1
 WARM_UP_STEPS = 3  # solvers of second order keep results of two steps; libraries take their workspaces in the first

@@ -58,27 +58,24 @@ Changed = tuple[Job, list[str]]  # left alone, and the dotted keys in which it d
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="+", type=Path, help="YAML configuration or matrix file")
+    add = parser.add_argument
+    add("config", nargs="+", type=Path, help="YAML configuration or matrix file")
     add_device_flags(parser)
     add_knob_flags(parser.add_argument_group("several GPUs"), (PARALLEL_DEGREE,))
     add_budget_flags(parser)
     add_output_flags(parser, default="profiler_logs/<name>; of several the folder above, profiler_logs")
-    parser.add_argument("--weights", help="checkpoint directory, random or tiny; overrides the file")
-    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a run that takes longer, go on")
-    parser.add_argument(
-        "--retry", action="store_true", help="of several, run those that failed (not: out of memory) again"
-    )
-    parser.add_argument(
+    add("--weights", help="checkpoint directory, random or tiny; overrides the file")
+    add("--timeout", type=_seconds, metavar="SECONDS", help="stop a run that takes longer, go on")
+    add("--retry", action="store_true", help="of several, run those that failed (not: out of memory) again")
+    add(
         "--force_changed",
         "--force-changed",
         action="store_true",
         help="of several, replace the runs whose configuration has changed since",
     )
-    parser.add_argument("--live", action="store_true", help="show stages, memory and time left while it runs")
-    parser.add_argument(
-        "--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)"
-    )
-    parser.add_argument("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to
+    add("--live", action="store_true", help="show stages, memory and time left while it runs")
+    add("--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)")
+    add("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to
 
 
 def run(args: argparse.Namespace) -> int:

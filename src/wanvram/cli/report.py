@@ -35,12 +35,13 @@ _SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
-    parser.add_argument("-o", "--output", type=Path, help="file to write; its ending says the format")
-    parser.add_argument("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
-    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
-    parser.add_argument("--force", action="store_true", help="replace the file that is already there")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
+    add("-o", "--output", type=Path, help="file to write; its ending says the format")
+    add("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
+    add("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
+    add("--force", action="store_true", help="replace the file that is already there")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:

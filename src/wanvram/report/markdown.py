@@ -224,10 +224,8 @@ def _accuracy(predicted: Run, measured: Run, texts: Texts) -> list[str]:
         for key in ("device", "reserved", "allocated"):
             a, b = getattr(p, f"{key}_bytes"), getattr(m, f"{key}_bytes")
             if a is not None and b is not None:
-                relative = f"{(a - b) / b:+.2%}" if b else None
-                rows.append(
-                    [f"{name}: {texts(f'peak_{key}')}", mib_cell(a), mib_cell(b), f"{(a - b) / MIB:+,.1f}", relative]
-                )
+                figures = [mib_cell(a), mib_cell(b), f"{(a - b) / MIB:+,.1f}", f"{(a - b) / b:+.2%}" if b else None]
+                rows.append([f"{name}: {texts(f'peak_{key}')}", *figures])
     heads = [texts("figure"), *(_head(key, texts) for key in ("predicted", "measured", "error")), texts("relative")]
     title = f"## {texts('accuracy')}: {_text(predicted.label)}, {_text(measured.label)}"
     return [title, "", texts("accuracy_help"), "", *_table(heads, rows, numbers=range(1, 5)), ""]
