@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -17,8 +17,8 @@ from wanvram.errors import DamagedError, InputError, OutputError
 from wanvram.foreign_text import quoted, why
 from wanvram.input_files import read_text
 from wanvram.output_files import whole_file, writing
-from wanvram.spans import MAX_REPEATS, Memory, Span
-from wanvram.strict_json import check_types, strict_json
+from wanvram.spans import MAX_REPEATS, Memory, Span, with_moments
+from wanvram.strict_json import built, strict_json
 
 __all__ = [
     "BASES",
@@ -35,6 +35,7 @@ __all__ = [
     "Times",
     "dotted",
     "write_atomically",
+    "write_json",
 ]
 
 SCHEMA = 1
@@ -79,10 +80,6 @@ class Failure:
     reserved_bytes: int | None = None
     alive: tuple[tuple[str, int], ...] = ()
     rank: int | None = None
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Failure:
-        return cls(**data | {"alive": tuple(map(tuple, data["alive"]))})
 
 
 @dataclass(frozen=True)
@@ -130,11 +127,6 @@ class AttentionChoice:
     self_attention: AttentionUse
     cross_attention: AttentionUse
     note: str = ""
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> AttentionChoice:
-        uses = {name: AttentionUse(**data[name]) for name in ("self_attention", "cross_attention")}
-        return cls(**data | uses)
 
 
 @dataclass(frozen=True)
@@ -189,10 +181,8 @@ class RankRecord:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RankRecord:
-        """Raises AttributeError, KeyError, TypeError or ValueError for a damaged one."""
-        failure = Failure.from_json(data["failure"]) if data["failure"] else None
-        stages = [Span.from_json(span) for span in data["stages"]]
-        return cls(**{k: v for k, v in _tuples(data).items() if k != "peak"} | {"stages": stages, "failure": failure})
+        """Raises KeyError, TypeError or ValueError for a damaged one."""
+        return built(cls, _with_moments(data))
 
 
 @dataclass
@@ -202,12 +192,12 @@ class RunRecord:
     device: str
     simulated: bool
     config: dict[str, Any]
-    fits: bool | None
-    budget_bytes: int | None
-    components: list[ComponentRecord]
-    stages: list[Span]
-    environment: dict[str, Any]
-    host: dict[str, int]
+    fits: bool | None = None
+    budget_bytes: int | None = None
+    components: list[ComponentRecord] = field(default_factory=list)
+    stages: list[Span] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     failure: Failure | None = None
     notes: list[str] = field(default_factory=list)
     times: Times = field(default_factory=Times)
@@ -240,7 +230,7 @@ class RunRecord:
         return _peak(self.all_stages())
 
     def all_stages(self) -> list[Span]:
-        """Of this process and, of a run on several GPUs, of every one; those of the first may come twice."""
+        """Of this process and, of a run on several GPUs, of every rank; those of the first may come twice."""
         return [*self.stages, *(span for rank in self.ranks for span in rank.stages)]
 
     def step_seconds(self) -> float | None:
@@ -307,7 +297,10 @@ class RunRecord:
             },
             "components": [asdict(c) for c in self.components],
             "stages": [s.to_json() for s in self.stages],
-            "fragmentation": _fragmentation(self.stages, where),
+            "fragmentation": {
+                "at_peak": where.peak.fragmentation if where else 0.0,
+                "stages": _highest((s.name, s.peak.fragmentation) for s in self.stages),
+            },
             "fluctuation": _highest((s.name, s.fluctuation_bytes) for s in self.stages),
             "host": self.host,
             "times": asdict(self.times),
@@ -331,31 +324,14 @@ class RunRecord:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise InputError(f"this is no wanvram record of schema {SCHEMA}")
         try:
-            record = cls(
-                device=data["device"],
-                simulated=data["simulated"],
-                config=data["config"],
-                fits=data["fits"],
-                budget_bytes=data["budget_bytes"],
-                components=[ComponentRecord(**c) for c in data["components"]],
-                stages=[Span.from_json(s) for s in data["stages"]],
-                environment=data["environment"],
-                host=data["host"],
-                failure=Failure.from_json(data["failure"]) if data["failure"] else None,
-                notes=data["notes"],
-                times=Times(**data.get("times", {})),
-                predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
-                attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
-                resumed=Resumed(**_tuples(data["resumed"])) if data.get("resumed") else None,
-                ranks=[RankRecord.from_json(rank) for rank in data.get("ranks", [])],
-            )
+            ranks = [_with_moments(rank) for rank in data.get("ranks", [])]
+            record = built(cls, _with_moments(data) | {"ranks": ranks})
             record._check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the record is damaged: {why(error)}") from error
         return record
 
     def _check(self) -> None:
-        check_types(self, RunRecord, "")
         for section in _SECTIONS:
             if not isinstance(self.config.get(section, {}), dict):
                 raise DamagedError(f"config.{section} is no section")
@@ -373,7 +349,7 @@ class RunRecord:
                 raise DamagedError(f"videos of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
 
     def write(self, path: Path) -> None:
-        write_atomically(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
+        write_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
@@ -404,16 +380,8 @@ def _peak(stages: Iterable[Span]) -> Memory | None:
     return result
 
 
-def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
-
-
-def _fragmentation(stages: Sequence[Span], where: Span | None) -> dict[str, Any]:
-    """(reserved - allocated) / reserved at the peak and per stage, from the peaks of both."""
-    return {
-        "at_peak": where.peak.fragmentation if where else 0.0,
-        "stages": _highest((s.name, s.peak.fragmentation) for s in stages),
-    }
+def _with_moments(section: dict[str, Any]) -> dict[str, Any]:
+    return section | {"stages": with_moments(section["stages"])}
 
 
 _Number = TypeVar("_Number", int, float)
@@ -438,6 +406,11 @@ def _flattened(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield from _flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def write_json(path: Path, value: object) -> None:
+    """For people, too. Raises OutputError naming the path."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -75,3 +75,8 @@ def seconds(value: float) -> str:
     if minutes < 120:
         return f"{minutes} min {int(value % 60):02d} s"
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def seconds_cell(value: float | None) -> str:
+    """As `seconds`, for a column; `-` where nothing is known."""
+    return "-" if value is None else seconds(value)

@@ -11,7 +11,6 @@ from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.gpus import find_gpu
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 
 
 class Block(nn.Module):
@@ -39,7 +38,7 @@ def play(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("card", ["h200", "rtx4090"])
 def test_peaks_and_sizes_of_all_allocations_agree(card: str, dtype: torch.dtype) -> None:
     gpu = find_gpu(card)
-    memory = SimulatedMemory(gpu, CachingAllocator(), LibraryBuffers(gpu, Libraries(gpu)), keep_events=True)
+    memory = SimulatedMemory(gpu, CachingAllocator(), Libraries(gpu), keep_events=True)
     with memory, torch.no_grad():
         play("meta", dtype)
     with simulated_gpu(card) as run, torch.no_grad():

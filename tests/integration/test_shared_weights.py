@@ -26,7 +26,6 @@ from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.gpus import find_gpu
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.weights.official import open_checkpoint
 from wanvram.weights.sources import TensorSource
 
@@ -191,7 +190,7 @@ def test_ranks_that_read_a_checkpoint_together_have_what_one_process_reads(tmp_p
 def test_a_simulated_rank_asks_the_device_for_what_a_real_one_does(way: str, component: str, count: int) -> None:
     gpu = find_gpu("h200")
     for rank in range(count):
-        memory = SimulatedMemory(gpu, CachingAllocator(), LibraryBuffers(gpu, Libraries(gpu)), keep_events=True)
+        memory = SimulatedMemory(gpu, CachingAllocator(), Libraries(gpu), keep_events=True)
         device = SimulatedDevice(memory)
         device.place = Place(rank, ulysses=count)
         with device.session():

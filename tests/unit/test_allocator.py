@@ -23,9 +23,7 @@ RELEASES, GROWTHS = ("segment_free", "segment_unmap"), ("segment_alloc", "segmen
 
 DEFAULT = AllocatorSettings()
 EXPANDABLE = AllocatorSettings(expandable_segments=True)
-NO_OVERSIZED_SPLITS = AllocatorSettings(max_split_size=20 * MIB)
-BOTH = AllocatorSettings(expandable_segments=True, max_split_size=20 * MIB)
-ALL_SETTINGS = (DEFAULT, EXPANDABLE, NO_OVERSIZED_SPLITS, BOTH)
+ALL_SETTINGS = (DEFAULT, EXPANDABLE)
 
 
 # --- recorded histories ----------------------------------------------------------------------------------------------------
@@ -329,69 +327,6 @@ def test_a_limit_is_compared_with_the_whole_request_even_where_an_expandable_tai
         model.malloc(30 * MIB)
 
 
-# --- max_split_size --------------------------------------------------------------------------------------------------------
-
-
-def test_a_block_over_max_split_size_is_neither_split_nor_given_to_a_small_request() -> None:
-    model = CachingAllocator(NO_OVERSIZED_SPLITS)
-    model.free(model.malloc(32 * MIB))
-    model.malloc(12 * MIB)
-    assert model.reserved_bytes == 44 * MIB
-    model.malloc(28 * MIB)
-    assert (model.reserved_bytes, model.allocated_bytes) == (44 * MIB, 44 * MIB)
-
-
-def test_a_block_far_larger_than_an_oversized_request_is_left_alone() -> None:
-    model = CachingAllocator(NO_OVERSIZED_SPLITS)
-    model.free(model.malloc(50 * MIB))
-    model.malloc(30 * MIB)
-    assert model.reserved_bytes == 80 * MIB
-
-
-def test_a_block_of_exactly_max_split_size_is_oversized() -> None:
-    model = CachingAllocator(NO_OVERSIZED_SPLITS)
-    model.free(model.malloc(20 * MIB))
-    model.malloc(12 * MIB)
-    assert model.reserved_bytes == 32 * MIB
-
-
-def test_the_smallest_sufficient_oversized_block_is_released() -> None:
-    model = CachingAllocator(NO_OVERSIZED_SPLITS, limit_bytes=120 * MIB)
-    for handle in [model.malloc(60 * MIB), model.malloc(50 * MIB)]:
-        model.free(handle)
-    model.malloc(30 * MIB)
-    assert (model.reserved_bytes, model.alloc_retries) == (90 * MIB, 0)
-
-
-def test_too_little_oversized_memory_ends_in_a_retry_with_everything_released() -> None:
-    model = CachingAllocator(NO_OVERSIZED_SPLITS, limit_bytes=100 * MIB)
-    for handle in [model.malloc(30 * MIB), model.malloc(12 * MIB)]:
-        model.free(handle)
-    model.malloc(60 * MIB)
-    assert (model.reserved_bytes, model.alloc_retries) == (60 * MIB, 1)
-
-
-def test_one_oversized_block_is_released_before_the_whole_cache_and_is_no_retry() -> None:
-    model = CachingAllocator(NO_OVERSIZED_SPLITS, limit_bytes=100 * MIB)
-    for handle in [model.malloc(60 * MIB), model.malloc(22 * MIB), model.malloc(12 * MIB)]:
-        model.free(handle)
-    model.malloc(30 * MIB)
-    assert (model.reserved_bytes, model.alloc_retries) == (64 * MIB, 0)
-
-
-def test_several_oversized_blocks_are_released_largest_first() -> None:
-    freed: list[int] = []
-    model = CachingAllocator(
-        NO_OVERSIZED_SPLITS,
-        limit_bytes=100 * MIB,
-        on_segment=lambda event, address, size, stream: freed.append(size) if event == "segment_free" else None,
-    )
-    for handle in [model.malloc(22 * MIB), model.malloc(28 * MIB), model.malloc(32 * MIB), model.malloc(12 * MIB)]:
-        model.free(handle)
-    model.malloc(60 * MIB)
-    assert (freed, model.alloc_retries) == ([32 * MIB, 28 * MIB], 0)
-
-
 # --- random histories ------------------------------------------------------------------------------------------------------
 
 SIZES = st.one_of(
@@ -457,7 +392,7 @@ def test_no_history_loses_a_byte_or_passes_the_limit(
             del live[handle]
         check_conservation(model, live)
         assert sum(changes) == model.reserved_bytes
-        page = config.large_segment_size if config.expandable_segments else 0
+        page = 20 * MIB if config.expandable_segments else 0
         assert limit is None or model.peak_reserved_bytes <= limit + max(0, page - 1)
     for handle in list(live):
         model.free(handle)

@@ -32,7 +32,6 @@ from wanvram.simulate.clock import Costs
 from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 HALF = Heads(2, 128)
@@ -342,7 +341,7 @@ def test_each_backend_takes_what_the_registry_says_beside_its_output(
 ) -> None:
     gpu = GPUS["h200"]
     allocator = CachingAllocator(AllocatorSettings(False), total_bytes=gpu.total_bytes)
-    memory = SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=True)
+    memory = SimulatedMemory(gpu, allocator, Libraries(gpu), keep_events=True)
     device = SimulatedDevice(memory)
     with device.session():
         q = device.empty((4096, 12, 128), torch.bfloat16)

@@ -28,7 +28,6 @@ from wanvram.simulate.host import HOST
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.links import Link
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.spans import Copies, Span
 from wanvram.units import GIB
 
@@ -81,7 +80,7 @@ def device() -> SimulatedDevice:
 
 def simulated_device(gpu: GPU) -> SimulatedDevice:
     allocator = CachingAllocator(AllocatorSettings(), total_bytes=gpu.total_bytes)
-    return SimulatedDevice(SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu))))
+    return SimulatedDevice(SimulatedMemory(gpu, allocator, Libraries(gpu)))
 
 
 # --- timelines ---------------------------------------------------------------------------------------------------------

@@ -86,10 +86,6 @@ def test_a_kernel_in_another_layout_copies_input_and_weight() -> None:
     assert workspace(conv).size == 4 * (3 * 3 * 480 * 832 + 96 * 3 * 27) + 16
 
 
-def test_fewer_multiprocessors_leave_other_tiles_over() -> None:
-    assert kernel_workspace("128x128x32", of_384(64, 66), multiprocessors=114) != 0
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_kernel_has_a_rule(dtype: str) -> None:
     conv = Convolution(dtype, (96, 3, 60, 104), (192, 96, 3, 3, 3), UNIT, SAME)

@@ -24,13 +24,13 @@ PROBES = Path(__file__).parents[2] / "benchmarks" / "2026-11-24_h200_probe_libra
     [("h200", 32 * MIB), ("h100", 32 * MIB), ("rtx5090", 32 * MIB), ("rtx4090", 8_519_680), ("a100-80gb", 8_519_680)],
 )
 def test_cublas_keeps_a_workspace_that_depends_on_the_architecture(gpu: str, workspace: int) -> None:
-    assert Libraries(GPUS[gpu]).cublas_workspace_bytes == workspace
+    assert Libraries(GPUS[gpu]).persistent_buffers("cublas") == (workspace,)
 
 
 def test_the_buffers_of_the_first_product_are_the_measured_ones() -> None:
     libraries = Libraries(GPUS["h200"])
     measured = json.loads(PROBES.read_text(encoding="utf-8"))["addmm_out_bf16"]["first"]
-    assert [libraries.cublas_workspace_bytes, libraries.cublaslt_workspace_bytes] == measured
+    assert [*libraries.persistent_buffers("cublas"), *libraries.persistent_buffers("cublaslt")] == measured
 
 
 @pytest.mark.parametrize(

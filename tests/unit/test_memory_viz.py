@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from wanvram.analysis.snapshot import Frame, Segment, TraceEntry, read_snapshot
+from wanvram.analysis.replay import Frame, Segment, TraceEntry
+from wanvram.analysis.snapshot import read_snapshot
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.errors import OutputError
 from wanvram.predict.simulate import simulate

@@ -21,7 +21,6 @@ from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 
 transformers = pytest.importorskip("transformers")
 MIB = 2**20
@@ -100,9 +99,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def simulated() -> SimulatedDevice:
     gpu = GPUS["h200"]
     libraries = Libraries(gpu)
-    return SimulatedDevice(
-        SimulatedMemory(gpu, CachingAllocator(limit_bytes=gpu.total_bytes), LibraryBuffers(gpu, libraries))
-    )
+    return SimulatedDevice(SimulatedMemory(gpu, CachingAllocator(limit_bytes=gpu.total_bytes), libraries))
 
 
 def extended(device: Device, model: Path | str, prompt: str = "a cat", seed: int = 1, lang: str = "en") -> str:

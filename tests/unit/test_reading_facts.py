@@ -191,13 +191,6 @@ def test_a_gap_of_exactly_the_size_is_used_again() -> None:
     assert addresses[2] == addresses[0] != addresses[1]
 
 
-def test_a_cached_block_of_exactly_max_split_size_is_given_back_to_make_room() -> None:
-    model = CachingAllocator(AllocatorSettings(max_split_size=20 * MIB), total_bytes=50 * MIB)
-    model.free(model.malloc(20 * MIB))
-    model.malloc(40 * MIB)
-    assert model.reserved_bytes == 40 * MIB
-
-
 def test_a_pool_of_pages_has_addresses_for_nine_eighths_of_the_device() -> None:
     mapped: list[int] = []
     model = CachingAllocator(

@@ -22,7 +22,6 @@ from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.simulate.timeline import MAX_GROUPS, MAX_POINTS, Timeline
 from wanvram.specs import T5
 from wanvram.timeline_record import AliveBlocks, read_timeline
@@ -314,7 +313,7 @@ def _mapped(blocks: tuple[tuple[int, int, str], ...]) -> list[list[list[Any]]]:
 def simulated(settings: AllocatorSettings, limit_bytes: int | None = None) -> SimulatedMemory:
     gpu = GPUS["h200"]
     allocator = CachingAllocator(settings, total_bytes=gpu.total_bytes, limit_bytes=limit_bytes)
-    return SimulatedMemory(gpu, allocator, LibraryBuffers(gpu, Libraries(gpu)), keep_events=True)
+    return SimulatedMemory(gpu, allocator, Libraries(gpu), keep_events=True)
 
 
 def two_prompts(memory: SimulatedMemory, timeline: Timeline | None) -> tuple[Recorder, Failure | None]:

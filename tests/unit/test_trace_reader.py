@@ -17,7 +17,8 @@ import torch
 
 from wanvram.analysis import event_scanner
 from wanvram.analysis import trace as module
-from wanvram.analysis.trace import OUTSIDE, read_trace
+from wanvram.analysis.trace import read_trace
+from wanvram.analysis.trace_summary import OUTSIDE
 from wanvram.errors import InputError
 
 HOST = {"pid": 1, "tid": 1}

@@ -11,10 +11,11 @@ import operator as op
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from wanvram.errors import InputError
-from wanvram.record import Failure, RunRecord, dotted
+from wanvram.record import RunRecord, dotted
 from wanvram.spans import Span
 from wanvram.units import human, parse_bytes
 
@@ -36,16 +37,8 @@ Key = tuple[str, ...]  # ("peak", "device_bytes"), ("stages", "denoise", "second
 _UNCOMPARED = ("name", "description")
 _COMPONENT_FIGURES = ("parameters", "base_bytes", "host_bytes", "activation_bytes", "streamed_bytes")
 _RANK_FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "seconds")
-_PREDICTED = (
-    "allocated_bytes",
-    "reserved_bytes",
-    "device_bytes",
-    "peak_allocated_bytes",
-    "peak_reserved_bytes",
-    "peak_device_bytes",
-    "base_bytes",
-    "seconds",
-)
+_PEAK_FIGURES = ("allocated_bytes", "reserved_bytes", "device_bytes")
+_PREDICTED = (*_PEAK_FIGURES, *_RANK_FIGURES, "base_bytes")
 
 
 # --- figures -------------------------------------------------------------------------------------------------------------
@@ -65,17 +58,16 @@ def metrics(record: RunRecord) -> dict[Key, Number | None]:
 def _figures(record: RunRecord) -> Iterator[tuple[Key, Number | None]]:
     peak, where = record.peak(), record.peak_span()
     if peak is not None and where is not None:
-        for name in ("allocated_bytes", "reserved_bytes", "device_bytes"):
+        for name in _PEAK_FIGURES:
             yield ("peak", name), getattr(peak, name)
         yield ("fragmentation", "at_peak"), where.peak.fragmentation
     for span in record.stages:
-        for name, value in _stage(span):
+        for name, value in _stage(span).items():
             yield ("stages", span.name, name), value
     for rank in record.ranks:
-        for number in rank.ranks:
-            for span in rank.stages:
-                for name in _RANK_FIGURES:
-                    yield ("ranks", f"{number} {span.name}", name), dict(_stage(span))[name]
+        for number, span in product(rank.ranks, rank.stages):
+            for name in _RANK_FIGURES:
+                yield ("ranks", f"{number} {span.name}", name), _stage(span)[name]
     for component in record.components:
         for name in _COMPONENT_FIGURES:
             yield ("components", component.name, name), getattr(component, name)
@@ -90,13 +82,13 @@ def working_seconds(record: RunRecord) -> float | None:
     return sum(timed) if timed else None
 
 
-def _stage(span: Span) -> Iterator[tuple[str, Number | None]]:
-    yield "start_allocated_bytes", span.start.allocated_bytes
-    yield "peak_allocated_bytes", span.peak.allocated_bytes
-    yield "peak_reserved_bytes", span.peak.reserved_bytes
-    yield "peak_device_bytes", span.peak.device_bytes
-    yield "activation_bytes", span.activation_bytes
-    yield "seconds", span.seconds
+def _stage(span: Span) -> dict[str, Number | None]:
+    return {
+        "start_allocated_bytes": span.start.allocated_bytes,
+        **{f"peak_{name}": getattr(span.peak, name) for name in _PEAK_FIGURES},
+        "activation_bytes": span.activation_bytes,
+        "seconds": span.seconds,
+    }
 
 
 def _joined(key: Key, first: Number | None, second: Number | None) -> Number | None:
@@ -168,14 +160,8 @@ class Comparison:
 
 
 def _described(label: str, record: RunRecord) -> dict[str, Any]:
-    failure = record.failure.kind if record.failure else None
-    return {
-        "label": label,
-        "device": record.device,
-        "simulated": record.simulated,
-        "fits": record.fits,
-        "failure": failure,
-    }
+    figures = {name: getattr(record, name) for name in ("device", "simulated", "fits")}
+    return {"label": label, **figures, "failure": record.failure.kind if record.failure else None}
 
 
 def compare(labels: Sequence[str], records: Sequence[RunRecord], pairs: Sequence[tuple[int, int]] = ()) -> Comparison:
@@ -253,9 +239,9 @@ class FailCondition:
         raise InputError(f"--fail-if '{self.text}': no run has a figure {'.'.join(self.key)}{hint}")
 
     def _limit(self, first: Number) -> float:
-        if self.share:
-            return first * (1 + self.amount) if self.relative else self.amount
-        return first + self.amount if self.relative else self.amount
+        if not self.relative:
+            return self.amount
+        return first * (1 + self.amount) if self.share else first + self.amount
 
 
 @dataclass(frozen=True)
@@ -279,26 +265,28 @@ def parse_condition(text: str) -> FailCondition:
         raise InputError(f"--fail-if '{text[:80]}' is not understood; {_HELP}")
     name, operator, sign, digits, unit = match.groups()
     key = _key(name)
-    factor = -1 if sign == "-" else 1
+    if unit == "%" and not sign and key[0] != "fragmentation":
+        raise InputError(f"--fail-if '{text}': a share of what? With a sign, +{digits}%, it counts from the first run")
     if unit == "%":
-        if not sign and key[0] != "fragmentation":
-            raise InputError(
-                f"--fail-if '{text}': a share of what? With a sign, +{digits}%, it counts from the first run"
-            )
-        return FailCondition(text, key, operator, factor * float(digits) / 100, bool(sign), True)
-    if key[-1].endswith("_bytes"):
-        return FailCondition(text, key, operator, factor * parse_bytes(digits + unit), bool(sign), False)
-    if unit not in ("", "s") or (unit == "s" and key[-1] != "seconds"):
+        amount = float(digits) / 100
+    elif key[-1].endswith("_bytes"):
+        amount = parse_bytes(digits + unit)
+    elif unit == "" or (unit == "s" and key[-1] == "seconds"):
+        amount = float(digits)
+    else:
         raise InputError(f"--fail-if '{text}': {name} is not counted in {unit}; {_HELP}")
-    return FailCondition(text, key, operator, factor * float(digits), bool(sign), False)
+    return FailCondition(text, key, operator, -amount if sign == "-" else amount, bool(sign), unit == "%")
 
 
 def judge(comparison: Comparison, conditions: Sequence[FailCondition]) -> list[Violation]:
     """Everything that fails a build. With any condition, so does a run that failed: its figures stop where it did."""
     if not conditions:
         return []
-    pairs = zip(comparison.labels, comparison.records, strict=True)
-    broken = [Violation("the run failed", label, None, None, _stopped(r.failure)) for label, r in pairs if r.failure]
+    broken = [
+        Violation("the run failed", label, None, None, f"{record.failure.kind}: {record.failure.message}")
+        for label, record in zip(comparison.labels, comparison.records, strict=True)
+        if record.failure
+    ]
     return broken + [violation for condition in conditions for violation in condition.violations(comparison)]
 
 
@@ -309,10 +297,6 @@ def _key(name: str) -> Key:
         inner, _, figure = rest.rpartition(".")
         return group, inner, figure
     return (group, rest) if rest else (group,)
-
-
-def _stopped(failure: Failure) -> str:
-    return f"{failure.kind}: {failure.message}"
 
 
 def _shown(key: Key, value: Number) -> str:

@@ -166,34 +166,36 @@ class EventScanner:
 
     def _next_event(self) -> bool:
         """From a damaged event to the next one; False if there is none and the list ends. Raises TruncatedError."""
+        since, ended = self._pos, False
         self._pos += 1
-        since, ended = max(self._pos - 1, 0), False
         while True:
-            found = _EVENT.search(self._text, self._pos)
-            incomplete = False
-            if found is not None:
-                self._pos = found.start()
-                try:
-                    value, _ = self._complete()
-                except _IncompleteError:
-                    incomplete = True
-                except _InvalidError:
-                    value = None
-                if not incomplete and isinstance(value, dict) and "ph" in value:
-                    return True
-            else:
-                self._pos = max(self._pos, len(self._text) - _OVERLAP)
-            if found is not None and not (incomplete and not self._end):
-                self._pos += 1
-                continue
+            if self._found_event():
+                return True
             ended = ended or _LIST_ENDS.search(self._text, since) is not None
-            tail = self._text[-_OVERLAP:].rstrip()
             if self._end:
-                if ended or tail.endswith("]"):
+                if ended or self._text[-_OVERLAP:].rstrip().endswith("]"):
                     return False
                 raise TruncatedError
             self._fill()
             since = 0
+
+    def _found_event(self) -> bool:
+        """Goes to the next event that the text holds, else to where one that goes on in the next chunk may begin."""
+        while (found := _EVENT.search(self._text, self._pos)) is not None:
+            self._pos = found.start()
+            try:
+                value, _ = self._complete()
+            except _InvalidError:
+                value = None
+            except _IncompleteError:
+                if not self._end:
+                    return False
+                value = None
+            if isinstance(value, dict) and "ph" in value:
+                return True
+            self._pos += 1
+        self._pos = max(self._pos, len(self._text) - _OVERLAP)
+        return False
 
     def _next(self) -> str:
         """The next character that is neither space nor comma; empty at the end."""

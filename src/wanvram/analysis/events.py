@@ -154,9 +154,9 @@ def _summary(events: list[_Event], strange: Sequence[str], traced: int) -> Event
         for before, after in pairwise(events)
         if before.allocated is not None and after.allocated is not None and after.allocated > before.allocated
     ]
-    notes = (
-        [f"{len(strange):,} of the file's events are none and are left out; the first: {strange[0]}"] if strange else []
-    )
+    notes = []
+    if strange:
+        notes.append(f"{len(strange):,} of the file's events are none and are left out; the first: {strange[0]}")
     if not any(event.reserved is not None for event in events):
         notes.append("the events hold no byte counts; figures are read from memory_log, to 0.01 MB")
     if traced:
@@ -175,12 +175,5 @@ def _group(name: str, events: list[_Event], first: float) -> EventGroup:
     def highest(key: str) -> int | None:
         return max((value for event in events if (value := getattr(event, key)) is not None), default=None)
 
-    return EventGroup(
-        name,
-        len(events),
-        events[0].timestamp - first,
-        highest("allocated"),
-        highest("reserved"),
-        highest("device"),
-        highest("incremental"),
-    )
+    figures = map(highest, ("allocated", "reserved", "device", "incremental"))
+    return EventGroup(name, len(events), events[0].timestamp - first, *figures)

@@ -70,8 +70,9 @@ class PlainUnpickler:
         self._text_size = self._kept = 0
         self._read = self._skip = 0  # _skip: bytes to pass over when reading on
         self._plain: dict[int, Callable[[], None]] = {
-            ord("u"): self._set_items, ord("s"): self._set_item, ord("e"): self._append_items,
-            ord("a"): self._append_item, ord("t"): self._tuple_from_mark, 0x85: lambda: self._tuple(1),
+            ord("u"): lambda: self._set_from(self._marks.pop()), ord("s"): lambda: self._set_from(len(self._stack) - 2),
+            ord("e"): lambda: self._append_from(self._marks.pop()), ord("a"): lambda: self._append_from(len(self._stack) - 1),
+            ord("t"): lambda: self._tuple(len(self._stack) - self._marks.pop()), 0x85: lambda: self._tuple(1),
             0x86: lambda: self._tuple(2), 0x87: lambda: self._tuple(3), ord(")"): lambda: self._stack.append(()),
             0x8F: lambda: self._stack.append(ODD), 0x90: lambda: self._odd_from_mark(1), 0x91: lambda: self._odd_from_mark(0),
             ord("N"): lambda: self._stack.append(None), 0x88: lambda: self._stack.append(True),
@@ -95,9 +96,8 @@ class PlainUnpickler:
         try:
             return self._run()
         except (IndexError, KeyError, struct.error) as error:
-            raise InputError(
-                f"{self._name} is truncated or damaged near byte {self._read:,}: not a whole pickle"
-            ) from error
+            said = f"truncated or damaged near byte {self._read:,}: not a whole pickle"
+            raise InputError(f"{self._name} is {said}") from error
         except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{self._name} is damaged near byte {self._read:,}: {why(error)}") from error
 
@@ -189,9 +189,8 @@ class PlainUnpickler:
             return pos + (2 if op == 0x71 else 5)
         if op in _SIZED:  # what no snapshot has, but a value may be
             layout, instead = _SIZED[op]
-            return self._pass_over(
-                data, pos + 1 + struct.calcsize(layout), struct.unpack_from(layout, data, pos + 1)[0], instead
-            )
+            size = struct.unpack_from(layout, data, pos + 1)[0]
+            return self._pass_over(data, pos + 1 + struct.calcsize(layout), size, instead)
         if op in _REFUSED:
             raise InputError(
                 f"{self._name} was refused: its pickle opcode {_REFUSED[op]} would import or run code; "
@@ -264,35 +263,22 @@ class PlainUnpickler:
             self._stack[-1] = value
             self.forget(old, value)
 
-    def _set_items(self) -> None:
-        stack, mark = self._stack, self._marks.pop()
-        items = stack[mark:]
-        del stack[mark:]
+    def _set_from(self, start: int) -> None:
+        """Keys and values go from the stack into the dict below them."""
+        stack = self._stack
+        items = stack[start:]
+        del stack[start:]
         target = stack[-1]
         target.update(zip(items[::2], items[1::2], strict=True))
-        self._finish_dict(target)
-
-    def _set_item(self) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        target = self._stack[-1]
-        target.update({key: value})
-        self._finish_dict(target)
-
-    def _finish_dict(self, target: dict[Any, Any]) -> None:
         value = self.finish_dict(target)
         if value is target:
             self._keep(len(target))
         else:
             self._replace(value)
 
-    def _append_items(self) -> None:
-        self._finish_list(self._marks.pop(), self._stack)
-
-    def _append_item(self) -> None:
-        self._finish_list(len(self._stack) - 1, self._stack)
-
-    def _finish_list(self, start: int, values: list[Any]) -> None:
-        items = values[start:]
+    def _append_from(self, start: int) -> None:
+        """Items go from the stack into the list below them."""
+        items = self._stack[start:]
         del self._stack[start:]
         if items:
             self._replace(self.finish_list(self._stack[-1], items))
@@ -301,9 +287,6 @@ class PlainUnpickler:
         """A set: its items go, and with `below` the set that stood under them."""
         del self._stack[self._marks.pop() - below :]
         self._stack.append(ODD)
-
-    def _tuple_from_mark(self) -> None:
-        self._tuple(len(self._stack) - self._marks.pop())
 
     def _tuple(self, count: int) -> None:
         stack = self._stack

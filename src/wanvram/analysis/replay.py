@@ -209,7 +209,7 @@ class Replay:
     def _alloc(self, addr: int, size: int, stack: Stack, x: float) -> None:
         if addr in self.alive or addr in self.pending:  # its free was not recorded
             self._complete(addr, size)
-        block = self.rules.rounded(size) if self.rules.divisions else -(-max(size, 1) // MIN_BLOCK) * MIN_BLOCK
+        block = self.rules.rounded(size)
         if block > SMALL_SIZE:
             block = self._unsplit(addr, block)
             insort(self.large, addr)
@@ -237,10 +237,14 @@ class Replay:
         return block if held.expandable or room < block or (splits and room - block > SMALL_SIZE) else room
 
     def _request(self, addr: int, size: int) -> None:
-        live = self.alive.pop(addr) if addr in self.alive else self._from_before(size)
-        block, asked, stack, born, _ = live
-        self.pending[addr] = (block, asked, stack, born, self.events)
-        self.allocated -= block
+        if addr in self.alive:
+            live = self.alive.pop(addr)
+        else:
+            block = self.rules.rounded(size)
+            self.freed_before += block
+            live = (block, size, BEFORE, 0, NEVER)
+        self.pending[addr] = (*live[:4], self.events)
+        self.allocated -= live[0]
 
     def _complete(self, addr: int, size: int) -> None:
         if addr not in self.pending:
@@ -253,11 +257,6 @@ class Replay:
             place = bisect_left(self.large, addr)
             if place < len(self.large) and self.large[place] == addr:
                 del self.large[place]
-
-    def _from_before(self, size: int) -> Live:
-        block = self.rules.rounded(size)
-        self.freed_before += block
-        return (block, size, BEFORE, 0, NEVER)
 
     def _segment_event(self, action: str, addr: int, size: int, stream: int) -> None:
         if action not in ("segment_alloc", "segment_free", "segment_map", "segment_unmap"):
@@ -293,8 +292,7 @@ class Replay:
         if held is None or addr + size > held.address + held.size:
             return  # reserved before the recording
         self._drop(held.address)
-        rest = ((held.address, addr), (addr + size, held.address + held.size))
-        for start, end in rest:
+        for start, end in ((held.address, addr), (addr + size, held.address + held.size)):
             if end > start:
                 insort(self.starts, start)
                 self.ranges[start] = replace(held, address=start, size=end - start)

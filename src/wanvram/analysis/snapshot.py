@@ -18,14 +18,12 @@ from wanvram.analysis.replay import (
     INACTIVE,
     NO_STACK,
     PENDING,
-    Frame,
     Live,
     OutOfMemoryEvent,
     Replay,
     Rules,
     Segment,
     SnapshotBlock,
-    TraceEntry,
 )
 from wanvram.analysis.snapshot_unpickler import Mark, SnapshotUnpickler
 from wanvram.errors import InputError
@@ -42,22 +40,7 @@ from wanvram.timeline_record import (
 )
 from wanvram.units import human
 
-__all__ = [
-    "AliveGroup",
-    "AllocatorMoment",
-    "DeviceHistory",
-    "Frame",
-    "Hole",
-    "HostMemory",
-    "OutOfMemoryEvent",
-    "Segment",
-    "Snapshot",
-    "SnapshotBlock",
-    "TraceEntry",
-    "find_holes",
-    "read_snapshot",
-    "snapshot_timeline",
-]
+__all__ = ["DeviceHistory", "HostMemory", "Snapshot", "read_snapshot", "snapshot_timeline"]
 
 MAX_GROUPS = 200  # alive groups of a moment in a timeline
 MAX_STAGES = 1000
@@ -85,11 +68,8 @@ class Hole:
     @property
     def why(self) -> str:
         """The reason in full."""
-        return (
-            f"{self.reason}: fits only requests up to {human(self.bytes)}"
-            if self.reason == BESIDE_LIVE
-            else self.reason
-        )
+        size = f": fits only requests up to {human(self.bytes)}" if self.reason == BESIDE_LIVE else ""
+        return self.reason + size
 
 
 @dataclass(frozen=True)
@@ -174,7 +154,7 @@ def read_snapshot(path: Path) -> Snapshot:
     Raises InputError when the file is missing, empty, truncated, no snapshot, or would run code when unpickled.
     """
     root, reader = _load(path, Rules())
-    rules = _rules(_settings(root))
+    rules = _rules(root)
     if rules != Rules():  # known only behind the events, and they decide the sizes of blocks
         root, reader = _load(path, rules)
     notes: list[str] = []
@@ -250,12 +230,10 @@ def _host(root: Any, reader: SnapshotUnpickler) -> HostMemory | None:
     return HostMemory(peak, reserved, used if held else sum(r.allocated for r in replays)) if peak else None
 
 
-def _settings(root: Any) -> dict[str, Any]:
+def _rules(root: Any) -> Rules:
     settings = root.get("allocator_settings") if isinstance(root, dict) else None
-    return settings if isinstance(settings, dict) else {}
-
-
-def _rules(settings: dict[str, Any]) -> Rules:
+    if not isinstance(settings, dict):
+        return Rules()
     split, parts = settings.get("max_split_size"), settings.get("roundup_power2_divisions")
     divisions = tuple(parts.values()) if isinstance(parts, dict) else ()
     usable = all(isinstance(n, int) and 0 <= n < 1 << 32 for n in divisions) and any(divisions)

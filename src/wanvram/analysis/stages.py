@@ -29,18 +29,7 @@ from wanvram.spans import Memory, Span
 from wanvram.timeline_record import WEIGHTS, AliveBlocks, TimelineRecord
 from wanvram.units import mib
 
-__all__ = [
-    "Analysis",
-    "Bottleneck",
-    "Fragmentation",
-    "Loading",
-    "SpecMoments",
-    "StageUse",
-    "StepGrowth",
-    "Switch",
-    "analyze_run",
-    "steady_growth",
-]
+__all__ = ["Analysis", "SpecMoments", "Switch", "analyze_run", "steady_growth"]
 
 SCHEMA = 1
 WARM_UP_STEPS = 3  # solvers of second order keep results of two steps; libraries take their workspaces in the first
@@ -166,12 +155,28 @@ class Analysis:
 
 def analyze_run(record: RunRecord, timeline: TimelineRecord | None) -> Analysis:
     """Raises InputError for a timeline of another run."""
-    if timeline is None:
-        return _analysis(record, None, [None] * len(record.stages))
     try:
-        return _analysis(record, timeline, list(_windows(record, timeline)))
+        windows = [None] * len(record.stages) if timeline is None else list(_windows(record, timeline))
     except DamagedError as error:
         raise InputError(f"the timeline is damaged: {error}") from error
+    total = sum(span.seconds for span in record.stages if span.seconds is not None)
+    stages = tuple(_stage(*pair, total) for pair in zip(record.stages, windows, strict=True))
+    where = record.peak_span()
+    index = next((i for i, span in enumerate(record.stages) if span is where), 0)
+    return Analysis(
+        peak=record.peak(),
+        bottleneck=_bottleneck(where, windows[index], timeline) if where else None,
+        components=tuple(record.components),
+        stages=stages,
+        moments=_spec_moments(record.stages),
+        loading=tuple(_loading(span) for span in record.stages if span.kind == "load"),
+        inference=tuple(span.name for span in record.stages if span.kind == "stage"),
+        switches=tuple(_switches(record.stages, windows, timeline)),
+        growth=tuple(_growths(record)),
+        fragmentation_at_peak=stages[index].fragmentation.at_peak if stages else 0.0,
+        fragmentation_highest=max((s.fragmentation.highest for s in stages), default=0.0),
+        peaks=tuple(describe_moment(m) for m in timeline.moments) if timeline else (),
+    )
 
 
 @dataclass(frozen=True)
@@ -197,87 +202,45 @@ def _windows(record: RunRecord, timeline: TimelineRecord) -> Iterator[_Window]:
         yield _Window(entry.start, [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
 
 
-def _analysis(record: RunRecord, timeline: TimelineRecord | None, windows: Sequence[_Window | None]) -> Analysis:
-    stages = _stages(record, windows)
-    where = record.peak_span()
-    index = next((i for i, span in enumerate(record.stages) if span is where), 0)
-    return Analysis(
-        peak=record.peak(),
-        bottleneck=_bottleneck(where, windows[index], timeline) if where else None,
-        components=tuple(record.components),
-        stages=stages,
-        moments=_spec_moments(record.stages),
-        loading=tuple(_loading(span) for span in record.stages if span.kind == "load"),
-        inference=tuple(span.name for span in record.stages if span.kind == "stage"),
-        switches=tuple(_switches(record.stages, windows, timeline)),
-        growth=tuple(_growths(record)),
-        fragmentation_at_peak=stages[index].fragmentation.at_peak if stages else 0.0,
-        fragmentation_highest=max((s.fragmentation.highest for s in stages), default=0.0),
-        peaks=tuple(describe_moment(m) for m in timeline.moments) if timeline else (),
-    )
-
-
 # --- stages --------------------------------------------------------------------------------------------------------------
 
 
-def _stages(record: RunRecord, windows: Sequence[_Window | None]) -> tuple[StageUse, ...]:
-    timed = [s.seconds for s in record.stages if s.seconds is not None]
-    total = sum(timed)
-    result = []
-    for span, window in zip(record.stages, windows, strict=True):
-        seconds = span.seconds
-        result.append(
-            StageUse(
-                name=span.name,
-                kind=span.kind,
-                component=span.component,
-                start=span.start,
-                peak=span.peak,
-                end=span.end,
-                activation_bytes=span.activation_bytes,
-                fluctuation_bytes=_fluctuation(span, window),
-                fragmentation=_fragmentation(span, window),
-                seconds=seconds,
-                time_share=seconds / total if seconds is not None and total else None,
-            )
-        )
-    return tuple(result)
-
-
-def _fluctuation(span: Span, window: _Window | None) -> int:
-    """Spread of allocated within the stage, bytes."""
-    if window is None:
-        return span.fluctuation_bytes
-    allocated = [memory.allocated_bytes for memory in window.points]
-    return max(allocated) - min(allocated)
-
-
-def _fragmentation(span: Span, window: _Window | None) -> Fragmentation:
+def _stage(span: Span, window: _Window | None, all_seconds: float) -> StageUse:
     """A span's peak holds the highest of each figure, which need not have been at the same time; points know."""
     if window is None:
-        everything = [m for part in span.walk() for m in (part.start, part.peak, part.end)]
+        moments = [m for part in span.walk() for m in (part.start, part.peak, part.end)]
         start, peak, end = span.start, span.peak, span.end
     else:
-        everything = window.points
-        peak = max(everything, key=lambda memory: memory.allocated_bytes)
-        start, end = everything[0], everything[-1]
-    highest = max(memory.fragmentation for memory in everything)
-    return Fragmentation(start.fragmentation, peak.fragmentation, highest, end.fragmentation)
+        moments = window.points
+        start, end = moments[0], moments[-1]
+        peak = max(moments, key=lambda memory: memory.allocated_bytes)
+    allocated = [memory.allocated_bytes for memory in moments]
+    highest = max(memory.fragmentation for memory in moments)
+    return StageUse(
+        name=span.name,
+        kind=span.kind,
+        component=span.component,
+        start=span.start,
+        peak=span.peak,
+        end=span.end,
+        activation_bytes=span.activation_bytes,
+        fluctuation_bytes=max(allocated) - min(allocated),
+        fragmentation=Fragmentation(start.fragmentation, peak.fragmentation, highest, end.fragmentation),
+        seconds=span.seconds,
+        time_share=span.seconds / all_seconds if span.seconds is not None and all_seconds else None,
+    )
 
 
 def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
     """With several prompts: before the first forward of all, the highest of all blocks, after the last decode."""
-    denoise = [s for s in stages if s.kind == "stage" and s.part == "denoise"]
-    decode = [s for s in stages if s.kind == "stage" and s.part == "decode"]
+    denoise, decode = ([s for s in stages if s.kind == "stage" and s.part == part] for part in ("denoise", "decode"))
     blocks = [(stage, s) for stage in denoise for s in stage.walk() if s.kind == "block"]
-    stage, highest = max(blocks, key=lambda pair: pair[1].peak.allocated_bytes, default=(None, None))
+    stage, block = max(blocks, key=lambda pair: pair[1].peak.allocated_bytes, default=(None, None))
     return SpecMoments(
         before_forward=denoise[0].start if denoise else None,
-        inside_blocks=highest.peak if highest else None,
-        highest_block=highest.name if highest else None,
-        block_activation_bytes=highest.peak.allocated_bytes - stage.start.allocated_bytes
-        if highest and stage
-        else None,
+        inside_blocks=block.peak if block else None,
+        highest_block=block.name if block else None,
+        block_activation_bytes=block.peak.allocated_bytes - stage.start.allocated_bytes if block and stage else None,
         after_decode=decode[-1].end if decode else None,
     )
 
@@ -298,19 +261,17 @@ def _loading(span: Span) -> Loading:
 def _switches(
     stages: Sequence[Span], windows: Sequence[_Window | None], timeline: TimelineRecord | None
 ) -> Iterator[Switch]:
-    for index in range(1, len(stages)):
-        before, after, window = stages[index - 1], stages[index], windows[index]
-        if before.kind != "stage" or after.kind != "load":
-            continue
-        yield Switch(
-            leaving=before.component,
-            entering=after.component,
-            before=before.end,
-            after=after.start,
-            given_back_allocated_bytes=before.end.allocated_bytes - after.start.allocated_bytes,
-            given_back_reserved_bytes=before.end.reserved_bytes - after.start.reserved_bytes,
-            resident=weights_at(timeline, window.start) if timeline and window else None,
-        )
+    for (before, after), window in zip(pairwise(stages), windows[1:], strict=True):
+        if before.kind == "stage" and after.kind == "load":
+            yield Switch(
+                leaving=before.component,
+                entering=after.component,
+                before=before.end,
+                after=after.start,
+                given_back_allocated_bytes=before.end.allocated_bytes - after.start.allocated_bytes,
+                given_back_reserved_bytes=before.end.reserved_bytes - after.start.reserved_bytes,
+                resident=weights_at(timeline, window.start) if timeline and window else None,
+            )
 
 
 # --- growth --------------------------------------------------------------------------------------------------------------

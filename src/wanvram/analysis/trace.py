@@ -13,25 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.analysis.event_scanner import EventScanner, Invalid, TruncatedError
-from wanvram.analysis.trace_summary import (
-    HOUR,
-    OUTSIDE,
-    STEP,
-    Kept,
-    Kernel,
-    MemoryCurve,
-    MemoryEvents,
-    Operator,
-    Thread,
-    TraceSpan,
-    TraceSummary,
-    summarize,
-)
+from wanvram.analysis.trace_summary import HOUR, STEP, Kept, MemoryEvents, Thread, TraceSummary, summarize
 from wanvram.errors import InputError
 from wanvram.foreign_text import quoted, shown
 from wanvram.input_files import DAMAGED_GZIP, unpacked
 
-__all__ = ["OUTSIDE", "Kernel", "MemoryCurve", "Operator", "TraceSpan", "TraceSummary", "read_trace"]
+__all__ = ["read_trace"]
 
 MAX_RECORDS = 24_000_000  # operators and memory events kept: 0.5 to 1 GB
 MAX_NAMES = 50_000
@@ -106,7 +93,9 @@ class _Collector(Kept):
             kind = self._kind(event, category, phase)
         if phase == "X" or (phase is None and kind != _OTHER):
             if kind != _OTHER:
-                self._complete(kind, event, *self._times(event))
+                times = self._times(event)
+                if not self._keep_aside(kind, *times):
+                    self._operator(self._thread(event), *times)
         elif phase == "B" or phase == "E":
             self._half(event, phase == "B", kind)
         elif event.get("name") == "[memory]":
@@ -126,7 +115,8 @@ class _Collector(Kept):
         self.legacy = self.legacy or process == "CPU functions" or process == "CUDA functions"
         return _ON_DEVICE if process == "CUDA functions" else _OPERATOR
 
-    def _complete(self, kind: int, event: dict[str, Any], start: float, end: float, name: str) -> None:
+    def _keep_aside(self, kind: int, start: float, end: float, name: str) -> bool:
+        """Keeps a kernel or a span; False for an operator, which goes to its thread."""
         if kind == _ON_DEVICE:
             if len(self.kernels) < MAX_NAMES or name in self.kernels:
                 total = self.kernels.setdefault(name, [0, 0.0])
@@ -137,7 +127,8 @@ class _Collector(Kept):
                 self.spans.append((name, start, end))
             self.spans_full = len(self.spans) >= MAX_SPANS
         else:
-            self._operator(self._thread(event), start, end, name)
+            return False
+        return True
 
     def _operator(self, index: int, start: float, end: float, name: str) -> None:
         thread = self.threads[index]
@@ -147,7 +138,7 @@ class _Collector(Kept):
         self._count()
 
     def _half(self, event: dict[str, Any], begins: bool, kind: int) -> None:
-        at = self._number(event, "ts")
+        at = _number(event, "ts")
         halves = self._halves.setdefault(self._thread(event), [])
         halves.append((at, self.events, begins, self._name_of(event) if "name" in event else "", kind))
         self._count(HALF_COST)
@@ -169,27 +160,22 @@ class _Collector(Kept):
                 del opened[place:]
                 if kind != _OTHER:
                     self._seen(start, half[0], number)
-                    self._joined(kind, thread, start, half[0], name)
+                    if not self._keep_aside(kind, start, half[0], name):
+                        self._operator(thread, start, half[0], name)
             self._unfinished(opened)
         self._halves.clear()
-
-    def _joined(self, kind: int, thread: int, start: float, end: float, name: str) -> None:
-        if kind == _OPERATOR and not name.startswith(STEP):
-            self._operator(thread, start, end, name)
-        else:
-            self._complete(kind, {}, start, end, name)
 
     def _unfinished(self, begun: list[tuple[float, int, bool, str, int]]) -> None:
         for _, number, _, name, _ in begun:
             self._leave_out(_StrangeError("unfinished", f", {quoted(name)}, begins without an end"), number)
 
     def _take_memory(self, event: dict[str, Any]) -> None:
-        at, numbers = self._number(event, "ts"), event.get("args")
+        at, numbers = _number(event, "ts"), event.get("args")
         if numbers.__class__ is not dict:
             raise _StrangeError("strange", ", a [memory] event, has no args")
-        device = (self._whole(numbers, "Device Type", missing=-1), self._whole(numbers, "Device Id", missing=-1))
-        totals = [self._whole(numbers, f"Total {key}", 0, missing=-1) for key in ("Allocated", "Reserved")]
-        change, thread = self._whole(numbers, "Bytes", missing=0), self._thread(event)
+        device = (_whole(numbers, "Device Type", -1), _whole(numbers, "Device Id", -1))
+        totals = [_whole(numbers, f"Total {key}", -1, least=0) for key in ("Allocated", "Reserved")]
+        change, thread = _whole(numbers, "Bytes", 0), self._thread(event)
         if totals[0] < 0 and "Bytes" not in numbers:
             raise _StrangeError("strange", ", a [memory] event, has neither Bytes nor Total Allocated")
         if device not in self.memory and len(self.memory) >= 1024:
@@ -204,8 +190,8 @@ class _Collector(Kept):
         self._count()
 
     def _times(self, event: dict[str, Any]) -> tuple[float, float, str]:
-        start = self._number(event, "ts")
-        duration = self._number(event, "dur") if "dur" in event else -1.0
+        start = _number(event, "ts")
+        duration = _number(event, "dur") if "dur" in event else -1.0
         if duration < 0:
             lasts = f"lasts {duration} microseconds" if "dur" in event else "has no duration"
             raise _StrangeError("unfinished", f", {quoted(event.get('name'))}, {lasts}")
@@ -236,27 +222,6 @@ class _Collector(Kept):
             return name[:200] if len(self.names) < MAX_NAMES else "(other)"
         return str(name)
 
-    def _number(self, event: dict[str, Any], key: str) -> float:
-        value: Any = event.get(key)
-        if value.__class__ is str and _NUMBER.fullmatch(value):
-            value = float(value)
-        if (value.__class__ is float or value.__class__ is int) and -1e18 < value < 1e18:  # false for NaN
-            return float(value)
-        raise _StrangeError("strange", f" has {key} {quoted(value, 40)}; expected a number")
-
-    def _whole(self, numbers: dict[str, Any], key: str, least: int = -(1 << 62), *, missing: int | None = None) -> int:
-        value: Any = numbers.get(key)
-        if missing is not None and key not in numbers:
-            return missing
-        if value.__class__ is str and _NUMBER.fullmatch(value):
-            value = float(value) if "." in value else int(value)
-        if value.__class__ is float and value.is_integer():
-            value = int(value)
-        if value.__class__ is not int or not least <= value < 1 << 62:
-            kind = "whole number that is not negative" if least == 0 else "whole number"
-            raise _StrangeError("strange", f" has {key} {quoted(value, 40)}; expected a {kind}")
-        return int(value)
-
     def _thread(self, event: dict[str, Any]) -> int:
         key = f"{event.get('pid')}/{event.get('tid')}"[:80]
         index = self._thread_index.get(key)
@@ -271,6 +236,30 @@ class _Collector(Kept):
         self.records += records
         if self.records > MAX_RECORDS:
             raise InputError(f"{self._name} has over {MAX_RECORDS:,} operators and memory events; record fewer steps")
+
+
+def _number(event: dict[str, Any], key: str) -> float:
+    value: Any = event.get(key)
+    if value.__class__ is str and _NUMBER.fullmatch(value):
+        value = float(value)
+    if (value.__class__ is float or value.__class__ is int) and -1e18 < value < 1e18:  # false for NaN
+        return float(value)
+    raise _StrangeError("strange", f" has {key} {quoted(value, 40)}; expected a number")
+
+
+def _whole(numbers: dict[str, Any], key: str, missing: int, *, least: int = -(1 << 62)) -> int:
+    """missing: what stands for a number that is not there."""
+    if key not in numbers:
+        return missing
+    value: Any = numbers[key]
+    if value.__class__ is str and _NUMBER.fullmatch(value):
+        value = float(value) if "." in value else int(value)
+    if value.__class__ is float and value.is_integer():
+        value = int(value)
+    if value.__class__ is not int or not least <= value < 1 << 62:
+        kind = "whole number that is not negative" if least == 0 else "whole number"
+        raise _StrangeError("strange", f" has {key} {quoted(value, 40)}; expected a {kind}")
+    return int(value)
 
 
 def read_trace(path: Path) -> TraceSummary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,17 +203,17 @@ def _window(kept: Kept, notes: list[str]) -> tuple[float, float]:
 
     A kernel that the driver lost has a time of 0, 55 years before the others.
     """
-    groups: list[list[int]] = []
-    for hour in sorted(kept.hours):
-        if groups and hour - groups[-1][-1] <= FAR:
-            groups[-1].append(hour)
-        else:
-            groups.append([hour])
+    groups: list[list[list[float]]] = []
+    before = -math.inf
+    for hour, seen in sorted(kept.hours.items()):
+        if hour - before > FAR:
+            groups.append([])
+        groups[-1].append(seen)
+        before = hour
     if not groups:
         return 0.0, 0.0
-    seen = [[kept.hours[hour] for hour in group] for group in groups]
-    most = max(seen, key=lambda group: sum(part[0] for part in group))
-    others = [part for group in seen if group is not most for part in group]
+    most = max(groups, key=lambda group: sum(part[0] for part in group))
+    others = [part for group in groups if group is not most for part in group]
     if others:
         count = int(sum(part[0] for part in others))
         number, start = min((int(part[3]), part[1]) for part in others)
@@ -227,11 +228,12 @@ def _memory_by_time(kept: Kept, first: float, last: float, notes: list[str]) -> 
     """The memory events inside the recording, in order, with a total in each."""
     result = {}
     for device, memory in kept.memory.items():
-        columns = _by_time(memory)
-        inside = (columns["at"] >= first) & (columns["at"] <= last)
-        if not inside.any():
+        columns = {key: np.asarray(value) for key, value in vars(memory).items()}
+        order = np.argsort(columns["at"], kind="stable")
+        order = order[(columns["at"][order] >= first) & (columns["at"][order] <= last)]
+        if not len(order):
             continue
-        columns = {key: value[inside] for key, value in columns.items()}
+        columns = {key: value[order] for key, value in columns.items()}
         missing = columns["allocated"] < 0
         if missing.any():
             columns["allocated"] = _running(columns["allocated"], columns["change"], missing)
@@ -254,12 +256,6 @@ def _running(allocated: Any, change: Any, missing: Any) -> Any:
     if unknown.any():
         result[unknown] -= min(float(result[unknown].min()), 0.0)
     return np.where(missing, result.clip(0, 1 << 62), allocated).astype(np.int64)
-
-
-def _by_time(memory: MemoryEvents) -> dict[str, Any]:
-    columns = {key: np.asarray(value) for key, value in vars(memory).items()}
-    order = np.argsort(columns["at"], kind="stable")
-    return {key: value[order] for key, value in columns.items()}
 
 
 def _device(device: tuple[int, int]) -> str:

@@ -28,14 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanvram.cli.budget import add_budget_flags, planned
-from wanvram.cli.common import (
-    add_device_flags,
-    add_output_flags,
-    finish,
-    memory_limit,
-    run_printer,
-    settle_allocator,
-)
+from wanvram.cli.common import add_device_flags, add_output_flags, finish, memory_limit, run_printer, settle_allocator
 from wanvram.cli.flags import add_request_flags, add_strategy_flags, config_from_flags
 from wanvram.cli.processes import Decision, decided, for_all, must_start, processes
 from wanvram.config import RunConfig
@@ -55,23 +48,22 @@ TINY_DEFAULTS: dict[str, Any] = {"task": "t2v-1.3B", "size": "128*80", "frame_nu
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_request_flags(parser)
     add_strategy_flags(parser)
     add_device_flags(parser)
     add_budget_flags(parser)
-    parser.add_argument("--ckpt_dir", "--weights", dest="weights", help="official checkpoint directory, random or tiny")
-    parser.add_argument(
-        "--save_file", type=Path, help="the video's (or picture's) file (default: in the run directory)"
-    )
+    add("--ckpt_dir", "--weights", dest="weights", help="official checkpoint directory, random or tiny")
+    add("--save_file", type=Path, help="the video's (or picture's) file (default: in the run directory)")
     add_output_flags(parser, default="videos/<task>-<size>-<frames>-seed<seed>, with -2, -3, ... when that is taken")
-    group = parser.add_argument_group("long runs")
-    group.add_argument(
+    add = parser.add_argument_group("long runs").add_argument
+    add(
         "--keep_every",
         type=int,
         metavar="N",
         help="steps after which latents are kept to go on from (default: about every two minutes; 0: never)",
     )
-    group.add_argument(
+    add(
         "--resume",
         type=Path,
         metavar="RUN_DIR",
@@ -148,12 +140,8 @@ def _decide(config: RunConfig, args: argparse.Namespace, resumption: Resumption 
         predicted = replace(predicted, seconds=None)  # of the whole run
     from wanvram.run.directory import unused_directory
 
-    directory = args.resume or args.output
-    return (
-        config,
-        predicted,
-        directory or unused_directory(Path("videos") / f"{config.name}-seed{config.request.base_seed}"),
-    )
+    usual = Path("videos") / f"{config.name}-seed{config.request.base_seed}"
+    return config, predicted, args.resume or args.output or unused_directory(usual)
 
 
 def _config(args: argparse.Namespace, resumption: Resumption | None) -> RunConfig:
@@ -172,19 +160,16 @@ def _config(args: argparse.Namespace, resumption: Resumption | None) -> RunConfi
 
 def _of_flags(args: argparse.Namespace, base: RunConfig | None) -> RunConfig:
     """Tiny weights run on the CPU unless something else is asked for. base: of the run that goes on."""
-    if base is not None:
-        limit = memory_limit(args)
-        return config_from_flags(
-            args, device=args.device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit, base=base
-        )
-    if not args.weights and args.config is None:
-        raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
-    if args.weights == "tiny" and args.config is None:
-        _make_small(args)
-    device = args.device or ("cpu" if args.weights == "tiny" else None)
-    limit = memory_limit(args)
-    config = config_from_flags(args, device=device, weights=args.weights, gpu=args.gpu, memory_limit_bytes=limit)
-    return replace(config, device="cpu") if (config.device, config.weights) == ("auto", "tiny") else config
+    if base is None and args.config is None:
+        if not args.weights:
+            raise InputError("--ckpt_dir is required: a checkpoint directory, or random or tiny for generated weights")
+        if args.weights == "tiny":
+            _make_small(args)
+    tiny = base is None and args.weights == "tiny"
+    given = {"weights": args.weights, "gpu": args.gpu, "memory_limit_bytes": memory_limit(args), "base": base}
+    config = config_from_flags(args, device=args.device or ("cpu" if tiny else None), **given)
+    on_cpu = base is None and (config.device, config.weights) == ("auto", "tiny")
+    return replace(config, device="cpu") if on_cpu else config
 
 
 def _make_small(args: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb is None:
             parser.print_help()
     except SystemExit:
-        if _printed():
+        if streams.flushed():
             raise
         return 1
     except OSError as error:  # the help could not be printed
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     with catching():
         code = 0 if args.verb is None else _run(args)
-    code = code if _printed() else max(code, 1)
+    code = code if streams.flushed() else max(code, 1)
     streams.settle_stderr()
     if _is_rank():
         os._exit(code)  # a library's own end would wait for peers that may be gone
@@ -173,18 +173,3 @@ def _is_said(error: WanvramError) -> bool:
     if not isinstance(error, PeerLost):
         time.sleep(FIRST_SPEAKS_SECONDS)
     return isinstance(error, PeerLost)
-
-
-def _printed() -> bool:
-    """Whether everything on stdout got out; says why not."""
-    lost = streams.flushed()
-    if lost is None:
-        return True
-    streams.abandon(sys.stdout)
-    if lost:
-        streams.say(lost)
-    return False
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -40,29 +40,27 @@ __all__ = ["prepare_parser", "run"]
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_request_flags(parser)
     group = parser.add_argument_group("budget")
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--vram",
         help="memory to plan for, of each GPU, for example 8GiB; auto: what the card here has free now (default: that, or with --gpu that "
         "card's memory less a desktop's share)",
     )
-    group.add_argument(
+    add(
         "--ram",
         help="memory of the host, for example 32GiB; an eighth of it, at least 4 GiB, is kept for the system (default: this "
         "machine's; not limited for another machine's card)",
     )
-    group.add_argument(
-        "--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)"
-    )
+    add("--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)")
     add_link_flag(group)
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
     add_knob_flags(fixed, knobs.asked())
-    parser.add_argument("--longest", action="store_true", help="find the most frames that fit; --size may name several")
-    parser.add_argument(
-        "--ckpt_dir", "--weights", dest="weights", help="written into the command and -o (default: random)"
-    )
-    parser.add_argument("-o", "--output", type=Path, help="YAML configuration for generate and profile")
-    parser.add_argument("--force", action="store_true", help="replace the file that is already there")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add = parser.add_argument
+    add("--longest", action="store_true", help="find the most frames that fit; --size may name several")
+    add("--ckpt_dir", "--weights", dest="weights", help="written into the command and -o (default: random)")
+    add("-o", "--output", type=Path, help="YAML configuration for generate and profile")
+    add("--force", action="store_true", help="replace the file that is already there")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,15 +123,16 @@ def _longest(args: argparse.Namespace) -> int:
 
     show = progress_printer(args)
     found = [(config, plan_longest(config, budget, show)) for config in configs]
-    commands = {c.request.size: _command(planned_config(_of(c, p), p)) for c, p in found if p is not None}
+    ready = [planned_config(replace(config, request=plan.request), plan) for config, plan in found if plan is not None]
+    commands = {config.request.size: _command(config) for config in ready}
     if args.json:
         rows = [
             {
                 "size": c.request.size,
                 "frame_num": p.request.frame_num if p else None,
                 "plan": p.to_json() if p else None,
+                "command": commands.get(c.request.size),
             }
-            | {"command": commands.get(c.request.size)}
             for c, p in found
         ]
         print(json.dumps({"schema": 1, "fits": bool(commands), "longest": rows}, ensure_ascii=False))
@@ -149,7 +148,3 @@ def _longest(args: argparse.Namespace) -> int:
         print(longest_table([(c.request.size, p) for c, p in found], MAX_FRAMES))
         print("\n".join(["", "run it with:", *(f"  {command}" for command in commands.values())]))
     return 0
-
-
-def _of(config: RunConfig, plan: Plan) -> RunConfig:
-    return replace(config, request=plan.request)

@@ -58,27 +58,24 @@ Changed = tuple[Job, list[str]]  # left alone, and the dotted keys in which it d
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="+", type=Path, help="YAML configuration or matrix file")
+    add = parser.add_argument
+    add("config", nargs="+", type=Path, help="YAML configuration or matrix file")
     add_device_flags(parser)
     add_knob_flags(parser.add_argument_group("several GPUs"), (PARALLEL_DEGREE,))
     add_budget_flags(parser)
     add_output_flags(parser, default="profiler_logs/<name>; of several the folder above, profiler_logs")
-    parser.add_argument("--weights", help="checkpoint directory, random or tiny; overrides the file")
-    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a run that takes longer, go on")
-    parser.add_argument(
-        "--retry", action="store_true", help="of several, run those that failed (not: out of memory) again"
-    )
-    parser.add_argument(
+    add("--weights", help="checkpoint directory, random or tiny; overrides the file")
+    add("--timeout", type=_seconds, metavar="SECONDS", help="stop a run that takes longer, go on")
+    add("--retry", action="store_true", help="of several, run those that failed (not: out of memory) again")
+    add(
         "--force_changed",
         "--force-changed",
         action="store_true",
         help="of several, replace the runs whose configuration has changed since",
     )
-    parser.add_argument("--live", action="store_true", help="show stages, memory and time left while it runs")
-    parser.add_argument(
-        "--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)"
-    )
-    parser.add_argument("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to
+    add("--live", action="store_true", help="show stages, memory and time left while it runs")
+    add("--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)")
+    add("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to
 
 
 def run(args: argparse.Namespace) -> int:
@@ -181,7 +178,9 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
         raise InputError("--vram_budget and --vram: give one of them; the budget is the limit, too")
     base = args.output or LOGS
     jobs = _jobs(configs, args, base, single)
-    changed = [] if single or args.force or args.force_changed else _changed(jobs)
+    # Found before the first run, so that who watches can stop a series of hours at once.
+    untouched = not (single or args.force or args.force_changed)
+    changed = [(job, keys) for job in jobs if untouched and (keys := difference(job))]
     for job, keys in changed:
         streams.say(f"{job.directory}: {_left_alone(keys)}")
     left = {job.name for job, _ in changed}
@@ -204,11 +203,6 @@ def _jobs(configs: Sequence[RunConfig], args: argparse.Namespace, base: Path, si
             find_gpu(config.gpu)
     jobs = [Job(c, base / c.name, args.vram_budget, args.ram) for c in configs]
     return [replace(jobs[0], directory=args.output)] if single and args.output is not None else jobs
-
-
-def _changed(jobs: Sequence[Job]) -> list[Changed]:
-    """Found before the first run, so that who watches can stop a series of hours at once."""
-    return [(job, keys) for job in jobs if (keys := difference(job))]
 
 
 def _left_alone(keys: Sequence[str]) -> str:

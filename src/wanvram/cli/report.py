@@ -35,12 +35,13 @@ _SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
-    parser.add_argument("-o", "--output", type=Path, help="file to write; its ending says the format")
-    parser.add_argument("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
-    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
-    parser.add_argument("--force", action="store_true", help="replace the file that is already there")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
+    add("-o", "--output", type=Path, help="file to write; its ending says the format")
+    add("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
+    add("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
+    add("--force", action="store_true", help="replace the file that is already there")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
         write_atomically(output, text)
     if args.json:
         print(json.dumps(_summary(runs, args.lang, output), ensure_ascii=False))
-    elif output is None and kind == "text":
-        show(text)
-    elif output is None:
-        print(text, end="")
-    else:
+    elif output is not None:
         print(f"Wrote {shown(output)}")
+    elif kind == "text":
+        show(text)
+    else:
+        print(text, end="")
     return 0
 
 
@@ -114,12 +115,8 @@ def _tables(groups: Sequence[Sequence[Run]], texts: Texts) -> Iterator[str]:
 
 
 def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:
-    texts = Texts(language)
-    return {
-        "schema": 1,
-        "written": None if output is None else str(output),
-        "runs": [_run_summary(run, texts) for run in runs],
-    }
+    written = None if output is None else str(output)
+    return {"schema": 1, "written": written, "runs": [_run_summary(run, Texts(language)) for run in runs]}
 
 
 def _run_summary(run: Run, texts: Texts) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from wanvram.foreign.layouts import as_channels_last, suggests_channels_last
 from wanvram.foreign.measured import MeasuredTable
 from wanvram.simulate.convolutions import Convolution
 from wanvram.simulate.gpus import GPU
-from wanvram.simulate.libraries import Libraries
-from wanvram.simulate.operation_buffers import BufferPlan, LibraryBuffers
+from wanvram.simulate.libraries import BufferPlan, Libraries
 
 __all__ = ["ForeignBuffers", "convolution_result"]
 
@@ -29,7 +28,7 @@ class Registered(NamedTuple):
     taken: Callable[..., int]
 
 
-class ForeignBuffers(LibraryBuffers):
+class ForeignBuffers(Libraries):
     """As the simulated pipeline's, with PyTorch's own convolutions and norms, and what users register.
 
     ranged: names of operations whose workspace is a rule -> the largest one counted, bytes: it may be between none and this.
@@ -38,21 +37,17 @@ class ForeignBuffers(LibraryBuffers):
     def __init__(
         self,
         gpu: GPU,
-        libraries: Libraries,
         registered: dict[str, Registered] | None = None,
         measured: MeasuredTable | None = None,
     ) -> None:
-        super().__init__(gpu, libraries)
+        super().__init__(gpu)
         self.measured = measured
         self.registered = registered or {}
         self.ranged: Counter[str] = Counter()
-        self.above_bytes = (
-            0  # what one call in two dimensions may take more: half as much again, in one image VAE measured
-        )
-        self.results: dict[str, Callable[..., Any]] = {"aten.convolution.default": convolution_result}
-        for name, entry in self.registered.items():
-            if entry.result is not None:
-                self.results[name] = entry.result
+        # What one call in two dimensions may take more: half as much again, in one image VAE measured.
+        self.above_bytes = 0
+        stated = {name: entry.result for name, entry in self.registered.items() if entry.result is not None}
+        self.results: dict[str, Callable[..., Any]] = {"aten.convolution.default": convolution_result} | stated
         self._planners |= {
             "aten.convolution.default": self._plain_convolution,
             "aten.native_group_norm.default": _group_norm,
@@ -83,30 +78,19 @@ class ForeignBuffers(LibraryBuffers):
 
     def _plain_convolution(self, args: Arguments) -> BufferPlan:
         """In channels_last as measured; else cuDNN converts all three to channels_last inside: input, output and weight."""
-        x, weight, _, stride, padding, dilation, transposed, _, groups = args[:9]
-        if not x.numel():
+        x, weight, _, _, _, dilation, transposed, _, groups = args[:9]
+        if not x.numel() or 1 < groups == x.shape[1]:  # depthwise: PyTorch's own kernels
             return BufferPlan()
-        if groups > 1 and groups == x.shape[1]:
-            return BufferPlan()  # depthwise: PyTorch's own kernels
-        name = str(x.dtype).removeprefix("torch.")
         last = _in_channels_last(x, weight)
         copied, weights = _copied(x, last), _copied(weight, last)
         if last:
-            if (
-                x.dim() == 5
-                and x.shape[0] == 1
-                and not transposed
-                and groups == 1
-                and all(step == 1 for step in dilation)
-            ):
-                sizes = tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding)
-                taken = self.libraries.conv_workspace(Convolution(name, *sizes))
-            else:
-                taken = CHANNELS_LAST_BYTES
+            plain = not transposed and groups == 1 and all(step == 1 for step in dilation)
+            known = plain and x.dim() == 5 and x.shape[0] == 1
+            taken = self.conv_workspace(Convolution.of(*args[:5])) if known else CHANNELS_LAST_BYTES
             return BufferPlan(copied, (*weights, taken) if taken else weights, loads=("cudnn",))
         output = prod(convolution_shape(*args[:9])) * x.itemsize
         taken = x.numel() * x.itemsize + output + weight.numel() * weight.itemsize
-        kind = f"convolution {x.dim() - 2}d {name} contiguous"
+        kind = f"convolution {x.dim() - 2}d {str(x.dtype).removeprefix('torch.')} contiguous"
         self.ranged[kind] = max(self.ranged[kind], taken)
         if x.dim() == 4:
             self.above_bytes = max(self.above_bytes, taken // 2)

@@ -29,7 +29,6 @@ from wanvram.foreign.threads import in_threads
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
-from wanvram.simulate.libraries import Libraries
 from wanvram.spans import Memory
 from wanvram.timeline_record import TimelineRecord
 from wanvram.units import human, parse_memory
@@ -233,7 +232,7 @@ def simulated_gpu(
     outside = card.context_bytes + sum(card.module_bytes.values())
     total = card.total_bytes if limit is None else limit
     allocator = CachingAllocator(AllocatorSettings(expandable), total_bytes=max(0, total - outside))
-    memory = ForeignMemory(card, allocator, ForeignBuffers(card, Libraries(card), _REGISTERED, table), Clock(card))
+    memory = ForeignMemory(card, allocator, ForeignBuffers(card, _REGISTERED, table), Clock(card))
     memory.total_bytes = total
     timeline = ForeignTimeline.attach(memory)
     memory.where = timeline.where

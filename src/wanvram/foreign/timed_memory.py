@@ -13,8 +13,8 @@ import torch
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
+from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 
 __all__ = ["TimedMemory"]
 
@@ -24,7 +24,7 @@ QUEUED_LAUNCHES = 1024  # kernels and events that CUDA takes from the host befor
 class TimedMemory(SimulatedMemory):
     """timed: whether the clock runs. Only a program that calls record_stream needs it."""
 
-    def __init__(self, gpu: GPU, allocator: CachingAllocator, libraries: LibraryBuffers, clock: Clock) -> None:
+    def __init__(self, gpu: GPU, allocator: CachingAllocator, libraries: Libraries, clock: Clock) -> None:
         super().__init__(gpu, allocator, libraries, clock=clock)
         self.timed = False  # whether the clock is needed: only under record_stream
         self._recorded: set[int] = set()

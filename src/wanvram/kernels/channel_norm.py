@@ -13,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanvram.kernels.operation import operation, uses_triton
+from wanvram.kernels.operation import operation
 
 __all__ = ["fill_window", "rms_norm_silu"]
 
 SMALLEST_NORM = 1e-12
-
-
-def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    """out = x / max(|x|, 1e-12) * sqrt(C) * gamma, then SiLU if asked; x and out [P,C] with unit column stride."""
-    _rms_norm_silu(x, gamma, out, silu)
+_TRITON = "wanvram.kernels.triton_channel_norm"
 
 
 def fill_window(
@@ -39,7 +35,8 @@ def fill_window(
 
 
 @operation(
-    "(Tensor x, Tensor(a!)? oldest, Tensor? newer, Tensor? gamma, Tensor(b!) window, int start, int committed) -> ()"
+    "(Tensor x, Tensor(a!)? oldest, Tensor? newer, Tensor? gamma, Tensor(b!) window, int start, int committed) -> ()",
+    triton=_TRITON,
 )
 def _fill_window(
     x: Tensor,
@@ -50,11 +47,6 @@ def _fill_window(
     start: int,
     committed: int,
 ) -> None:
-    if uses_triton(x):
-        from wanvram.kernels import triton_channel_norm
-
-        triton_channel_norm.fill_window(x, oldest, newer, gamma, window, start, committed)
-        return
     count = window.shape[3] * window.shape[4]
     planes = _positions(window).split(count)
     if oldest is not None and newer is not None:
@@ -64,7 +56,7 @@ def _fill_window(
     if gamma is None:
         planes[-1].copy_(newest)
     else:
-        _rms_norm_silu.compute(newest, gamma.view(-1), planes[-1], True)
+        rms_norm_silu.compute(newest, gamma.view(-1), planes[-1], True)
     if oldest is not None:
         _positions(oldest)[start : start + committed].copy_(planes[-1][:committed])
 
@@ -74,13 +66,9 @@ def _positions(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
 
 
-@operation("(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()")
-def _rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    if uses_triton(x):
-        from wanvram.kernels import triton_channel_norm
-
-        triton_channel_norm.rms_norm_silu(x, gamma, out, silu)
-        return
+@operation("(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()", triton=_TRITON)
+def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
+    """out = x / max(|x|, 1e-12) * sqrt(C) * gamma, then SiLU if asked; x and out [P,C] with unit column stride."""
     wide = x.float()
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
     normalised = (wide / length).mul_(x.shape[1] ** 0.5).mul_(gamma)

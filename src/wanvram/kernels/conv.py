@@ -20,21 +20,14 @@ __all__ = ["conv3d", "frame_attention"]
 QUERY_ROWS = 1024  # scores of 1024 x 14400 float32 are 56 MiB; all rows at 1280x720 would be 791 MiB
 
 
-def conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int], padding: tuple[int, int, int]
-) -> Tensor:
-    """Cross-correlation of x [1,I,T,H,W] with weight [O,I,kT,kH,kW], both channels_last_3d -> channels_last_3d."""
-    result: Tensor = _conv3d(x, weight, bias, stride, padding)
-    return result
-
-
 @operation("(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> Tensor")
-def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Cross-correlation of x [1,I,T,H,W] with weight [O,I,kT,kH,kW], both channels_last_3d -> channels_last_3d."""
     out = F.conv3d(x, weight, bias, stride=stride, padding=padding)
     return out.contiguous(memory_format=torch.channels_last_3d)  # no copy where the library kept the layout
 
 
-@_conv3d.on_meta
+@conv3d.on_meta
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
     del bias
     size = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, update_wrapper
+from importlib import import_module
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -14,10 +15,12 @@ __all__ = ["Operation", "operation", "uses_triton"]
 
 # Not torch.library.custom_op: its layer for gradients, in Python, was a quarter of the time of a simulated run.
 _LIBRARY = torch.library.Library("wanvram", "FRAGMENT")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-class Operation:
-    """Called with CUDA tensors, the function itself runs.
+class Operation(Generic[_P, _R]):
+    """Called with CUDA tensors, the function itself runs, or the Triton kernel of its name.
 
     There the dispatcher would cost 50 to 100 us of Python a call, as much as a small kernel, and import PyTorch's compiler
     at the first (5 s in a fresh process on an H200's machine). On meta tensors the simulated device has to see the call.
@@ -25,35 +28,46 @@ class Operation:
 
     direct_on_cuda = True
 
-    def __init__(self, compute: Callable[..., Any], schema: str) -> None:
-        name = compute.__name__.removeprefix("_")
-        self.compute = compute
-        self._name = name
-        _LIBRARY.define(name + schema)
+    def __init__(self, reference: Callable[_P, _R], schema: str, triton: str | None) -> None:
+        update_wrapper(self, reference)
+        self._name = reference.__name__.removeprefix("_")
+        self._reference = reference
+        self._triton = triton
+        _LIBRARY.define(self._name + schema)
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, compute, key)
+            _LIBRARY.impl(self._name, self.compute, key)
         if schema.endswith("-> ()"):  # changes its arguments: nothing new on meta tensors
             self.on_meta(lambda *_: None)
-        self.dispatched = getattr(torch.ops.wanvram, name).default
+        self._dispatched: Callable[_P, _R] = getattr(torch.ops.wanvram, self._name).default
 
     def on_meta(self, fake: Callable[..., Any]) -> None:
         """Registers what the operation's result is like, from meta tensors."""
         _LIBRARY.impl(self._name, fake, "Meta")
 
-    def __call__(self, x: torch.Tensor, *args: Any) -> Any:
+    def compute(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if self._triton is not None and uses_triton(args[0]):
+            kernel: Callable[_P, _R] = getattr(import_module(self._triton), self._name)
+            return kernel(*args, **kwargs)
+        return self._reference(*args, **kwargs)
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        x: Any = args[0]
         if x.is_cuda and self.direct_on_cuda:
-            return self.compute(x, *args)
-        return self.dispatched(x, *args)
+            return self.compute(*args, **kwargs)
+        return self._dispatched(*args, **kwargs)
 
 
-def operation(schema: str) -> Callable[[Callable[..., Any]], Operation]:
-    """Decorates what computes `wanvram::<function's name>`. An operation that changes arguments returns nothing."""
-    return lambda compute: Operation(compute, schema)
+def operation(schema: str, *, triton: str | None = None) -> Callable[[Callable[_P, _R]], Operation[_P, _R]]:
+    """Decorates the plain PyTorch form of `wanvram::<function's name>`. One that changes arguments returns nothing.
+
+    triton: the module with its kernel, a function of that name, where there is one; imported with the first CUDA tensor.
+    """
+    return lambda reference: Operation(reference, schema, triton)
 
 
-def uses_triton(x: torch.Tensor) -> bool:
+def uses_triton(x: Any) -> bool:
     """On CUDA where Triton is installed, unless WANVRAM_KERNELS=reference asks for PyTorch's operations."""
-    return x.is_cuda and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference"
+    return bool(x.is_cuda) and _triton_installed() and os.environ.get("WANVRAM_KERNELS") != "reference"
 
 
 @cache

@@ -18,26 +18,26 @@ __all__ = ["attention", "attention_with_sums", "scaled_dot_product"]
 ALIGNED = 8  # numbers of a head come in multiples of it, or PyTorch pads them first
 
 
+@operation(f"(Tensor q, Tensor k, Tensor v, str asked='{AUTO}') -> Tensor")
 def attention(q: Tensor, k: Tensor, v: Tensor, asked: str = AUTO) -> Tensor:
     """softmax(D^-0.5 q k^T) v for q [Lq,H,D], k and v [Lk,H,D] -> contiguous [Lq,H,D].
 
     asked: a backend of the registry, taken where it takes these (attention_backends.chosen). On the CPU PyTorch computes.
     """
-    result: Tensor = _attention(q, k, v, asked)
-    return result
+    if not q.is_cuda or q.shape[2] % ALIGNED:
+        return scaled_dot_product(q, k, v)
+    return _on_cuda(q.device, q.element_size(), q.shape[2], k.shape[0], asked)(q, k, v)[0]
+
+
+@attention.on_meta
+def _(q: Tensor, k: Tensor, v: Tensor, asked: str = AUTO) -> Tensor:
+    del k, asked
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
 def attention_with_sums(q: Tensor, k: Tensor, v: Tensor, asked: str = AUTO) -> tuple[Tensor, Tensor]:
     """The same and the natural log-sum-exp of every row of scores, float32 [H,Lq]; the reference on the CPU."""
-    result: tuple[Tensor, Tensor] = _attention_lse(q, k, v, asked)
-    return result
-
-
-@operation("(Tensor q, Tensor k, Tensor v, str asked) -> Tensor")
-def _attention(q: Tensor, k: Tensor, v: Tensor, asked: str) -> Tensor:
-    if not q.is_cuda or q.shape[2] % ALIGNED:
-        return scaled_dot_product(q, k, v)
-    result: Tensor = _on_cuda(q.device, q.element_size(), q.shape[2], k.shape[0], asked)(q, k, v)[0]
+    result: tuple[Tensor, Tensor] = _attention_lse(q, k, v, asked)  # type: ignore[assignment]
     return result
 
 
@@ -62,9 +62,3 @@ def _on_cuda(device: torch.device, dtype_bytes: int, head_dim: int, keys: int, a
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's, which looks for a backend itself, in the order of the registry."""
     return rows_first(F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v)))
-
-
-@_attention.on_meta
-def _(q: Tensor, k: Tensor, v: Tensor, asked: str) -> Tensor:
-    del k, asked
-    return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))

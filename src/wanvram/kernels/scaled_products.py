@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wanvram.kernels.elementwise import gelu_tanh_, layer_norm_modulate
-from wanvram.kernels.operation import operation, uses_triton
+from wanvram.kernels.operation import operation
 
 __all__ = [
     "FP8",
@@ -31,6 +31,7 @@ __all__ = [
 SCALE_SUFFIX = ".scale"  # of a matrix's name: what the scales of its rows are called
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest finite e4m3 number
+_TRITON = "wanvram.kernels.triton_fp8"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def to_fp8(matrix: Tensor, scales: Tensor) -> Tensor:
     return (matrix * (1.0 / scales)).clamp_(-LARGEST, LARGEST).to(FP8)
 
 
+@operation("(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()", triton=_TRITON)
 def quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
     """x [L,K] -> values FP8 [L,K] and scales float32 [L,1]: `row_scales` and `to_fp8` in one pass, to the bit."""
-    _quantise_rows(x, values, scales)
+    scales.copy_(row_scales(x))
+    values.copy_(to_fp8(x, scales))
 
 
 def scaled_rows(x: Tensor) -> ScaledRows:
@@ -99,38 +102,18 @@ def scaled_product(x: ScaledRows, weight: Tensor, scale: Tensor, bias: Tensor, o
     _scaled_product(x.values, x.scales, weight, scale, bias, out)
 
 
-@operation("(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()")
-def _quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    if uses_triton(x):
-        from wanvram.kernels import triton_fp8
-
-        triton_fp8.quantise_rows(x, values, scales)
-        return
-    scales.copy_(row_scales(x))
-    values.copy_(to_fp8(x, scales))
-
-
 @operation(
-    "(Tensor x, Tensor scale, Tensor shift, float eps, float offset, Tensor(a!) values, Tensor(b!) scales) -> ()"
+    "(Tensor x, Tensor scale, Tensor shift, float eps, float offset, Tensor(a!) values, Tensor(b!) scales) -> ()",
+    triton=_TRITON,
 )
 def _modulated_rows(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, offset: float, values: Tensor, scales: Tensor
 ) -> None:
-    if uses_triton(x):
-        from wanvram.kernels import triton_fp8
-
-        triton_fp8.modulated_rows(x, scale, shift, eps, offset, values, scales)
-    else:
-        quantise_rows(layer_norm_modulate(x, scale, shift, eps, offset, torch.bfloat16), values, scales)
+    quantise_rows(layer_norm_modulate(x, scale, shift, eps, offset, torch.bfloat16), values, scales)
 
 
-@operation("(Tensor(a!) x, Tensor(b!) values, Tensor(c!) scales) -> ()")
+@operation("(Tensor(a!) x, Tensor(b!) values, Tensor(c!) scales) -> ()", triton=_TRITON)
 def _gelu_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    if uses_triton(x):
-        from wanvram.kernels import triton_fp8
-
-        triton_fp8.gelu_rows(x, values, scales)
-        return
     gelu_tanh_(x)
     quantise_rows(x, values, scales)
 

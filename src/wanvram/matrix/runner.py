@@ -258,12 +258,7 @@ def _empty_record(config: RunConfig) -> RunRecord:
         device=config.device,
         simulated=config.device == "simulated",
         config=config.to_dict(),
-        fits=None,
         budget_bytes=config.memory_limit_bytes,
-        components=[],
-        stages=[],
-        environment={},
-        host={},
         notes=[f"the run left no record; what it printed is in {LOG}"],
     )
 

@@ -26,7 +26,6 @@ from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
 from wanvram.simulate.libraries import Libraries
 from wanvram.simulate.links import exchanged, link_of, linked
 from wanvram.simulate.memory import SimulatedMemory
-from wanvram.simulate.operation_buffers import LibraryBuffers
 from wanvram.simulate.timeline import Timeline
 
 __all__ = ["predicted", "run_or_simulate", "simulate", "simulate_rank", "simulated_device"]
@@ -60,10 +59,9 @@ def simulated_device(
     capped = config.memory_limit_bytes is not None and not unlimited
     limit = max(0, (config.memory_limit_bytes or 0) - outside - LATER_BYTES) if capped else None
     allocator = CachingAllocator(settings, total_bytes=usable, limit_bytes=limit)
-    buffers = LibraryBuffers(gpu, Libraries(gpu))
     clock = clock_of(config, gpu)
     clock.link = link
-    device = SimulatedDevice(SimulatedMemory(gpu, allocator, buffers, clock=clock, keep_events=keep_events))
+    device = SimulatedDevice(SimulatedMemory(gpu, allocator, Libraries(gpu), clock=clock, keep_events=keep_events))
     device.attention = attention_of(config, card_like(gpu, here=is_here(gpu.key)))
     device.place = config.place(rank)
     return device

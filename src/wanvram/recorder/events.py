@@ -10,8 +10,8 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from wanvram.output_files import writing
@@ -72,15 +72,8 @@ class EventLog:
             text = f"{name}: peak_memory={memory.allocated_bytes / MIB:.2f} MB"
         else:
             text = f"{name}: incremental_memory={(memory.allocated_bytes - base) / MIB:.2f} MB"
-        event = {
-            "name": name,
-            "timestamp": time.time(),
-            "memory_log": text,
-            "metadata": metadata,
-            "allocated_bytes": memory.allocated_bytes,
-            "reserved_bytes": memory.reserved_bytes,
-            "device_bytes": memory.device_bytes,
-        } | ({"traced": True} if traced else {})
+        event = {"name": name, "timestamp": time.time(), "memory_log": text, "metadata": metadata, **asdict(memory)}
+        event |= {"traced": True} if traced else {}
         written = _dumps(event)
         with writing(self.path):
             self._own_file().append(written)
@@ -106,9 +99,7 @@ class EventLog:
     def __enter__(self) -> EventLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

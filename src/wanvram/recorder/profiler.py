@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -64,15 +63,10 @@ class MemoryTracker:
     def _note(self, memory: Memory) -> Memory:
         if memory.device_bytes is None:
             memory = replace(memory, device_bytes=self.meter_here().device_memory())
-        reading = {
-            "allocated_bytes": memory.allocated_bytes,
-            "reserved_bytes": memory.reserved_bytes,
-            "device_bytes": memory.device_bytes,
-        }
         with self._lock.here():
             if self._readings_pid != os.getpid():
                 self.readings, self._readings_pid = [], os.getpid()
-            self.readings.append(reading)
+            self.readings.append(asdict(memory))
         return memory
 
     def save_logs(self) -> Path:
@@ -247,9 +241,7 @@ class MemoryProfiler:
         self.start_profiling()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with _passing(error):
             self.stop_profiling()
 

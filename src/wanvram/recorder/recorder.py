@@ -33,11 +33,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        meter: Meter,
-        events: EventLog | None,
-        progress: TellRun | None,
-        observer: SpanObserver | None = None,
+        self, meter: Meter, events: EventLog | None, progress: TellRun | None, observer: SpanObserver | None = None
     ) -> None:
         self.meter = meter
         self.events = events
@@ -94,10 +90,9 @@ class Recorder:
     def _put_away(self, span: Span) -> None:
         self._started.pop()
         self._open.pop()
-        siblings = self._open[-1].children if self._open else self.spans
-        siblings.append(span)
-        if self._open:
-            parent = self._open[-1]
+        parent = self._open[-1] if self._open else None
+        (parent.children if parent else self.spans).append(span)
+        if parent:
             parent.peak = parent.peak.highest(span.peak)
         if self.observer is not None:
             self.observer.end()
@@ -137,12 +132,11 @@ class Recorder:
         memory = self.meter.read()
         return replace(memory, device_bytes=self.meter.device_memory()) if detailed else memory
 
-    def _carry_peak(self) -> Memory:
+    def _carry_peak(self) -> None:
         peak = self.meter.peak()
         for span in self._open:
             span.peak = span.peak.highest(peak)
         self.meter.reset_peak()
-        return peak
 
     def _log(self, name: str, memory: Memory, kind: str, component: str | None) -> None:
         if self.events is not None:

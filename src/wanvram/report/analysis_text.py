@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 
 from wanvram.advice import Advice
 from wanvram.analysis.events import EventGroup, EventSummary
 from wanvram.analysis.peak import OwnerShare
 from wanvram.analysis.snapshot import DeviceHistory, HostMemory, Snapshot
 from wanvram.analysis.stages import Analysis, SpecMoments, Switch
-from wanvram.analysis.trace import MemoryCurve, Operator, TraceSpan, TraceSummary
+from wanvram.analysis.trace_summary import MemoryCurve, Operator, TraceSpan, TraceSummary
 from wanvram.foreign_text import shown
 from wanvram.record import RunRecord
 from wanvram.report.findings import advice_first, unlimited_base
 from wanvram.report.terminal import listed, table
 from wanvram.report.translations import Texts
-from wanvram.spans import Memory
-from wanvram.units import human, mib, mib_cell, seconds
+from wanvram.units import human, mib, mib_cell, seconds, seconds_cell
 
 __all__ = ["events_text", "run_text", "snapshot_text", "trace_text"]
 
@@ -26,10 +27,6 @@ ROWS = 12
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _time(value: float | None) -> str:
-    return "-" if value is None else seconds(value)
 
 
 def _short(name: str) -> str:
@@ -59,26 +56,22 @@ def run_text(record: RunRecord, analysis: Analysis, advice: Sequence[Advice]) ->
     head.append(analysis.bottleneck.statement if analysis.bottleneck else "Nothing was recorded.")
     stages = _stages(analysis, cached=record.cached)
     parts = ["\n".join(head), _owners(analysis), _components(analysis), stages, _moments(analysis.moments)]
-    parts += [
-        _loading(analysis),
-        _switches(analysis.switches),
-        _growth(analysis),
-        _advice(record, advice),
-        _notes(record.notes),
-    ]
-    return _joined(parts)
+    parts += [_loading(analysis), _switches(analysis.switches), _growth(analysis)]
+    return _joined([*parts, _advice(record, advice), _notes(record.notes)])
 
 
 def _owners(analysis: Analysis) -> str:
     if not analysis.peaks:
         return ""
     peak = analysis.peaks[0]
-    rows = [["alive at the peak, by component", "count", "MiB", "share"], *map(_owner, peak.by_component)]
-    tables = [rows]
-    for title, owners in (("by stage", peak.by_stage), ("by module", peak.by_module), ("by shape", peak.by_shape)):
-        tables.append([[title, "count", "MiB", "share"], *map(_owner, owners[:ROWS])])
-    text = "\n\n".join(map(table, tables))
-    return text + (f"\n\n{peak.unusable.reason}" if peak.unusable is not None else "")
+    kinds = {
+        "alive at the peak, by component": peak.by_component,
+        "by stage": peak.by_stage,
+        "by module": peak.by_module,
+        "by shape": peak.by_shape,
+    }
+    parts = [table([[title, "count", "MiB", "share"], *map(_owner, owners)]) for title, owners in kinds.items()]
+    return "\n\n".join([*parts, *([peak.unusable.reason] if peak.unusable else [])])
 
 
 def _owner(owner: OwnerShare) -> list[str]:
@@ -102,7 +95,9 @@ def _stages(analysis: Analysis, *, cached: bool) -> str:
     for s in analysis.stages:
         figures = (s.start.allocated_bytes, s.peak.allocated_bytes, s.activation_bytes, s.fluctuation_bytes)
         shares = (s.fragmentation.at_peak, s.fragmentation.highest) if cached else ()
-        rows.append([s.name, *map(mib_cell, figures), *map(_share, shares), _time(s.seconds), _share(s.time_share)])
+        rows.append(
+            [s.name, *map(mib_cell, figures), *map(_share, shares), seconds_cell(s.seconds), _share(s.time_share)]
+        )
     if not cached:
         return table(rows)
     total = f"Fragmentation: {_share(analysis.fragmentation_at_peak)} at the peak, at most {_share(analysis.fragmentation_highest)}."
@@ -116,17 +111,13 @@ def _moments(moments: SpecMoments) -> str:
         (inside, moments.inside_blocks),
         ("after vae.decode", moments.after_decode),
     )
-    rows = ([name, *_memory(memory)] for name, memory in places if memory is not None)
+    rows = ([name, *map(mib_cell, astuple(memory))] for name, memory in places if memory is not None)
     return listed(["moment", "allocated MiB", "reserved MiB", "device MiB"], rows)
-
-
-def _memory(memory: Memory) -> list[str]:
-    return [mib_cell(memory.allocated_bytes), mib_cell(memory.reserved_bytes), mib_cell(memory.device_bytes)]
 
 
 def _loading(analysis: Analysis) -> str:
     rows = (
-        [load.component or "-", mib_cell(load.added_bytes), mib_cell(load.transient_bytes), _time(load.seconds)]
+        [load.component or "-", mib_cell(load.added_bytes), mib_cell(load.transient_bytes), seconds_cell(load.seconds)]
         for load in analysis.loading
     )
     return listed(["loading", "added MiB", "beyond that, while loading MiB", "time"], rows)
@@ -166,14 +157,12 @@ def _advice(record: RunRecord, advice: Sequence[Advice]) -> str:
     columns["saves MiB"] = [mib_cell(item.saved_bytes) for item in advice]
     if any(item.peak_device_bytes is not None for item in advice):
         columns["leaves MiB"] = [mib_cell(item.peak_device_bytes) for item in advice]
-    columns["costs"] = [_time(item.seconds) for item in advice]
+    columns["costs"] = [seconds_cell(item.seconds) for item in advice]
     if any(item.fits is not None for item in advice):
         columns["then fits"] = [{True: "yes", False: "no", None: "-"}[item.fits] for item in advice]
     text = table([list(columns), *map(list, zip(*columns.values(), strict=True))])
     base = unlimited_base(record, advice[0])
-    if base is None:
-        return text
-    return f"{text}\n{Texts('en')('advice_base', base=human(base))}"
+    return text if base is None else f"{text}\n{Texts()('advice_base', base=human(base))}"
 
 
 # --- events --------------------------------------------------------------------------------------------------------------
@@ -207,7 +196,7 @@ def trace_text(trace: TraceSummary) -> str:
     parts = [head, "\n".join(map(_curve, trace.memory))]
     parts.append(_operators(f"operators by memory allocated{main}", trace.operators_by_memory))
     parts.append(_operators("operators by own time", trace.operators_by_time))
-    kernels = ([_short(k.name), f"{k.calls:,}", _time(k.seconds)] for k in trace.kernels[:ROWS])
+    kernels = ([_short(k.name), f"{k.calls:,}", seconds_cell(k.seconds)] for k in trace.kernels[:ROWS])
     parts.append(listed(["kernels and copies", "calls", "time"], kernels))
     parts.append(_spans(f"steps{main}", trace.steps))
     parts.append(_spans(f"marked with record_function{main}", trace.annotations))
@@ -228,7 +217,13 @@ def _curve(curve: MemoryCurve) -> str:
 
 def _operators(title: str, operators: Sequence[Operator]) -> str:
     rows = (
-        [_short(o.name), f"{o.calls:,}", mib_cell(o.allocated_bytes), _time(o.self_seconds), _time(o.seconds)]
+        [
+            _short(o.name),
+            f"{o.calls:,}",
+            mib_cell(o.allocated_bytes),
+            seconds_cell(o.self_seconds),
+            seconds_cell(o.seconds),
+        ]
         for o in operators[:ROWS]
     )
     return listed([title, "calls", "allocated MiB", "own time", "time"], rows)
@@ -238,7 +233,7 @@ def _spans(title: str, spans: Sequence[TraceSpan]) -> str:
     reserved = any(span.peak_reserved_bytes is not None for span in spans)
     rows = [[title, "start", "time", "peak allocated MiB", *(["peak reserved MiB"] if reserved else [])]]
     for span in spans[:ROWS]:
-        times = [f"{span.start:.3f} s", _time(span.end - span.start)]
+        times = [f"{span.start:.3f} s", seconds_cell(span.end - span.start)]
         held = [mib_cell(span.peak_reserved_bytes)] if reserved else []
         rows.append([_short(span.name), *times, mib_cell(span.peak_allocated_bytes), *held])
     more = f"\n... and {len(spans) - ROWS:,} more" if len(spans) > ROWS else ""
@@ -258,19 +253,14 @@ def snapshot_text(snapshot: Snapshot) -> str:
     gpu = f" of GPU {main.device}" if len(snapshot.devices) > 1 else ""
     total = max(1, main.peak.allocated_bytes)
     places = main.by_place()
-    alive = listed(
-        [f"alive {when}{gpu}, by where it was allocated", "count", "MiB", "share"],
-        (
-            [_short(group.where), f"{group.count:,}", mib_cell(group.bytes), _share(group.bytes / total)]
-            for group in places[:ROWS]
-        ),
-    )
+    rows = ([_short(g.where), f"{g.count:,}", mib_cell(g.bytes), _share(g.bytes / total)] for g in places[:ROWS])
+    alive = listed([f"alive {when}{gpu}, by where it was allocated", "count", "MiB", "share"], rows)
     more = f"\n... and {len(places) - ROWS:,} more places" if len(places) > ROWS else ""
-    by_reason: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for hole in main.peak.holes:
-        by_reason[hole.reason] = by_reason.get(hole.reason, 0) + hole.bytes
-    reasons = sorted(by_reason.items(), key=lambda item: -item[1])[:ROWS]
-    holes = listed([f"reserved but not in use {when}{gpu}", "MiB"], ([why, mib_cell(size)] for why, size in reasons))
+        reasons[hole.reason] += hole.bytes
+    unused = ([why, mib_cell(size)] for why, size in reasons.most_common(ROWS))
+    holes = listed([f"reserved but not in use {when}{gpu}", "MiB"], unused)
     refused = [
         f"out of memory at {r.seconds:.3f} s: {mib(r.requested_bytes)} asked for, the driver had {mib(r.free_bytes)} free"
         for r in main.out_of_memory[:ROWS]

@@ -15,7 +15,10 @@ __all__ = ["attention_text", "cards_text", "check_text"]
 
 def check_text(checks: dict[str, Any]) -> str:
     """Versions, GPUs, who uses them, host, and what would falsify a measurement. `checks` is what run_checks returns."""
-    parts = [_versions(checks), _gpus(checks["gpus"]), _processes(checks["gpus"]), _host(checks["host"])]
+    versions = (
+        f"torch {checks['torch']}, CUDA {checks['cuda'] or 'none (CPU build)'}, driver {checks['driver'] or 'none'}"
+    )
+    parts = [versions, _gpus(checks["gpus"]), _processes(checks["gpus"]), _host(checks["host"])]
     variables = "\n".join(f"{name}={value}" for name, value in checks["variables"].items())
     parts.append(variables or "No allocator setting in the environment.")
     if checks.get("warm_up"):
@@ -25,24 +28,14 @@ def check_text(checks: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _versions(checks: dict[str, Any]) -> str:
-    cuda = checks["cuda"] or "none (CPU build)"
-    return f"torch {checks['torch']}, CUDA {cuda}, driver {checks['driver'] or 'none'}"
-
-
 def _gpus(gpus: list[dict[str, Any]]) -> str:
     rows = []
     for gpu in gpus:
+        sizes = [human(gpu[f"{key}_bytes"]) for key in ("free", "used", "total")]
+        busy = "-" if gpu["utilization_percent"] is None else f"{gpu['utilization_percent']} %"
+        heat = "-" if gpu["temperature_c"] is None else f"{gpu['temperature_c']} C"
         clock = "-" if gpu["sm_clock_mhz"] is None else f"{gpu['sm_clock_mhz']} of {gpu['max_sm_clock_mhz']} MHz"
-        rows.append(
-            [
-                f"{gpu['index']} {gpu['name']}",
-                *(human(gpu[f"{key}_bytes"]) for key in ("free", "used", "total")),
-                "-" if gpu["utilization_percent"] is None else f"{gpu['utilization_percent']} %",
-                "-" if gpu["temperature_c"] is None else f"{gpu['temperature_c']} C",
-                clock,
-            ]
-        )
+        rows.append([f"{gpu['index']} {gpu['name']}", *sizes, busy, heat, clock])
     return listed(["GPU", "free", "in use", "total", "busy", "temperature", "SM clock"], rows)
 
 
@@ -81,12 +74,8 @@ def attention_text(measured: Measured, missing: Mapping[str, str], best: str | N
     lines = [f"{said.card}, driver {said.driver}, torch {said.torch}, cuDNN {said.cudnn}", "", table(rows)]
     lines += ["", *(f"{name}: {why}" for name, why in missing.items())] if missing else []
     taken = "" if best is None else f"fastest for self- and cross-attention together: {best}"
-    return (
-        "\n".join(
-            [*lines, "", f"{taken}; --attention auto takes it on cards that wanvram's own table was not measured on."]
-        )
-        + "\n"
-    )
+    where = "on cards that wanvram's own table was not measured on"
+    return "\n".join([*lines, "", f"{taken}; --attention auto takes it {where}.", ""])
 
 
 def cards_text(cards: Sequence[GPU]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from wanvram.report.terminal import listed, table
 from wanvram.report.timeline import coarse_timeline
 from wanvram.report.translations import Texts
 from wanvram.spans import Memory, Span
-from wanvram.units import MIB, mib_cell, seconds
+from wanvram.units import MIB, mib_cell, seconds_cell
 
 __all__ = ["comparison_text", "read_runs", "runs_table", "violations_text"]
 
@@ -53,7 +54,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             while label in taken:
                 label, number = f"{run.label} ({number})", number + 1
             taken.add(label)
-            runs.append(Run(label, run.record, run.timeline, run.exact, run.advice))
+            runs.append(replace(run, label=label))
     return runs
 
 
@@ -82,12 +83,7 @@ def _read_snapshot(path: Path) -> Run:
         device=f"cuda:{main.device}",
         simulated=False,
         config={"name": path.name, "description": f"snapshot {path.name}", "foreign": True},
-        fits=None,
-        budget_bytes=None,
-        components=[],
         stages=[Span(WHOLE_RUN, "stage", None, Memory(0, 0, None), peak.highest(end), end)],
-        environment={},
-        host={},
         notes=[*snapshot.notes, *unrecorded],
     )
     return Run(path.name, record, snapshot_timeline(snapshot), True)
@@ -113,7 +109,7 @@ def runs_table(
         cells = ["-" if peak is None else mib_cell(getattr(peak, f"{figure}_bytes")) for figure in figures]
         if cached and not record.cached:
             cells[1] = "-"
-        times = ("-" if time is None else seconds(time) for time in (record.step_seconds(), working_seconds(record)))
+        times = map(seconds_cell, (record.step_seconds(), working_seconds(record)))
         rows.append([name, _result(record, texts), *cells, where.name if where else "-", *times])
     if places is not None:
         ranked = [texts("rank"), *("-" if place is None else str(place) for place in places)]
@@ -137,14 +133,15 @@ def comparison_text(comparison: Comparison) -> str:
 
     A table has at most five runs, which is as much as a wide terminal shows; the others follow in tables of their own.
     """
-    unlike = len(set(map(asked, comparison.records))) > 1
-    parts = [_legend(comparison), _same_configuration(comparison), Texts("en")("unlike_compared") if unlike else ""]
     last = len(comparison.labels)
+    same = "The configurations are the same." if last > 1 and not comparison.changed else ""
+    unlike = Texts()("unlike_compared") if len(set(map(asked, comparison.records))) > 1 else ""
+    parts = [_legend(comparison), same, unlike]
     for first in range(1, max(last, 2), OTHERS):
         others = range(first, min(first + OTHERS, last))
         parts += [_configuration(comparison, others), _peaks(comparison, others)]
         for group, figure, title in _STAGE_FIGURES:
-            keys = [(name, (group, name, figure)) for name in comparison.names(group) if _tells(comparison, (figure,))]
+            keys = {name: (group, name, figure) for name in comparison.names(group)}
             parts.append(_differences(comparison, f"{group.removesuffix('s')}, {title}", keys, others))
     parts += [_prediction(*pair) for pair in comparison.predictions]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -163,10 +160,6 @@ def _legend(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _same_configuration(comparison: Comparison) -> str:
-    return "The configurations are the same." if len(comparison.labels) > 1 and not comparison.changed else ""
-
-
 def _configuration(comparison: Comparison, others: Sequence[int]) -> str:
     """What differs between A and any of the others."""
     shown = [0, *others]
@@ -183,35 +176,24 @@ def _cell(value: Any) -> str:
 
 
 def _peaks(comparison: Comparison, others: Sequence[int]) -> str:
-    keys: list[tuple[str, Key]] = [
-        ("allocated", ("peak", "allocated_bytes")),
-        ("reserved", ("peak", "reserved_bytes")),
-        ("device", ("peak", "device_bytes")),
-    ]
-    keys = [key for key in keys if key[1] in comparison.figures and _tells(comparison, key[1])]
+    keys = {name: ("peak", f"{name}_bytes") for name in ("allocated", "reserved", "device")}
     return _differences(comparison, "peak, MiB", keys, others, always=True)
 
 
-def _tells(comparison: Comparison, key: Key) -> bool:
-    """Whether the figure means something on the device of any run."""
-    return "reserved" not in key[-1] or any(record.cached for record in comparison.records)
-
-
 def _differences(
-    comparison: Comparison,
-    title: str,
-    keys: Sequence[tuple[str, Key]],
-    others: Sequence[int],
-    *,
-    always: bool = False,
+    comparison: Comparison, title: str, keys: Mapping[str, Key], others: Sequence[int], *, always: bool = False
 ) -> str:
-    """A row per key: A's figure, then for each other run its figure, the difference, and that in per cent of A."""
+    """A row per key: A's figure, then for each other run its figure, the difference, and that in per cent of A.
+
+    always: also where all are equal. What is reserved means nothing where no run has a cache.
+    """
     head = [title, "A"]
     for run in others:
         head += [_letter(run), f"{_letter(run)}-A", "%"]
+    cached = any(record.cached for record in comparison.records)
     rows = []
-    for name, key in keys:
-        values = comparison.figures.get(key, ())
+    for name, key in keys.items():
+        values = comparison.figures.get(key, ()) if cached or "reserved" not in key[-1] else ()
         if values and (always or any(values[run] != values[0] for run in others)):
             rows.append([name, *_cells(comparison, key, others)])
     return listed(head, rows)

@@ -44,6 +44,5 @@ def gpu_rows(record: RunRecord) -> Iterator[dict[str, Any]]:
 def gpu_cells(record: RunRecord) -> Iterator[list[str]]:
     """As text, below GPU_HEADS."""
     for row in gpu_rows(record):
-        number, *figures = row.values()
-        *sizes, waited, stage = figures
-        yield [number, *("-" if size is None else mib_cell(size) for size in sizes), seconds(waited), stage or "-"]
+        number, *sizes, waited, stage = row.values()
+        yield [number, *map(mib_cell, sizes), seconds(waited), stage or "-"]

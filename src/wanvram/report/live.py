@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Protocol, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
@@ -154,10 +155,8 @@ def _row(state: str, span: Span, depth: int) -> list[Text]:
     if state == "now" and len(span.children) > 1:
         name += f" ({len(span.children)} parts done)"
     style = "bold" if state == "now" else ""
-    peak = span.peak
-    figures = (peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes)
     time_text = "" if span.seconds is None else seconds(span.seconds)
-    return [_line(cell, style) for cell in (name, *map(mib_cell, figures), time_text)]
+    return [_line(cell, style) for cell in (name, *map(mib_cell, astuple(span.peak)), time_text)]
 
 
 def _line(text: str, style: str = "") -> Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from wanvram.record import RunRecord
 from wanvram.report.findings import advice_first, alike, answer, card_of, ranked, ranks, together, unlimited_base
 from wanvram.report.gpus import GPU_HEADS, gpu_cells
 from wanvram.report.runs import Run, asked, pairs
-from wanvram.report.terminal import videos_line
+from wanvram.report.terminal import component_cells, videos_line
 from wanvram.report.timeline import peak_moment
 from wanvram.report.translations import Texts, shortened
 from wanvram.spans import Memory, Span
@@ -47,7 +48,7 @@ def _tables(runs: Sequence[Run], texts: Texts) -> list[str]:
     for group in groups:
         task, size, frames = asked(group[0].record)
         title = _text(texts("asked", task=task, size=size, frames=frames))
-        lines += [f"### {title}", "", _text(ranked(group, texts), MAX_SENTENCE), "", *_runs(group, texts), ""]
+        lines += _section(title, [_text(ranked(group, texts), MAX_SENTENCE), "", *_runs(group, texts)])
     return lines
 
 
@@ -111,67 +112,51 @@ def _run(run: Run, texts: Texts) -> list[str]:
     said = answer(run, texts)
     kind = texts("simulated" if run.record.simulated else "measured_on")
     lines = [f"## {_text(run.label)}", "", f"{kind} ({_text(run.record.device)})", ""]
-    for sentence in (said.headline, said.owner, said.change):
-        lines += [_text(sentence, MAX_SENTENCE), ""] if sentence else []
-    lines += _videos(run.record, texts)
-    lines += [f"### {texts('components')}", "", *_components(run, texts), ""]
-    lines += [f"### {texts('stages')}", "", *_stages(run, texts), ""]
+    for sentence in filter(None, (said.headline, said.owner, said.change)):
+        lines += [_text(sentence, MAX_SENTENCE), ""]
+    if len(run.record.video_seconds()) > 1:  # the times of a single one are those of its stages
+        lines += _section(texts("video_times"), _videos(run.record, texts))
+    lines += _section(texts("components"), _components(run, texts))
+    lines += _section(texts("stages"), _stages(run, texts))
     if run.record.ranks:
-        heads = [texts(key) for key in GPU_HEADS]
-        rows = list(gpu_cells(run.record))
-        lines += [f"### {texts('every_gpu')}", "", *_table(heads, rows, numbers=range(1, len(heads) - 1)), ""]
+        numbers = range(1, len(GPU_HEADS) - 1)
+        table = _table([texts(key) for key in GPU_HEADS], gpu_cells(run.record), numbers)
+        lines += _section(texts("every_gpu"), table)
     moment = peak_moment(run.timeline)
     if moment is not None and run.borrowed:
         lines += [texts("borrowed"), ""]
     if moment is not None:
-        lines += [f"### {texts('alive')}: {texts('moment_peak')}", "", *_alive(moment, texts), ""]
+        lines += _section(f"{texts('alive')}: {texts('moment_peak')}", _alive(moment, texts))
     if run.advice:
-        lines += [f"### {texts('advice_title')}", "", *_advice(run, texts), ""]
-    lines += [f"### {texts('configuration')}", ""]
-    lines += [
-        f"- `{_code(key)}`: {_text(shortened(value, MAX_TEXT))}" for key, value in sorted(run.settings().items())
-    ] + [""]
+        lines += _section(texts("advice_title"), _advice(run, texts))
+    settings = sorted(run.settings().items())
+    listed = [f"- `{_code(key)}`: {_text(shortened(value, MAX_TEXT))}" for key, value in settings]
+    lines += _section(texts("configuration"), listed)
     if run.record.notes:
-        lines += [
-            f"### {texts('notes')}",
-            "",
-            *(f"- {_text(shortened(note, MAX_TEXT))}" for note in run.record.notes),
-            "",
-        ]
+        lines += _section(texts("notes"), [f"- {_text(shortened(note, MAX_TEXT))}" for note in run.record.notes])
     return lines
 
 
+def _section(title: str, lines: Iterable[str]) -> list[str]:
+    return [f"### {title}", "", *lines, ""]
+
+
 def _videos(record: RunRecord, texts: Texts) -> list[str]:
-    """Nothing of a single video, whose times are those of its stages."""
-    times = record.video_seconds()
-    if len(times) < 2:
-        return []
-    rows = [[str(number), None if time is None else seconds(time)] for number, time in enumerate(times, 1)]
+    times = enumerate(record.video_seconds(), 1)
+    rows = [[str(number), None if time is None else seconds(time)] for number, time in times]
     lines = [line for sentence in videos_line(record, texts) for line in (_text(sentence), "")]
-    heads = [texts(key) for key in ("video", "own_time")]
-    return [f"### {texts('video_times')}", "", *lines, *_table(heads, rows, numbers=(0, 1)), ""]
+    return [*lines, *_table([texts("video"), texts("own_time")], rows, numbers=(0, 1))]
 
 
 def _components(run: Run, texts: Texts) -> list[str]:
     heads = [texts("component"), texts("parameters")] + [_head(key, texts) for key in ("base", "host", "activation")]
-    rows = [
-        [c.name, f"{c.parameters:,}", mib_cell(c.base_bytes), mib_cell(c.host_bytes), mib_cell(c.activation_bytes)]
-        for c in run.record.components
-    ]
-    return _table(heads, rows, numbers=range(1, 5))
+    return _table(heads, component_cells(run.record), numbers=range(1, 5))
 
 
 def _stages(run: Run, texts: Texts) -> list[str]:
     cached = run.record.cached
-    heads = [
-        "stage",
-        "component",
-        "start",
-        "activation",
-        *_peaks(cached),
-        *(["fragmentation"] if cached else []),
-        "time",
-    ]
+    fragmentation = ["fragmentation"] if cached else []
+    heads = ["stage", "component", "start", "activation", *_peaks(cached), *fragmentation, "time"]
     rows = [_stage(span, cached) for span in run.record.stages]
     return _table([_head(key, texts) for key in heads], rows, numbers=range(2, len(heads)))
 
@@ -239,10 +224,8 @@ def _accuracy(predicted: Run, measured: Run, texts: Texts) -> list[str]:
         for key in ("device", "reserved", "allocated"):
             a, b = getattr(p, f"{key}_bytes"), getattr(m, f"{key}_bytes")
             if a is not None and b is not None:
-                relative = f"{(a - b) / b:+.2%}" if b else None
-                rows.append(
-                    [f"{name}: {texts(f'peak_{key}')}", mib_cell(a), mib_cell(b), f"{(a - b) / MIB:+,.1f}", relative]
-                )
+                figures = [mib_cell(a), mib_cell(b), f"{(a - b) / MIB:+,.1f}", f"{(a - b) / b:+.2%}" if b else None]
+                rows.append([f"{name}: {texts(f'peak_{key}')}", *figures])
     heads = [texts("figure"), *(_head(key, texts) for key in ("predicted", "measured", "error")), texts("relative")]
     title = f"## {texts('accuracy')}: {_text(predicted.label)}, {_text(measured.label)}"
     return [title, "", texts("accuracy_help"), "", *_table(heads, rows, numbers=range(1, 5)), ""]
@@ -278,20 +261,12 @@ def _line(cells: Sequence[str | None], *, plain: bool = False) -> str:
 
 
 _SIGNS = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]|~#"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
+_INSIDE_WORD = re.compile(r"(?<=[^\W_])\\_(?=[^\W_])")
 
 
 def _text(text: str, limit: int = MAX_SHOWN) -> str:
     """Nothing in it is read as Markdown or HTML. Underscores inside words stay: they mean nothing there."""
-    return _inside_words(shown(text, limit).translate(_SIGNS))
-
-
-def _inside_words(text: str) -> str:
-    parts = text.split("\\_")
-    result = parts[0]
-    for part in parts[1:]:
-        inside = result[-1:].isalnum() and part[:1].isalnum()
-        result += ("_" if inside else "\\_") + part
-    return result
+    return _INSIDE_WORD.sub("_", shown(text, limit).translate(_SIGNS))
 
 
 def _code(text: str) -> str:

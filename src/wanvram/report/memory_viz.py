@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from wanvram.analysis.snapshot import Frame, Segment, SnapshotBlock, TraceEntry
+from wanvram.analysis.replay import ACTIVE, INACTIVE, Frame, Segment, SnapshotBlock, TraceEntry
 from wanvram.output_files import whole_file, writing
 from wanvram.simulate.allocator import CachingAllocator, SegmentView
 from wanvram.timeline_record import MemoryOwner
@@ -20,7 +20,7 @@ __all__ = ["allocator_segments", "export_timeline", "write_memory_viz"]
 EXACT = 1 << 53  # the viewer's numbers are doubles; simulated addresses begin at 2**62
 _FIRST = 1 << 40
 _PLACELESS = ("oom", "snapshot")  # events whose addr is no address
-_STATES = {"allocated": "active_allocated", "free": "inactive"}
+_STATES = {"allocated": ACTIVE, "free": INACTIVE}
 
 
 def write_memory_viz(path: Path, traces: Iterable[TraceEntry], segments: Iterable[Segment]) -> None:
@@ -85,14 +85,14 @@ class _Writer:
         }
 
     def segment(self, segment: Segment) -> dict[str, Any]:
-        allocated = sum(b.size for b in segment.blocks if b.state == "active_allocated")
+        active = [block for block in segment.blocks if block.state != INACTIVE]
         return {
             "device": segment.device,
             "address": segment.address + self._shift,
             "total_size": segment.size,
-            "allocated_size": allocated,
-            "active_size": sum(b.size for b in segment.blocks if b.state != "inactive"),
-            "requested_size": sum(b.requested_size for b in segment.blocks if b.state != "inactive"),
+            "allocated_size": sum(block.size for block in active if block.state == ACTIVE),
+            "active_size": sum(block.size for block in active),
+            "requested_size": sum(block.requested_size for block in active),
             "stream": segment.stream,
             "segment_type": "small" if segment.small else "large",
             "segment_pool_id": (0, 0),
@@ -102,13 +102,7 @@ class _Writer:
         }
 
     def _block(self, block: SnapshotBlock) -> dict[str, Any]:
-        return {
-            "address": block.address + self._shift,
-            "size": block.size,
-            "requested_size": block.requested_size,
-            "state": block.state,
-            "frames": self._stack(block.frames),
-        }
+        return vars(block) | {"address": block.address + self._shift, "frames": self._stack(block.frames)}
 
     def _stack(self, frames: tuple[Frame, ...]) -> list[dict[str, Any]]:
         stack = self._stacks.get(frames)
@@ -138,10 +132,8 @@ def allocator_segments(
         for address, size, state in (*view.blocks, (0, 0, "unmapped")):
             if state != "unmapped":
                 live = state == "allocated"
-                asked = requested.get(address, size) if live else 0
-                stretch.append(
-                    SnapshotBlock(address, size, asked, _STATES[state], frames.get(address, ()) if live else ())
-                )
+                asked, stack = (requested.get(address, size), frames.get(address, ())) if live else (0, ())
+                stretch.append(SnapshotBlock(address, size, asked, _STATES[state], stack))
             elif stretch:
                 total = sum(block.size for block in stretch)
                 start = stretch[0].address

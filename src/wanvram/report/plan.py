@@ -8,13 +8,12 @@ from typing import Any
 from wanvram import knobs
 from wanvram.command_line import flag_of
 from wanvram.planner.budget import Budget
-from wanvram.planner.forecasts import StageForecast, stage_seconds
-from wanvram.planner.result import GpuLayout, Offer, Plan, Rejected, Trade
-from wanvram.record import AttentionChoice
+from wanvram.planner.forecasts import stage_seconds
+from wanvram.planner.result import Offer, Plan, Rejected, Trade
 from wanvram.report.terminal import attention_line, table
 from wanvram.report.translations import Texts
 from wanvram.simulate.links import link_of
-from wanvram.units import human, mib_cell, seconds
+from wanvram.units import human, mib_cell, seconds, seconds_cell
 
 __all__ = ["longest_table", "summarize_plan"]
 
@@ -48,20 +47,18 @@ def _headline(plan: Plan) -> str:
     count = len(r.videos(together))
     made = f", {count} videos, {together} together" if count > 1 else ""
     each = f", {seconds(plan.seconds / count)} a video" if count > 1 and plan.seconds is not None else ""
-    ram = (
-        "" if budget.ram_bytes is None else f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system"
-    )
+    ram = f" of {human(budget.ram_bytes)}, {human(budget.system)} kept for the system" if budget.ram_bytes else ""
     each_card = " of each" if budget.gpus > 1 else ""
-    return "\n".join(
-        [
-            f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps{made}, predicted for {_cards(budget)}",
-            f"Fits in {human(budget.usable_bytes)}{each_card}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
-            f"(margin kept: {human(budget.margin)})",
-            f"Time: {step} per step, {whole} in all{each}{_outside_stages(plan)}",
-            f"Host RAM: {human(plan.host_bytes)}{ram}",
-            *_attention(plan.attention),
-        ]
-    )
+    lines = [
+        f"{r.task} {r.size} {r.frame_num} frames, {r.sample_steps} steps{made}, predicted for {_cards(budget)}",
+        f"Fits in {human(budget.usable_bytes)}{each_card}: device memory {human(plan.peak_device_bytes)}, {human(spare)} to spare "
+        f"(margin kept: {human(budget.margin)})",
+        f"Time: {step} per step, {whole} in all{each}{_outside_stages(plan)}",
+        f"Host RAM: {human(plan.host_bytes)}{ram}",
+    ]
+    if plan.attention is not None:
+        lines += [attention_line(plan.attention, Texts()), f"  its time: {plan.attention.self_attention.rate_source}"]
+    return "\n".join(lines)
 
 
 def _cards(budget: Budget) -> str:
@@ -72,26 +69,11 @@ def _cards(budget: Budget) -> str:
 
 def _layouts(plan: Plan) -> str:
     """One line for each, the most promising first."""
-    heads = [*plan.layouts[0].sizes, "step", "device MiB", "host weights MiB", ""]
-    return table([heads, *(_layout(layout) for layout in plan.layouts)])
-
-
-def _layout(layout: GpuLayout) -> list[str]:
-    sizes = [str(value) for value in layout.sizes.values()]
-    figures = ["-" if f is None else mib_cell(f) for f in (layout.peak_device_bytes, layout.host_bytes)]
-    return [
-        *sizes,
-        "-" if layout.seconds_per_step is None else seconds(layout.seconds_per_step),
-        *figures,
-        layout.verdict,
-    ]
-
-
-def _attention(attention: AttentionChoice | None) -> list[str]:
-    """What was assumed, and what its time rests on."""
-    if attention is None:
-        return []
-    return [attention_line(attention, Texts()), f"  its time: {attention.self_attention.rate_source}"]
+    rows = [[*plan.layouts[0].sizes, "step", "device MiB", "host weights MiB", ""]]
+    for layout in plan.layouts:
+        sizes = map(mib_cell, (layout.peak_device_bytes, layout.host_bytes))
+        rows.append([*map(str, layout.sizes.values()), seconds_cell(layout.seconds_per_step), *sizes, layout.verdict])
+    return table(rows)
 
 
 def _outside_stages(plan: Plan) -> str:
@@ -100,23 +82,17 @@ def _outside_stages(plan: Plan) -> str:
     if plan.seconds is None or None in known:
         return ""
     rest = plan.seconds - sum(time for time in known if time is not None)
-    return (
-        f", {seconds(rest)} of it the program's start, its end and what lies between the stages"
-        if rest >= LEAST_SECONDS
-        else ""
-    )
+    if rest < LEAST_SECONDS:
+        return ""
+    return f", {seconds(rest)} of it the program's start, its end and what lies between the stages"
 
 
 def _stages(plan: Plan) -> str:
     rows = [["component", "weights MiB", "device MiB", "host weights MiB", "time"]]
-    rows += [_row(plan, stage) for stage in plan.stages]
+    for stage in plan.stages:
+        sizes = (stage.base_bytes, stage.peak_device_bytes, stage.host_bytes)
+        rows.append([stage.component, *map(mib_cell, sizes), seconds_cell(stage_seconds(plan.request, stage))])
     return table(rows)
-
-
-def _row(plan: Plan, stage: StageForecast) -> list[str]:
-    time = stage_seconds(plan.request, stage)
-    sizes = (stage.base_bytes, stage.peak_device_bytes, stage.host_bytes)
-    return [stage.component, *(mib_cell(size) for size in sizes), "-" if time is None else seconds(time)]
 
 
 def _rejected(r: Rejected) -> str:
@@ -164,16 +140,9 @@ def longest_table(plans: Sequence[tuple[str, Plan | None]], most: int) -> str:
         if plan is None:
             rows.append([size, "none fits", *["-"] * 5])
             continue
-        times = [plan.seconds_per_step, plan.seconds]
         frames = plan.request.frame_num
-        rows.append(
-            [
-                size,
-                f"{frames}{' (the most there are)' if frames == most else ''}",
-                seconds(frames / FRAMES_PER_SECOND),
-                mib_cell(plan.peak_device_bytes),
-                mib_cell(plan.host_bytes),
-                *("-" if time is None else seconds(time) for time in times),
-            ]
-        )
+        said = f"{frames} (the most there are)" if frames == most else str(frames)
+        sizes = map(mib_cell, (plan.peak_device_bytes, plan.host_bytes))
+        times = map(seconds_cell, (plan.seconds_per_step, plan.seconds))
+        rows.append([size, said, seconds(frames / FRAMES_PER_SECOND), *sizes, *times])
     return table(rows)

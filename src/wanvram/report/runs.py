@@ -70,22 +70,18 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     if len(directories) > MAX_RUNS:
         raise InputError(f"{len(directories)} runs are too many for one report; give at most {MAX_RUNS}")
     runs: list[Run] = []
-    labels: dict[str, bool] = {}
     for directory in directories:
-        run = read_run(directory, labels)
-        labels[run.label] = run.record.simulated
-        runs.append(run)
+        runs.append(read_run(directory, {run.label: run.record.simulated for run in runs}))
     for predicted, measured in pairs(runs):
         runs[measured] = _borrowed(runs[measured], runs[predicted])
     return runs
 
 
 def _borrowed(measured: Run, predicted: Run) -> Run:
-    peaks = measured.record.peak(), predicted.record.peak()
-    if measured.exact or not predicted.exact or peaks[0] is None or peaks[1] is None or measured.record.failure:
+    a, b = measured.record.peak(), predicted.record.peak()
+    if measured.exact or not predicted.exact or a is None or b is None or measured.record.failure:
         return measured
-    a, b = (peak.allocated_bytes for peak in peaks if peak)
-    if abs(a - b) > MOST_DIFFERENT * a:
+    if abs(a.allocated_bytes - b.allocated_bytes) > MOST_DIFFERENT * a.allocated_bytes:
         return measured
     return replace(measured, timeline=predicted.timeline, borrowed=True)
 
@@ -147,21 +143,17 @@ def asked(record: RunRecord) -> tuple[str, str, str]:
 
 def pairs(runs: Sequence[Run]) -> list[tuple[int, int]]:
     """(predicted, measured) indices of runs with the same configuration; each measured run with its first prediction."""
-    result = []
     keys = [_key(run) for run in runs]
-    for m, measured in enumerate(runs):
-        if measured.record.simulated or measured.record.device == "cpu":
-            continue
-        for p, predicted in enumerate(runs):
-            if predicted.record.simulated and keys[p] == keys[m]:
-                result.append((p, m))
-                break
-    return result
+    predicted: dict[str, int] = {}
+    for index, run in enumerate(runs):
+        if run.record.simulated:
+            predicted.setdefault(keys[index], index)
+    measured = (m for m, run in enumerate(runs) if not run.record.simulated and run.record.device != "cpu")
+    return [(predicted[keys[m]], m) for m in measured if keys[m] in predicted]
 
 
 def _key(run: Run) -> str:
     settings = {k: v for k, v in run.settings().items() if k not in _FREE_KEYS and not k.startswith("logging.")}
     settings = {k: v for k, v in settings.items() if v not in (None, False, [])}  # older records lack newer knobs
-    weights = settings.get("request.weights")
-    settings["request.weights"] = "tiny" if weights == "tiny" else "full size"
-    return json.dumps(settings, sort_keys=True)
+    weights = "tiny" if settings.get("request.weights") == "tiny" else "full size"
+    return json.dumps(settings | {"request.weights": weights}, sort_keys=True)

@@ -21,9 +21,9 @@ from wanvram.report.runs import asked
 from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
 from wanvram.spans import Span
-from wanvram.units import MIB, human, mib_cell, seconds
+from wanvram.units import MIB, human, mib_cell, seconds, seconds_cell
 
-__all__ = ["attention_line", "listed", "show", "summarize", "table", "videos_line"]
+__all__ = ["attention_line", "component_cells", "listed", "show", "summarize", "table", "videos_line"]
 
 _BAD = r"\b(DOES NOT FIT|does not fit|FAILED|[Oo]ut of memory)\b|放不下|失败|显存不足"
 _GOOD = r"(?<!whether it )\bfits\b|(?<!可询问能否)可容纳"
@@ -109,37 +109,35 @@ def _why(peak: Span, texts: Texts) -> str:
 def _verdict(record: RunRecord, texts: Texts) -> str:
     failure = record.failure
     if failure is not None:
-        values = {"kind": failure.kind, "message": failure.message}
-        return (
-            texts("verdict_failed_in", stage=failure.stage, **values)
-            if failure.stage
-            else texts("verdict_failed", **values)
-        )
+        key = "verdict_failed_in" if failure.stage else "verdict_failed"
+        return texts(key, stage=failure.stage, kind=failure.kind, message=failure.message)
     if record.budget_bytes is not None:
         return texts("verdict_fits" if record.fits else "verdict_exceeds", budget=human(record.budget_bytes))
     return texts("verdict_none")
 
 
 def _components(record: RunRecord, texts: Texts) -> str:
-    rows = [[texts(key) for key in ("component", "parameters", "base_mib", "host_mib", "activation_mib")]]
-    rows += [
-        [c.name, f"{c.parameters:,}", mib_cell(c.base_bytes), mib_cell(c.host_bytes), mib_cell(c.activation_bytes)]
-        for c in record.components
-    ]
-    return table(rows)
+    heads = [texts(key) for key in ("component", "parameters", "base_mib", "host_mib", "activation_mib")]
+    return table([heads, *component_cells(record)])
+
+
+def component_cells(record: RunRecord) -> Iterator[list[str]]:
+    """Of each its name, parameters, and the MiB of weights on the device, of weights on the host and of activations."""
+    for c in record.components:
+        sizes = (c.base_bytes, c.host_bytes, c.activation_bytes)
+        yield [c.name, f"{c.parameters:,}", *map(mib_cell, sizes)]
 
 
 def _stages(record: RunRecord, texts: Texts) -> str:
     reserved = ["reserved_mib"] if record.cached else []
-    rows = [
-        [texts(key) for key in ("stage", "start_mib", "peak_mib", "activation_mib", *reserved, "device_mib", "time")]
-    ]
+    heads = ("stage", "start_mib", "peak_mib", "activation_mib", *reserved, "device_mib", "time")
+    rows = [[texts(key) for key in heads]]
     for span in record.stages:
         m = span.peak
         activation = "-" if span.kind == "load" else mib_cell(span.activation_bytes)  # what loading adds are weights
         cells = [span.name, mib_cell(span.start.allocated_bytes), mib_cell(m.allocated_bytes), activation]
         cells += [mib_cell(m.reserved_bytes)] if record.cached else []
-        rows.append([*cells, mib_cell(m.device_bytes), "-" if span.seconds is None else seconds(span.seconds)])
+        rows.append([*cells, mib_cell(m.device_bytes), seconds_cell(span.seconds)])
     return table(rows)
 
 

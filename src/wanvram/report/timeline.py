@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
 from typing import cast
 
 from wanvram.record import RunRecord
-from wanvram.spans import Memory, Span
+from wanvram.spans import Span
 from wanvram.timeline_record import MemoryPoint, StageKind, TimelineMoment, TimelineRecord, TimelineStage, largest
 
 __all__ = ["coarse_timeline", "peak_moment", "thinned"]
@@ -28,12 +28,12 @@ def coarse_timeline(record: RunRecord) -> TimelineRecord:
             for _ in range(min(part.repeats, MAX_COARSE_REPEATS)):
                 begin = x
                 for memory in (part.start, part.peak, part.end):
-                    points.append((x, *_figures(memory)))
+                    points.append((x, *astuple(memory)))
                     x += 1
                 if part is not stage:
                     stages.append(_coarse_stage(part, begin, x))
         if not any(point[1] == stage.peak.allocated_bytes for point in points[first:]):
-            points.append((x, *_figures(stage.peak)))  # a peak between the steps
+            points.append((x, *astuple(stage.peak)))  # a peak between the steps
             x += 1
         stages.append(_coarse_stage(stage, first, x))
     return TimelineRecord("order", tuple(points), tuple(stages), (), ())
@@ -41,10 +41,6 @@ def coarse_timeline(record: RunRecord) -> TimelineRecord:
 
 def _coarse_stage(span: Span, start: int, end: int) -> TimelineStage:
     return TimelineStage(span.name, span.component, cast(StageKind, span.kind), start, end)
-
-
-def _figures(memory: Memory) -> tuple[int, int, int | None]:
-    return memory.allocated_bytes, memory.reserved_bytes, memory.device_bytes
 
 
 def peak_moment(timeline: TimelineRecord) -> TimelineMoment | None:

@@ -45,8 +45,8 @@ _PAIRS: dict[str, tuple[str, str]] = {
         "峰值出现在 {stage}（{component}）：已有 {there}（主要是权重），再加 {activation} 激活。",
     ),
     "owner_loading": (
-        "{stage} ({component}) owns the peak: {loaded} of weights loaded by it on top of {there} already there.",
-        "峰值出现在 {stage}（{component}）：它加载了 {loaded} 权重，叠加在已有的 {there} 之上。",
+        "{stage} ({component}) owns the peak: {activation} of weights loaded by it on top of {there} already there.",
+        "峰值出现在 {stage}（{component}）：它加载了 {activation} 权重，叠加在已有的 {there} 之上。",
     ),
     "largest_group": (
         "The largest group alive then: {bytes}, {count} x {what}.",
@@ -355,79 +355,55 @@ _PAIRS: dict[str, tuple[str, str]] = {
     ),
 }
 
-_TERMS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
-    (("allocated", "已分配"), ("Bytes in the blocks of live tensors.", "存活张量所占内存块的字节数。")),
-    (
-        ("reserved", "已预留"),
-        (
-            "Bytes PyTorch's caching allocator holds: allocated plus what it keeps for later.",
-            "PyTorch 缓存分配器持有的字节数：已分配加上留作后用的部分。",
-        ),
+_TERMS: dict[tuple[str, str], tuple[str, str]] = {
+    ("allocated", "已分配"): ("Bytes in the blocks of live tensors.", "存活张量所占内存块的字节数。"),
+    ("reserved", "已预留"): (
+        "Bytes PyTorch's caching allocator holds: allocated plus what it keeps for later.",
+        "PyTorch 缓存分配器持有的字节数：已分配加上留作后用的部分。",
     ),
-    (
-        ("device", "设备"),
-        (
-            "Bytes the driver says the process uses: reserved plus CUDA context and libraries. "
-            "This number decides whether a run fits a card.",
-            "驱动报告的进程占用：预留加上 CUDA 上下文与库。运行能否放进显卡由它决定。",
-        ),
+    ("device", "设备"): (
+        "Bytes the driver says the process uses: reserved plus CUDA context and libraries. "
+        "This number decides whether a run fits a card.",
+        "驱动报告的进程占用：预留加上 CUDA 上下文与库。运行能否放进显卡由它决定。",
     ),
-    (("base memory", "基础显存"), ("What a component's weights occupy once loaded.", "组件的权重加载后所占的显存。")),
-    (
-        ("activation", "激活"),
-        (
-            "The peak of a stage minus what was there when it began. Loading has none: what it adds are weights.",
-            "阶段峰值减去阶段开始时已有的部分。加载阶段没有激活：新增的是权重。",
-        ),
+    ("base memory", "基础显存"): ("What a component's weights occupy once loaded.", "组件的权重加载后所占的显存。"),
+    ("activation", "激活"): (
+        "The peak of a stage minus what was there when it began. Loading has none: what it adds are weights.",
+        "阶段峰值减去阶段开始时已有的部分。加载阶段没有激活：新增的是权重。",
     ),
-    (
-        ("fragmentation", "碎片率"),
-        (
-            "(reserved - allocated) / reserved: the share of what is held that no tensor uses.",
-            "（预留 - 已分配）/ 预留：持有但未被张量使用的比例。",
-        ),
+    ("fragmentation", "碎片率"): (
+        "(reserved - allocated) / reserved: the share of what is held that no tensor uses.",
+        "（预留 - 已分配）/ 预留：持有但未被张量使用的比例。",
     ),
-    (("fluctuation", "波动"), ("The spread of allocated memory within a stage.", "阶段内已分配显存的变化幅度。")),
-    (
-        ("component", "组件"),
-        (
-            "A model of the pipeline: text_encoder, image_encoder, dit, vae or prompt_extender.",
-            "流水线中的一个模型：text_encoder、image_encoder、dit、vae 或 prompt_extender。",
-        ),
+    ("fluctuation", "波动"): ("The spread of allocated memory within a stage.", "阶段内已分配显存的变化幅度。"),
+    ("component", "组件"): (
+        "A model of the pipeline: text_encoder, image_encoder, dit, vae or prompt_extender.",
+        "流水线中的一个模型：text_encoder、image_encoder、dit、vae 或 prompt_extender。",
     ),
-    (
-        ("stage", "阶段"),
-        ("A part of the pipeline: loading, encoding, denoising, decoding.", "流水线的一部分：加载、编码、去噪、解码。"),
+    ("stage", "阶段"): (
+        "A part of the pipeline: loading, encoding, denoising, decoding.",
+        "流水线的一部分：加载、编码、去噪、解码。",
     ),
-    (
-        ("segment and hole", "段与空洞"),
-        (
-            "A segment is one piece of memory got from the driver; a hole is a free block inside it, "
-            "usable only by tensors that fit it.",
-            "段是向驱动申请的一块显存；空洞是其中的空闲块，只有放得下的张量才能使用。",
-        ),
+    ("segment and hole", "段与空洞"): (
+        "A segment is one piece of memory got from the driver; a hole is a free block inside it, "
+        "usable only by tensors that fit it.",
+        "段是向驱动申请的一块显存；空洞是其中的空闲块，只有放得下的张量才能使用。",
     ),
-    (
-        ("standard card", "标准显卡"),
-        (
-            "A card sold as 8 GB has 8 GiB, of which a process can use about 98 %; MiB and GiB are 1024-based.",
-            "标称 8 GB 的显卡有 8 GiB，进程约可用其中 98 %；MiB 与 GiB 以 1024 为基。",
-        ),
+    ("standard card", "标准显卡"): (
+        "A card sold as 8 GB has 8 GiB, of which a process can use about 98 %; MiB and GiB are 1024-based.",
+        "标称 8 GB 的显卡有 8 GiB，进程约可用其中 98 %；MiB 与 GiB 以 1024 为基。",
     ),
-    (
-        ("predicted", "预测"),
-        (
-            "The same pipeline run on tensors without data through a model of the allocator; no GPU was used.",
-            "同一流水线以无数据的张量运行，并经过分配器模型；未使用 GPU。",
-        ),
+    ("predicted", "预测"): (
+        "The same pipeline run on tensors without data through a model of the allocator; no GPU was used.",
+        "同一流水线以无数据的张量运行，并经过分配器模型；未使用 GPU。",
     ),
-)
+}
 
 TEXTS: dict[str, dict[str, str]] = {
     language: {key: pair[i] for key, pair in _PAIRS.items()} for i, language in enumerate(LANGUAGES)
 }
 GLOSSARY: dict[str, list[tuple[str, str]]] = {
-    language: [(term[i], meaning[i]) for term, meaning in _TERMS] for i, language in enumerate(LANGUAGES)
+    language: [(term[i], meaning[i]) for term, meaning in _TERMS.items()] for i, language in enumerate(LANGUAGES)
 }
 
 

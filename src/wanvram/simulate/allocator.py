@@ -19,6 +19,7 @@ MIN_BLOCK = 512
 SMALL_SIZE = 1024 * 1024
 SMALL_BUFFER = 2 * 1024 * 1024
 MIN_LARGE_ALLOC = 10 * 1024 * 1024
+LARGE_BUFFER = 20 * 1024 * 1024
 ROUND_LARGE = 2 * 1024 * 1024
 ADDRESS_STEP = 32 * 1024 * 1024
 _LAST_ADDRESS = 1 << 62  # addresses only have to be ordered; reservations of 9/8 of the device need room
@@ -29,8 +30,6 @@ class AllocatorSettings:
     """The part of PYTORCH_CUDA_ALLOC_CONF that decides sizes."""
 
     expandable_segments: bool = False
-    large_segment_size: int = 20 * 1024 * 1024
-    max_split_size: int | None = None
 
 
 class _Block:
@@ -156,8 +155,6 @@ class CachingAllocator:
         block = self._best_fit(pool, rounded)
         if block is None:
             block = self._new_block(pool, rounded, stream)
-        if block is None and self._release_oversized(pool, rounded, stream):
-            block = self._new_block(pool, rounded, stream)
         if block is None:
             self.alloc_retries += 1
             self.empty_cache()
@@ -222,7 +219,7 @@ class CachingAllocator:
         small = rounded <= SMALL_SIZE
         key = (small, stream)
         if key not in self._pools:
-            self._pools[key] = _Pool(small, SMALL_BUFFER if small else self.settings.large_segment_size)
+            self._pools[key] = _Pool(small, SMALL_BUFFER if small else LARGE_BUFFER)
         return self._pools[key]
 
     def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
@@ -237,22 +234,12 @@ class CachingAllocator:
                 if _growable(following) >= _growable(block):
                     break
                 block = following
-        limit = self.settings.max_split_size
-        if limit is not None and (
-            (size < limit <= block.size) or (size >= limit and block.size >= size + self.settings.large_segment_size)
-        ):
-            return None
         pool.remove(block)
         return block
 
     def _split(self, block: _Block, size: int) -> None:
         remaining = block.size - size
-        if block.pool.small or block.expandable:
-            worth = remaining >= MIN_BLOCK
-        else:
-            limit = self.settings.max_split_size
-            worth = (limit is None or size < limit) and remaining > SMALL_SIZE
-        if not worth:
+        if remaining < (MIN_BLOCK if block.pool.small or block.expandable else SMALL_SIZE + 1):
             return
         rest = _Block(block.address + size, remaining, block.pool, expandable=block.expandable)
         _link_after(block, rest)
@@ -288,7 +275,7 @@ class CachingAllocator:
         if size <= SMALL_SIZE:
             segment = SMALL_BUFFER
         elif size < MIN_LARGE_ALLOC:
-            segment = self.settings.large_segment_size
+            segment = LARGE_BUFFER
         else:
             segment = -(-size // ROUND_LARGE) * ROUND_LARGE
         if self.limit_bytes is not None and self.reserved_bytes + segment > self.limit_bytes:
@@ -308,21 +295,6 @@ class CachingAllocator:
         del self._heads[block.address]
         self._addresses.give_back(block.address, block.size)
         self._shrink("segment_free", block.address, block.size, stream)
-
-    def _release_oversized(self, pool: _Pool, size: int, stream: int) -> bool:
-        """With max_split_size: frees cached blocks over it, just enough for `size`; they are never split, so whole segments."""
-        limit = self.settings.max_split_size
-        if limit is None or self.settings.expandable_segments:
-            return False
-        needed, released = max(size, limit), 0
-        fitting = bisect_left(pool.free, (needed, 0))
-        if fitting < len(pool.free):
-            self._release(pool.at[pool.free[fitting][1]], stream)
-            return True
-        while released < needed and pool.free and pool.free[-1][0] >= limit:
-            released += pool.free[-1][0]
-            self._release(pool.at[pool.free[-1][1]], stream)
-        return released >= needed
 
     def _expand(self, pool: _Pool, size: int, stream: int) -> _Block | None:
         """Maps pages after a free tail, or at the start of an unmapped range, until `size` bytes are in one block."""

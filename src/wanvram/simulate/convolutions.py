@@ -23,7 +23,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 __all__ = [
-    "MULTIPROCESSORS",
     "Convolution",
     "Regimes",
     "Table",
@@ -33,7 +32,6 @@ __all__ = [
     "workspace",
 ]
 
-MULTIPROCESSORS = 132  # of the H200, where everything here was measured, and of the H100 SXM
 UNKNOWN_BYTES = 131  # the commonest workspace
 LAST_CHANGE = (
     16_384  # rows x columns: for larger inputs no weight was seen to change to a kernel with another workspace
@@ -51,6 +49,12 @@ class Convolution(NamedTuple):
     weight: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Any, weight: Any, _bias: Any, stride: Sequence[int], padding: Sequence[int]) -> Convolution:
+        """Of tensors x [1,C,T,H,W] and weight."""
+        name = str(x.dtype).removeprefix("torch.")
+        return cls(name, tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding))
 
     @property
     def kind(self) -> str:
@@ -90,8 +94,8 @@ def _text(sizes: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class StreamK:
-    """A kernel with output tiles of rows x columns in clusters of cluster_rows x cluster_columns, `wave` tiles at a time on 132
-    multiprocessors, that adds `step` inputs of one filter tap at a time.
+    """A kernel with output tiles of rows x columns in clusters of cluster_rows x cluster_columns, `wave` tiles at a time on the H200's
+    132 multiprocessors, that adds `step` inputs of one filter tap at a time.
 
     most: (dtype, steps of the whole sum) -> parts of a tile at most, or a tuple of all counts it chooses from. With " first"
     after the dtype: where there is no full wave before. As measured; what is absent has no limit.
@@ -106,19 +110,17 @@ class StreamK:
     most: Mapping[tuple[str, int], int | tuple[int, ...]] = field(default_factory=dict)
     splits: bool = True
 
-    def workspace(self, conv: Convolution, multiprocessors: int) -> int:
+    def workspace(self, conv: Convolution) -> int:
         """Bytes. From the third wave on the tiles are handed out by a counter: 4 bytes, with alignment 131 where no tile is split."""
-        cluster = self.cluster_rows * self.cluster_columns
-        wave = max(self.wave * multiprocessors // MULTIPROCESSORS // cluster, 1) * cluster
         outputs, inputs, *taps = conv.weight
         down = _up(_up(conv.positions, self.rows), self.cluster_rows) * self.cluster_rows
         across = _up(_up(outputs, self.columns), self.cluster_columns) * self.cluster_columns
         tiles = down * across
-        counter = 4 if tiles > 2 * wave else 0
+        counter = 4 if tiles > 2 * self.wave else 0
         parts = 1
-        if self.splits and (left_over := tiles % wave):
+        if self.splits and (left_over := tiles % self.wave):
             steps = prod(taps) * _up(inputs, self.step)
-            parts = self._parts(conv.dtype, steps, wave // left_over, first=tiles < wave)
+            parts = self._parts(conv.dtype, steps, self.wave // left_over, first=tiles < self.wave)
         if parts == 1:
             return counter and counter + 127
         return left_over * (parts * self.rows * self.columns * 4 + 4 * _pairs(parts)) + counter + 159
@@ -182,14 +184,14 @@ def kernel_names(dtype: str) -> list[str]:
     return [*products, *COPIES, "padded-out-counter", "in-out-split"]
 
 
-def kernel_workspace(kernel: str, conv: Convolution, multiprocessors: int = MULTIPROCESSORS) -> int:
+def kernel_workspace(kernel: str, conv: Convolution) -> int:
     """Bytes. kernel: one of kernel_names(), a constant, or a pair "a|b": a where M is a multiple of 4, as in-out needs, else b."""
     if "|" in kernel:
         kernel = kernel.split("|")[conv.positions % 4 != 0]
     if kernel.isdigit():
         return int(kernel)
     if kernel in STREAM_K:
-        return STREAM_K[kernel].workspace(conv, multiprocessors)
+        return STREAM_K[kernel].workspace(conv)
     if kernel == "in-out-split":  # beside the copies a tile of 64x64 and four counters for every output tile
         tiles = _up(conv.positions, 64) * _up(conv.weight[0], 64)
         return conv.copies("x", "w", "out") + tiles * (64 * 64 * 4 + 16) + 159
@@ -216,7 +218,7 @@ class Table:
     def __init__(self, regimes: Mapping[str, Regimes], exceptions: Mapping[str, int]) -> None:
         self.regimes, self.exceptions = regimes, exceptions
 
-    def workspace(self, conv: Convolution, multiprocessors: int = MULTIPROCESSORS) -> Workspace:
+    def workspace(self, conv: Convolution) -> Workspace:
         measured = self.exceptions.get(conv.key)
         if measured is not None:
             return Workspace(measured, measured, "measured")
@@ -229,7 +231,7 @@ class Table:
         kernels = [name for _, _, *names in near for name in names]
         if conv.positions % 4:
             kernels = [name for name in kernels if name != "in-out"] or kernels
-        sizes = [kernel_workspace(kernel, conv, multiprocessors) for kernel in kernels]
+        sizes = [kernel_workspace(kernel, conv) for kernel in kernels]
         if conv.area < regimes[0][0] or regimes[-1][1] < conv.area < LAST_CHANGE:
             return Workspace(max(sizes), min(sizes), "outside")
         if max(sizes) - min(sizes) < SAME_BYTES:
@@ -244,6 +246,6 @@ def _table() -> Table:
     return Table(content["regimes"], content["exceptions"])
 
 
-def workspace(conv: Convolution, multiprocessors: int = MULTIPROCESSORS) -> Workspace:
+def workspace(conv: Convolution) -> Workspace:
     """What cuDNN takes for it on a card of sm_90."""
-    return _table().workspace(conv, multiprocessors)
+    return _table().workspace(conv)

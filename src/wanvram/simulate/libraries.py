@@ -1,44 +1,85 @@
-"""What CUDA libraries allocate beside the tensors: rules by GPU, measured on the H200. No torch.
+"""What CUDA libraries allocate beside the tensors, by GPU: what they keep from their first use on, and what one operation takes. No torch.
 
 Measured with benchmarks/probe_libraries.py (2026-11-24, H200, torch 2.11.0+cu130, cuDNN 9.19); rules for other
-architectures are read from PyTorch's sources and marked so.
+architectures are read from PyTorch's sources and marked so. Order as seen in H200 histories
+(benchmarks/2026-11-24_h200_probe_libraries.json): cuDNN attention takes two 8-byte seeds, then its output, then 256 bytes of
+workspace; convolutions take output, then workspace; the first product takes output, then cuBLAS's buffers.
 """
 
 from __future__ import annotations
 
-from wanvram.simulate.convolutions import MULTIPROCESSORS, UNKNOWN_BYTES, Convolution, Workspace, workspace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from wanvram.kernels.attention_backends import chosen
+from wanvram.simulate.convolutions import UNKNOWN_BYTES, Convolution, Workspace, workspace
 from wanvram.simulate.gpus import GPU
 from wanvram.units import MIB
 
-__all__ = ["KNOWN_TORCH", "Libraries"]
+__all__ = ["KNOWN_TORCH", "BufferPlan", "Libraries"]
 
 # From, to before: the releases whose allocator and choice of attention the rules here describe.
 KNOWN_TORCH = (2, 11), (2, 15)
 
 
+@dataclass(frozen=True)
+class BufferPlan:
+    """before: taken before the output, freed at the end. during: after the output, freed at the end. loads: libraries used."""
+
+    before: tuple[int, ...] = ()
+    during: tuple[int, ...] = ()
+    loads: tuple[str, ...] = ()
+
+
+_PRODUCT = BufferPlan(loads=("cublas",))
+_LT_PRODUCT = BufferPlan(loads=("cublas", "cublaslt"))
+_SCALAR = BufferPlan(during=(8,))  # the scalar base becomes a tensor on the device
+_TRITON = BufferPlan(loads=("triton",))
+
+
 class Libraries:
-    """Sizes for one GPU. multiprocessors: of a card of sm_90; the rules for convolutions are measured for 132."""
+    """Of one GPU; operations that are not known take nothing."""
 
-    def __init__(self, gpu: GPU, multiprocessors: int = MULTIPROCESSORS) -> None:
+    def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
-        self.multiprocessors = multiprocessors
         self._convolutions: dict[Convolution, Workspace] = {}
+        self._planners: dict[str, Callable[[tuple[Any, ...]], BufferPlan]] = {
+            "aten.mm.default": lambda args: _PRODUCT,
+            "aten.mm.out": lambda args: _PRODUCT,
+            "aten.bmm.default": lambda args: _PRODUCT,
+            "aten.bmm.out": lambda args: _PRODUCT,
+            "aten.baddbmm.default": lambda args: _PRODUCT,
+            "aten.addmm.default": lambda args: _LT_PRODUCT,
+            "aten.addmm.out": lambda args: _LT_PRODUCT,
+            "wanvram.scaled_product.default": lambda args: _LT_PRODUCT,
+            "wanvram.linear_gelu.default": lambda args: _LT_PRODUCT,
+            "aten.pow.Scalar": lambda args: _SCALAR,
+            "wanvram.attention.default": self._attention,
+            "wanvram.attention_lse.default": self._attention_with_sums,
+            "wanvram.conv3d.default": self._convolution,
+        }
 
-    @property
-    def cublas_workspace_bytes(self) -> int:
-        """Taken at the first product and kept. sm_90 and newer: 32 MiB (measured); older: 8,519,680 B (PyTorch source)."""
-        return 32 * MIB if self.gpu.compute_capability >= (9, 0) else 8_519_680
+    def plan(self, operation: str, args: tuple[Any, ...]) -> BufferPlan | None:
+        planner = self._planners.get(operation)
+        if planner is not None:
+            return planner(args)
+        return _TRITON if operation.startswith("wanvram.") else None
 
-    @property
-    def cublaslt_workspace_bytes(self) -> int:
-        """Taken at the first product with a fused bias and kept: 1 MiB (measured)."""
-        return MIB
+    def persistent_buffers(self, library: str) -> tuple[int, ...]:
+        """What a library allocates at its first use and keeps, bytes.
+
+        cuBLAS 32 MiB on sm_90 and newer (measured), 8,519,680 B on older cards (PyTorch source); with a fused bias 1 MiB (measured).
+        """
+        if library == "cublas":
+            return (32 * MIB if self.gpu.compute_capability >= (9, 0) else 8_519_680,)
+        return (MIB,) if library == "cublaslt" else ()
 
     def conv_workspace(self, convolution: Convolution) -> int:
         """cuDNN's workspace in channels_last_3d, bytes. Other architectures than sm_90 are taken for it."""
         found = self._convolutions.get(convolution)
         if found is None:
-            found = self._convolutions[convolution] = workspace(convolution, self.multiprocessors)
+            found = self._convolutions[convolution] = workspace(convolution)
         return found.size
 
     @property
@@ -58,3 +99,18 @@ class Libraries:
         if unknown:
             parts.append(f"{unknown} have weights never measured: {UNKNOWN_BYTES} bytes of workspace are counted")
         return f"of {len(found)} shapes of convolutions {'; '.join(parts)}" if parts else None
+
+    def _attention(self, args: tuple[Any, ...]) -> BufferPlan:
+        lq, heads, head_dim = args[0].shape
+        backend = chosen(self.gpu.compute_capability, args[0].element_size(), head_dim, args[1].shape[0], *args[3:])
+        before, during = backend.extra(lq, heads)
+        return BufferPlan(before, during, loads=(backend.library,) if backend.library else ())
+
+    def _attention_with_sums(self, args: tuple[Any, ...]) -> BufferPlan:
+        """The sums are a result here, which a backend that makes them either way takes at once with its own buffers."""
+        plan, sums = self._attention(args), 4 * args[0].shape[0] * args[0].shape[1]
+        return BufferPlan(plan.before, tuple(n for n in plan.during if n != sums), plan.loads)
+
+    def _convolution(self, args: tuple[Any, ...]) -> BufferPlan:
+        taken = self.conv_workspace(Convolution.of(*args))
+        return BufferPlan(during=(taken,) if taken else (), loads=("cudnn",))

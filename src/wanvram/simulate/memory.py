@@ -1,7 +1,7 @@
 """The simulated device: the pipeline runs on `meta` tensors, and every storage born or dead becomes an allocator event.
 
 Owns: which storages live on the device and which on the host, and the library buffers each operation takes beside its outputs.
-Does not own: the allocator's rules (allocator.py), sizes of library buffers (libraries.py), transfers (engine/devices.py).
+Does not own: the allocator's rules (allocator.py), library buffers (libraries.py), transfers (engine/devices.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from wanvram.machine.driver import PageTables
 from wanvram.simulate.allocator import CachingAllocator
 from wanvram.simulate.clock import Clock, Price
 from wanvram.simulate.gpus import GPU
-from wanvram.simulate.meta_results import SHORTCUTS
-from wanvram.simulate.operation_buffers import BufferPlan, LibraryBuffers
+from wanvram.simulate.libraries import BufferPlan, Libraries
+from wanvram.simulate.meta_results import Shortcut, shortcut_of
 from wanvram.spans import Memory
 
 __all__ = ["AllocationEvent", "MemoryObserver", "SimulatedMemory"]
@@ -60,7 +60,7 @@ class SimulatedMemory(TorchDispatchMode):
         self,
         gpu: GPU,
         allocator: CachingAllocator,
-        libraries: LibraryBuffers,
+        libraries: Libraries,
         *,
         clock: Clock | None = None,
         keep_events: bool = False,
@@ -80,7 +80,7 @@ class SimulatedMemory(TorchDispatchMode):
         self._device: dict[int, int] = {}
         self._ignored: set[int] = set()
         self._pinned: set[int] = set()
-        self._operations: dict[Any, tuple[str, Price | None, bool]] = {}
+        self._operations: dict[Any, tuple[str, Price | None, bool, Shortcut | None]] = {}
         self._placing_host = False
         self._pinning = False
         self._ignoring = False
@@ -181,8 +181,9 @@ class SimulatedMemory(TorchDispatchMode):
         known = self._operations.get(func)
         if known is None:
             name, is_view = str(func), bool(getattr(func, "is_view", False))
-            known = self._operations[func] = (name, None if is_view else self.clock.costs.price(name), is_view)
-        self._operation, price, is_view = known
+            price = None if is_view else self.clock.costs.price(name)
+            known = self._operations[func] = (name, price, is_view, shortcut_of(func))
+        self._operation, price, is_view, shortcut = known
         if self._ignoring:
             return self._ignore(func(*args, **kwargs))
         if is_view and not self._placing_host:  # half of all operations; the storage is known already
@@ -193,8 +194,8 @@ class SimulatedMemory(TorchDispatchMode):
             host = any(t.untyped_storage()._cdata in self._host for t in _meta_tensors((*args, *kwargs.values())))
         plan = None if host else self.libraries.plan(self._operation, args)
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
-        shortcut = SHORTCUTS.get(self._operation) if args and getattr(args[0], "is_meta", False) else None
-        result = func(*args, **kwargs) if shortcut is None else shortcut(args, kwargs)
+        short = shortcut is not None and args and getattr(args[0], "is_meta", False)
+        result = shortcut(args, kwargs) if short else func(*args, **kwargs)
         for tensor in _meta_tensors((result,)):
             self._register(tensor.untyped_storage(), host, tensor)
         if plan:
