@@ -138,7 +138,7 @@ def _parsed(path: Path) -> tuple[KeptRun, dict[str, tuple[int, ...]], int]:
     data = strict_json(told)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise DamagedError(f"it is not of schema {SCHEMA}")
-    run: KeptRun = built(KeptRun, data, "")
+    run: KeptRun = built(KeptRun, data)
     shapes = {key: _shape(key, entry) for key, entry in header.items()}
     _check_places(header, shapes, size - 8 - length)
     _check_videos(run, shapes)

@@ -171,7 +171,3 @@ def _is_said(error: WanvramError) -> bool:
     if not isinstance(error, PeerLost):
         time.sleep(FIRST_SPEAKS_SECONDS)
     return isinstance(error, PeerLost)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -231,8 +231,8 @@ def _auto_class(transformers: Any, config: Any) -> Any:
 def _read_weights(transformers: Any, where: Path, config: Any, device: Device) -> Any:
     """The model in host memory, from safetensors only: other formats can run code when they are read."""
     index = where / "model.safetensors.index.json"
-    files = SafetensorsSource.from_index(index) if index.exists() else SafetensorsSource([where / "model.safetensors"])
-    files.close()
+    # Headers are checked here, with sentences of our own.
+    SafetensorsSource.from_index(index) if index.exists() else SafetensorsSource([where / "model.safetensors"])
     with _checked(where):
         module, report = _auto_class(transformers, config).from_pretrained(
             where,
