@@ -79,7 +79,7 @@ def _exactly(count: int | None) -> str | None:
     return None if count is None else exact(count)
 
 
-def _flags(values: Mapping[str, Any]) -> Sequence[str]:
+def _flags(values: Mapping[str, Any]) -> list[str]:
     """`--name value` of what is not None; joined by `=` where the value would look like a flag itself."""
     result: list[str] = []
     for name, value in values.items():
