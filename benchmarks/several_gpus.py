@@ -223,7 +223,7 @@ def predict(args: argparse.Namespace, _: Path) -> None:
         if args.only and name not in args.only.split(","):
             continue
         words = ["estimate", "--task", task, "--size", size, "--gpu", args.card, *STREAMED, *flags]
-        asked = build_parser(whole=True).parse_args([*words, *(["--link", args.link] if args.link else [])])
+        asked = build_parser().parse_args([*words, *(["--link", args.link] if args.link else [])])
         limits = {"weights": "random", "gpu": args.card, "memory_limit_bytes": None}
         found = simulate_stage(for_all(config_from_flags(asked, device="simulated", **limits)), "dit")
         row = {"step_seconds": found.seconds_per_step, "host_bytes": found.host_bytes, "base_bytes": found.base_bytes}

@@ -18,8 +18,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from wanvram import knobs
 from wanvram.cli.budget import budget_for, budget_of
 from wanvram.cli.common import add_link_flag, progress_printer
@@ -28,7 +26,7 @@ from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
 from wanvram.planner.budget import Budget
-from wanvram.planner.result import Plan, Refusal
+from wanvram.planner.result import Refusal
 from wanvram.record import write_atomically
 from wanvram.report.plan import longest_table, summarize_plan
 from wanvram.request import MAX_FRAMES
@@ -84,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(summarize_plan(result, command), end="")
     if args.output is not None:
-        write_atomically(args.output, _yaml(ready, result))
+        # A run under the budget as a hard cap, on the device there is.
+        said = f"planned for {human(result.budget.usable_bytes)} on {result.budget.card.name}"
+        write_atomically(args.output, replace(ready, description=said).to_yaml())
         if not args.json:
             print(f"Wrote {args.output}")
     return 0
@@ -102,13 +102,6 @@ def _command(planned: RunConfig) -> str:
     """For the card that is there, with whole MiB of the budget as a cap."""
     limit = planned.memory_limit_bytes
     return generate_command(replace(planned, gpu=None, link=None, memory_limit_bytes=limit and limit // MIB * MIB))
-
-
-def _yaml(planned: RunConfig, plan: Plan) -> str:
-    """A run under the budget as a hard cap, on the device there is."""
-    budget = plan.budget
-    described = replace(planned, description=f"planned for {human(budget.usable_bytes)} on {budget.card.name}")
-    return yaml.safe_dump(described.to_dict(), allow_unicode=True, sort_keys=False)
 
 
 def _longest(args: argparse.Namespace) -> int:

@@ -180,15 +180,13 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
     jobs = _jobs(configs, args, base, single)
     # Found before the first run, so that who watches can stop a series of hours at once.
     untouched = not (single or args.force or args.force_changed)
-    changed = [(job, keys) for job in jobs if untouched and (keys := difference(job))]
+    found = [(job, difference(job) if untouched else []) for job in jobs]
+    changed = [(job, keys) for job, keys in found if keys]
     for job, keys in changed:
         streams.say(f"{job.directory}: {_left_alone(keys)}")
-    left = {job.name for job, _ in changed}
-    jobs = [job for job in jobs if job.name not in left]
+    again = {name: getattr(args, name) for name in ("force", "force_changed", "retry")}
     with display(quiet=args.json) as shown:
-        outcomes = run_all(
-            jobs, shown, timeout=args.timeout, force=args.force, force_changed=args.force_changed, retry=args.retry
-        )
+        outcomes = run_all([job for job, keys in found if not keys], shown, timeout=args.timeout, **again)
     code = 2 if changed else max(outcome.exit_code for outcome in outcomes)  # 2: not all that was asked for was done
     if args.json:
         print(json.dumps(_document(base, outcomes, changed, code), ensure_ascii=False))
