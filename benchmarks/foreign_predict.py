@@ -124,7 +124,7 @@ def chosen(only: str) -> list[str]:
 
 def shown(row: dict[str, Any]) -> str:
     if "error" in row:
-        return "FAILED: " + row["error"].splitlines()[-1][:150]
+        return f"FAILED: {row['error'].splitlines()[-1][:150]}"
     return " ".join(f"{row[key] / MIB:12.2f}" for key in FIGURES) + f" {row['seconds']:8.1f} s"
 
 

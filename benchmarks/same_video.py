@@ -89,6 +89,9 @@ class Kept(Pipeline):
     def write(self, frames: torch.Tensor) -> None:
         self.frames.append(frames.clone())
 
+    def finish(self) -> None:
+        """Nothing is written."""
+
     @contextmanager
     def sink(self, index: int) -> Iterator[Kept]:
         self.frames = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from wanvram.errors import InputError
 from wanvram.foreign_text import why
-from wanvram.record import write_atomically
+from wanvram.record import write_json
 from wanvram.strict_json import built
 
 __all__ = ["FILE_NAME", "Advice", "read_advice", "write_advice"]
@@ -56,7 +55,7 @@ class _Document:
 def write_advice(directory: Path, advices: Sequence[Advice]) -> Path:
     """advice.json of a run directory."""
     document = {"schema": 1, "basis": BASIS, "advice": [asdict(advice) for advice in advices]}
-    write_atomically(directory / FILE_NAME, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_json(directory / FILE_NAME, document)
     return directory / FILE_NAME
 
 
@@ -66,6 +65,6 @@ def read_advice(data: Any) -> tuple[Advice, ...]:
         for item in data["advice"]:
             if item["change"].endswith(_OLD_MARK):
                 item |= {"change": item["change"].removesuffix(_OLD_MARK), "lossless": False}
-        return tuple(built(_Document, data, "").advice)
+        return tuple(built(_Document, data).advice)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{FILE_NAME} is damaged: {why(error)}") from error

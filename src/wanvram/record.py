@@ -17,8 +17,8 @@ from wanvram.errors import DamagedError, InputError, OutputError
 from wanvram.foreign_text import quoted, why
 from wanvram.input_files import read_text
 from wanvram.output_files import whole_file, writing
-from wanvram.spans import MAX_REPEATS, Memory, Span
-from wanvram.strict_json import check_types, strict_json
+from wanvram.spans import MAX_REPEATS, Memory, Span, with_moments
+from wanvram.strict_json import built, strict_json
 
 __all__ = [
     "BASES",
@@ -35,6 +35,7 @@ __all__ = [
     "Times",
     "dotted",
     "write_atomically",
+    "write_json",
 ]
 
 SCHEMA = 1
@@ -79,10 +80,6 @@ class Failure:
     reserved_bytes: int | None = None
     alive: tuple[tuple[str, int], ...] = ()
     rank: int | None = None
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Failure:
-        return cls(**data | {"alive": tuple(map(tuple, data["alive"]))})
 
 
 @dataclass(frozen=True)
@@ -130,11 +127,6 @@ class AttentionChoice:
     self_attention: AttentionUse
     cross_attention: AttentionUse
     note: str = ""
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> AttentionChoice:
-        uses = {name: AttentionUse(**data[name]) for name in ("self_attention", "cross_attention")}
-        return cls(**data | uses)
 
 
 @dataclass(frozen=True)
@@ -189,10 +181,8 @@ class RankRecord:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RankRecord:
-        """Raises AttributeError, KeyError, TypeError or ValueError for a damaged one."""
-        failure = Failure.from_json(data["failure"]) if data["failure"] else None
-        stages = [Span.from_json(span) for span in data["stages"]]
-        return cls(**{k: v for k, v in _tuples(data).items() if k != "peak"} | {"stages": stages, "failure": failure})
+        """Raises KeyError, TypeError or ValueError for a damaged one."""
+        return built(cls, _with_moments(data))
 
 
 @dataclass
@@ -232,15 +222,15 @@ class RunRecord:
         return self.config.get("foreign") is True
 
     def peak_span(self) -> Span | None:
-        """The stage with the highest device (else allocated) peak; the first of equals."""
-        return max(self.all_stages(), key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+        """The stage that owns the peak."""
+        return highest_stage(self.all_stages(), cached=self.cached)
 
     def peak(self) -> Memory | None:
         """The highest of each figure over the whole run, on any of its GPUs."""
         return _peak(self.all_stages())
 
     def all_stages(self) -> list[Span]:
-        """Of this process and, of a run on several GPUs, of every one; those of the first may come twice."""
+        """Of this process and, of a run on several GPUs, of every rank; those of the first may come twice."""
         return [*self.stages, *(span for rank in self.ranks for span in rank.stages)]
 
     def step_seconds(self) -> float | None:
@@ -334,31 +324,14 @@ class RunRecord:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise InputError(f"this is no wanvram record of schema {SCHEMA}")
         try:
-            record = cls(
-                device=data["device"],
-                simulated=data["simulated"],
-                config=data["config"],
-                fits=data["fits"],
-                budget_bytes=data["budget_bytes"],
-                components=[ComponentRecord(**c) for c in data["components"]],
-                stages=[Span.from_json(s) for s in data["stages"]],
-                environment=data["environment"],
-                host=data["host"],
-                failure=Failure.from_json(data["failure"]) if data["failure"] else None,
-                notes=data["notes"],
-                times=Times(**data.get("times", {})),
-                predicted=Predicted(**data["predicted"]) if data.get("predicted") else None,
-                attention=AttentionChoice.from_json(data["attention"]) if data.get("attention") else None,
-                resumed=Resumed(**_tuples(data["resumed"])) if data.get("resumed") else None,
-                ranks=[RankRecord.from_json(rank) for rank in data.get("ranks", [])],
-            )
+            ranks = [_with_moments(rank) for rank in data.get("ranks", [])]
+            record = built(cls, _with_moments(data) | {"ranks": ranks})
             record._check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the record is damaged: {why(error)}") from error
         return record
 
     def _check(self) -> None:
-        check_types(self, RunRecord, "")
         for section in _SECTIONS:
             if not isinstance(self.config.get(section, {}), dict):
                 raise DamagedError(f"config.{section} is no section")
@@ -376,7 +349,7 @@ class RunRecord:
                 raise DamagedError(f"videos of {quoted(span.name)} is outside 1..{MAX_REPEATS}")
 
     def write(self, path: Path) -> None:
-        write_atomically(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
+        write_json(path, self.to_json())
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
@@ -387,6 +360,18 @@ class RunRecord:
             raise InputError(f"{path} is not a readable record: {why(error)}") from error
 
 
+def highest_stage(stages: Iterable[Span], *, cached: bool) -> Span | None:
+    """The one with the highest device (else allocated) peak; the first of equals.
+
+    On the CPU (not cached) what tensors take decides: the process's memory hardly falls again, so its last stage is the highest.
+    """
+    return max(
+        stages,
+        key=lambda span: ((span.peak.device_bytes or 0) if cached else 0, span.peak.allocated_bytes),
+        default=None,
+    )
+
+
 def _peak(stages: Iterable[Span]) -> Memory | None:
     """The highest of each figure."""
     result: Memory | None = None
@@ -395,8 +380,8 @@ def _peak(stages: Iterable[Span]) -> Memory | None:
     return result
 
 
-def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+def _with_moments(section: dict[str, Any]) -> dict[str, Any]:
+    return section | {"stages": with_moments(section["stages"])}
 
 
 _Number = TypeVar("_Number", int, float)
@@ -421,6 +406,11 @@ def _flattened(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield from _flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def write_json(path: Path, value: object) -> None:
+    """For people, too. Raises OutputError naming the path."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

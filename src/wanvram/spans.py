@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
+from operator import add, sub
 from typing import Any
 
 from wanvram.errors import DamagedError
 
-__all__ = ["MAX_REPEATS", "Copies", "Memory", "Span", "folded"]
+__all__ = ["MAX_REPEATS", "Copies", "Memory", "Span", "folded", "with_moments"]
 
 MAX_DEPTH = 20  # of spans in spans; ours are four deep
 MAX_REPEATS = 1_000_000
+_MOMENTS = ("start", "peak", "end")  # of a span; a file has `start_allocated_bytes` and so on beside the rest
+_FIGURES = ("allocated_bytes", "reserved_bytes", "device_bytes")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Memory:
     def fragmentation(self) -> float:
         """(reserved - allocated) / reserved; 0 where nothing is reserved."""
         return (self.reserved_bytes - self.allocated_bytes) / self.reserved_bytes if self.reserved_bytes > 0 else 0.0
+
+    @property
+    def deciding_bytes(self) -> int:
+        """What decides whether a run fits: device bytes, where they are unknown reserved bytes."""
+        return self.device_bytes if self.device_bytes is not None else self.reserved_bytes
 
     def highest(self, other: Memory) -> Memory:
         """The larger of each figure."""
@@ -44,13 +52,11 @@ class Copies:
     stalled_seconds: float = 0.0
 
     def __add__(self, other: Copies) -> Copies:
-        return Copies(
-            self.nbytes + other.nbytes, self.seconds + other.seconds, self.stalled_seconds + other.stalled_seconds
-        )
+        return Copies(*map(add, astuple(self), astuple(other)))
 
     def __sub__(self, earlier: Copies) -> Copies:
         """What was copied since."""
-        return self + Copies(-earlier.nbytes, -earlier.seconds, -earlier.stalled_seconds)
+        return Copies(*map(sub, astuple(self), astuple(earlier)))
 
     @property
     def hidden_share(self) -> float | None:
@@ -113,15 +119,11 @@ class Span:
             "part": self.part,
             "kind": self.kind,
             "component": self.component,
-            "start_allocated_bytes": self.start.allocated_bytes,
-            "start_reserved_bytes": self.start.reserved_bytes,
-            "start_device_bytes": self.start.device_bytes,
-            "peak_allocated_bytes": self.peak.allocated_bytes,
-            "peak_reserved_bytes": self.peak.reserved_bytes,
-            "peak_device_bytes": self.peak.device_bytes,
-            "end_allocated_bytes": self.end.allocated_bytes,
-            "end_reserved_bytes": self.end.reserved_bytes,
-            "end_device_bytes": self.end.device_bytes,
+            **{
+                f"{moment}_{figure}": getattr(getattr(self, moment), figure)
+                for moment in _MOMENTS
+                for figure in _FIGURES
+            },
             "activation_bytes": self.activation_bytes,
             "seconds": self.seconds,
             "host_rss_bytes": self.host_rss_bytes,
@@ -132,30 +134,17 @@ class Span:
             "children": [child.to_json() for child in folded(self.children)],
         }
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any], depth: int = 0) -> Span:
-        if depth > MAX_DEPTH:
-            raise DamagedError(f"stages are nested more than {MAX_DEPTH} deep")
-        start, peak, end = (
-            Memory(data[f"{p}_allocated_bytes"], data[f"{p}_reserved_bytes"], data[f"{p}_device_bytes"])
-            for p in ("start", "peak", "end")
-        )
-        return cls(
-            name=data["name"],
-            kind=data["kind"],
-            component=data["component"],
-            start=start,
-            peak=peak,
-            end=end,
-            seconds=data["seconds"],
-            host_rss_bytes=data["host_rss_bytes"],
-            pinned_bytes=data["pinned_bytes"],
-            children=[cls.from_json(child, depth + 1) for child in data["children"]],
-            repeats=data["repeats"],
-            notes=list(data.get("notes", ())),
-            part=data.get("part", ""),
-            videos=data.get("videos", 1),
-        )
+
+def with_moments(spans: Sequence[dict[str, Any]], depth: int = 0) -> list[dict[str, Any]]:
+    """What `to_json` gave of spans, as `strict_json.built` takes it: the figures of each moment as a section."""
+    if depth > MAX_DEPTH:
+        raise DamagedError(f"stages are nested more than {MAX_DEPTH} deep")
+    return [
+        span
+        | {moment: {figure: span[f"{moment}_{figure}"] for figure in _FIGURES} for moment in _MOMENTS}
+        | {"children": with_moments(span["children"], depth + 1)}
+        for span in spans
+    ]
 
 
 def folded(spans: Sequence[Span]) -> list[Span]:

@@ -1,11 +1,11 @@
-"""JSON from outside as plain values that nothing overflows with, checked against the annotations of dataclasses. No torch."""
+"""JSON from outside as plain values that nothing overflows with, and as dataclasses that it fits. No torch."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from itertools import cycle
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from wanvram.errors import DamagedError
 from wanvram.foreign_text import quoted, shown
 
-__all__ = ["built", "check_types", "strict_json"]
+__all__ = ["built", "strict_json"]
 
 
 def strict_json(text: str) -> Any:
@@ -42,20 +42,6 @@ def _real(text: str) -> float:
     return value
 
 
-def check_types(value: Any, kind: Any, where: str) -> None:
-    """ValueError naming the place where a value read from JSON is not what the annotation of its dataclass says."""
-    options = get_args(kind)
-    if type(None) in options:
-        if value is None:
-            return
-        (kind,) = (option for option in options if option is not type(None))
-    if said := _misfit(value, kind):
-        raise DamagedError(f"{shown(where or 'it', 100)} {said}")
-    if kind is not Any:
-        for name, item, inside in _parts(value, kind):
-            check_types(item, inside, f"{where}.{name}".lstrip("."))
-
-
 def _misfit(value: Any, kind: Any) -> str | None:
     """What is wrong with the value itself, whatever is inside it."""
     plain = get_origin(kind) or kind
@@ -73,8 +59,8 @@ def _misfit(value: Any, kind: Any) -> str | None:
 _T = TypeVar("_T")
 
 
-def built(kind: type[_T], data: Any, where: str) -> _T:
-    """The dataclass from JSON's plain values, with those inside it; unknown keys are dropped.
+def built(kind: type[_T], data: Any, where: str = "") -> _T:
+    """The dataclass from JSON's plain values, with those inside it; unknown keys are dropped. where: the data are in the file.
 
     KeyError for a value that is missing, ValueError naming the place of one that is not what the annotation says.
     """
@@ -98,7 +84,7 @@ Reader = Callable[[Any], Any]
 
 @cache
 def _reader(kind: Any) -> Reader:
-    """What makes a value of this annotation out of JSON's. No annotation may hold itself; what is in a dict is not looked at."""
+    """What makes a value of this annotation out of JSON's. Of dicts the keys are text."""
     plain, inside = get_origin(kind) or kind, get_args(kind)
     if type(None) in inside:
         (some,) = (option for option in inside if option is not type(None))
@@ -108,8 +94,9 @@ def _reader(kind: Any) -> Reader:
         return _section_reader(plain)
     if plain in (list, tuple):
         return _list_reader(plain, inside)
-
-    assert plain is not dict or inside[1] is Any
+    if plain is dict and inside[1] is not Any:
+        of_each = _reader(inside[1])
+        return lambda data: {key: _inside(key, of_each, value) for key, value in _section(data).items()}
 
     def checked(value: Any) -> Any:
         if (type(value) is not plain or plain is float) and (said := _misfit(value, kind)):
@@ -120,19 +107,16 @@ def _reader(kind: Any) -> Reader:
 
 
 def _section_reader(kind: Any) -> Reader:
-    known = [(f.name, _reader(_hints(kind)[f.name]), f.default is f.default_factory is MISSING) for f in fields(kind)]
+    @cache
+    def known() -> list[tuple[str, Reader, bool]]:  # once one is read: an annotation may hold itself
+        hints = get_type_hints(kind)
+        return [(f.name, _reader(hints[f.name]), f.default is f.default_factory is MISSING) for f in fields(kind)]
 
     def read(data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise _Unfit(f"is {quoted(data)}; expected a section")
-        values = {}
-        for name, inner, needed in known:
-            if name in data:
-                try:
-                    values[name] = inner(data[name])
-                except _Unfit as error:
-                    error.place.append(name)
-                    raise
+        section, values = _section(data), {}
+        for name, inner, needed in known():
+            if name in section:
+                values[name] = _inside(name, inner, section[name])
             elif needed:
                 raise KeyError(name)
         return kind(**values)
@@ -140,12 +124,26 @@ def _section_reader(kind: Any) -> Reader:
     return read
 
 
+def _section(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise _Unfit(f"is {quoted(data)}; expected a section")
+    return data
+
+
+def _inside(name: str, inner: Reader, value: Any) -> Any:
+    try:
+        return inner(value)
+    except _Unfit as error:
+        error.place.append(name)
+        raise
+
+
 def _list_reader(kind: Any, inside: tuple[Any, ...]) -> Reader:
     same = kind is list or inside[-1] is ...
     readers = [_reader(item) for item in (inside[:1] if same else inside)]
 
     def read(data: Any) -> Any:
-        if not isinstance(data, list):
+        if not isinstance(data, (list, tuple)):  # a tuple: of `to_json`, never written
             raise _Unfit(f"is {quoted(data)}; expected a list")
         if not same and len(data) != len(readers):
             raise _Unfit(f"is a group of {len(data)} values, expected {len(readers)}")
@@ -170,23 +168,3 @@ _KINDS = {
     tuple: "a list",
     dict: "a section",
 }
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _parts(value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, annotation) of what is inside."""
-    inside = get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        yield from ((name, getattr(value, name), hint) for name, hint in _hints(kind).items())
-    elif isinstance(value, dict):
-        yield from ((str(key), item, inside[1]) for key, item in value.items())
-    elif isinstance(value, list) or inside[-1:] == (...,):
-        yield from ((str(index), item, inside[0]) for index, item in enumerate(value))
-    elif isinstance(value, tuple):
-        if len(value) != len(inside):
-            raise DamagedError(f"a group of {len(value)} values, expected {len(inside)}")
-        yield from ((str(index), item, inside[index]) for index, item in enumerate(value))

@@ -36,9 +36,8 @@ _AXES = ("events", "seconds")  # of a file; "order" is that of a timeline made o
 
 StageKind = Literal["load", "stage", "step"]
 BlockState = Literal["active", "inactive"]
-MemoryPoint = tuple[
-    float, int, int, int | None
-]  # x; allocated, reserved and device bytes, None where the driver's view is unknown
+# x; allocated, reserved and device bytes, None where the driver's view is unknown
+MemoryPoint = tuple[float, int, int, int | None]
 
 
 @dataclass(frozen=True)
@@ -161,6 +160,6 @@ def read_timeline(data: Any) -> TimelineRecord:
             raise DamagedError(f"{len(data['points'])} points; at most {MAX_POINTS}")
         if data["axis"] not in _AXES:
             raise DamagedError(f"{quoted(data['axis'])} is none of {', '.join(_AXES)}")
-        return built(TimelineRecord, data, "")
+        return built(TimelineRecord, data)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"timeline.json is damaged: {why(error)}") from error

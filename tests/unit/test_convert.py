@@ -189,15 +189,22 @@ def test_an_output_of_another_conversion_is_refused(tmp_path: Path, change: str)
         convert(job, tmp_path / "out")
 
 
-def test_a_disk_without_the_space_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+def test_a_disk_without_the_space_is_refused_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_free(count: int, job: Conversion, output: Path) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("wanvram.weights.convert.free_bytes", lambda _: count)
+            convert(job, output)
+
     out = tmp_path / "out"
     with pytest.raises(OutputError, match=r"needs [\d.]+ MiB in .*out; the disk has 0\.1 MiB free"):
-        convert(Conversion(source, "bf16"), out, free=lambda _: 100_000)
+        with_free(100_000, Conversion(source, "bf16"), out)
     assert not out.exists()
     manifest = convert(Conversion(source, "bf16", components=("dit",)), out)
     needed = sum(entry["bytes"] for entry in manifest["files"].values())
-    convert(Conversion(source, "bf16", components=("dit",)), tmp_path / "exact", free=lambda _: needed)
-    convert(Conversion(source, "bf16", components=("dit",)), out, free=lambda _: 0)  # nothing is left to write
+    with_free(needed, Conversion(source, "bf16", components=("dit",)), tmp_path / "exact")
+    with_free(0, Conversion(source, "bf16", components=("dit",)), out)  # nothing is left to write
 
 
 def test_values_that_the_precision_cannot_hold_are_refused(tmp_path: Path) -> None:

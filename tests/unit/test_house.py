@@ -19,25 +19,25 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 500, 60, 7
 # Lines of source a folder may have; `.` is the plain data beside the folders.
 BUDGETS = {
-    ".": 3970,
+    ".": 3930,
     "analysis": 3375,
     "cli": 2480,
-    "engine": 3820,
+    "engine": 3810,
     "foreign": 3490,
     "kernels": 1390,
-    "machine": 1170,
+    "machine": 1150,
     "matrix": 675,
     "media": 625,
-    "models": 2600,
+    "models": 2550,
     "planner": 1685,
     "predict": 1125,
-    "prompt": 1000,
+    "prompt": 995,
     "recorder": 1750,
     "report": 2960,
-    "run": 2360,
+    "run": 2140,
     "sampling": 255,
     "simulate": 3020,
-    "weights": 2395,
+    "weights": 2295,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -40,17 +40,7 @@ from wanvram.timeline_record import (
 )
 from wanvram.units import human
 
-__all__ = [
-    "AliveGroup",
-    "AllocatorMoment",
-    "DeviceHistory",
-    "Hole",
-    "HostMemory",
-    "Snapshot",
-    "find_holes",
-    "read_snapshot",
-    "snapshot_timeline",
-]
+__all__ = ["DeviceHistory", "HostMemory", "Snapshot", "read_snapshot", "snapshot_timeline"]
 
 MAX_GROUPS = 200  # alive groups of a moment in a timeline
 MAX_STAGES = 1000
@@ -155,9 +145,6 @@ class Snapshot:
         return max(self.devices, key=lambda d: d.peak_allocated_bytes)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------
-
-
 def read_snapshot(path: Path) -> Snapshot:
     """The snapshot at `path`, replayed. A pickle (gzipped or not) is interpreted, never executed; memory stays bounded.
 
@@ -250,9 +237,6 @@ def _rules(root: Any) -> Rules:
     return Rules(split if isinstance(split, int) and 0 < split < 1 << 62 else None, divisions if usable else ())
 
 
-# --- what a replay says ----------------------------------------------------------------------------------------------------
-
-
 def _history(
     device: int, replay: Replay, segments: Sequence[Segment], stages: list[Any], notes: list[str]
 ) -> DeviceHistory:
@@ -293,12 +277,13 @@ def _peak(
     replay: Replay, older: Sequence[SnapshotBlock], base: int, base_reserved: int, known: Sequence[Segment] | None
 ) -> AllocatorMoment:
     """known: the segments then; None if the replay knows them."""
-    alive, pending = replay.at_peak()
-    groups: Counter[tuple[int, str]] = Counter((live[0], live[2].where) for live in alive.values())
+    used = list(replay.at_peak())
+    groups = Counter((live[0], live[2].where) for _, live, state in used if state == ACTIVE)
     groups.update((b.size, b.frames[0].where if b.frames else NO_STACK.where) for b in older)
     ranked = sorted(((size * n, n, where) for (size, where), n in groups.items()), key=lambda g: (-g[0], g[2]))
     x, allocated, reserved = replay.peak
-    segments = _map(replay, alive, pending) if known is None else tuple(known)
+    by_address = sorted(used, key=lambda block: block[0])
+    segments = _map(replay, by_address) if known is None else tuple(known)
     return AllocatorMoment(
         seconds=x,
         allocated_bytes=allocated + base,
@@ -309,14 +294,11 @@ def _peak(
     )
 
 
-def _map(replay: Replay, alive: dict[int, Live], pending: dict[int, Live]) -> tuple[Segment, ...]:
+def _map(replay: Replay, used: Sequence[tuple[int, Live, str]]) -> tuple[Segment, ...]:
+    """used: by address."""
     ranges = replay.ranges if replay.peak_ranges is None else replay.peak_ranges
-    used = sorted(
-        [(a, live, ACTIVE) for a, live in alive.items()] + [(a, live, PENDING) for a, live in pending.items()]
-    )
     result, at = [], 0
-    for start in sorted(ranges):
-        held = ranges[start]
+    for start, held in sorted(ranges.items()):
         end, free, blocks = start + held.size, start, []
         while at < len(used) and used[at][0] < end:
             address, live, state = used[at]

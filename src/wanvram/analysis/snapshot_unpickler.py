@@ -103,12 +103,9 @@ class SnapshotUnpickler(PlainUnpickler):
         for item in value.values():
             if item.__class__ is list or item.__class__ is dict:
                 self.forget(item, NO_STACK)
-        get = value.get
-        action = get("action")
-        addr = get("device_free" if action == "oom" else "addr", 0)
-        return _AllocatorEvent(
-            (action, addr, get("size", 0), get("stream", 0), get("time_us", 0), _stack(get("frames")))
-        )
+        get, action = value.get, value["action"]
+        addr, size = get("device_free" if action == "oom" else "addr", 0), get("size", 0)
+        return _AllocatorEvent((action, addr, size, get("stream", 0), get("time_us", 0), _stack(get("frames"))))
 
     def _frame(self, value: dict[Any, Any]) -> _Framed:
         filename, line, name = value["filename"], value["line"], value.get("name")

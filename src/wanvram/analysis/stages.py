@@ -29,18 +29,7 @@ from wanvram.spans import Memory, Span
 from wanvram.timeline_record import WEIGHTS, AliveBlocks, TimelineRecord
 from wanvram.units import mib
 
-__all__ = [
-    "Analysis",
-    "Bottleneck",
-    "Fragmentation",
-    "Loading",
-    "SpecMoments",
-    "StageUse",
-    "StepGrowth",
-    "Switch",
-    "analyze_run",
-    "steady_growth",
-]
+__all__ = ["Analysis", "SpecMoments", "Switch", "analyze_run", "steady_growth"]
 
 SCHEMA = 1
 WARM_UP_STEPS = 3  # solvers of second order keep results of two steps; libraries take their workspaces in the first
@@ -213,9 +202,6 @@ def _windows(record: RunRecord, timeline: TimelineRecord) -> Iterator[_Window]:
         yield _Window(entry.start, [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
 
 
-# --- stages --------------------------------------------------------------------------------------------------------------
-
-
 def _stage(span: Span, window: _Window | None, all_seconds: float) -> StageUse:
     """A span's peak holds the highest of each figure, which need not have been at the same time; points know."""
     if window is None:
@@ -256,9 +242,6 @@ def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
     )
 
 
-# --- phases --------------------------------------------------------------------------------------------------------------
-
-
 def _loading(span: Span) -> Loading:
     return Loading(
         component=span.component,
@@ -283,9 +266,6 @@ def _switches(
                 given_back_reserved_bytes=before.end.reserved_bytes - after.start.reserved_bytes,
                 resident=weights_at(timeline, window.start) if timeline and window else None,
             )
-
-
-# --- growth --------------------------------------------------------------------------------------------------------------
 
 
 def _growths(record: RunRecord) -> Iterator[StepGrowth]:
@@ -314,9 +294,6 @@ def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:
     if min(steady[-third:]) <= max(steady[:third]) or grew < max(3, (len(steady) - 1) / 4):
         return False, 0
     return True, round(linear_regression(range(len(steady)), steady).slope)
-
-
-# --- bottleneck ----------------------------------------------------------------------------------------------------------
 
 
 def _bottleneck(span: Span, window: _Window | None, timeline: TimelineRecord | None) -> Bottleneck:

@@ -13,25 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from wanvram.analysis.event_scanner import EventScanner, Invalid, TruncatedError
-from wanvram.analysis.trace_summary import (
-    HOUR,
-    OUTSIDE,
-    STEP,
-    Kept,
-    Kernel,
-    MemoryCurve,
-    MemoryEvents,
-    Operator,
-    Thread,
-    TraceSpan,
-    TraceSummary,
-    summarize,
-)
+from wanvram.analysis.trace_summary import HOUR, STEP, Kept, MemoryEvents, Thread, TraceSummary, summarize
 from wanvram.errors import InputError
 from wanvram.foreign_text import quoted, shown
 from wanvram.input_files import DAMAGED_GZIP, unpacked
 
-__all__ = ["OUTSIDE", "Kernel", "MemoryCurve", "Operator", "TraceSpan", "TraceSummary", "read_trace"]
+__all__ = ["read_trace"]
 
 MAX_RECORDS = 24_000_000  # operators and memory events kept: 0.5 to 1 GB
 MAX_NAMES = 50_000
@@ -46,9 +33,6 @@ HALF_COST = 4  # what a begin or an end takes in memory, in records
 MAX_HOURS = 10_000
 LONGEST = 31 * 24 * HOUR  # microseconds of one event
 _NUMBER = re.compile(r"\s*[-+]?[0-9]{1,19}(?:\.[0-9]{0,30})?\s*")
-
-
-# --- collecting ------------------------------------------------------------------------------------------------------------
 
 
 class _StrangeError(Exception):

@@ -58,28 +58,20 @@ _NAMED = (
     ("snapshot", _PICKLE),
     ("unnamed snapshot", re.compile(r"snapshot[^.]*$", re.IGNORECASE)),
 )
-_SNAPSHOT_FIGURES: tuple[str, ...] = (
-    "device",
-    "events",
-    "recorded",
-    "complete",
-    "peak_allocated_bytes",
-    "peak_active_bytes",
-)
-_SNAPSHOT_FIGURES += ("peak_reserved_bytes", "allocated_bytes", "reserved_bytes")
 MAX_FILES = 10_000  # looked at in a folder
 MAX_LOOKED_INTO = 100  # JSON files that are opened to see what they are
 MOST_DIFFERENT = 0.01  # of the record's peak, for a trace's peak to be the same
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="run directory, events, trace or snapshot")
-    parser.add_argument(
+    add = parser.add_argument
+    add("path", type=Path, metavar="PATH", help="run directory, events, trace or snapshot")
+    add(
         "--advice",
         action="store_true",
         help="of a run: simulate which changes lower the peak most, into its advice.json",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,11 +102,12 @@ def _advise(kind: str, path: Path, args: argparse.Namespace) -> None:
 def _kind(path: Path) -> tuple[str, Path]:
     """What is at the path, and the path of just that. Raises InputError."""
     state = state_of(path)
-    if state is None and path.name == TRACE_NAME and not _nearby(path) and state_of(path.parent / "record.json"):
+    if state is None:
+        near = _nearby(path)
+        if path.name != TRACE_NAME or near or not state_of(path.parent / "record.json"):
+            raise InputError(f"{shown(path)} does not exist{near}")
         _say(f"{path.parent} was not traced (logging.trace); this is what its record says")
         return "run", path.parent
-    if state is None:
-        raise InputError(f"{shown(path)} does not exist{_nearby(path)}")
     if stat.S_ISDIR(state.st_mode):
         return _in_directory(path)
     kind = _kind_of_file(path)
@@ -239,27 +232,28 @@ def _beside_record(path: Path, trace: TraceSummary) -> Iterator[str]:
 def _analyze_snapshot(path: Path) -> Result:
     snapshot = read_snapshot(path)
     main = snapshot.main
+    facts = ("device", "events", "recorded", "complete")
+    sizes = ("peak_allocated_bytes", "peak_active_bytes", "peak_reserved_bytes", "allocated_bytes", "reserved_bytes")
     document = {
         "schema": 1,
-        **{figure: getattr(main, figure) for figure in _SNAPSHOT_FIGURES},
+        **_picked(main, *facts, *sizes),
         "peak": {
             "seconds": main.peak.seconds,
             "alive": [asdict(group) for group in main.peak.alive],
             "by_place": [asdict(group) for group in main.by_place()],
-            "holes": [
-                {key: getattr(hole, key) for key in ("bytes", "segment", "offset", "why")} for hole in main.peak.holes
-            ],
+            "holes": [_picked(hole, "bytes", "segment", "offset", "why") for hole in main.peak.holes],
         },
         "out_of_memory": [asdict(refusal) for refusal in main.out_of_memory],
         "host": asdict(snapshot.host) if snapshot.host else None,
-        "devices": [
-            {"device": d.device, "recorded": d.recorded, "peak_allocated_bytes": d.peak_allocated_bytes}
-            for d in snapshot.devices
-        ],
+        "devices": [_picked(device, "device", "recorded", "peak_allocated_bytes") for device in snapshot.devices],
         "timeline": snapshot_timeline(snapshot).to_json(),
         "notes": list(snapshot.notes),
     }
     return snapshot_text(snapshot), document
+
+
+def _picked(source: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
 
 
 _READERS: dict[str, Callable[[Path], Result]] = {

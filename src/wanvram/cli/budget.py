@@ -23,11 +23,9 @@ __all__ = ["add_budget_flags", "budget_for", "budget_of", "planned"]
 
 
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("budget")
-    group.add_argument(
-        "--vram_budget", help="plan the fastest lossless strategy for this much, e.g. 8GiB; auto: what is free"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("budget").add_argument
+    add("--vram_budget", help="plan the fastest lossless strategy for this much, e.g. 8GiB; auto: what is free")
+    add(
         "--ram",
         help="memory of the host, of which an eighth and at least 4 GiB are kept free (default: this machine's)",
     )

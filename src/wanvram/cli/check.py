@@ -35,16 +35,11 @@ WAIT_SECONDS = 10.0
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--terminate", type=int, metavar="PID", help="end this process of yours on the GPU, after asking"
-    )
-    parser.add_argument(
-        "--cards", action="store_true", help="list the cards that can be simulated, and look at nothing here"
-    )
-    parser.add_argument(
-        "--attention", action="store_true", help="measure the backends of attention and keep the result for later runs"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add = parser.add_argument
+    add("--terminate", type=int, metavar="PID", help="end this process of yours on the GPU, after asking")
+    add("--cards", action="store_true", help="list the cards that can be simulated, and look at nothing here")
+    add("--attention", action="store_true", help="measure the backends of attention and keep the result for later runs")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -40,12 +40,11 @@ __all__ = [
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cuda", "simulated", "cpu"), help="where to run (default: auto)")
-    parser.add_argument(
-        "--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200)"
-    )
+    add = parser.add_argument
+    add("--device", choices=("auto", "cuda", "simulated", "cpu"), help="where to run (default: auto)")
+    add("--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200)")
     add_link_flag(parser)
-    parser.add_argument("--vram", help="memory the run may use, for example 8GiB; the answer says whether it fits")
+    add("--vram", help="memory the run may use, for example 8GiB; the answer says whether it fits")
 
 
 def add_link_flag(parser: argparse._ActionsContainer) -> None:
@@ -55,9 +54,10 @@ def add_link_flag(parser: argparse._ActionsContainer) -> None:
 
 
 def add_output_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("-o", "--output", type=Path, help=f"run directory (default: {default})")
-    parser.add_argument("--force", action="store_true", help="replace the run that is already in the directory")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add = parser.add_argument
+    add("-o", "--output", type=Path, help=f"run directory (default: {default})")
+    add("--force", action="store_true", help="replace the run that is already in the directory")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def memory_limit(args: argparse.Namespace) -> int | None:

@@ -26,14 +26,15 @@ COMPONENTS = ("text_encoder", "image_encoder", "dit", "vae")
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder, official or Diffusers")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp8"), required=True, help="what the dit is stored in")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder, or the one of an interrupted run")
-    parser.add_argument("--task", choices=tuple(TASKS), help="what the checkpoint must be for (default: recognised)")
-    parser.add_argument("--components", type=_components, help=f"some of {','.join(COMPONENTS)} (default: as needed)")
-    parser.add_argument("--fp8_text_encoder", action="store_true", help="with fp8: the text encoder's matrices too")
-    parser.add_argument("--verify", action="store_true", help="read every file of the result again, compare its hash")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder, official or Diffusers")
+    add("--precision", choices=("bf16", "fp16", "fp8"), required=True, help="what the dit is stored in")
+    add("-o", "--output", type=Path, required=True, help="new folder, or the one of an interrupted run")
+    add("--task", choices=tuple(TASKS), help="what the checkpoint must be for (default: recognised)")
+    add("--components", type=_components, help=f"some of {','.join(COMPONENTS)} (default: as needed)")
+    add("--fp8_text_encoder", action="store_true", help="with fp8: the text encoder's matrices too")
+    add("--verify", action="store_true", help="read every file of the result again, compare its hash")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def _components(text: str) -> tuple[str, ...]:

@@ -23,13 +23,12 @@ MOST_PIXELS, MOST_FRAMES = 16_384, 4096  # of a side; larger is a mistake, and a
 
 def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a diffusers pipeline, of any model (docs/your-own-code.md)")
-    group.add_argument(
-        "--diffusers", type=Path, metavar="DIR", help="folder with model_index.json and config.json; no weights needed"
-    )
-    group.add_argument("--height", type=int, help="pixels (default: the pipeline's)")
-    group.add_argument("--width", type=int, help="pixels (default: the pipeline's)")
-    group.add_argument("--num_frames", type=int, help="of a video (default: the pipeline's)")
-    group.add_argument(
+    add = group.add_argument
+    add("--diffusers", type=Path, metavar="DIR", help="folder with model_index.json and config.json; no weights needed")
+    add("--height", type=int, help="pixels (default: the pipeline's)")
+    add("--width", type=int, help="pixels (default: the pipeline's)")
+    add("--num_frames", type=int, help="of a video (default: the pipeline's)")
+    add(
         "--offload",
         dest="pipeline_offload",
         choices=("none", "model", "sequential", "group"),
@@ -37,7 +36,7 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_measured_flag(group)
     for flag, what in (("--dtype", "the models (default: bf16)"), ("--vae_dtype", "the VAE (default: as --dtype)")):
-        group.add_argument(flag, choices=("bf16", "fp16", "fp32"), help=f"of {what}")
+        add(flag, choices=("bf16", "fp16", "fp32"), help=f"of {what}")
 
 
 def check_no_pipeline(args: argparse.Namespace) -> None:

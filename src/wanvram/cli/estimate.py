@@ -23,18 +23,17 @@ __all__ = ["prepare_parser", "run"]
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_request_flags(parser)
     add_strategy_flags(parser)
-    parser.add_argument(
+    add(
         "--gpu",
         metavar="CARD",
         help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200, measured)",
     )
     add_link_flag(parser)
-    parser.add_argument("--vram", help="memory the run may use, for example 8GiB; exit code 3 if it does not fit")
-    parser.add_argument(
-        "--memory_viz", type=Path, metavar="FILE.pickle", help="also write what https://pytorch.org/memory_viz opens"
-    )
+    add("--vram", help="memory the run may use, for example 8GiB; exit code 3 if it does not fit")
+    add("--memory_viz", type=Path, metavar="FILE.pickle", help="also write what https://pytorch.org/memory_viz opens")
     add_output_flags(parser, default="nothing is written")
     add_pipeline_flags(parser)
 

@@ -41,40 +41,35 @@ def _add_boolean(group: argparse._ArgumentGroup, flag: str, help: str, dest: str
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Absent flags are None: the file of --config, or the official default, decides."""
-    group = parser.add_argument_group("request")
-    group.add_argument("--config", type=Path, metavar="FILE.yaml", help="the same as YAML; flags override the file")
-    group.add_argument("--task", choices=sorted(TASKS), help="default: t2v-14B")
-    group.add_argument(
+    add = parser.add_argument_group("request").add_argument
+    add("--config", type=Path, metavar="FILE.yaml", help="the same as YAML; flags override the file")
+    add("--task", choices=sorted(TASKS), help="default: t2v-14B")
+    add(
         "--size",
         help="width*height, also 832x480, 480p, 720p (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio",
     )
-    group.add_argument("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i)")
-    group.add_argument("--sample_steps", type=int, help="default: 50, 40 for i2v")
-    group.add_argument("--sample_shift", type=float, help="default: 5.0 (3.0 for i2v at 480p, 16 for flf2v and vace)")
-    group.add_argument("--sample_guide_scale", type=float, help="default: 5.0")
-    group.add_argument("--sample_solver", choices=("unipc", "dpm++"), help="default: unipc")
-    group.add_argument("--base_seed", type=int, help="default: -1, a random seed")
-    group.add_argument("--prompt", help="what the video shows")
-    group.add_argument(
-        "--prompt_file", type=Path, metavar="FILE", help="one prompt per line; the models are loaded once for all"
-    )
-    group.add_argument("--negative_prompt", help="default: the official one of the task")
-    media = parser.add_argument_group("pictures and videos")
-    media.add_argument("--image", metavar="FILE", help="i2v: the first frame")
-    media.add_argument("--first_frame", metavar="FILE", help="flf2v: the first frame")
-    media.add_argument("--last_frame", metavar="FILE", help="flf2v: the last frame")
-    media.add_argument("--src_video", metavar="FILE", help="vace: the video to change")
-    media.add_argument(
-        "--src_mask", metavar="FILE", help="vace: a video that is white where the source is to be remade"
-    )
-    media.add_argument("--src_ref_images", metavar="FILE,FILE", help="vace: pictures of what is to appear")
+    add("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i)")
+    add("--sample_steps", type=int, help="default: 50, 40 for i2v")
+    add("--sample_shift", type=float, help="default: 5.0 (3.0 for i2v at 480p, 16 for flf2v and vace)")
+    add("--sample_guide_scale", type=float, help="default: 5.0")
+    add("--sample_solver", choices=("unipc", "dpm++"), help="default: unipc")
+    add("--base_seed", type=int, help="default: -1, a random seed")
+    add("--prompt", help="what the video shows")
+    add("--prompt_file", type=Path, metavar="FILE", help="one prompt per line; the models are loaded once for all")
+    add("--negative_prompt", help="default: the official one of the task")
+    add = parser.add_argument_group("pictures and videos").add_argument
+    add("--image", metavar="FILE", help="i2v: the first frame")
+    add("--first_frame", metavar="FILE", help="flf2v: the first frame")
+    add("--last_frame", metavar="FILE", help="flf2v: the last frame")
+    add("--src_video", metavar="FILE", help="vace: the video to change")
+    add("--src_mask", metavar="FILE", help="vace: a video that is white where the source is to be remade")
+    add("--src_ref_images", metavar="FILE,FILE", help="vace: pictures of what is to appear")
     extend = parser.add_argument_group("prompt extension")
+    add = extend.add_argument
     _add_boolean(extend, "--use_prompt_extend", "let a language model rewrite the prompt (default: False)")
-    extend.add_argument("--prompt_extend_method", choices=("local_qwen", "dashscope"), help="default: local_qwen")
-    extend.add_argument(
-        "--prompt_extend_model", help="model directory or name (default: Qwen2.5_14B; qwen-plus for dashscope)"
-    )
-    extend.add_argument("--prompt_extend_target_lang", choices=("zh", "en"), help="default: zh")
+    add("--prompt_extend_method", choices=("local_qwen", "dashscope"), help="default: local_qwen")
+    add("--prompt_extend_model", help="model directory or name (default: Qwen2.5_14B; qwen-plus for dashscope)")
+    add("--prompt_extend_target_lang", choices=("zh", "en"), help="default: zh")
     _add_boolean(
         extend, "--prompt_extend_optional", "go on with the prompt as it is if extending fails (default: False)"
     )

@@ -48,23 +48,22 @@ TINY_DEFAULTS: dict[str, Any] = {"task": "t2v-1.3B", "size": "128*80", "frame_nu
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_request_flags(parser)
     add_strategy_flags(parser)
     add_device_flags(parser)
     add_budget_flags(parser)
-    parser.add_argument("--ckpt_dir", "--weights", dest="weights", help="official checkpoint directory, random or tiny")
-    parser.add_argument(
-        "--save_file", type=Path, help="the video's (or picture's) file (default: in the run directory)"
-    )
+    add("--ckpt_dir", "--weights", dest="weights", help="official checkpoint directory, random or tiny")
+    add("--save_file", type=Path, help="the video's (or picture's) file (default: in the run directory)")
     add_output_flags(parser, default="videos/<task>-<size>-<frames>-seed<seed>, with -2, -3, ... when that is taken")
-    group = parser.add_argument_group("long runs")
-    group.add_argument(
+    add = parser.add_argument_group("long runs").add_argument
+    add(
         "--keep_every",
         type=int,
         metavar="N",
         help="steps after which latents are kept to go on from (default: about every two minutes; 0: never)",
     )
-    group.add_argument(
+    add(
         "--resume",
         type=Path,
         metavar="RUN_DIR",

@@ -28,13 +28,12 @@ _SHOWN = 10
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: measured.json")
-    parser.add_argument("--force", action="store_true", help="replace the file that is already there")
-    parser.add_argument(
-        "--json", action="store_true", help="print the table on stdout, nothing else; no file unless -o"
-    )
-    parser.add_argument("script", type=Path, help="a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    add = parser.add_argument
+    add("-o", "--output", type=Path, metavar="FILE", help="default: measured.json")
+    add("--force", action="store_true", help="replace the file that is already there")
+    add("--json", action="store_true", help="print the table on stdout, nothing else; no file unless -o")
+    add("script", type=Path, help="a Python file")
+    add("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
 
 
 def run(args: argparse.Namespace) -> int:

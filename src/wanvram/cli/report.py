@@ -35,12 +35,13 @@ _SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
-    parser.add_argument("-o", "--output", type=Path, help="file to write; its ending says the format")
-    parser.add_argument("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
-    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
-    parser.add_argument("--force", action="store_true", help="replace the file that is already there")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
+    add("-o", "--output", type=Path, help="file to write; its ending says the format")
+    add("--format", choices=("html", "md", "text"), help="default: that of --output, else html")
+    add("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
+    add("--force", action="store_true", help="replace the file that is already there")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         write_atomically(output, text)
     if args.json:
-        print(json.dumps(_summary(runs, args.lang, output), ensure_ascii=False))
+        written = None if output is None else str(output)
+        found = [_summary(run, Texts(args.lang)) for run in runs]
+        print(json.dumps({"schema": 1, "written": written, "runs": found}, ensure_ascii=False))
     elif output is not None:
         print(f"Wrote {shown(output)}")
     elif kind == "text":
@@ -113,12 +116,7 @@ def _tables(groups: Sequence[Sequence[Run]], texts: Texts) -> Iterator[str]:
         yield runs_table([(run.label, run.record) for run in group], ranks(group), texts) + "\n"
 
 
-def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:
-    written = None if output is None else str(output)
-    return {"schema": 1, "written": written, "runs": [_run_summary(run, Texts(language)) for run in runs]}
-
-
-def _run_summary(run: Run, texts: Texts) -> dict[str, Any]:
+def _summary(run: Run, texts: Texts) -> dict[str, Any]:
     record, peak, where = run.record, run.record.peak(), run.record.peak_span()
     return {
         "label": run.label,

@@ -25,19 +25,18 @@ __all__ = ["prepare_parser", "run"]
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (default: h200, measured)")
-    parser.add_argument("--vram", help="memory the script may use, for example 24GiB; exit code 3 if it does not fit")
+    add = parser.add_argument
+    add("--gpu", metavar="CARD", help="card to simulate: rtx4090, FILE.yaml (default: h200, measured)")
+    add("--vram", help="memory the script may use, for example 24GiB; exit code 3 if it does not fit")
     segments = "the allocator's setting of that name"
-    parser.add_argument(EXPANDABLE_SEGMENTS.flag, dest="expandable", action="store_true", help=segments)
-    parser.add_argument("--eager", action="store_true", help="run what torch.compile is asked for eagerly and say so")
+    add(EXPANDABLE_SEGMENTS.flag, dest="expandable", action="store_true", help=segments)
+    add("--eager", action="store_true", help="run what torch.compile is asked for eagerly and say so")
     add_measured_flag(parser)
-    parser.add_argument(
-        "-o", "--output", type=Path, help="run directory: its record, timeline and the allocator's snapshot"
-    )
-    parser.add_argument("--force", action="store_true", help="replace what is already in the directory")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
-    parser.add_argument("script", type=Path, help="a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    add("-o", "--output", type=Path, help="run directory: its record, timeline and the allocator's snapshot")
+    add("--force", action="store_true", help="replace what is already in the directory")
+    add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
+    add("script", type=Path, help="a Python file")
+    add("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
 
 
 def run(args: argparse.Namespace) -> int:

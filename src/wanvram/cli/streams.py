@@ -40,17 +40,19 @@ def say(sentence: object, commands: Sequence[str] = ()) -> None:
         abandon(sys.stderr)
 
 
-def flushed() -> str | None:
-    """Why what was printed did not get out, in words; None if it did."""
+def flushed() -> bool:
+    """Whether everything on stdout got out; says why not, unless its reader has gone."""
     if sys.stdout is None:
-        return None
+        return True
     try:
         sys.stdout.flush()
+        return True
     except BrokenPipeError:
-        return ""
+        pass
     except (OSError, ValueError) as error:
-        return f"what was to be printed could not be written: {getattr(error, 'strerror', None) or 'stdout is closed'}"
-    return None
+        say(f"what was to be printed could not be written: {getattr(error, 'strerror', None) or 'stdout is closed'}")
+    abandon(sys.stdout)
+    return False
 
 
 def settle_stderr() -> None:

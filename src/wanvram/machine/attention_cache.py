@@ -5,7 +5,6 @@ A file that is damaged, or of another program, is passed over with a note, and r
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from wanvram.errors import DamagedError, InputError
 from wanvram.foreign_text import shown, why
 from wanvram.input_files import read_text
 from wanvram.output_files import writing
-from wanvram.record import write_atomically
+from wanvram.record import write_json
 from wanvram.strict_json import built, strict_json
 
 __all__ = ["CROSS", "HEAD_DIM", "SELF", "Conditions", "Measured", "ShapeTimes", "cache_file", "found", "keep", "read"]
@@ -82,13 +81,11 @@ def read(path: Path) -> tuple[tuple[Measured, ...], str]:
     try:
         if not path.exists():
             return (), ""
-        kept = built(_Kept, strict_json(read_text(path, MAX_BYTES)), "")
+        kept = built(_Kept, strict_json(read_text(path, MAX_BYTES)))
         _check(kept)
     except (InputError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        return (
-            (),
-            f"{shown(path)} is no readable cache of `wanvram check --attention` and was passed over: {why(error)}",
-        )
+        said = f"is no readable cache of `wanvram check --attention` and was passed over: {why(error)}"
+        return (), f"{shown(path)} {said}"
     return kept.measured, ""
 
 
@@ -114,5 +111,5 @@ def keep(measured: Measured, path: Path | None = None) -> Path:
     kept = _Kept(SCHEMA, (*others, measured))
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(kept), indent=1, ensure_ascii=False) + "\n")
+    write_json(path, asdict(kept))
     return path

@@ -11,10 +11,10 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
+import pynvml
 import torch
 
 from wanvram.errors import InputError
@@ -26,9 +26,8 @@ __all__ = ["GpuProcess", "own_gpu_process", "run_checks", "warm_up"]
 LEAST_FREE_DISK = 5 * GIB  # a trace of three steps takes 1 to 2 GiB
 LEAST_FREE_RAM_SHARE = 0.1
 BUSY_PERCENT = 10
-SLOW_OPERATION_US = (
-    4.0  # hosts of 6 us took up to 4 times what the clock says for small tiles (benchmarks/*_h100_tiled_vae.json)
-)
+# Hosts of 6 us took up to 4 times what the clock says for small tiles (benchmarks/*_h100_tiled_vae.json).
+SLOW_OPERATION_US = 4.0
 OTHERS_BYTES = 64 * MIB  # less is what a driver keeps for itself
 # nvml.h, nvmlClocksThrottleReason*: what slows the GPU down beyond idling and the clocks somebody chose.
 _SLOWED = {0x04: "power cap", 0x08: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
@@ -56,10 +55,10 @@ class GpuProcess:
     own: bool
 
 
-def run_checks(directory: Path | None = None, nvml: ModuleType | Any = None) -> dict[str, Any]:
+def run_checks(directory: Path | None = None, nvml: Any = pynvml) -> dict[str, Any]:
     """Plain JSON values; `warnings` says in sentences what would falsify a measurement.
 
-    directory: whose disk is looked at, default the current one. nvml: what to ask instead of the driver's library.
+    directory: whose disk is looked at, default the current one. nvml: the driver's library.
     """
     driver, gpus = _gpus(nvml)
     result: dict[str, Any] = {
@@ -79,10 +78,6 @@ def run_checks(directory: Path | None = None, nvml: ModuleType | Any = None) -> 
 
 def _gpus(nvml: Any) -> tuple[str | None, list[dict[str, Any]]]:
     """(version of the driver, every GPU it knows); (None, []) without one."""
-    if nvml is None:
-        import pynvml
-
-        nvml = pynvml
     try:
         nvml.nvmlInit()
         driver = str(nvml.nvmlSystemGetDriverVersion())

@@ -9,7 +9,10 @@ from typing import Any
 import psutil
 import torch
 
+from wanvram.errors import DeviceError
+from wanvram.machine import allocator_settings
 from wanvram.machine.launched import launched
+from wanvram.machine.nvml import first_gpu
 from wanvram.version import __version__, commit
 
 __all__ = ["cuda_usable", "describe_environment"]
@@ -27,11 +30,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "host_memory_bytes": memory.total,
         "host_available_bytes": memory.available,
-        "allocator": {
-            name: os.environ.get(name, "")
-            for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-            if name in os.environ
-        },
+        "allocator": {name: os.environ[name] for name in allocator_settings.NAMES if name in os.environ},
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(launched().local_rank)
@@ -52,10 +51,7 @@ def cuda_usable() -> bool:
 
 
 def _driver_version() -> str | None:
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
+        return first_gpu().driver
+    except DeviceError:
         return None

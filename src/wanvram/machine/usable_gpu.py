@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
+import pynvml
 import torch
 
 from wanvram.errors import DeviceError
@@ -45,8 +45,8 @@ def require_gpu(undone: str) -> None:
         )
 
 
-def what_hides_the_gpu(nvml: ModuleType | Any = None) -> Obstacle | None:
-    """None where CUDA can be used. nvml: what to ask instead of the driver's library."""
+def what_hides_the_gpu(nvml: Any = pynvml) -> Obstacle | None:
+    """None where CUDA can be used. nvml: the driver's library."""
     with warnings.catch_warnings(record=True) as said:  # PyTorch says in a warning why it cannot
         warnings.simplefilter("always")
         if torch.cuda.is_available():
@@ -80,10 +80,6 @@ def what_hides_the_gpu(nvml: ModuleType | Any = None) -> Obstacle | None:
 
 
 def _driver(nvml: Any) -> _Driver | None:
-    if nvml is None:
-        import pynvml
-
-        nvml = pynvml
     try:
         nvml.nvmlInit()
         version, number = str(nvml.nvmlSystemGetDriverVersion()), int(nvml.nvmlSystemGetCudaDriverVersion())

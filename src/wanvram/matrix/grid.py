@@ -68,13 +68,13 @@ def expand(path: Path) -> list[RunConfig]:
             require(key in _KEYS, f"{key}: unknown key; allowed: {', '.join(_KEYS)}")
         base = _base(data.get("base"), path.parent)
         axes = _axes(data.get("axes"))
-        excluded = [_settings(item, "exclude", axes) for item in _list(data.get("exclude"), "exclude")]
-        kept = [c for c in _combinations(axes) if not any(_matches(c, rule) for rule in excluded)]
+        excluded = [_excluded(item, axes) for item in _list(data.get("exclude"), "exclude")]
+        combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        kept = [c for c in combinations if not any(_matches(c, rule) for rule in excluded)]
         prefix = data.get("name", base["name"])
         require(isinstance(prefix, str), f"name: {prefix!r} is not text")
-        result = [
-            _configuration(base, c, _name(prefix, {k: v for k, v in c.items() if len(axes[k]) > 1})) for c in kept
-        ]
+        varied = [key for key, values in axes.items() if len(values) > 1]
+        result = [_configuration(base, c, _name(prefix, {key: c[key] for key in varied})) for c in kept]
         result += _included(base, prefix, _list(data.get("include"), "include"))
         require(bool(result), "exclude leaves no configuration")
     except InputError as error:
@@ -105,10 +105,8 @@ def _axes(axes: Any) -> dict[str, list[Any]]:
 
 def _check_key(key: Any, where: str) -> None:
     section, _, name = str(key).partition(".")
-    require(
-        section in _SECTIONS and bool(name),
-        f"{where}: '{key}' is no dotted key; write for example model_config.precision",
-    )
+    known = section in _SECTIONS and bool(name)
+    require(known, f"{where}: '{key}' is no dotted key; write for example model_config.precision")
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -116,16 +114,16 @@ def _list(value: Any, name: str) -> list[Any]:
     return value or []
 
 
-def _settings(item: Any, name: str, axes: Mapping[str, Any]) -> Settings:
+def _mapping(item: Any, name: str) -> Settings:
     require(isinstance(item, Mapping) and bool(item), f"{name}: {str(item)[:80]} is not a mapping of dotted keys")
-    for key in item:
-        require(key in axes, f"{name}: '{key}' is not one of the axes ({', '.join(axes)})")
     return dict(item)
 
 
-def _combinations(axes: Mapping[str, Sequence[Any]]) -> Iterator[Settings]:
-    for values in itertools.product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
+def _excluded(item: Any, axes: Mapping[str, Any]) -> Settings:
+    settings = _mapping(item, "exclude")
+    for key in settings:
+        require(key in axes, f"exclude: '{key}' is not one of the axes ({', '.join(axes)})")
+    return settings
 
 
 def _matches(combination: Settings, rule: Settings) -> bool:
@@ -135,12 +133,10 @@ def _matches(combination: Settings, rule: Settings) -> bool:
 
 def _included(base: dict[str, Any], prefix: str, items: Sequence[Any]) -> Iterator[RunConfig]:
     for item in items:
-        require(isinstance(item, Mapping) and bool(item), f"include: {str(item)[:80]} is not a mapping of dotted keys")
-        settings = {key: value for key, value in item.items() if key != "name"}
+        settings = {key: value for key, value in _mapping(item, "include").items() if key != "name"}
         for key in settings:
             _check_key(key, "include")
-        name = item.get("name", _name(prefix, settings))
-        yield _configuration(base, settings, name)
+        yield _configuration(base, settings, item.get("name", _name(prefix, settings)))
 
 
 def _configuration(base: dict[str, Any], settings: Settings, name: Any) -> RunConfig:
@@ -170,6 +166,4 @@ def _label(key: str, value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return (
-        {None: "none", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

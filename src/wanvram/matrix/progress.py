@@ -23,7 +23,7 @@ def describe(outcome: Outcome) -> str:
     record, peak = outcome.record, outcome.record.peak()
     parts = ["already done"] if outcome.seconds is None else [seconds(outcome.seconds)]
     if peak is not None:
-        parts.append(f"peak {human(peak.device_bytes if peak.device_bytes is not None else peak.reserved_bytes)}")
+        parts.append(f"peak {human(peak.deciding_bytes)}")
     if record.failure is not None:
         parts.append(f"{record.failure.kind}: {record.failure.message}")
     elif record.fits is not None:
@@ -60,9 +60,8 @@ class _Bar:
 
     def finished(self, number: int, count: int, outcome: Outcome) -> None:
         self._progress.update(self._task, total=count, completed=number)
-        self._progress.console.print(
-            f"{number}/{count} {outcome.job.name}: {describe(outcome)}", markup=False, highlight=False
-        )
+        line = f"{number}/{count} {outcome.job.name}: {describe(outcome)}"
+        self._progress.console.print(line, markup=False, highlight=False)
 
 
 @contextmanager
@@ -72,12 +71,7 @@ def display(*, quiet: bool) -> Iterator[Display]:
     if not stream.isatty():
         yield Lines(None if quiet else sys.stderr)
         return
-    columns = (
-        SpinnerColumn(),
-        MofNCompleteColumn(),
-        BarColumn(20),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    text = TextColumn("{task.description}")
+    columns = (SpinnerColumn(), MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), text)
     with Progress(*columns, console=Console(file=cast(TextIO, stream))) as progress:
         yield _Bar(progress)

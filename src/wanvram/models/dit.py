@@ -8,14 +8,15 @@ embeddings: 0.7 GiB of weights at 14B that no step needs again), then `velocity`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from wanvram.errors import InputError
-from wanvram.kernels.attention_backends import AUTO
 from wanvram.models.dit_blocks import (
+    Attending,
     Block,
     BlockInputs,
     GeluTanh,
@@ -27,7 +28,6 @@ from wanvram.models.dit_blocks import (
 from wanvram.models.linear import Linear
 from wanvram.models.precision import Precision
 from wanvram.models.rotary import rotary_tables
-from wanvram.models.team import Team
 from wanvram.specs import DiTSpec
 
 __all__ = ["Attending", "Block", "Condition", "Prepared", "Time", "VaceBlock", "Walk", "WanDiT"]
@@ -65,18 +65,6 @@ class Prepared:
     vace_scale: float
 
 
-@dataclass(frozen=True)
-class Attending:
-    """How self-attention is computed, whatever it sees. heads_per_group: heads that attend at once (None: all).
-
-    backend: the one asked for. team: other ranks that share the sequence.
-    """
-
-    heads_per_group: int | None = None
-    backend: str = AUTO
-    team: Team | None = None
-
-
 @dataclass
 class _Stream:
     """One condition on its way through the blocks."""
@@ -87,12 +75,8 @@ class _Stream:
     vace_scale: float
 
 
-@dataclass(frozen=True)
-class _Visit:
-    """One unit of weights in the order of use, and what is done with it."""
-
-    unit: nn.Module
-    advance: Callable[[_Stream, int | None], None]
+# A unit of weights, and what is done with it for a stream and the rows of a chunk.
+_Visit = tuple[nn.Module, Callable[[_Stream, int | None], None]]
 
 
 class WanDiT(nn.Module):
@@ -122,7 +106,7 @@ class WanDiT(nn.Module):
 
     def walk_order(self) -> list[nn.Module]:
         """Every unit that `velocity` walks, in the order of use."""
-        return [visit.unit for visit in self._visits()]
+        return [unit for unit, _ in self._visits()]
 
     def _visits(self) -> list[_Visit]:
         """VACE block n comes before main block vace_layers[n], its output projection directly after it."""
@@ -134,10 +118,12 @@ class WanDiT(nn.Module):
                 found = self.vace_blocks[self.spec.vace_layers.index(index)]
                 assert isinstance(found, VaceBlock)
                 vace = found
-                visits += _vace_visits(vace)
-            visits += [_Visit(unit, _on_main(block, unit)) for unit in block.units()]
+                if vace.first:
+                    visits.append((vace.before_proj, partial(_begin, vace)))
+                visits += [(unit, partial(_on_vace, vace, unit)) for unit in vace.units()]
+            visits += [(unit, partial(_on_main, block, unit)) for unit in block.units()]
             if vace is not None:
-                visits.append(_Visit(vace.after_proj, _on_hint(vace)))
+                visits.append((vace.after_proj, partial(_add_hint, vace)))
         return visits
 
     @torch.no_grad()
@@ -206,14 +192,13 @@ class WanDiT(nn.Module):
         tables = rotary_tables(self._grid(first), self.spec.head_dim, first.device, rows)
         streams = []
         for latent, condition in zip(latents, conditions, strict=True):
-            inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image)
-            inputs = replace(inputs, heads_per_group=how.heads_per_group, attention=how.backend, team=how.team)
+            inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image, how)
             streams.append(self._start(latent, condition, inputs, rows_per_chunk))
         del tables, inputs
         visits = self._visits()
-        for visit, _ in zip(visits, walk([visit.unit for visit in visits]), strict=True):
+        for (_, advance), _ in zip(visits, walk([unit for unit, _ in visits]), strict=True):
             for stream in streams:
-                visit.advance(stream, rows_per_chunk)
+                advance(stream, rows_per_chunk)
         outputs = []
         while streams:
             x = streams.pop(0).x
@@ -224,7 +209,7 @@ class WanDiT(nn.Module):
 
     def _start(self, latent: Tensor, condition: Prepared, inputs: BlockInputs, rows: int | None) -> _Stream:
         parts = [latent] if condition.y is None else [latent, condition.y]
-        of = inputs.team.rows if inputs.team else None
+        of = inputs.how.team.rows if inputs.how.team else None
         x = self.patch_embedding(parts, rows, of)
         vace = None
         if condition.vace_context is not None:
@@ -278,20 +263,17 @@ class WanDiT(nn.Module):
             raise InputError("a vace condition needs vace_context")
 
 
-def _on_main(block: Block, unit: nn.Module) -> Callable[[_Stream, int | None], None]:
-    return lambda stream, rows: block.advance(unit, stream.x, stream.inputs, rows)
+def _on_main(block: Block, unit: nn.Module, stream: _Stream, rows: int | None) -> None:
+    block.advance(unit, stream.x, stream.inputs, rows)
 
 
-def _on_vace(block: VaceBlock, unit: nn.Module) -> Callable[[_Stream, int | None], None]:
-    return lambda stream, rows: block.advance(unit, stream.vace, stream.inputs, rows)  # type: ignore[arg-type]
+def _begin(block: VaceBlock, stream: _Stream, rows: int | None) -> None:
+    block.begin(stream.vace, stream.x, rows)  # type: ignore[arg-type]
 
 
-def _on_hint(block: VaceBlock) -> Callable[[_Stream, int | None], None]:
-    return lambda stream, rows: block.add_hint(stream.x, stream.vace, stream.vace_scale, rows)  # type: ignore[arg-type]
+def _on_vace(block: VaceBlock, unit: nn.Module, stream: _Stream, rows: int | None) -> None:
+    block.advance(unit, stream.vace, stream.inputs, rows)  # type: ignore[arg-type]
 
 
-def _vace_visits(block: VaceBlock) -> list[_Visit]:
-    begin: list[_Visit] = []
-    if block.first:
-        begin = [_Visit(block.before_proj, lambda stream, rows: block.begin(stream.vace, stream.x, rows))]  # type: ignore[arg-type]
-    return begin + [_Visit(unit, _on_vace(block, unit)) for unit in block.units()]
+def _add_hint(block: VaceBlock, stream: _Stream, rows: int | None) -> None:
+    block.add_hint(stream.x, stream.vace, stream.vace_scale, rows)  # type: ignore[arg-type]

@@ -31,35 +31,34 @@ from wanvram.models.shared_attention import SharedAttention
 from wanvram.models.team import Team
 from wanvram.specs import DiTSpec
 
-__all__ = [
-    "Block",
-    "BlockInputs",
-    "GeluTanh",
-    "Head",
-    "ImageEmbedding",
-    "PatchEmbedding",
-    "VaceBlock",
-]
+__all__ = ["Attending", "Block", "BlockInputs", "GeluTanh", "Head", "ImageEmbedding", "PatchEmbedding", "VaceBlock"]
 
 IMAGE_TOKENS = 257  # 16 x 16 patches and the class token of CLIP ViT-H/14 at 224 pixels
 IMAGE_NORM_EPS = 1e-5  # the two norms of the image MLP; every other norm uses the spec's 1e-6
 
 
 @dataclass(frozen=True)
-class BlockInputs:
-    """What every block reads besides the residual stream. heads_per_group: None means all heads attend at once.
+class Attending:
+    """How self-attention is computed, whatever it sees. heads_per_group: heads that attend at once (None: all).
 
-    attention: the backend asked for (kernels.attention_backends). team: others share the sequence; cos and sin are of its rows.
+    backend: the one asked for (kernels.attention_backends). team: other ranks that share the sequence.
     """
+
+    heads_per_group: int | None = None
+    backend: str = AUTO
+    team: Team | None = None
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every block reads besides the residual stream. cos and sin are of the rows that this rank has."""
 
     modulation: Tensor  # float32 [6, dim]
     cos: Tensor  # float32 [L, head_dim / 2]
     sin: Tensor
     text: Tensor  # [text_len, dim]
     image: Tensor | None  # [257 or 514, dim]
-    heads_per_group: int | None = None
-    attention: str = AUTO
-    team: Team | None = None
+    how: Attending
 
 
 def chunks(length: int, rows: int | None) -> Iterator[slice]:
@@ -158,9 +157,9 @@ class SelfAttention(_Projections):
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, rows: int | None) -> None:
         """x += gate * attention(norm(x)). modulation: shift, scale, gate, each float32 [dim]."""
-        if inputs.team is not None:
-            SharedAttention(self, x, modulation, inputs).add()
-        elif inputs.heads_per_group is None:
+        if inputs.how.team is not None:
+            SharedAttention(self, x, modulation, inputs, inputs.how.team).add()
+        elif inputs.how.heads_per_group is None:
             self._whole(x, modulation, inputs, rows)
         else:
             self._sliced(x, modulation, inputs, rows)
@@ -193,7 +192,7 @@ class SelfAttention(_Projections):
         q = self.q(h)
         del h
         rms_norm_rope_(q, self.norm_q.weight, inputs.cos[c], inputs.sin[c], self.num_heads, self.eps)
-        attended = attention(self.by_head(q), k, v, inputs.attention)
+        attended = attention(self.by_head(q), k, v, inputs.how.backend)
         del q
         rows = self.o.operand(attended.flatten(1))
         del attended
@@ -217,7 +216,7 @@ class SelfAttention(_Projections):
             inverse_rms(k, inverse[c], self.eps)
             del k
         heads = self.by_head(q)
-        for group in chunks(self.num_heads, inputs.heads_per_group):
+        for group in chunks(self.num_heads, inputs.how.heads_per_group):
             self._attend_group(heads, group, x, modulation, inputs, inverse, rows)
         for c in chunks(x.shape[0], rows):
             y = self.o(q[c])
@@ -249,7 +248,7 @@ class SelfAttention(_Projections):
         k, v = (t.view(t.shape[0], count, width) for t in (k, v))
         # As many bytes as a chunk of h had: 8190 queries x 3 heads leave a quarter of an H200 idle, 32760 x 3 do not.
         for c in chunks(x.shape[0], rows and rows * (self.num_heads // count)):
-            q[c, group].copy_(attention(q[c, group], k, v, inputs.attention))
+            q[c, group].copy_(attention(q[c, group], k, v, inputs.how.backend))
 
     def _normed(self, x: Tensor, modulation: Sequence[Tensor], product: Linear) -> Tensor | ScaledRows:
         return product.modulated(x, modulation[1], modulation[0], self.eps, 1.0)
@@ -286,7 +285,7 @@ class CrossAttention(_Projections):
         """x += attention(norm(x)), without a gate."""
         pairs = self.keys_and_values(inputs.text, inputs.image)
         for c in chunks(x.shape[0], rows):
-            self.attend_rows(x[c], norm, pairs, inputs.attention)
+            self.attend_rows(x[c], norm, pairs, inputs.how.backend)
 
     def attend_rows(self, x: Tensor, norm: AffineNorm, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> None:
         h = self.q.modulated(x, norm.weight, norm.bias, norm.eps, 0.0)

@@ -8,7 +8,6 @@ the most work, and the units of weights are those of the loops. Row by row the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -79,8 +78,7 @@ class RegroupedDiT(WanDiT):
         self._check_latents(latents, None)
         ((latent, condition),) = zip(latents, conditions, strict=True)
         cos, sin = rotary_tables(self._grid(latent), self.spec.head_dim, latent.device)
-        inputs = BlockInputs(time.modulation, cos, sin, condition.text, condition.image)
-        inputs = replace(inputs, attention=(attending or Attending()).backend)
+        inputs = BlockInputs(time.modulation, cos, sin, condition.text, condition.image, attending or Attending())
         length, volume = cos.shape[0], self.head.head.bias.shape[0]
         make = partial(torch.empty, device=latent.device)
         k, v = (make((length, self.spec.dim), dtype=self.precision.matmul) for _ in range(2))
@@ -138,6 +136,6 @@ def _rest(block: Block, inputs: BlockInputs, rows: Iterator[tuple[slice, Tensor]
     modulation = block.modulated(inputs)[3:]
     pairs = block.cross_attn.keys_and_values(inputs.text, inputs.image)
     for c, x in rows:
-        block.cross_attn.attend_rows(x, block.norm3, pairs, inputs.attention)
+        block.cross_attn.attend_rows(x, block.norm3, pairs, inputs.how.backend)
         block.ffn.add_rows(x, modulation)
         then(c, x)

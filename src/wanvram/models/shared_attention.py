@@ -30,10 +30,10 @@ class SharedAttention:
     Each exchange travels while the next rows are computed, and is waited for before the next starts.
     """
 
-    def __init__(self, unit: SelfAttention, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs) -> None:
-        assert inputs.team is not None
-        self.unit, self.x, self.modulation, self.inputs = unit, x, modulation, inputs
-        self.team: Team = inputs.team
+    def __init__(
+        self, unit: SelfAttention, x: Tensor, modulation: Sequence[Tensor], inputs: BlockInputs, team: Team
+    ) -> None:
+        self.unit, self.x, self.modulation, self.inputs, self.team = unit, x, modulation, inputs, team
         self._travelling: Any = None
 
     def add(self) -> None:
@@ -52,7 +52,7 @@ class SharedAttention:
     def _keys_and_values(self, mine: slice, chunk: int, k: Tensor, v: Tensor) -> None:
         h = self._normed(mine)
         self._send(self._turned(h, self.unit.k, self.unit.norm_k, mine), k, chunk)
-        t = self._by_head(self.unit.v(h))
+        t = self.unit.by_head(self.unit.v(h))
         del h
         self._send(t, v, chunk)
 
@@ -79,7 +79,7 @@ class SharedAttention:
             q = coming.pop()
             if chunk + 1 < len(chunks):
                 coming.append(self._coming(*chunks[chunk + 1]))
-            attended = attention(q, k, v, self.inputs.attention)
+            attended = attention(q, k, v, self.inputs.how.backend)
             del q
             back.append((mine, chunk, self.team.to_rows(attended, chunk)))
             del attended
@@ -95,7 +95,8 @@ class SharedAttention:
         return q
 
     def _add_back(self, mine: slice, chunk: int, coming: Any) -> None:
-        self._add_rows(mine, [self.team.arrived(coming, chunk)])
+        y = self.unit.o(self.team.arrived(coming, chunk))
+        gated_add_(self.x[mine], y, self.modulation[2])
 
     def _add_round(self, pair: list[Tensor]) -> None:
         """The same with keys and values of all stations. pair: mine, taken from the list, so that they go when they are used up."""
@@ -110,7 +111,7 @@ class SharedAttention:
 
     def _attended_round(self, q: Tensor, pair: list[Tensor]) -> Tensor:
         """float32, in q's shape: the sums of all stations take as long as the queries, so they come and go chunk by chunk."""
-        asked = self.inputs.attention
+        asked = self.inputs.how.backend
         out, sums = None, None
         for k, v in self.team.stations(pair):
             if out is None or sums is None:
@@ -126,11 +127,6 @@ class SharedAttention:
         assert out is not None
         return out
 
-    def _add_rows(self, mine: slice, attended: list[Tensor]) -> None:
-        """attended: one tensor [n, dim], taken from the list."""
-        y = self.unit.o(attended.pop())
-        gated_add_(self.x[mine], y, self.modulation[2])
-
     def _normed(self, mine: slice) -> Tensor:
         shift, scale, _ = self.modulation
         return layer_norm_modulate(self.x[mine], scale, shift, self.unit.eps, 1.0, self.unit.k.bias.dtype)
@@ -139,10 +135,7 @@ class SharedAttention:
         """Queries or keys [n, heads, head_dim] of these rows, normalised over their full width and turned by their places."""
         t, rope = project(h), (self.inputs.cos[mine], self.inputs.sin[mine])
         rms_norm_rope_(t, norm.weight, *rope, self.unit.num_heads, self.unit.eps)
-        return self._by_head(t)
-
-    def _by_head(self, t: Tensor) -> Tensor:
-        return t.view(t.shape[0], self.unit.num_heads, -1)
+        return self.unit.by_head(t)
 
     def _new(self, rows: int) -> Tensor:
         """[rows, my heads, head_dim]."""

@@ -29,6 +29,7 @@ picture's (benchmarks/2026-11-24_h200_tiled_vae.json): 1.10 in 2 tiles, 1.15 in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -121,15 +122,15 @@ def _spans(extent: int, longest: int) -> list[Stretch]:
     return [Stretch(start, stop, extent) for start, stop in pairwise(edges)]
 
 
+@dataclass
 class Halos:
     """Walks from the wanted part of an output back to the part of the input that decides it.
 
     `area` is the part needed at the point reached; `cuts` is what a `Stream` has to be given for the way forwards.
     """
 
-    def __init__(self, wanted: Area) -> None:
-        self.area = wanted
-        self.cuts: dict[nn.Module, Cut] = {}
+    area: Area
+    cuts: dict[nn.Module, Cut] = field(default_factory=dict)
 
     def back(self, modules: Iterable[nn.Module]) -> Halos:
         """Through modules that run in this order."""

@@ -52,7 +52,7 @@ def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int,
     return [tuple(ranks) for ranks in found.values()]
 
 
-def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> list[object]:
+def _tiles(config: RunConfig, frame: tuple[int, int], rank: int) -> list[object]:
     """Sizes of the tiles that a rank decodes, and at which edges of the frame; whole frames are rank 0's alone."""
     tile = VAE_TILE.of(config.strategy)
     if tile is None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wanvram.engine.devices import Device
 from wanvram.errors import OutOfMemory, WanvramError
 from wanvram.prompt import dashscope
-from wanvram.prompt.local_model import LocalExtender, check_extender, default_model, load_extender
+from wanvram.prompt.local_model import check_extender, default_model, load_extender
 from wanvram.record import ComponentRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.request import Request
@@ -20,24 +22,52 @@ __all__ = ["Extension", "prompt_extension"]
 NAME = "prompt_extender"
 
 
+@dataclass
 class Extension:
-    """Called by the pipeline before anything else: returns the prompts to use. `record` is the local model's, once loaded."""
+    """Called by the pipeline before anything else: returns the prompts to use. `record` is the local model's, once loaded.
 
-    def __init__(self, request: Request, extend: Callable[[Extension, Device, Recorder], list[str]]) -> None:
-        self.request = request
-        self.notes: list[str] = []
-        self.record: ComponentRecord | None = None
-        self._extend = extend
+    endpoint: the service that is asked; None: a local model.
+    """
+
+    request: Request
+    pictures: list[Path]
+    endpoint: dashscope.Endpoint | None
+    notes: list[str] = field(default_factory=list)
+    record: ComponentRecord | None = None
 
     def __call__(self, device: Device, recorder: Recorder) -> Sequence[str]:
-        return self._extend(self, device, recorder)
+        request = self.request
+        options: dict[str, Any] = {"target_lang": request.prompt_extend_target_lang, "seed": request.base_seed}
+        if self.endpoint is None:
+            return self._locally(device, recorder, options)
+        options["model"] = request.prompt_extend_model or dashscope.default_model(vision=bool(self.pictures))
+        options["pictures"] = [_upload(path) for path in self.pictures]
+        return self._extended(recorder, partial(dashscope.extend_by_dashscope, endpoint=self.endpoint, **options))
 
-    def unextended(self, prompt: str, error: WanvramError) -> str:
-        """The prompt as it is, if the user allowed that; else the error."""
-        if not self.request.prompt_extend_optional or isinstance(error, OutOfMemory):
-            raise error
-        self.notes.append(f"the prompt was used as it is: {error}")
-        return prompt
+    def _locally(self, device: Device, recorder: Recorder, options: dict[str, Any]) -> list[str]:
+        with recorder.span(f"load {NAME}", kind="load", component=NAME) as span:
+            extender = load_extender(_local_model(self.request, self.pictures), device, vision=bool(self.pictures))
+        base = span.end.allocated_bytes - span.start.allocated_bytes
+        self.record = ComponentRecord(NAME, extender.parameters, base, 0, 0)
+        try:
+            return self._extended(recorder, partial(extender.extend, pictures=self.pictures, **options))
+        finally:
+            extender.release()
+            device.empty_cache()
+
+    def _extended(self, recorder: Recorder, extend: Callable[[str], str]) -> list[str]:
+        with recorder.span("extend_prompt", kind="stage", component=NAME):
+            return [self._one(prompt, extend) for prompt in self.request.all_prompts()]
+
+    def _one(self, prompt: str, extend: Callable[[str], str]) -> str:
+        """Where it fails the prompt as it is, if the user allowed that."""
+        try:
+            return extend(prompt)
+        except WanvramError as error:
+            if not self.request.prompt_extend_optional or isinstance(error, OutOfMemory):
+                raise
+            self.notes.append(f"the prompt was used as it is: {error}")
+            return prompt
 
 
 def prompt_extension(request: Request, *, simulated: bool) -> Extension | None:
@@ -49,29 +79,13 @@ def prompt_extension(request: Request, *, simulated: bool) -> Extension | None:
         if simulated:
             return None  # it takes nothing of the card, and a prediction asks no service
         endpoint = dashscope.Endpoint(dashscope.api_key(os.environ), dashscope.api_url(os.environ))
-        return Extension(request, lambda e, device, recorder: _by_dashscope(e, recorder, pictures, endpoint))
-    check_extender(request.prompt_extend_model or default_model(vision=bool(pictures)), simulated=simulated)
-    return Extension(request, lambda e, device, recorder: _locally(e, device, recorder, pictures))
+        return Extension(request, pictures, endpoint)
+    check_extender(_local_model(request, pictures), simulated=simulated)
+    return Extension(request, pictures, None)
 
 
-def _by_dashscope(
-    extension: Extension, recorder: Recorder, pictures: Sequence[Path], endpoint: dashscope.Endpoint
-) -> list[str]:
-    request = extension.request
-    options: dict[str, Any] = {
-        "model": request.prompt_extend_model or dashscope.default_model(vision=bool(pictures)),
-        "target_lang": request.prompt_extend_target_lang,
-        "pictures": [_upload(path) for path in pictures],
-        "seed": request.base_seed,
-    }
-    extended = []
-    with recorder.span("extend_prompt", kind="stage", component=NAME):
-        for prompt in request.all_prompts():
-            try:
-                extended.append(dashscope.extend_by_dashscope(prompt, endpoint, **options))
-            except WanvramError as error:
-                extended.append(extension.unextended(prompt, error))
-    return extended
+def _local_model(request: Request, pictures: list[Path]) -> str:
+    return request.prompt_extend_model or default_model(vision=bool(pictures))
 
 
 def _upload(path: Path) -> tuple[bytes, str]:
@@ -79,26 +93,3 @@ def _upload(path: Path) -> tuple[bytes, str]:
 
     with Image.open(path) as picture:
         return dashscope.encode_picture(picture)
-
-
-def _locally(extension: Extension, device: Device, recorder: Recorder, pictures: Sequence[Path]) -> list[str]:
-    request = extension.request
-    model = request.prompt_extend_model or default_model(vision=bool(pictures))
-    with recorder.span(f"load {NAME}", kind="load", component=NAME) as span:
-        extender = load_extender(model, device, vision=bool(pictures))
-    base = span.end.allocated_bytes - span.start.allocated_bytes
-    extension.record = ComponentRecord(NAME, extender.parameters, base, 0, 0)
-    options = {"target_lang": request.prompt_extend_target_lang, "seed": request.base_seed, "pictures": pictures}
-    try:
-        with recorder.span("extend_prompt", kind="stage", component=NAME):
-            return [_extended(extension, extender, prompt, options) for prompt in request.all_prompts()]
-    finally:
-        extender.release()
-        device.empty_cache()
-
-
-def _extended(extension: Extension, extender: LocalExtender, prompt: str, options: dict[str, Any]) -> str:
-    try:
-        return extender.extend(prompt, **options)
-    except WanvramError as error:
-        return extension.unextended(prompt, error)

@@ -231,8 +231,8 @@ def _auto_class(transformers: Any, config: Any) -> Any:
 def _read_weights(transformers: Any, where: Path, config: Any, device: Device) -> Any:
     """The model in host memory, from safetensors only: other formats can run code when they are read."""
     index = where / "model.safetensors.index.json"
-    files = SafetensorsSource.from_index(index) if index.exists() else SafetensorsSource([where / "model.safetensors"])
-    files.close()
+    # Headers are checked here, with sentences of our own.
+    SafetensorsSource.from_index(index) if index.exists() else SafetensorsSource([where / "model.safetensors"])
     with _checked(where):
         module, report = _auto_class(transformers, config).from_pretrained(
             where,
@@ -420,7 +420,7 @@ def _grid(width: int, height: int, cell: int) -> tuple[int, int]:
     return rows, columns
 
 
-class _FusedAttention(TorchFunctionMode):  # type: ignore[misc]  # mypy does not look into torch
+class _FusedAttention(TorchFunctionMode):
     """On meta, PyTorch would take attention apart into its N x N matrix; the GPU's kernels never hold one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

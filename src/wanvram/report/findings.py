@@ -24,7 +24,6 @@ __all__ = [
     "answer",
     "best_first",
     "card_of",
-    "deciding_bytes",
     "ranked",
     "ranks",
     "smallest_card",
@@ -46,11 +45,6 @@ class Answer:
     change: str
 
 
-def deciding_bytes(memory: Memory) -> int:
-    """What decides whether a run fits: device bytes, where they are unknown reserved bytes."""
-    return memory.device_bytes if memory.device_bytes is not None else memory.reserved_bytes
-
-
 def smallest_card(used_bytes: int) -> int | None:
     """Nominal GiB of the smallest standard card with that much usable memory; None above 80 GB."""
     return next((card for card in CARDS_GIB if used_bytes <= card * GIB * USABLE_SHARE), None)
@@ -61,7 +55,7 @@ def card_of(record: RunRecord) -> int | None:
     peak = record.peak()
     if peak is None or record.device == "cpu" or record.failure is not None:
         return None
-    return smallest_card(deciding_bytes(peak))
+    return smallest_card(peak.deciding_bytes)
 
 
 def answer(run: Run, texts: Texts) -> Answer:
@@ -74,7 +68,7 @@ def answer(run: Run, texts: Texts) -> Answer:
 
 def _headline(record: RunRecord, peak: Memory, texts: Texts) -> str:
     figure = "device" if peak.device_bytes is not None else "reserved" if record.cached else "allocated"
-    used = deciding_bytes(peak)
+    used = peak.deciding_bytes
     parts = [texts(f"peak_{figure}_{'predicted' if record.simulated else 'measured'}", bytes=human(used))]
     failure = _failure(record, texts)
     if failure:
@@ -84,9 +78,13 @@ def _headline(record: RunRecord, peak: Memory, texts: Texts) -> str:
         spare = human(abs(record.budget_bytes - used))
         parts.append(texts(key, budget=human(record.budget_bytes), spare=spare))
     if record.device != "cpu":
-        card = smallest_card(used)
-        parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))
+        parts.append(_holding(used, texts))
     return texts.sentence(parts)
+
+
+def _holding(used_bytes: int, texts: Texts) -> str:
+    card = smallest_card(used_bytes)
+    return texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1])
 
 
 def _failure(record: RunRecord, texts: Texts) -> str | None:
@@ -160,10 +158,9 @@ def unlimited_base(record: RunRecord, advice: Advice) -> int | None:
 
 
 def _share(record: RunRecord, advice: Advice) -> str:
-    peak = record.peak()
-    base = advice.base_device_bytes
+    peak, base = record.peak(), advice.base_device_bytes
     if base is None and record.failure is None and peak is not None:
-        base = deciding_bytes(peak)
+        base = peak.deciding_bytes
     return f"{advice.saved_bytes / base:.0%}".replace("%", " %") if base else "-"
 
 
@@ -191,7 +188,7 @@ def best_first(runs: Sequence[Run]) -> list[tuple[int, Run]]:
     A prediction that was measured is left out: the measurement stands for it.
     """
     judged = [run for run in _judged(runs) if not run.record.failure]
-    ended = [(deciding_bytes(peak), run) for run in judged if (peak := run.record.peak())]
+    ended = [(peak.deciding_bytes, run) for run in judged if (peak := run.record.peak())]
     return sorted(ended, key=lambda item: (item[0], item[1].record.step_seconds() or math.inf))
 
 
@@ -212,29 +209,29 @@ def ranks(runs: Sequence[Run]) -> list[int | None]:
 
 def together(runs: Sequence[Run], texts: Texts) -> str:
     """What runs have in common, without their names, which the table has: the lowest and the highest peak, or that they are unlike."""
-    groups = alike(runs)
+    groups, judged = alike(runs), _judged(runs)
     if len(groups) == 1:
         return ranked(runs, texts)
-    failed = sum(1 for run in _judged(runs) if run.record.failure)
-    sentence = texts("unlike", count=len(_judged(runs)), kinds=len(groups))
-    return texts.join(sentence, texts("some_failed", count=failed)) if failed else sentence
+    return texts.join(texts("unlike", count=len(judged), kinds=len(groups)), _failed(judged, texts))
+
+
+def _failed(judged: Sequence[Run], texts: Texts) -> str:
+    failed = sum(1 for run in judged if run.record.failure)
+    return texts("some_failed", count=failed) if failed else ""
 
 
 def ranked(runs: Sequence[Run], texts: Texts) -> str:
     """One sentence over runs that were asked the same: the lowest and the highest peak, and how many share them."""
     ended, judged = best_first(runs), _judged(runs)
-    failed = sum(1 for run in judged if run.record.failure)
     if not ended:
         return texts("all_failed", count=len(judged))
     (least, _), (most, _) = ended[0], ended[-1]
-    card = smallest_card(least)
     sharing, highest = (sum(1 for used, _ in ended if used == peak) for peak in (least, most))
     key = "one_run" if len(judged) == 1 else "best_of" if sharing == 1 else "best_shared"
     parts = [texts(key, count=len(judged), shared=sharing, least=human(least))]
     if any(run.record.device != "cpu" for _, run in ended):
-        parts.append(texts("smallest_card", card=card) if card else texts("no_card", card=CARDS_GIB[-1]))
-    sentence = texts.sentence(parts)
+        parts.append(_holding(least, texts))
+    sentences = [texts.sentence(parts)]
     if most > least:
-        key = "worst_shared" if highest > 1 else "worst_of"
-        sentence = texts.join(sentence, texts(key, shared=highest, most=human(most)))
-    return texts.join(sentence, texts("some_failed", count=failed)) if failed else sentence
+        sentences.append(texts("worst_shared" if highest > 1 else "worst_of", shared=highest, most=human(most)))
+    return texts.join(*sentences, _failed(judged, texts))

@@ -65,6 +65,7 @@ def html_report(runs: Sequence[Run], language: str = "en") -> str:
 
 def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> str:
     groups = alike(runs)
+    kinds = [{"asked": _asked(group[0].record, texts), "said": ranked(group, texts)} for group in groups]
     order = [runs.index(run) for _, run in best_first(groups[0])]
     headline = together(runs, texts) if len(runs) > 1 else bodies[0]["answer"]["headline"]
     data = {
@@ -73,29 +74,19 @@ def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> st
         "version": __version__,
         "cards": CARDS_GIB,
         "headline": headline,
-        "kinds": [{"asked": _asked(group[0].record, texts), "said": ranked(group, texts)} for group in groups]
-        if len(groups) > 1
-        else [],
+        "kinds": kinds if len(kinds) > 1 else [],
         "ranks": ranks(runs),
         "runs": bodies,
         "shown": order[0] if order else 0,
         "pinned": [order[-1], order[0]] if len(order) > 1 else [],
         "pairs": pairs(runs),
     }
-    style = "\n".join(_asset(name) for name in _STYLES)
-    library, script = _asset("uplot.min.js"), _joined(_SCRIPTS)
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src {_hash(library)} {_hash(script)}",
-            f"style-src {_hash(style)}",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )
+    style, library = "\n".join(map(_asset, _STYLES)), _asset("uplot.min.js")
+    script = "\n".join(["(() => {", '"use strict";', *map(_asset, _SCRIPTS), "})();"])  # in one scope of their own
+    allowed = f"script-src {_hash(library)} {_hash(script)}; style-src {_hash(style)}"
     values = {
         "LANG": "zh-CN" if texts.language == "zh" else "en",
-        "POLICY": policy,
+        "POLICY": f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'",
         "TITLE": html.escape(f"{texts('title')}: {', '.join(run.label for run in runs)}"[:200]),
         "STYLE": style,
         "NOSCRIPT": html.escape(f"{headline} {texts('no_script')}"),
@@ -110,11 +101,6 @@ def _page(runs: Sequence[Run], bodies: list[dict[str, Any]], texts: Texts) -> st
 
 def _asset(name: str) -> str:
     return (resources.files("wanvram.report") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _joined(names: Sequence[str]) -> str:
-    """The page's scripts in one scope of their own."""
-    return '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in names) + "\n})();"
 
 
 def _hash(text: str) -> str:

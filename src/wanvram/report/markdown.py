@@ -116,12 +116,12 @@ def _run(run: Run, texts: Texts) -> list[str]:
         lines += [_text(sentence, MAX_SENTENCE), ""]
     if len(run.record.video_seconds()) > 1:  # the times of a single one are those of its stages
         lines += _section(texts("video_times"), _videos(run.record, texts))
-    lines += _section(texts("components"), _components(run, texts))
+    heads = [_head(key, texts) for key in ("component", "parameters", "base", "host", "activation")]
+    lines += _section(texts("components"), _table(heads, component_cells(run.record), numbers=range(1, 5)))
     lines += _section(texts("stages"), _stages(run, texts))
     if run.record.ranks:
-        numbers = range(1, len(GPU_HEADS) - 1)
-        table = _table([texts(key) for key in GPU_HEADS], gpu_cells(run.record), numbers)
-        lines += _section(texts("every_gpu"), table)
+        heads = [texts(key) for key in GPU_HEADS]
+        lines += _section(texts("every_gpu"), _table(heads, gpu_cells(run.record), range(1, len(heads) - 1)))
     moment = peak_moment(run.timeline)
     if moment is not None and run.borrowed:
         lines += [texts("borrowed"), ""]
@@ -146,11 +146,6 @@ def _videos(record: RunRecord, texts: Texts) -> list[str]:
     rows = [[str(number), None if time is None else seconds(time)] for number, time in times]
     lines = [line for sentence in videos_line(record, texts) for line in (_text(sentence), "")]
     return [*lines, *_table([texts("video"), texts("own_time")], rows, numbers=(0, 1))]
-
-
-def _components(run: Run, texts: Texts) -> list[str]:
-    heads = [texts("component"), texts("parameters")] + [_head(key, texts) for key in ("base", "host", "activation")]
-    return _table(heads, component_cells(run.record), numbers=range(1, 5))
 
 
 def _stages(run: Run, texts: Texts) -> list[str]:
@@ -224,10 +219,8 @@ def _accuracy(predicted: Run, measured: Run, texts: Texts) -> list[str]:
         for key in ("device", "reserved", "allocated"):
             a, b = getattr(p, f"{key}_bytes"), getattr(m, f"{key}_bytes")
             if a is not None and b is not None:
-                relative = f"{(a - b) / b:+.2%}" if b else None
-                rows.append(
-                    [f"{name}: {texts(f'peak_{key}')}", mib_cell(a), mib_cell(b), f"{(a - b) / MIB:+,.1f}", relative]
-                )
+                figures = [mib_cell(a), mib_cell(b), f"{(a - b) / MIB:+,.1f}", f"{(a - b) / b:+.2%}" if b else None]
+                rows.append([f"{name}: {texts(f'peak_{key}')}", *figures])
     heads = [texts("figure"), *(_head(key, texts) for key in ("predicted", "measured", "error")), texts("relative")]
     title = f"## {texts('accuracy')}: {_text(predicted.label)}, {_text(measured.label)}"
     return [title, "", texts("accuracy_help"), "", *_table(heads, rows, numbers=range(1, 5)), ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import InputError
-from wanvram.kernels.attention_backends import BACKENDS
+from wanvram.kernels.attention_backends import BACKENDS, Backend
 from wanvram.kernels.fused_attention import usable
 from wanvram.knobs import ATTENTION, PRECISION
 from wanvram.machine.attention_choice import Card, Heads, choose
@@ -19,7 +20,7 @@ from wanvram.record import AttentionChoice
 from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.specs import DIT
 
-__all__ = ["attention_of", "card_here", "card_like"]
+__all__ = ["attention_of", "card_here", "card_like", "usable_here"]
 
 
 def attention_of(config: RunConfig, card: Card) -> AttentionChoice:
@@ -50,9 +51,15 @@ def card_here(config: RunConfig, device: CudaDevice) -> Card:
 
 def _refused(config: RunConfig, device: CudaDevice) -> frozenset[str]:
     """PyTorch's backends that this build of it does not have, or that somebody disabled."""
+    found = usable_here(config, device, [backend for backend in BACKENDS if backend.sdp_choice is not None])
+    return frozenset(name for name, works in found.items() if not works)
+
+
+def usable_here(config: RunConfig, device: CudaDevice, backends: Iterable[Backend]) -> dict[str, bool]:
+    """Whether each of these can compute the transformer's attention, by name."""
     dtype = PRECISIONS[PRECISION.of(config.strategy)].matmul
     like = torch.empty((64, 1, DIT[config.request.facts.dit].head_dim), dtype=dtype, device=device.torch_device)
-    refused = frozenset(b.name for b in BACKENDS if b.sdp_choice is not None and not usable(b, like))
+    found = {backend.name: usable(backend, like) for backend in backends}
     del like
-    device.empty_cache()  # the run begins with an empty allocator
-    return refused
+    torch.cuda.empty_cache()  # the run begins with an empty allocator
+    return found

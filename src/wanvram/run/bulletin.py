@@ -9,7 +9,7 @@ import socket
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, TCPStore
 from wanvram.errors import PeerLost
 from wanvram.machine.launched import Launched
 from wanvram.record import Failure
+from wanvram.strict_json import built
 
 __all__ = ["Bulletin", "Ending", "Present", "store_for_tensors"]
 
@@ -71,13 +72,6 @@ class Ending:
     failure: Failure
     exit_code: int = 1
 
-    def to_json(self) -> dict[str, Any]:
-        return {"failure": asdict(self.failure), "exit_code": self.exit_code}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Ending:
-        return cls(Failure.from_json(data["failure"]), data["exit_code"])
-
     def error(self) -> PeerLost:
         """For where no record tells of it."""
         lost = PeerLost(self.failure.message)
@@ -104,9 +98,7 @@ class Bulletin:
 
     def got(self, what: str, rank: int) -> Any:
         """That rank's value; None: it has put none yet."""
-        key = f"{what}/{rank}"
-        there: bool = _asked(lambda: self._store.check([key]))
-        return _unpacked(_asked(lambda: self._store.get(key))) if there else None
+        return self.first_of(f"{what}/{rank}")
 
     def first(self, what: str, value: object) -> Any:
         """The value that was put there first by any rank: this one if none was."""
@@ -119,7 +111,7 @@ class Bulletin:
 
     def ending(self) -> Ending | None:
         found = self.first_of("ending")
-        return None if found is None else Ending.from_json(found)
+        return None if found is None else built(Ending, found)
 
 
 def store_for_tensors(timeout: timedelta) -> PrefixStore:

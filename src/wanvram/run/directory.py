@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from wanvram.errors import InputError, OutputError
+from wanvram.errors import InputError
 from wanvram.folder_lock import alone_in
 from wanvram.kept_state import KEPT_NAME
+from wanvram.output_files import writing
 
-__all__ = ["RUN_FILES", "TRACE_NAME", "left_half_written", "run_directory", "unused_directory"]
+__all__ = ["RUN_FILES", "TRACE_NAME", "left_half_written", "prove_writable", "run_directory", "unused_directory"]
 
 TRACE_NAME = "trace.json"  # where spec.md 5.2 looks for a run's trace
 RUN_FILES = (
@@ -64,10 +65,8 @@ def run_directory(path: Path, *, force: bool) -> Iterator[Path]:
     """
     if os.path.isfile(path):
         raise InputError(f"-o {path} is a file; name a directory")
-    try:
+    with writing(f"to {path}"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
     with alone_in(path):
         existing = _files_of_a_run(path)
         if existing and not force:
@@ -76,16 +75,17 @@ def run_directory(path: Path, *, force: bool) -> Iterator[Path]:
             raise InputError(
                 f"{path} already holds a run ({names}); give --force to replace it{resume} or -o DIR for another place"
             )
-        try:
+        with writing(f"to {path}"):
             for file in [*existing, *left_half_written(path)]:
                 file.unlink()
-            probe = path / ".wanvram-write-test"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise _unwritable(path, error) from error
+        prove_writable(path)
         yield path
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write to {path}: {error.strerror or error}")
+def prove_writable(folder: Path) -> None:
+    """Makes the folder where it is not there. Raises OutputError."""
+    probe = folder / ".wanvram-write-test"
+    with writing(f"to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()

@@ -33,10 +33,10 @@ from wanvram.machine.launched import launched
 from wanvram.media.inputs import prepare_inputs
 from wanvram.output_files import writing
 from wanvram.progress_stream import ProgressStream
-from wanvram.prompt.extension import Extension, prompt_extension
-from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically
+from wanvram.prompt.extension import prompt_extension
+from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically, write_json
 from wanvram.recorder.events import EventLog
-from wanvram.recorder.interrupts import INTERRUPTED, deferred
+from wanvram.recorder.interrupts import INTERRUPTED, deferred, forget
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.attention import attention_of, card_here
 from wanvram.run.beside import Beside, Predict
@@ -141,7 +141,6 @@ class Assembled:
 
     pipeline: Pipeline
     notes: list[str]
-    extend: Extension | None
 
 
 def assembled(device: Device, config: RunConfig, recorder: Recorder) -> Assembled:
@@ -152,7 +151,7 @@ def assembled(device: Device, config: RunConfig, recorder: Recorder) -> Assemble
     real = config.weights not in ("random", "tiny") and not simulated
     inputs, notes = prepare_inputs(request, simulated=simulated, real_weights=real)
     extend = prompt_extension(request, simulated=simulated)
-    return Assembled(Pipeline(config, device, recorder, weights, inputs, extend=extend), notes, extend)
+    return Assembled(Pipeline(config, device, recorder, weights, inputs, extend=extend), notes)
 
 
 def run_on(device: Device, config: RunConfig, output: Output, around: Around) -> RunRecord:
@@ -163,7 +162,8 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
     if around.progress:
         pipeline.tell = StageProgress(around.progress, simulated=device.kind == "simulated")
     outputs = _outputs(config, device, output)
-    with ExitStack() as held:  # the run directory, until the results are written
+    # The run directory is held until the results are written; a signal that comes before or after the run itself waits for its record.
+    with deferred(), ExitStack() as held:
         directory = held.enter_context(_directory(output)) if output.directory else None
         resumed = keep_in(directory, pipeline, outputs, output.resume) if directory and outputs else None
         if directory and output.resume and not output.is_first:
@@ -178,7 +178,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             output.world.watchdog.last_words = partial(_last_words, config, output, pipeline, around)
         failure, lost = _played(config, output, pipeline, outputs, around)
         record = _record(config, device, pipeline, failure, around.environment)
-        record.notes += made.notes + (made.extend.notes if made.extend else []) + lost
+        record.notes += made.notes + (pipeline.extend.notes if pipeline.extend else []) + lost
         record.notes += [pipeline.keeper.lost] if pipeline.keeper.lost else []
         record.notes += [kept_before(resumed, config.request.sample_steps)] if resumed else []
         record.resumed = resumed
@@ -188,6 +188,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
         record.fits = _fits(record)
         if directory:
             _write_results(directory, record, output, around.timeline)
+            forget()
         del made, pipeline, outputs
         if directory and config.measurement.is_traced:
             failed = failure is not None and failure.kind != "oom"
@@ -232,11 +233,9 @@ def _last_words(config: RunConfig, output: Output, pipeline: Pipeline, around: A
 def _directory(output: Output) -> AbstractContextManager[Path]:
     """Held for this run; that of a run that goes on is held already, and that of several processes by the first of them."""
     assert output.directory is not None
-    return (
-        nullcontext(output.directory)
-        if output.resume or not output.is_first
-        else run_directory(output.directory, force=output.force)
-    )
+    if output.resume or not output.is_first:
+        return nullcontext(output.directory)
+    return run_directory(output.directory, force=output.force)
 
 
 def _trace(device: Device, config: RunConfig, directory: Path, around: Around, output: Output) -> str:
@@ -275,7 +274,7 @@ def _seeded(config: RunConfig) -> RunConfig:
 def _write_circumstances(directory: Path, config: RunConfig, environment: dict[str, object]) -> None:
     text = yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False)
     write_atomically(directory / "config.yaml", text)
-    write_atomically(directory / "environment.json", _json(environment))
+    write_json(directory / "environment.json", environment)
 
 
 def _write_results(directory: Path, record: RunRecord, output: Output, timeline: Timeline | None) -> None:
@@ -487,7 +486,3 @@ def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     if config.gpu and pipeline.device.kind != "simulated":
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     return notes
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -11,13 +11,10 @@ from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import DeviceError, InputError
 from wanvram.kernels.attention_backends import BACKENDS
-from wanvram.kernels.fused_attention import usable
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, PRECISION
-from wanvram.models.precision import PRECISIONS
-from wanvram.run.attention import attention_of, card_like
+from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS
+from wanvram.run.attention import attention_of, card_like, usable_here
 from wanvram.simulate.gpus import GPU, find_gpu
 from wanvram.simulate.libraries import KNOWN_TORCH
-from wanvram.specs import DIT
 from wanvram.units import human
 
 __all__ = ["check_in_force", "in_force"]
@@ -45,17 +42,8 @@ def _attention(config: RunConfig, device: CudaDevice) -> dict[str, bool]:
     """Backends that the transformer's attention was given, and whether each can compute here."""
     if device.attention is None:
         return {}
-    dtype = PRECISIONS[PRECISION.of(config.strategy)].matmul
-    heads = torch.empty((64, 1, _head_dim(config)), dtype=dtype, device=device.torch_device)
     uses = {use.backend for use in (device.attention.self_attention, device.attention.cross_attention)}
-    found = {backend.name: usable(backend, heads) for backend in BACKENDS if backend.name in uses}
-    del heads
-    torch.cuda.empty_cache()  # the run begins with an empty allocator
-    return found
-
-
-def _head_dim(config: RunConfig) -> int:
-    return DIT[config.request.facts.dit].head_dim
+    return usable_here(config, device, [backend for backend in BACKENDS if backend.name in uses])
 
 
 def check_in_force(config: RunConfig, found: dict[str, Any], device: CudaDevice) -> None:
@@ -109,10 +97,10 @@ def _check_plan(config: RunConfig, found: dict[str, Any], device: CudaDevice) ->
 def _check_attention(config: RunConfig, card: GPU, device: CudaDevice) -> None:
     """A plan names its backend; where a configuration with a card says auto, what that means without this machine is meant."""
     assumed = attention_of(config, card_like(card, here=False))
-    if device.attention is None or assumed.taken == device.attention.taken:
+    if device.attention is None:
         return
     _must(
-        False,
+        assumed.taken == device.attention.taken,
         f"attention: the plan for {card.name} assumed {assumed.taken}, but {device.attention.taken} is taken here "
         f"({device.attention.basis}): memory and time are not those of this run; plan again here, or add "
         f"{ATTENTION.asked(assumed.taken)}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 
 from wanvram.config import MAX_NAME_BYTES, RunConfig
-from wanvram.errors import InputError, OutputError
+from wanvram.errors import InputError
 from wanvram.input_files import whole
 from wanvram.media.video import FRAMES_PER_SECOND, PictureWriter, VideoWriter, check_encoder
 from wanvram.output_files import writing
-from wanvram.record import write_atomically
+from wanvram.record import write_json
 from wanvram.request import Video
-from wanvram.run.directory import RUN_FILES
+from wanvram.run.directory import RUN_FILES, prove_writable
 from wanvram.version import __version__
 
 __all__ = ["Outputs"]
@@ -62,13 +61,7 @@ class Outputs:
                     raise InputError(f"--save_file {path} is a directory; name a file")
                 if path.exists() and not self.force:
                     raise InputError(f"--save_file {path} exists; give --force to replace it")
-        probe = self.save_file.parent / ".wanvram-write-test"
-        try:
-            self.save_file.parent.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.save_file.parent}: {error.strerror or error}") from error
+        prove_writable(self.save_file.parent)
 
     @property
     def videos(self) -> tuple[Video, ...]:
@@ -103,7 +96,7 @@ class Outputs:
         with writer:
             yield writer
         sidecar = self._sidecar(path, prompt, self.videos[index])
-        write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n")
+        write_json(path.with_suffix(".json"), sidecar)
 
     def _sidecar(self, path: Path, prompt: str, video: Video) -> dict[str, Any]:
         request = self.config.request

@@ -38,33 +38,13 @@ class OfficialWeights:
         """A checkpoint knows its own shapes."""
 
 
-class GeneratedWeights:
-    """Seeded random values, written straight into the parameters on their device. Text goes through a byte-level stand-in."""
-
-    def __init__(self, seed: int, *, tiny: bool) -> None:
-        self.tiny = tiny
-        self.seed = seed
-        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-
-    def source(self, component: str) -> TensorSource:
-        return RandomSource(self._shapes[component], self.seed)
-
-    def tokenizer(self, spec: T5Spec) -> Tokenizer:
-        return ByteTokenizer(spec.vocab_size)
-
-    def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._shapes[component] = dict(shapes)
-
-
 class NoWeights:
-    """The simulated device: sizes only. Text is tokenised by the byte-level stand-in unless a checkpoint is named."""
+    """The simulated device: sizes only. Text is tokenised by the byte-level stand-in."""
 
-    tiny = False
-
-    def __init__(self, *, tiny: bool = False) -> None:
+    def __init__(self, *, tiny: bool) -> None:
         self.tiny = tiny
 
-    def source(self, component: str) -> None:
+    def source(self, component: str) -> TensorSource | None:
         return None
 
     def tokenizer(self, spec: T5Spec) -> Tokenizer:
@@ -74,9 +54,22 @@ class NoWeights:
         """Nothing is generated."""
 
 
-def choose_weights(
-    weights: str, *, simulated: bool, task: str, seed: int = 0
-) -> OfficialWeights | GeneratedWeights | NoWeights:
+class GeneratedWeights(NoWeights):
+    """Seeded random values, written straight into the parameters on their device."""
+
+    def __init__(self, seed: int, *, tiny: bool) -> None:
+        super().__init__(tiny=tiny)
+        self.seed = seed
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+
+    def source(self, component: str) -> TensorSource:
+        return RandomSource(self._shapes[component], self.seed)
+
+    def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes[component] = dict(shapes)
+
+
+def choose_weights(weights: str, *, simulated: bool, task: str, seed: int = 0) -> OfficialWeights | NoWeights:
     """`random`, `tiny` or a checkpoint directory, whose files are checked for everything the task needs."""
     if simulated:
         if weights not in GENERATED and os.path.isdir(weights):

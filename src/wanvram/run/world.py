@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import PurePath
@@ -32,6 +32,7 @@ from wanvram.record import Failure, RankRecord, RunRecord
 from wanvram.recorder.interrupts import INTERRUPTED, agreed, ending_begins, hold, pending
 from wanvram.run.bulletin import Bulletin, Ending, Present, store_for_tensors
 from wanvram.run.watchdog import Watchdog
+from wanvram.strict_json import built
 
 __all__ = ["World", "joined", "together"]
 
@@ -135,7 +136,7 @@ class World:
         mine = Ending(replace(failure, rank=self.me.rank), _exit_code(error))
         said = replace(mine, failure=replace(mine.failure, message=f"rank {self.me.rank}: {failure.message}"))
         with suppress(PeerLost):
-            first = Ending.from_json(self._bulletin.first("ending", said.to_json()))
+            first = built(Ending, self._bulletin.first("ending", asdict(said)))
             return mine if own or first.failure.rank == self.me.rank else first
         return mine
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ CHUNK_BYTES = 16 * 2**20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 TOKENIZER_FOLDER = "tokenizer"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_Opened = Callable[[str], TensorSource]  # a component of the source, opened once
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,8 @@ class _WeightFile:
         """Padded to 8 bytes and preceded by its length, as the safetensors format has it."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for key, (start, end) in self.offsets.items():
-            entries[key] = {
-                "dtype": _NAMES[self.dtypes[key]],
-                "shape": list(self.shapes[key]),
-                "data_offsets": [start, end],
-            }
+            dtype, shape = _NAMES[self.dtypes[key]], list(self.shapes[key])
+            entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -140,47 +138,37 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
 
 
-def convert(
-    job: Conversion,
-    output: Path,
-    *,
-    free: Callable[[Path], int] = free_bytes,
-    progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+def convert(job: Conversion, output: Path, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Writes `output`, or goes on where an earlier call with the same job stopped; returns the manifest.
 
     CheckpointError: the source is not usable. InputError: `output` holds something else, or another process is writing to it.
     OutputError: it cannot be written, or the disk has not the space; then nothing is written.
     """
-    sources = _Sources(job.source)
+    opened: _Opened = cache(partial(open_checkpoint, job.source))
     try:
-        plan = _plan(job, sources, output)
+        plan = _plan(job, opened, output)
     except CheckpointError as error:
         raise explain(job.source, error) from error
     if not output.exists():
-        _check_space(output, sum(part.nbytes for part in plan.parts), free)
+        _check_space(output, sum(part.nbytes for part in plan.parts))
         with writing(f"to {output}"):
             output.mkdir(parents=True, exist_ok=True)
     with alone_in(output):
-        return _written(plan, sources, output, free, progress)
+        return _written(plan, opened, output, progress)
 
 
 def _written(
-    plan: _ConversionPlan,
-    sources: _Sources,
-    output: Path,
-    free: Callable[[Path], int],
-    progress: Callable[[str], None] | None,
+    plan: _ConversionPlan, opened: _Opened, output: Path, progress: Callable[[str], None] | None
 ) -> dict[str, Any]:
     manifest = _begun(output, plan)
     pending = [part for part in plan.parts if not _is_finished(output, manifest, part.name)]
-    _check_space(output, sum(part.nbytes for part in pending), free)
+    _check_space(output, sum(part.nbytes for part in pending))
     with writing(f"to {output}"):
         _save(output, manifest)
         for path in plan.tokenizer:
             _copy_file(path, output, manifest)
         for part in pending:
-            manifest["files"][part.name] = _write(part, sources.open(part.component), output)
+            manifest["files"][part.name] = _write(part, opened(part.component), output)
             _save(output, manifest)
             if progress:
                 left = sum(p.name not in manifest["files"] for p in plan.parts)
@@ -189,36 +177,23 @@ def _written(
     return manifest
 
 
-class _Sources:
-    """Each component is opened once."""
-
-    def __init__(self, ckpt_dir: Path) -> None:
-        self._ckpt_dir = ckpt_dir
-        self._open: dict[str, TensorSource] = {}
-
-    def open(self, component: str) -> TensorSource:
-        if component not in self._open:
-            self._open[component] = open_checkpoint(self._ckpt_dir, component)
-        return self._open[component]
-
-
-def _plan(job: Conversion, sources: _Sources, output: Path) -> _ConversionPlan:
+def _plan(job: Conversion, opened: _Opened, output: Path) -> _ConversionPlan:
     if whole(job.source) in whole(output).parents:
         raise InputError(f"-o {output} lies in the checkpoint itself; name a folder outside {job.source}")
     if layout(job.source) == "converted":
         raise CheckpointError(f"{job.source} was already converted; give the official or Diffusers folder it came from")
     components, dit = job.components, job.dit
     if components is None:
-        dit = dit or identify("dit", sources.open("dit"))
+        dit = dit or identify("dit", opened("dit"))
         components = tuple(c for c in COMPONENTS if c != "image_encoder" or DIT[dit].has_image_branch)
     models: dict[str, str] = {}
     parts: list[_WeightFile] = []
     for component in sorted(components, key=lambda c: c != "dit"):  # the one that is most often the wrong one
         if dit is None:
-            models[component] = identify(component, sources.open(component))
+            models[component] = identify(component, opened(component))
         else:
             models[component] = spec_beside(component, dit)
-            check_model(component, sources.open(component), models[component])
+            check_model(component, opened(component), models[component])
         parts += _parts(job, component, models[component])
     plan = _ConversionPlan(job, models, parts)
     if "text_encoder" in components:
@@ -259,12 +234,10 @@ def _snapshot(ckpt_dir: Path) -> dict[str, list[int]]:
     )
     files = {}
     for path in found:
+        name = os.fsencode(path.relative_to(ckpt_dir).as_posix()).decode("utf-8", "backslashreplace")
         with suppress(OSError):  # a link to nowhere that no component is read from
             status = path.stat()
-            files[os.fsencode(path.relative_to(ckpt_dir).as_posix()).decode("utf-8", "backslashreplace")] = [
-                status.st_size,
-                status.st_mtime_ns,
-            ]
+            files[name] = [status.st_size, status.st_mtime_ns]
     return files
 
 
@@ -309,8 +282,8 @@ def _is_finished(output: Path, manifest: dict[str, Any], name: str) -> bool:
     return False
 
 
-def _check_space(output: Path, needed: int, free: Callable[[Path], int]) -> None:
-    available = free(output)
+def _check_space(output: Path, needed: int) -> None:
+    available = free_bytes(output)
     if needed > available:
         raise OutputError(f"the conversion needs {human(needed)} in {output}; the disk has {human(available)} free")
 
@@ -401,9 +374,8 @@ def _read(part: _WeightFile, key: str, source: TensorSource) -> Tensor:
     dtype = torch.float32 if part.dtypes[key] == FP8 else part.dtypes[key]
     value = torch.empty(part.shapes[key], dtype=dtype)
     source.fill(key, value)
-    if not all(
-        bound.isfinite() for bound in torch.aminmax(value)
-    ):  # isfinite of the whole needs three times its memory
+    # Of the bounds: isfinite of the whole needs three times its memory.
+    if not all(bound.isfinite() for bound in torch.aminmax(value)):
         raise CheckpointError(f"{key} is not finite in {dtype}; choose bf16, or the file is damaged")
     return value
 

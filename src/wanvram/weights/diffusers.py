@@ -19,7 +19,7 @@ from wanvram.tasks import WAN21
 from wanvram.weights.sources import SafetensorsSource, TensorSource
 from wanvram.weights.stored import Shape
 
-__all__ = ["FOLDERS", "TABLES", "FilteredSource", "RenamedSource", "is_diffusers", "official_names", "open_diffusers"]
+__all__ = ["FOLDERS", "TABLES", "RenamedSource", "is_diffusers", "official_names", "open_diffusers"]
 
 FOLDERS = {model.name: model.folder for model in WAN21.components}
 
@@ -174,37 +174,8 @@ def official_names(keys: Iterable[str], table: Table) -> dict[str, list[str]]:
     return {official: [key for _, key in sorted(parts)] for official, parts in found.items()}
 
 
-class FilteredSource:
-    """The tensors of another source whose name starts with `prefix`, under their full names."""
-
-    def __init__(self, source: TensorSource, prefix: str) -> None:
-        self._source = source
-        self._keys = [key for key in source.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
-
-    def keys(self) -> list[str]:
-        return list(self._keys)
-
-    def files(self) -> list[Path]:
-        return self._source.files()
-
-    def shape(self, key: str) -> Shape:
-        return self._source.shape(key)
-
-    def fill(self, key: str, dest: Tensor) -> None:
-        self._source.fill(key, dest)
-
-    def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
-        self._source.fill_rows(key, dest, first)
-
-    def rows(self, key: str, indices: Sequence[int]) -> Tensor:
-        return self._source.rows(key, indices)
-
-    def close(self) -> None:
-        self._source.close()
-
-
 class RenamedSource:
-    """Another source under the official names; parts of one tensor are written behind each other."""
+    """Some tensors of another source under the official names; parts of one tensor are written behind each other."""
 
     def __init__(self, source: TensorSource, names: Mapping[str, Sequence[str]]) -> None:
         self._source = source
@@ -255,12 +226,9 @@ class RenamedSource:
         (part,) = self._parts(key)
         return self._source.rows(part, indices)
 
-    def close(self) -> None:
-        self._source.close()
-
     def _parts(self, key: str) -> tuple[str, ...]:
         if key not in self._names:
-            raise CheckpointError(f"there is no tensor {key} in the Diffusers checkpoint")
+            raise CheckpointError(f"there is no tensor {key} in the checkpoint")
         return self._names[key]
 
 

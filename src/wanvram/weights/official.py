@@ -21,14 +21,7 @@ from wanvram.models.t5 import T5Encoder
 from wanvram.models.vae import WanVAE
 from wanvram.specs import CLIP, DIT, T5, VAE, DiTSpec
 from wanvram.tasks import WAN21
-from wanvram.weights.diffusers import (
-    TABLES,
-    FilteredSource,
-    RenamedSource,
-    is_diffusers,
-    official_names,
-    open_diffusers,
-)
+from wanvram.weights.diffusers import TABLES, RenamedSource, is_diffusers, official_names, open_diffusers
 from wanvram.weights.recognise import check_kind, comfy_files, explain, prefix_of
 from wanvram.weights.sources import (
     MANIFEST,
@@ -139,8 +132,10 @@ def open_official(ckpt_dir: Path, component: str) -> TensorSource:
         source = _single_file(SafetensorsSource([path.with_suffix(".safetensors")]), component)
     else:
         source = TorchFileSource(path)
+    if component != "image_encoder":
+        return source
     # The CLIP file also holds a text tower that Wan does not run.
-    return FilteredSource(source, "visual.") if component == "image_encoder" else source
+    return RenamedSource(source, {key: (key,) for key in source.keys() if key.startswith("visual.")})  # noqa: SIM118
 
 
 def _open_dit(ckpt_dir: Path) -> TensorSource:
@@ -252,8 +247,6 @@ def check_checkpoint(ckpt_dir: Path, components: Sequence[str], dit: str | None 
             where = "" if str(ckpt_dir) in str(error) else f"{ckpt_dir}: "
             problems[component] = where + str(error)
     if problems:
-        for source in sources.values():
-            source.close()
         first, *others = problems
         also = f" ({', '.join(others)}: not usable either)" if others else ""
         raise explain(ckpt_dir, CheckpointError(problems[first] + also))

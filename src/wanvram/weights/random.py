@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wanvram.errors import CheckpointError
+from wanvram.weights.sources import check_shape
 
 __all__ = ["RandomSource"]
 
@@ -42,8 +43,7 @@ class RandomSource:
 
     def fill(self, key: str, dest: Tensor) -> None:
         shape = self.shape(key)
-        if shape != tuple(dest.shape):
-            raise CheckpointError(f"random weights: {key} has shape {list(shape)} instead of {list(dest.shape)}")
+        check_shape(key, shape, dest, "random weights")
         name = key.rsplit(".", 1)[-1]
         with torch.no_grad():
             if name == "bias":
@@ -51,8 +51,7 @@ class RandomSource:
             elif name == "gamma" or (name == "weight" and len(shape) == 1):  # every 1-D weight belongs to a norm
                 dest.fill_(1.0)
             else:
-                generator = torch.Generator(dest.device).manual_seed((self._seed ^ _stable_hash(key)) & (2**63 - 1))
-                _fill_normal(dest, generator)
+                _fill_normal(dest, self._generator(key, dest.device))
 
     def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
         """The values of `fill`. A GPU's generator gives them only all at once: there the whole tensor is drawn beside `dest`."""
@@ -71,13 +70,11 @@ class RandomSource:
         width = self.shape(key)[1]
         drawn = torch.empty(len(indices), width)
         for row, index in zip(drawn, indices, strict=True):
-            row.normal_(
-                generator=torch.Generator().manual_seed((self._seed ^ _stable_hash(f"{key}:{index}")) & (2**63 - 1))
-            )
+            row.normal_(generator=self._generator(f"{key}:{index}", "cpu"))
         return drawn
 
-    def close(self) -> None:
-        """Holds nothing."""
+    def _generator(self, key: str, device: torch.device | str) -> torch.Generator:
+        return torch.Generator(device).manual_seed((self._seed ^ _stable_hash(key)) & (2**63 - 1))
 
 
 def _fill_normal(dest: Tensor, generator: torch.Generator) -> None:

@@ -20,7 +20,7 @@ from wanvram.input_files import whole
 from wanvram.knobs import PRECISION
 from wanvram.weights.sources import SafetensorsSource, shown
 
-__all__ = ["PREFIXES", "check_kind", "comfy_component", "comfy_files", "explain", "prefix_of"]
+__all__ = ["PREFIXES", "check_kind", "comfy_files", "explain", "prefix_of"]
 
 MAX_FILES = 200  # of a folder that are looked at
 # Of a transformer in a single file of ComfyUI or of a training program, longest first.
@@ -44,17 +44,8 @@ _BESIDE = {
     "vae": "the VAE (wan_2.1_vae.safetensors)",
     "image_encoder": "for tasks that start from pictures clip_vision_h.safetensors",
 }
-_COMFY_FOLDERS = (
-    "",
-    "diffusion_models",
-    "unet",
-    "checkpoints",
-    "text_encoders",
-    "clip",
-    "clip_vision",
-    "vae",
-    "split_files",
-)
+_OF_COMFY = ("diffusion_models", "unet", "checkpoints", "text_encoders", "clip", "clip_vision", "vae")
+_COMFY_FOLDERS = ("", *_OF_COMFY, "split_files")
 _LORA = re.compile(
     r"(^|[._])lora[._]?(A|B|up|down|a|b|mid)([._]|$)|^lora_(unet|te|transformer)|\.(hada_w\d|lokr_w\d|dora_scale|diff|diff_b)(\b|_)"
 )
@@ -74,31 +65,25 @@ def prefix_of(keys: Iterable[str], component: str) -> str:
     return next(_prefixes(set(keys), component), "")
 
 
-def comfy_component(keys: Iterable[str]) -> list[str]:
-    """The components whose tensors these are; several in a file of all of them."""
-    present = set(keys)
-    return [component for component in _SIGNS if any(True for _ in _prefixes(present, component))]
-
-
 def _prefixes(present: set[str], component: str) -> Iterator[str]:
     """Behind which a name that only this component has is there."""
     return (p for p in _SIGNS[component] if any(p + name in present for name in _NAMES[component]))
 
 
 def comfy_files(ckpt_dir: Path) -> dict[str, list[Path]]:
-    """Component -> the safetensors files that hold it, of the folder and of ComfyUI's own folders in it."""
+    """Component -> the safetensors files that hold it, perhaps with others, of the folder and of ComfyUI's own folders in it."""
     found: dict[str, list[Path]] = {}
     for path, keys in _safetensors(ckpt_dir):
-        if not _kind_of(keys):
-            for component in comfy_component(keys):
-                found.setdefault(component, []).append(path)
+        present = set() if _kind_of(keys) else set(keys)
+        for component in (name for name in _SIGNS if any(True for _ in _prefixes(present, name))):
+            found.setdefault(component, []).append(path)
     return found
 
 
 def _safetensors(ckpt_dir: Path) -> list[tuple[Path, list[str]]]:
     """The readable files and their names."""
-    paths = [path for name in _COMFY_FOLDERS for path in _glob(ckpt_dir / name, "*.safetensors")]
-    paths += [path for name in _COMFY_FOLDERS[1:-1] for path in _glob(ckpt_dir / "split_files" / name, "*.safetensors")]
+    folders = (*_COMFY_FOLDERS, *(f"split_files/{name}" for name in _OF_COMFY))
+    paths = [path for name in folders for path in _glob(ckpt_dir / name, "*.safetensors")]
     return list(_readable(path for path in paths[:MAX_FILES] if not _SHARD.search(path.name)))
 
 

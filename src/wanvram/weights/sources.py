@@ -32,6 +32,7 @@ __all__ = [
     "TensorSource",
     "check_file",
     "check_keys",
+    "check_shape",
     "read_manifest",
     "shown",
 ]
@@ -77,8 +78,6 @@ class TensorSource(Protocol):
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """The named rows of a matrix as a host tensor: a lookup that reads nothing else of a large table."""
         ...
-
-    def close(self) -> None: ...
 
 
 def check_keys(
@@ -139,7 +138,7 @@ def check_file(path: Path, expected: str) -> bytes:
 
 
 def _copy(key: str, tensor: Tensor, dest: Tensor, origin: str) -> None:
-    _check_shape(key, tensor.shape, dest, origin)
+    check_shape(key, tensor.shape, dest, origin)
     with torch.no_grad():
         if dest.device.type == "cpu":
             dest.copy_(tensor)
@@ -147,7 +146,8 @@ def _copy(key: str, tensor: Tensor, dest: Tensor, origin: str) -> None:
             dest.permute(memory_order(dest)).copy_(in_memory_order(dest, tensor))
 
 
-def _check_shape(key: str, shape: Sequence[int], dest: Tensor, origin: str) -> None:
+def check_shape(key: str, shape: Sequence[int], dest: Tensor, origin: str) -> None:
+    """CheckpointError where the tensor of a source has another shape than what it is written into."""
     if tuple(shape) != tuple(dest.shape):
         raise CheckpointError(f"{origin}: {shown(key)} has shape {list(shape)} instead of {list(dest.shape)}")
 
@@ -178,7 +178,7 @@ class FileSource:
         if isinstance(stored, Tensor):
             _copy(key, stored, dest, self._origin)
             return
-        _check_shape(key, stored.shape, dest, str(stored.path))
+        check_shape(key, stored.shape, dest, str(stored.path))
         stored.fill(dest)
 
     def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
@@ -187,7 +187,7 @@ class FileSource:
         if isinstance(stored, Tensor):
             _copy(key, stored[first : last + 1], dest, self._origin)
             return
-        _check_shape(key, (dest.shape[0], *stored.shape[1:]), dest, str(stored.path))
+        check_shape(key, (dest.shape[0], *stored.shape[1:]), dest, str(stored.path))
         stored.fill(dest, first)
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
@@ -200,9 +200,6 @@ class FileSource:
             stored.read(result[number], index)
         scale = stored.scales()
         return result if scale is None else result.float() * scale[list(indices)]
-
-    def close(self) -> None:
-        self._tensors.clear()
 
     def _get(self, key: str) -> Stored | Tensor:
         if key not in self._tensors:
