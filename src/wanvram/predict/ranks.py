@@ -97,12 +97,8 @@ def as_one_run(record: RunRecord, ranks: Ordered[RankRecord]) -> None:
     record.stages = [_slowest(stage, [r.stages for r in ranks[1:]]) for stage in record.stages]
     record.ranks = list(ranks)
     longer = _seconds(record.stages) - before
-    times = record.times
-    record.times = replace(
-        times,
-        in_all_seconds=None if times.in_all_seconds is None else times.in_all_seconds + longer,
-        after_plan_seconds=None if times.after_plan_seconds is None else times.after_plan_seconds + longer,
-    )
+    known = ((name, getattr(record.times, name)) for name in ("in_all_seconds", "after_plan_seconds"))
+    record.times = replace(record.times, **{name: time + longer for name, time in known if time is not None})
     if record.failure is None:
         record.failure = next((_of_rank(r, r.failure) for r in ranks if r.failure is not None), None)
     if record.budget_bytes is not None:
