@@ -79,8 +79,6 @@ class PlainUnpickler:
             0x89: lambda: self._stack.append(False),
         }  # fmt: skip
 
-    # --- what a subclass decides -------------------------------------------------------------------------------------------
-
     def finish_dict(self, value: dict[Any, Any]) -> Any:
         return value
 
@@ -89,8 +87,6 @@ class PlainUnpickler:
         target.extend(items)
         self._keep(len(items))
         return target
-
-    # --- the interpreter ---------------------------------------------------------------------------------------------------
 
     def load(self) -> Any:
         try:
@@ -231,8 +227,6 @@ class PlainUnpickler:
                 return run.end()
         self._marks.append(len(stack))
         return pos
-
-    # --- building ----------------------------------------------------------------------------------------------------------
 
     def _text(self, data: bytes) -> str:
         """The same object for the same text; past MAX_TEXT of different ones, a placeholder."""
