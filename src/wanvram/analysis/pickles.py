@@ -35,13 +35,8 @@ ODD = Odd()
 _GET = re.compile(rb"h(.)|j(....)", re.DOTALL)  # BINGET and LONG_BINGET
 _GETS = re.compile(rb"(?:h.|j....)*e", re.DOTALL)  # a list of nothing but values seen before, to its end
 _SIZED = {
-    0x43: ("<B", ODD),
-    0x42: ("<I", ODD),
-    0x8E: ("<Q", ODD),
-    0x96: ("<Q", ODD),
-    0x8B: ("<i", ODD),
-    0x8D: ("<Q", DROPPED),
-}
+    0x43: ("<B", ODD), 0x42: ("<I", ODD), 0x8E: ("<Q", ODD), 0x96: ("<Q", ODD), 0x8B: ("<i", ODD), 0x8D: ("<Q", DROPPED),
+}  # fmt: skip
 _REFUSED = {
     ord(code): name
     for code, name in {
