@@ -60,7 +60,7 @@ class Noise:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.view(torch.uint8).numpy())
+    return values.view(torch.uint8).numpy().data
 
 
 def _pieces(name: str, shape: torch.Size, dtype: torch.dtype, noise: Noise) -> Iterator[memoryview]:
@@ -99,7 +99,7 @@ def _layout(shapes: dict[str, torch.Size], dtype: torch.dtype, noise: Noise) -> 
 def write(path: Path, component: str, spec: str, dtype: torch.dtype, noise: Noise) -> None:
     """One safetensors file with every tensor of the component."""
     start = time.monotonic()
-    module, _ = blueprint(component, spec)  # type: ignore[arg-type]
+    module, _ = blueprint(component, spec)
     pieces = list(_layout({name: p.shape for name, p in module.named_parameters()}, dtype, noise))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file, ThreadPoolExecutor(WRITERS) as pool:
@@ -112,7 +112,7 @@ def write(path: Path, component: str, spec: str, dtype: torch.dtype, noise: Nois
 
 def write_pth(path: Path, component: str, spec: str, dtype: torch.dtype, noise: Noise) -> None:
     """The same tensors as torch.save writes them, from as much RAM."""
-    module, _ = blueprint(component, spec)  # type: ignore[arg-type]
+    module, _ = blueprint(component, spec)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: _tensor(name, p.shape, dtype, noise) for name, p in module.named_parameters()}, path)
     print(f"{path}: {path.stat().st_size / 2**30:.1f} GiB", flush=True)

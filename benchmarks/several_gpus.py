@@ -150,7 +150,7 @@ class Figures:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.end = time.monotonic() + 60 * args.minutes
+        self.end: float = time.monotonic() + 60 * args.minutes
         self.watch = Watch(args.gpus)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         facts = gpu_facts(self.watch.nvml, self.watch.handles[0])
@@ -487,7 +487,7 @@ def diffusers(args: argparse.Namespace, _: Path) -> None:
         figures.add(row | {"above_bytes": figures.watch.above()})
 
 
-def diffusers_rank(args: argparse.Namespace, _: Path) -> None:
+def diffusers_rank(args: argparse.Namespace, _scratch: Path) -> None:
     import torch
     import torch.distributed as dist
     from diffusers import ContextParallelConfig, WanTransformer3DModel

@@ -75,7 +75,7 @@ def _text(name: str, value: object) -> object:
     return ",".join(value) if isinstance(value, tuple) else value
 
 
-def _flags(values: Mapping[str, Any]) -> Sequence[str]:
+def _flags(values: Mapping[str, Any]) -> list[str]:
     """`--name value` of what is not None; joined by `=` where the value would look like a flag itself."""
     result: list[str] = []
     for name, value in values.items():
