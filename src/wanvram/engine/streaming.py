@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -45,13 +45,13 @@ class Later:
         return self.then(self.read.result())
 
 
+@dataclass(eq=False)
 class PinnedHome:
     """Every piece has a master copy in pinned RAM, or on the device. `masters`: piece -> uint8 [the slot's nbytes]."""
 
-    def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
-        self.device = device
-        self.masters = masters
-        self._last: Any = None
+    device: Device
+    masters: dict[Any, torch.Tensor]
+    _last: Any = None
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         self._last = self.device.prefetch(slot, self.masters[piece], after)
@@ -62,12 +62,11 @@ class PinnedHome:
         self.masters.clear()
 
 
+@dataclass(eq=False)
 class PacedHome(PinnedHome):
     """Its pieces go part by part, so that other copies find their way between: 570 MiB at once are 11 ms in which no row comes."""
 
-    def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
-        super().__init__(device, masters)
-        self._going: deque[_Going] = deque()
+    _going: deque[_Going] = field(default_factory=deque)
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         self._going.append(_Going(self, self.masters[piece], slot, after))
