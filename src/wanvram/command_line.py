@@ -31,7 +31,8 @@ def generate_command(config: RunConfig) -> str:
     where = {"device": None if config.device == "auto" else config.device, "gpu": config.gpu, "link": config.link}
     parts = ["wanvram", "generate", *request_flags(request), *missing, *strategy_flags(config.strategy)]
     parts += _flags({"weights": "DIR" if config.weights == "random" else config.weights} | where)
-    parts += _flags({"memory_limit_bytes": _exactly(config.memory_limit_bytes)})
+    limit = config.memory_limit_bytes
+    parts += _flags({"memory_limit_bytes": None if limit is None else exact(limit)})
     return shlex.join(parts)
 
 
@@ -73,10 +74,6 @@ def _text(name: str, value: object) -> object:
     if name == "prompts":
         return "PROMPTS.txt"
     return ",".join(value) if isinstance(value, tuple) else value
-
-
-def _exactly(count: int | None) -> str | None:
-    return None if count is None else exact(count)
 
 
 def _flags(values: Mapping[str, Any]) -> Sequence[str]:

@@ -36,9 +36,8 @@ _AXES = ("events", "seconds")  # of a file; "order" is that of a timeline made o
 
 StageKind = Literal["load", "stage", "step"]
 BlockState = Literal["active", "inactive"]
-MemoryPoint = tuple[
-    float, int, int, int | None
-]  # x; allocated, reserved and device bytes, None where the driver's view is unknown
+# x; allocated, reserved and device bytes, None where the driver's view is unknown.
+MemoryPoint = tuple[float, int, int, int | None]
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class SlotRing:
         for index in range(len(pieces)):
             slot = self._slot(pieces, index)
             coming = self._coming.pop(slot)
-            self.device.wait(_resolved(coming.mark))
+            self.device.wait(coming.mark.result() if isinstance(coming.mark, PENDING) else coming.mark)
             try:
                 yield self.slots[slot].narrow(0, 0, self.nbytes(coming.piece))
             finally:
@@ -235,7 +235,3 @@ class SlotRing:
             self.home.close()
         finally:
             self.slots.clear()
-
-
-def _resolved(mark: Any) -> Any:
-    return mark.result() if isinstance(mark, PENDING) else mark

@@ -159,10 +159,6 @@ class Conv(nn.Module):
         """A convolution without extent."""
         return conv3d(x, self.weight, self.bias, UNIT, (0, 0, 0))
 
-    def flat(self, x: Tensor, stride: tuple[int, int, int], padding: int) -> Tensor:
-        """A two-dimensional convolution of one frame."""
-        return conv3d(x, self.weight.unsqueeze(2), self.bias, stride, (0, padding, padding))
-
     def causal(
         self,
         x: Tensor,
@@ -370,7 +366,7 @@ class Downsample(nn.Module):
             padded[..., : last - first, :width].copy_(x[..., first:last, :])
             padded[..., width:].zero_()
             padded[..., last - first :, :].zero_()
-            band = conv.flat(padded, (1, 2, 2), 0)
+            band = conv3d(padded, conv.weight.unsqueeze(2), conv.bias, (1, 2, 2), (0, 0, 0))
             del padded
             _store(out[..., top:bottom, :], band, add=False)
             del band

@@ -345,13 +345,11 @@ def read_manifest(ckpt_dir: Path) -> dict[str, Any]:
             if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
                 raise ValueError(f"the entry of {shown(name)}")
         complete = known and manifest["complete"]
-    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        ours = type(error) is ValueError  # not one of JSON's or of a text's
+        said = str(error) if ours else "it is no manifest of a conversion"
         raise CheckpointError(
-            f"{path} is damaged (it is no manifest of a conversion); convert the checkpoint again into another folder"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); convert the checkpoint again into another folder"
+            f"{path} is damaged ({said}); convert the checkpoint again into another folder"
         ) from error
     if not known:
         raise CheckpointError(
