@@ -63,7 +63,6 @@ class Weights(Protocol):
 
     def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """Tells generated weights which tensors exist, before `source` is asked."""
-        ...
 
 
 @dataclass(frozen=True)

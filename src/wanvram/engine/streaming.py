@@ -27,11 +27,9 @@ class Home(Protocol):
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         """Starts filling `slot` [nbytes] once the mark `after` has passed; returns the mark of its completion."""
-        ...
 
     def close(self) -> None:
         """Returns when no copy is under way any more."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ class TensorSource(Protocol):
 
     def files(self) -> list[Path]:
         """In which the tensors lie."""
-        ...
 
     def shape(self, key: str) -> Shape: ...
 
@@ -73,11 +72,9 @@ class TensorSource(Protocol):
 
     def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
         """As many rows of the tensor (along its first axis) as `dest` has, from `first` on; nothing else is read."""
-        ...
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """The named rows of a matrix as a host tensor: a lookup that reads nothing else of a large table."""
-        ...
 
 
 def check_keys(
