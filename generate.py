@@ -2,6 +2,6 @@
 
 import sys
 
-from wanvram.cli.main import main
+from wanvram.__main__ import main
 
 sys.exit(main(["generate", *sys.argv[1:]]))

@@ -4,7 +4,8 @@
     python benchmarks/beside_diffusers.py --task 14B             1280x720, 81 frames
 
 Each (library, part) runs in a fresh process, with everything resident. "act" is the peak of allocated bytes minus what was allocated when
-the step began; a step is both guidance forwards, `seconds` the median of at least three. The VAE is float32 for both; diffusers'
+the step began; a step is both guidance forwards, ours without the embeddings, which a run makes once; `seconds` is the median of at
+least three. The VAE is float32 for both; diffusers'
 transformer runs eager and with its blocks compiled. Exit code 1 where a part fails, or ours is slower or takes more activations than
 the faster of diffusers' forms.
 """
@@ -23,9 +24,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from provenance import conclude, header, unused
+
+if TYPE_CHECKING:
+    from own_parts import OwnParts
 
 SHAPES = {"1.3B": (21, 60, 104), "14B": (21, 90, 160)}
 REPEATS = {"1.3B": 5, "14B": 3}
@@ -97,31 +101,16 @@ def diffusers_dit(task: str, *, compiled: bool = False) -> dict[str, Any]:
 
 
 def our_dit(task: str) -> dict[str, Any]:
-    import torch
+    step = own_parts(task).denoiser(500, guided=False)
+    return timed(lambda warm: step(SHAPES[task][0]), REPEATS[task])
 
-    from wanvram.engine.cuda import CudaDevice
-    from wanvram.engine.pipeline import rows_per_chunk
-    from wanvram.engine.residency import Component
-    from wanvram.models.dit import Condition, WanDiT
-    from wanvram.models.precision import BF16
-    from wanvram.specs import DIT
-    from wanvram.weights.random import RandomSource
 
-    with torch.device("meta"):
-        model = WanDiT(DIT[f"t2v-{task}"], BF16)
-    component = Component("dit", model, model.walk_order(), CudaDevice())
-    shapes = {k: tuple(p.shape) for k, p in model.state_dict().items()}
-    component.load_resident(RandomSource(shapes, 0))
-    f, h, w = SHAPES[task]
-    latent = torch.randn(16, f, h, w, device="cuda")
-    conditions = [Condition(context=torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)) for _ in range(2)]
-    rows = rows_per_chunk(f * h * w // 4, None)
+def own_parts(task: str) -> OwnParts:
+    from own_parts import OwnParts
 
-    def step(warm: bool) -> None:
-        for c in conditions[: 1 if warm else 2]:
-            model(latent, 500, [c], rows_per_chunk=rows, walk=component.walk)
+    from wanvram.config import Strategy
 
-    return timed(step, REPEATS[task])
+    return OwnParts(f"t2v-{task}", SHAPES[task], Strategy(precision="bf16"), "cuda")
 
 
 def diffusers_vae(task: str) -> dict[str, Any]:
@@ -137,27 +126,8 @@ def diffusers_vae(task: str) -> dict[str, Any]:
 
 
 def our_vae(task: str) -> dict[str, Any]:
-    import torch
-
-    from wanvram.engine.cuda import CudaDevice
-    from wanvram.engine.residency import Component
-    from wanvram.models.vae import WanVAE
-    from wanvram.specs import VAE
-    from wanvram.weights.random import RandomSource
-
-    with torch.device("meta"):
-        model = WanVAE(VAE["wan2.1"])
-        del model.encoder, model.conv1
-    component = Component("vae", model, [], CudaDevice())
-    component.load_resident(RandomSource({k: tuple(p.shape) for k, p in model.state_dict().items()}, 0))
-    f, h, w = SHAPES[task]
-    z = torch.randn(16, f, h, w, device="cuda")
-
-    def decode(warm: bool) -> None:
-        for frames in model.decode(z[:, :3] if warm else z):
-            (frames.clamp_(-1, 1) * 127.5).to(torch.uint8).cpu()
-
-    return timed(decode, REPEATS[task])
+    decode = own_parts(task).decoder()
+    return timed(lambda warm: decode(3 if warm else SHAPES[task][0]), REPEATS[task])
 
 
 PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -197,7 +167,7 @@ def main() -> int:
         print(json.dumps(row | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
         return 0
     rows: dict[str, dict[str, Any]] = {}
-    about = header("beside_diffusers.py") | {"diffusers": importlib.metadata.version("diffusers")}
+    about = header("beside_diffusers.py", "own_parts.py") | {"diffusers": importlib.metadata.version("diffusers")}
     for part in PARTS:
         command = [sys.executable, __file__, "--task", args.task, "--part", part]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -33,39 +33,46 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beside_diffusers import SHAPES, fill
 from fit_card import MIB, Sampler
 from provenance import conclude, header
 
+if TYPE_CHECKING:
+    from own_parts import Call, OwnParts
+
+    from wanvram.engine.components import ModelSpecs
+
 TIMESTEP, GUIDANCE = 500, 5.0
-Call = Callable[[int], None]  # on the first so many latent frames
 
 
 @dataclass(frozen=True)
 class Case:
-    """`shape`: latent frames, rows, columns. `tile`: edge of our VAE tiles in latent pixels."""
+    """`shape`: latent frames, rows, columns. `tile`: edge of our VAE tiles in latent pixels. On the CPU the models are tiny."""
 
-    dit: str
-    vae: str
+    task: str
     shape: tuple[int, int, int]
     repeats: int
     tile: int = 80
     device: str = "cuda"
+    expandable_segments: bool = False
+
+    def specs(self) -> ModelSpecs:
+        from wanvram.engine.components import model_specs
+
+        return model_specs(self.task, tiny=self.device == "cpu")
 
 
 CASES = {
-    "1.3B-832x480": Case("t2v-1.3B", "wan2.1", SHAPES["1.3B"], repeats=5),
-    "14B-1280x720": Case("t2v-14B", "wan2.1", SHAPES["14B"], repeats=3),
+    "1.3B-832x480": Case("t2v-1.3B", SHAPES["1.3B"], repeats=5),
+    "14B-1280x720": Case("t2v-14B", SHAPES["14B"], repeats=3),
 }
-TINY = {"tiny": Case("tiny-t2v", "tiny", (2, 8, 40), repeats=2, tile=20, device="cpu")}
+TINY = {"tiny": Case("t2v-1.3B", (2, 8, 40), repeats=2, tile=20, device="cpu")}
 
 
 # --- diffusers ---------------------------------------------------------------------------------------------------------------
@@ -76,9 +83,7 @@ def offloaded_transformer(case: Case, offload_type: str, *, record_stream: bool)
     import torch
     from diffusers import WanTransformer3DModel
 
-    from wanvram.specs import DIT
-
-    spec = DIT[case.dit]
+    spec = case.specs().dit
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(case.device):
         model = WanTransformer3DModel(
@@ -136,10 +141,8 @@ def diffusers_vae_tiled(case: Case, tile: int | None = None) -> Call:
     import torch
     from diffusers import AutoencoderKLWan
 
-    from wanvram.specs import VAE
-
     with torch.device(case.device):
-        model = AutoencoderKLWan(base_dim=VAE[case.vae].dim).eval()
+        model = AutoencoderKLWan(base_dim=case.specs().vae.dim).eval()
     if case.device == "cuda":
         fill(model)
     if tile is None:
@@ -163,87 +166,32 @@ def diffusers_vae_tiled(case: Case, tile: int | None = None) -> Call:
 # --- wanvram -----------------------------------------------------------------------------------------------------------------
 
 
-def our_device(case: Case) -> Any:
-    from wanvram.engine.cuda import CudaDevice
-    from wanvram.engine.devices import CpuDevice
+def own_parts(case: Case, strategy: dict[str, Any]) -> OwnParts:
+    from own_parts import OwnParts
 
-    return CudaDevice() if case.device == "cuda" else CpuDevice()
+    from wanvram.config import Strategy
 
-
-def random_source(module: Any) -> Any:
-    from wanvram.weights.random import RandomSource
-
-    return RandomSource({name: tuple(p.shape) for name, p in module.named_parameters()}, 0)
+    how = Strategy(precision="bf16", load_strategy="block", expandable_segments=case.expandable_segments, **strategy)
+    return OwnParts(case.task, case.shape, how, case.device)
 
 
 def our_dit(case: Case, cfg: str) -> Call:
     """cfg: sequential, one forward after the other, or joint, both through each streamed unit: half the copies."""
-    import torch
-
-    from wanvram.engine.pipeline import rows_per_chunk
-    from wanvram.engine.residency import Component
-    from wanvram.models.dit import Condition, WanDiT
-    from wanvram.models.precision import BF16
-    from wanvram.specs import DIT
-
-    spec = DIT[case.dit]
-    with torch.device("meta"):
-        model = WanDiT(spec, BF16)
-    component = Component("dit", model, model.walk_order(), our_device(case), model.embedders())
-    component.load_streamed(random_source(model), home="pinned")
-    frames, height, width = case.shape
-    latent = torch.randn(16, *case.shape, device=case.device)
-    texts = [
-        torch.randn(512, spec.text_dim, device=case.device, dtype=torch.bfloat16) for _ in ("positive", "negative")
-    ]
-    (now,), prepared = model.prepare([TIMESTEP], [Condition(text) for text in texts], walk=component.walk_embedders)
-    rows = rows_per_chunk(frames * height * width // 4, None)
-    groups = [prepared] if cfg == "joint" else [[one] for one in prepared]
-
-    def step(frames: int) -> None:
-        outputs: list[torch.Tensor] = []
-        for group in groups:
-            outputs += model.velocity(
-                [latent[:, :frames]] * len(group), now, group, rows_per_chunk=rows, walk=component.walk
-            )
-        cond, uncond = outputs
-        uncond.add_(cond.sub_(uncond), alpha=GUIDANCE)
-
-    return step
+    return own_parts(case, {"cfg": cfg}).denoiser(TIMESTEP)
 
 
 def our_vae(case: Case, *, tiled: bool) -> Call:
-    import torch
-
-    from wanvram.engine.residency import Component
-    from wanvram.engine.vae_stages import decode
-    from wanvram.models.vae import WanVAE
-    from wanvram.specs import VAE
-
-    with torch.device("meta"):
-        model = WanVAE(VAE[case.vae])
-        del model.encoder, model.conv1
-    device = our_device(case)
-    component = Component("vae", model, [], device)
-    component.load_resident(random_source(model))
-    z = torch.randn(16, *case.shape, device=case.device)
-    unrecorded: Any = SimpleNamespace(span=lambda *_, **__: nullcontext())  # a Recorder resets PyTorch's peak counters
-
-    def run(frames: int) -> None:
-        for _ in decode(component, device, unrecorded, z[:, :frames], case.tile if tiled else None):
-            """Frames arrive on the host in uint8."""
-
-    return run
+    return own_parts(case, {"vae_tile": case.tile if tiled else None}).decoder()
 
 
 PARTS: dict[str, Callable[[Case], Call]] = {
-    "diffusers_dit_leaf": partial(diffusers_dit, offload_type="leaf_level"),
-    "diffusers_dit_block": partial(diffusers_dit, offload_type="block_level"),
     "our_dit": partial(our_dit, cfg="sequential"),
-    "diffusers_vae_tiled": diffusers_vae_tiled,
     "our_vae_tiled": partial(our_vae, tiled=True),
     "our_vae_whole": partial(our_vae, tiled=False),
     "our_dit_joint": partial(our_dit, cfg="joint"),
+    "diffusers_dit_leaf": partial(diffusers_dit, offload_type="leaf_level"),
+    "diffusers_dit_block": partial(diffusers_dit, offload_type="block_level"),
+    "diffusers_vae_tiled": diffusers_vae_tiled,
     "diffusers_dit_leaf_sync": partial(diffusers_dit, offload_type="leaf_level", record_stream=False),
     "diffusers_dit_block_sync": partial(diffusers_dit, offload_type="block_level", record_stream=False),
     "diffusers_dit_leaf_compiled": partial(diffusers_dit, offload_type="leaf_level", compiled=True),
@@ -288,10 +236,12 @@ def run_here(case: Case, part: str) -> None:
     print("DONE " + json.dumps(figures), flush=True)
 
 
-def measure(case: Case, name: str, part: str, environment: dict[str, str]) -> dict[str, Any]:
+def measure(case: Case, name: str, part: str) -> dict[str, Any]:
     """The part's figures, or {"error": the end of what it wrote}. A Sampler for the timed calls starts at READY."""
     before = sampled() if case.device == "cuda" else None
     command = [sys.executable, __file__, "--here", name, part]
+    command += ["--expandable_segments"] if case.expandable_segments else []
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if case.expandable_segments else {}
     row: dict[str, Any] = {}
     timed: Sampler | None = None
     with tempfile.TemporaryFile("w+") as errors:
@@ -368,7 +318,7 @@ def store(target: Path, device: str, row: dict[str, Any]) -> list[str]:
     identity = ("case", "part", "expandable_segments")
     before = json.loads(target.read_text()) if target.exists() else {"parts": [], "calls": []}
     rows = [other for other in before["parts"] if any(other[key] != row[key] for key in identity)] + [row]
-    about = header("beside_diffusers_offload.py")
+    about = header("beside_diffusers_offload.py", "own_parts.py")
     calls = [call for call in before.get("calls", ()) if call["source_sha256"] != about["source_sha256"]] + [about]
     document = {
         "device": device,
@@ -400,13 +350,12 @@ def main() -> int:
     args = parse()
     if args.here:
         name, part = args.here
-        run_here((CASES | TINY)[name], part)
+        run_here(replace((CASES | TINY)[name], expandable_segments=args.expandable_segments), part)
         return 0
     cases = TINY if args.tiny else CASES
     chosen = [(c, p) for c in cases for p in PARTS if any(word in f"{c}/{p}" for word in args.only.split(","))]
     if not chosen:
         sys.exit(f"--only {args.only} leaves nothing of {', '.join(cases)} with {', '.join(PARTS)}")
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if args.expandable_segments else {}
     device = device_name("cpu" if args.tiny else "cuda")
     common = {
         "diffusers": importlib.metadata.version("diffusers"),
@@ -421,7 +370,11 @@ def main() -> int:
         if time.monotonic() - start > args.seconds:
             print(f"{name:14s} {part:26s} not started: {args.seconds:g} s are over", flush=True)
             continue
-        row = {"case": name, "part": part} | common | measure(cases[name], name, part, environment)
+        row = (
+            {"case": name, "part": part}
+            | common
+            | measure(replace(cases[name], expandable_segments=args.expandable_segments), name, part)
+        )
         show(row)
         breaches = store(target, device, row)
     return conclude({"parts": len(chosen), "breaches": breaches})

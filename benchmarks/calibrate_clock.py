@@ -135,7 +135,7 @@ def read(path: Path, card: str | None = None) -> list[Measured]:
 
 def steady_step(record: dict[str, Any]) -> float | None:
     """Mean seconds of a denoising step without the first (unless it is alone)."""
-    steps = next((s["children"] for s in record["stages"] if s["name"] == "denoise"), [])
+    steps: list[Any] = next((s["children"] for s in record["stages"] if s["name"] == "denoise"), [])
     timed = [(s["seconds"], s["repeats"]) for s in steps if s["kind"] == "step" and s["seconds"] is not None]
     timed = timed[1:] or timed
     return sum(s * n for s, n in timed) / sum(n for _, n in timed) if timed else None

@@ -11,6 +11,7 @@ import argparse
 import difflib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def real_events(config: RunConfig) -> list[tuple[int, str]]:
     return [(sign[e["action"]] * e["size"], _line(e)) for e in trace if e["action"] in sign]
 
 
-def _line(event: dict) -> str:
+def _line(event: dict[str, Any]) -> str:
     frames = [f for f in event.get("frames", []) if "wanvram" in f["filename"]]
     return " < ".join(f"{Path(f['filename']).name}:{f['line']}" for f in frames[:3])
 

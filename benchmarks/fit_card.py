@@ -69,11 +69,14 @@ class Sampler:
         import pynvml
 
         pynvml.nvmlInit()
-        self._read = lambda: pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used
+        self._nvml = pynvml
         self.idle = self.highest = self._read()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
+
+    def _read(self) -> int:
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._nvml.nvmlDeviceGetHandleByIndex(0)).used)
 
     def _sample(self) -> None:
         while not self._stop.wait(0.01):
@@ -102,8 +105,8 @@ def run_here() -> None:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
         request = replace(config.request, sample_steps=case["resident_steps"], frame_num=config.request.frame_num)
-        plain = Strategy(load_strategy="full", offload=True, expandable_segments=True)
-        plain = replace(config, device="cuda", strategy=plain, request=request)
+        strategy = Strategy(load_strategy="full", offload=True, expandable_segments=True)
+        plain = replace(config, device="cuda", strategy=strategy, request=request)
         print("RESIDENT " + json.dumps(execute(plain, Output(None)).to_json()), flush=True)
 
 
@@ -146,9 +149,9 @@ def predict(case: dict[str, Any], gpu: str) -> dict[str, Any]:
 
 def steady_step(record: dict[str, Any]) -> float | None:
     """Mean seconds of a denoising step without the first, which compiles and warms up."""
-    denoise = next((s for s in record["stages"] if s["name"] == "denoise"), {"children": []})
+    steps: list[Any] = next((s["children"] for s in record["stages"] if s["name"] == "denoise"), [])
     seconds, count = 0.0, 0
-    for step in denoise["children"][1:]:
+    for step in steps[1:]:
         if step["seconds"] is not None:
             seconds, count = seconds + step["seconds"] * step["repeats"], count + step["repeats"]
     return seconds / count if count else None

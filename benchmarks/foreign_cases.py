@@ -383,8 +383,14 @@ def wan_pipeline(offload: str) -> Call:
     return call
 
 
-SMALL = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-TI2V = {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+SMALL: dict[str, Any] = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+TI2V: dict[str, Any] = {
+    "num_attention_heads": 24,
+    "num_layers": 30,
+    "ffn_dim": 14336,
+    "in_channels": 48,
+    "out_channels": 48,
+}
 WAN22_VAE: dict[str, Any] = {
     "base_dim": 160,
     "decoder_base_dim": 256,

@@ -1,6 +1,6 @@
 """cuDNN's workspace for the convolutions of the VAE at every size it meets, on the GPU at hand.
 
-    python benchmarks/harvest_conv_workspaces.py collect shapes.json.gz [--known measured.json.gz]    on any machine, minutes
+    python benchmarks/harvest_conv_workspaces.py collect shapes.json.gz --known measured.json.gz      on any machine, minutes
     python benchmarks/harvest_conv_workspaces.py run shapes.json.gz measured.json.gz --seconds 70     on the GPU
 
 The list of convolutions comes from runs of the VAE on meta tensors, whole and in the planner's tiles, for the official sizes and
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # One convolution: dtype, input [C,T,H,W], weight [O,I,kT,kH,kW], stride, padding.
 Shape = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -56,37 +57,29 @@ def is_small(shape: Shape) -> bool:
     return shape[0] == "float32" and (kernel == [1, 1, 1] or (outputs == 96 and inputs in (96, 192, 384)))
 
 
-class Collector:
+class Collector(TorchDispatchMode):
     """Lists the convolutions of a VAE on meta tensors: one frame and five, decoding and encoding."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        from wanvram.models import vae, vae_blocks
+        from wanvram.models.vae import WanVAE
         from wanvram.specs import VAE
 
+        super().__init__()
         with torch.device("meta"):
-            self.vae = vae.WanVAE(VAE["wan2.1"], dtype)
+            self.vae = WanVAE(VAE["wan2.1"], dtype)
         self.shapes: dict[Shape, None] = {}
-        for module in (vae, vae_blocks):
-            module.conv3d = self._convolution  # type: ignore[attr-defined]
-        nothing = lambda *args, **kwargs: None  # noqa: E731
-        vae_blocks.fill_window = vae_blocks.rms_norm_silu = nothing
-        vae_blocks.frame_attention = lambda qkv: qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
 
-    def _convolution(self, x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> torch.Tensor:
-        assert bias is not None
-        name = str(x.dtype).removeprefix("torch.")
-        self.shapes.setdefault((name, tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding)))
-        size = [
-            (length + 2 * pad - kernel) // step + 1
-            for length, pad, kernel, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
-        ]
-        return torch.empty(1, weight.shape[0], *size, dtype=x.dtype, device="meta").contiguous(
-            memory_format=torch.channels_last_3d
-        )
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.wanvram.conv3d.default:
+            x, weight, bias, stride, padding = args
+            assert bias is not None
+            name = str(x.dtype).removeprefix("torch.")
+            self.shapes.setdefault((name, tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding)))
+        return func(*args, **(kwargs or {}))
 
     @torch.no_grad()
     def add(self, height: int, width: int) -> None:
-        from wanvram.planner.tiles import TILES
+        from wanvram.knobs import TILES
 
         for latents in (1, 2):
             z = torch.empty(16, latents, height // 8, width // 8, device="meta")
@@ -95,13 +88,14 @@ class Collector:
                 for _ in range(frames):
                     yield torch.empty(3, 1, height, width, device="meta")
 
-            for _ in self.vae.decode(z):
-                pass
-            self.vae.encode(video())
-            for edge in (edge for edge in TILES if edge < max(height, width) // 8):
-                for _ in self.vae.decode_tiles(z, (edge, edge)):
+            with self:
+                for _ in self.vae.decode(z):
                     pass
-                self.vae.encode_tiles(video, (edge, edge))
+                self.vae.encode(video())
+                for edge in (edge for edge in TILES if edge < max(height, width) // 8):
+                    for _ in self.vae.decode_tiles(z, (edge, edge)):
+                        pass
+                    self.vae.encode_tiles(video, (edge, edge))
 
 
 def picture_sizes(largest_ratio: float) -> list[tuple[int, int]]:

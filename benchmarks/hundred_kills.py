@@ -226,7 +226,7 @@ def kill_once(scene: Scene, operation: str, number: signal.Signals, rng: random.
 
 def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     try:
-        return psutil.Process(process.pid).children(recursive=True)
+        return list(psutil.Process(process.pid).children(recursive=True))
     except psutil.Error:
         return []
 

@@ -349,7 +349,7 @@ def line_of(row: Mapping[str, Any]) -> str:
         text += f", {watch['seconds']:.1f} s, GPU after {watch['first_use_seconds'] or 0:.1f} s, "
     if row["named_budget"]:
         text += f"names {row['named_budget']}, "
-    return text + row["verdict"] + "".join(f"; {breach}" for breach in row["breaches"])
+    return text + str(row["verdict"]) + "".join(f"; {breach}" for breach in row["breaches"])
 
 
 def lanes_of(count: int) -> list[str | None]:

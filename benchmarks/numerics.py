@@ -60,7 +60,7 @@ def ours(
     model.load_state_dict(weights)
     latent, context = inputs
     heads = max(1, spec.num_heads // 4) if sliced else None
-    (velocity,) = model(latent, 500, [Condition(context)], rows_per_chunk=2048, heads_per_group=heads)
+    (velocity,) = model.forward(latent, 500, [Condition(context)], rows_per_chunk=2048, heads_per_group=heads)
     return velocity.double().cpu()
 
 
@@ -88,7 +88,9 @@ def theirs(spec: DiTSpec, weights: dict[str, torch.Tensor], precision: str, inpu
     text = torch.zeros(1, 512, spec.text_dim, device=device, dtype=DTYPES[precision])
     text[0, : context.shape[0]] = context
     with torch.no_grad():
-        out = model(latent[None].to(DTYPES[precision]), torch.tensor([500], device=device), text, return_dict=False)[0]
+        out: torch.Tensor = model(
+            latent[None].to(DTYPES[precision]), torch.tensor([500], device=device), text, return_dict=False
+        )[0]
     return out[0].double().cpu()
 
 

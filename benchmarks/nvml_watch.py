@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -104,7 +105,8 @@ class Readings:
         """(median, spread) of the last 0.2 s, once those readings agree or patience is over."""
         start = time.monotonic()
         while True:
-            window, begun = [], time.monotonic()
+            window: list[int] = []
+            begun = time.monotonic()
             while len(window) < 3 or time.monotonic() - begun < QUIET_WINDOW:
                 window.append(self.now())
             spread = max(window) - min(window)
@@ -153,8 +155,7 @@ def watch(
     timeout: seconds until the command is killed. nvml: what to ask instead of the driver's library. Raises ValueError or NVMLError
     without a GPU to watch.
     """
-    if nvml is None:
-        import pynvml as nvml
+    nvml = nvml or import_module("pynvml")
     nvml.nvmlInit()
     visible = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
     handle = gpu_of(nvml, visible)

@@ -22,14 +22,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from own_parts import Unrecorded
 from provenance import conclude, header, unused
 
 from wanvram.config import Measurement, Request, RunConfig, Strategy
@@ -42,21 +42,11 @@ from wanvram.recorder.events import EventLog
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.execute import make_device
 from wanvram.run.weights import GeneratedWeights
-from wanvram.spans import Memory, Span
 
 WAYS = ("on", "off", "bare")
 BOUND = 0.01
 PROMPT_TOKENS = 512
 MIB = 2**20
-
-
-class NoRecorder(Recorder):
-    """Asks the device nothing: no synchronisation, no statistics, no clock."""
-
-    @contextmanager
-    def span(self, name: str, *, kind: str, component: str | None = None) -> Iterator[Span]:
-        nothing = Memory(0, 0, None)
-        yield Span(name, kind, component, nothing, nothing, nothing)
 
 
 class StepClock:
@@ -98,7 +88,7 @@ def one_run(way: str, config: RunConfig, device: Device, directory: Path) -> dic
     clock = StepClock(device)
     with EventLog(log) if way == "on" else nullcontext() as events, device.session():
         device.meter.reset_peak()
-        recorder = (NoRecorder if way == "bare" else Recorder)(device.meter, events, None)
+        recorder = (Unrecorded if way == "bare" else Recorder)(device.meter, events, None)
         weights = GeneratedWeights(1, tiny=config.weights == "tiny")
         inputs, _ = prepare_inputs(config.request, simulated=False, real_weights=False)
         pipeline = Pipeline(config, device, recorder, weights, inputs, tell=clock, prompts=["a prompt"])
@@ -200,7 +190,7 @@ def main() -> int:
     show(rounds, result)
     key = args.gpu or ("cpu" if args.device == "cpu" else device.name.removeprefix("cuda:NVIDIA ").split()[0].lower())
     document = {
-        **header("overhead.py"),
+        **header("overhead.py", "own_parts.py"),
         "device": device.name,
         "config": config.to_dict(),
         "verdict": result,

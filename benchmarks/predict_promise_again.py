@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from keep_promise import MOST_ERROR, MOST_UNDER_BYTES, typed
-from promise_requests import draw, write_media
+from keep_promise import MOST_ERROR, MOST_UNDER_BYTES
+from promise_requests import draw, typed, write_media
 
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser

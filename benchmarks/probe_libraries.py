@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ def outside() -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def history(call) -> list[int]:
+def history(call: Callable[[], Any]) -> list[int]:
     torch.cuda.synchronize()
     torch.cuda.memory._record_memory_history(max_entries=100000, stacks="python", clear_history=True)
     result = call()
@@ -34,10 +37,10 @@ def history(call) -> list[int]:
     return [sign[e["action"]] * e["size"] for e in trace if e["action"] in sign]
 
 
-def seconds(call, repeats: int = 5) -> float:
+def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
     call()
     torch.cuda.synchronize()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -48,7 +51,7 @@ def seconds(call, repeats: int = 5) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def probe(name: str, call, timed: bool = False) -> None:
+def probe(name: str, call: Callable[[], Any], timed: bool = False) -> None:
     before = outside()
     try:
         first = history(call)
@@ -97,17 +100,17 @@ def probe_products(dev: str) -> None:
         w = torch.randn(1536, 1536, device=dev, dtype=dtype)
         b = torch.randn(1536, device=dev, dtype=dtype)
         o = torch.empty(1024, 1536, device=dev, dtype=dtype)
-        probe(f"addmm_out_{tag}", lambda a=a, b=b, o=o, w=w: torch.addmm(b, a, w.t(), out=o))
-        probe(f"addmm_{tag}", lambda a=a, b=b, w=w: torch.addmm(b, a, w.t()))
-        probe(f"linear_{tag}", lambda a=a, b=b, w=w: F.linear(a, w, b))
-        probe(f"mm_{tag}", lambda a=a, w=w: a @ w.t())
+        probe(f"addmm_out_{tag}", partial(torch.addmm, b, a, w.t(), out=o))
+        probe(f"addmm_{tag}", partial(torch.addmm, b, a, w.t()))
+        probe(f"linear_{tag}", partial(F.linear, a, w, b))
+        probe(f"mm_{tag}", partial(torch.mm, a, w.t()))
         for lq, lk, h in ((4096, 32760, 12), (4096, 512, 12), (32760, 32760, 12)):
             q = torch.randn(lq, h, 128, device=dev, dtype=dtype)
             k = torch.randn(lk, h, 128, device=dev, dtype=dtype)
 
-            def attend(q=q, k=k):
-                t = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, k)]
-                return F.scaled_dot_product_attention(*t)
+            def attend(q: torch.Tensor = q, k: torch.Tensor = k) -> torch.Tensor:
+                q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, k))
+                return F.scaled_dot_product_attention(q, k, v)
 
             if dtype is torch.float32 and lq > 5000:
                 continue
@@ -123,25 +126,25 @@ def probe_convolutions(dev: str) -> None:
         bias = torch.randn(c, device=dev)
         probe(
             f"conv3d_cl_{c}_{t}x{hh}x{ww}",
-            lambda x=x, wt=wt, bias=bias: F.conv3d(x, wt, bias, padding=(0, 1, 1)),
+            partial(F.conv3d, x, wt, bias, padding=(0, 1, 1)),
             timed=True,
         )
         w1 = torch.randn(c, c, 1, 3, 3, device=dev).contiguous(memory_format=torch.channels_last_3d)
         probe(
             f"conv3d_133_{c}_{t}x{hh}x{ww}",
-            lambda x=x, w1=w1, bias=bias: F.conv3d(x, w1, bias, padding=(0, 1, 1)),
+            partial(F.conv3d, x, w1, bias, padding=(0, 1, 1)),
             timed=True,
         )
         w2 = torch.randn(2 * c, c, 3, 1, 1, device=dev).contiguous(memory_format=torch.channels_last_3d)
-        probe(f"conv3d_311_{c}_{t}x{hh}x{ww}", lambda x=x, w2=w2: F.conv3d(x, w2), timed=True)
+        probe(f"conv3d_311_{c}_{t}x{hh}x{ww}", partial(F.conv3d, x, w2), timed=True)
         y = F.conv3d(x, wt, bias, padding=(0, 1, 1))
         ROWS[f"conv_out_cl_{c}"] = y.is_contiguous(memory_format=torch.channels_last_3d)
     x = torch.randn(1, 96, 3, 480, 832, device=dev).contiguous(memory_format=torch.channels_last_3d)
     w3 = torch.randn(3, 96, 3, 3, 3, device=dev).contiguous(memory_format=torch.channels_last_3d)
-    probe("conv3d_to_rgb", lambda: F.conv3d(x, w3, padding=(0, 1, 1)), timed=True)
+    probe("conv3d_to_rgb", partial(F.conv3d, x, w3, padding=(0, 1, 1)), timed=True)
     x3 = torch.randn(1, 3, 3, 480, 832, device=dev).contiguous(memory_format=torch.channels_last_3d)
     w4 = torch.randn(96, 3, 3, 3, 3, device=dev).contiguous(memory_format=torch.channels_last_3d)
-    probe("conv3d_from_rgb", lambda: F.conv3d(x3, w4, padding=(0, 1, 1)), timed=True)
+    probe("conv3d_from_rgb", partial(F.conv3d, x3, w4, padding=(0, 1, 1)), timed=True)
 
 
 def probe_full_size(dev: str) -> None:
@@ -150,12 +153,12 @@ def probe_full_size(dev: str) -> None:
     for rows in (75600, 18900, 9450, 4725):
         qq = q[:rows].transpose(0, 1).unsqueeze(0)
         kk = q.transpose(0, 1).unsqueeze(0)
-        probe(f"sdpa_14B_{rows}", lambda qq=qq, kk=kk: F.scaled_dot_product_attention(qq, kk, kk), timed=True)
+        probe(f"sdpa_14B_{rows}", partial(F.scaled_dot_product_attention, qq, kk, kk), timed=True)
     ww = torch.randn(13824, 5120, device=dev, dtype=torch.bfloat16)
     bb = torch.randn(13824, device=dev, dtype=torch.bfloat16)
     for rows in (75600, 18900, 9450, 4725, 2400):
         a = q.view(75600, 5120)[:rows]
-        probe(f"up_14B_{rows}", lambda a=a: torch.addmm(bb, a, ww.t()), timed=True)
+        probe(f"up_14B_{rows}", partial(torch.addmm, bb, a, ww.t()), timed=True)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
     python benchmarks/random_checkpoint.py /tmp/wan-14B --task t2v-14B                            40 GB, as fast as the disk writes
     python benchmarks/random_checkpoint.py /tmp/wan-1.3B --task t2v-1.3B --share /tmp/wan-14B     3 GB: the rest is linked
+    python benchmarks/random_checkpoint.py /tmp/Wan2.1-T2V-1.3B --task t2v-1.3B --as_downloaded   18 GB, as the hub gives them
 
+--as_downloaded: the text encoder and the VAE as the .pth files that torch.save writes, the transformer in float32, as published.
 The values follow weights/random.py: matrices normal with a deviation of 0.02, norms 1, biases 0. They are drawn once, 256 MiB in
 bf16, and every tensor begins elsewhere in them. What is written is on the disk (fsync) when the command ends.
 """
@@ -58,7 +60,7 @@ class Noise:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.view(torch.uint8).numpy())
+    return values.view(torch.uint8).numpy().data
 
 
 def _pieces(name: str, shape: torch.Size, dtype: torch.dtype, noise: Noise) -> Iterator[memoryview]:
@@ -97,7 +99,7 @@ def _layout(shapes: dict[str, torch.Size], dtype: torch.dtype, noise: Noise) -> 
 def write(path: Path, component: str, spec: str, dtype: torch.dtype, noise: Noise) -> None:
     """One safetensors file with every tensor of the component."""
     start = time.monotonic()
-    module, _ = blueprint(component, spec)  # type: ignore[arg-type]
+    module, _ = blueprint(component, spec)
     pieces = list(_layout({name: p.shape for name, p in module.named_parameters()}, dtype, noise))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file, ThreadPoolExecutor(WRITERS) as pool:
@@ -106,6 +108,23 @@ def write(path: Path, component: str, spec: str, dtype: torch.dtype, noise: Nois
         os.fsync(file.fileno())
     size, seconds = path.stat().st_size, time.monotonic() - start
     print(f"{path}: {size / 2**30:.1f} GiB in {seconds:.1f} s, {size / seconds / 1e9:.1f} GB/s", flush=True)
+
+
+def write_pth(path: Path, component: str, spec: str, dtype: torch.dtype, noise: Noise) -> None:
+    """The same tensors as torch.save writes them, from as much RAM."""
+    module, _ = blueprint(component, spec)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: _tensor(name, p.shape, dtype, noise) for name, p in module.named_parameters()}, path)
+    print(f"{path}: {path.stat().st_size / 2**30:.1f} GiB", flush=True)
+
+
+def _tensor(name: str, shape: torch.Size, dtype: torch.dtype, noise: Noise) -> Tensor:
+    made, start = torch.empty(shape, dtype=dtype), 0
+    into = _bytes(made.view(-1))
+    for piece in _pieces(name, shape, dtype, noise):
+        into[start : start + len(piece)] = piece
+        start += len(piece)
+    return made
 
 
 def _write_at(file: int, piece: Piece) -> None:
@@ -121,14 +140,22 @@ def main() -> None:
         "--task", default="t2v-14B", choices=sorted(t for t in TASKS if TASKS[t].kind in ("t2v", "t2i"))
     )
     parser.add_argument("--share", type=Path, help="a checkpoint made before, whose text encoder and VAE are linked")
+    parser.add_argument(
+        "--as_downloaded", action="store_true", help="t2v-1.3B in the formats and dtypes of the official files"
+    )
     args = parser.parse_args()
+    if args.as_downloaded and (args.task != "t2v-1.3B" or args.share):
+        parser.error("--as_downloaded is for t2v-1.3B alone: the 14B's six files of float32 are not written")
     directory: Path = args.directory
     noise = Noise()
-    write(directory / DIT_FILE, "dit", TASKS[args.task].dit, torch.bfloat16, noise)
+    dit_dtype = torch.float32 if args.as_downloaded else torch.bfloat16
+    write(directory / DIT_FILE, "dit", TASKS[args.task].dit, dit_dtype, noise)
     parts = ((T5_FILE, "text_encoder", "umt5-xxl", torch.bfloat16), (VAE_FILE, "vae", "wan2.1", torch.float32))
     for file, component, spec, dtype in parts:
         path = Path(file).with_suffix(".safetensors")
-        if args.share:
+        if args.as_downloaded:
+            write_pth(directory / file, component, spec, dtype, noise)
+        elif args.share:
             (directory / path).hardlink_to(args.share / path)
         else:
             write(directory / path, component, spec, dtype, noise)

@@ -16,8 +16,10 @@ import datetime
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -26,7 +28,6 @@ from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.devices import CpuDevice, Device
 from wanvram.engine.team import team_of
 from wanvram.machine.launched import launched
-from wanvram.models import dit
 from wanvram.models.dit import Attending, Condition, WanDiT
 from wanvram.models.precision import PRECISIONS
 from wanvram.models.rotary import rotary_tables
@@ -91,10 +92,9 @@ def measured(args: argparse.Namespace, device: Device) -> dict[str, Any]:
         device.connect(weights=False)
         for displaced in (False, True):
             team = team_of(device, tokens, model.spec.num_heads, ROWS)
-            if displaced and rank == 1:
-                dit.rotary_tables = displaced_tables  # type: ignore[assignment]
-            found = velocity_of(model, latent, team)
-            dit.rotary_tables = rotary_tables
+            is_wrong = displaced and rank == 1
+            with patch("wanvram.models.dit.rotary_tables", displaced_tables) if is_wrong else nullcontext():
+                found = velocity_of(model, latent, team)
             first = found.clone()
             world_peers.broadcast(first)
             said = {"from one": far(found, one), "from exact": far(found, exact), "same": torch.equal(first, found)}

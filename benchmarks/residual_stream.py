@@ -162,7 +162,7 @@ def run_once(case: Case, stream: str, args: argparse.Namespace, predicted: Mappi
     command = [*watcher, "--timeout", str(TIMEOUT), "--", sys.executable, "-m", "wanvram", *words]
     start = time.monotonic()
     ended = subprocess.run(command, env=environment_of_a_person(), capture_output=True, text=True)
-    watch = json.loads(report.read_text()) if report.exists() else {"above_bytes": 0, "stderr_tail": ended.stderr}
+    watch: Row = json.loads(report.read_text()) if report.exists() else {"above_bytes": 0, "stderr_tail": ended.stderr}
     row: Row = {"kind": "run", "case": case.name, "stream": stream, "command": shlex.join(["wanvram", *words])}
     row |= {"exit_code": ended.returncode, "seconds": time.monotonic() - start, "above_bytes": watch["above_bytes"]}
     row |= {"predicted_bytes": predicted["peak"]["device_bytes"], "stages": [], "step": {}, "watch": watch}
@@ -279,11 +279,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         if args.verb == "predict":
             with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-                asked = [(case, way) for case in cases for way in case.ways()]
-                found = pool.map(lambda one: predict(*one, args.steps, args.gpu, Path(name)), asked)
-                results.header["predicted"] = {
-                    f"{case.name} {way}": row for (case, way), row in zip(asked, found, strict=True)
+                asked = {
+                    f"{case.name} {way}": pool.submit(predict, case, way, args.steps, args.gpu, Path(name))
+                    for case in cases
+                    for way in case.ways()
                 }
+                results.header["predicted"] = {key: found.result() for key, found in asked.items()}
             results.write()
             return 0
         for task in args.tasks.split(",") if args.verb == "equal" else ():

@@ -1,9 +1,9 @@
 """Does every way to hold the weights give the same video at full size? Latents and frames against the resident run's, bit for bit.
 
-    python benchmarks/same_video.py /tmp/wan-1.3B --task t2v-1.3B         a checkpoint (benchmarks/random_checkpoint.py)
+    python benchmarks/same_video.py /tmp/wan-1.3B --task t2v-1.3B          a checkpoint (benchmarks/random_checkpoint.py)
     python benchmarks/same_video.py /tmp/wan-14B --task t2v-14B --without_text
-    python benchmarks/same_video.py random --task t2v-14B --without_text  without a checkpoint: weights made on the host
-    python benchmarks/same_video.py tiny --device cpu                     tries the script anywhere
+    python benchmarks/same_video.py random --task t2v-14B --without_text   without a checkpoint: weights made on the host
+    python benchmarks/same_video.py tiny --device cpu                      tries the script anywhere
 
 One process; T5, --steps steps and the VAE at 832*480. --without_text gives random contexts instead of T5's, which saves loading it five
 times; --without_text still denoises and decodes. The values compared are the latents (float32) and the frames (of 255); the whole VAE
@@ -88,6 +88,9 @@ class Kept(Pipeline):
 
     def write(self, frames: torch.Tensor) -> None:
         self.frames.append(frames.clone())
+
+    def finish(self) -> None:
+        """Nothing is written."""
 
     @contextmanager
     def sink(self, index: int) -> Iterator[Kept]:

@@ -150,7 +150,7 @@ class Figures:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.end = time.monotonic() + 60 * args.minutes
+        self.end: float = time.monotonic() + 60 * args.minutes
         self.watch = Watch(args.gpus)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         facts = gpu_facts(self.watch.nvml, self.watch.handles[0])
@@ -223,7 +223,7 @@ def predict(args: argparse.Namespace, _: Path) -> None:
         if args.only and name not in args.only.split(","):
             continue
         words = ["estimate", "--task", task, "--size", size, "--gpu", args.card, *STREAMED, *flags]
-        asked = build_parser(whole=True).parse_args([*words, *(["--link", args.link] if args.link else [])])
+        asked = build_parser().parse_args([*words, *(["--link", args.link] if args.link else [])])
         limits = {"weights": "random", "gpu": args.card, "memory_limit_bytes": None}
         found = simulate_stage(for_all(config_from_flags(asked, device="simulated", **limits)), "dit")
         row = {"step_seconds": found.seconds_per_step, "host_bytes": found.host_bytes, "base_bytes": found.base_bytes}
@@ -487,7 +487,7 @@ def diffusers(args: argparse.Namespace, _: Path) -> None:
         figures.add(row | {"above_bytes": figures.watch.above()})
 
 
-def diffusers_rank(args: argparse.Namespace, _: Path) -> None:
+def diffusers_rank(args: argparse.Namespace, _scratch: Path) -> None:
     import torch
     import torch.distributed as dist
     from diffusers import ContextParallelConfig, WanTransformer3DModel

@@ -273,8 +273,8 @@ def step_here(case: Case, backend: str, more: Mapping[str, Any], say: Callable[[
         with profiler, suppress(_Profiled), device.session():
             pipeline.run(lambda index: nullcontext(None))
         found = activities(json.loads(trace.read_text(encoding="utf-8")))
-    seconds = [child.seconds for child in recorder.open_spans[0].children]
-    row = {"kind": "step", "case": case.name, "backend": backend, "knobs": dict(more), "first_seconds": seconds[0]}
+    seconds = [child.seconds for child in recorder.open_spans[0].children if child.seconds is not None]
+    row: Row = {"kind": "step", "case": case.name, "backend": backend, "knobs": dict(more), "first_seconds": seconds[0]}
     row |= {"steady_seconds": seconds[1 : 1 + STEADY], "profiled_seconds": seconds[-1]}
     row |= {"attention": device.attention.taken if device.attention else None}
     windows = {"steady": [ends[0], ends[STEADY]], "profiled": [ends[-1] - seconds[-1], ends[-1]]}

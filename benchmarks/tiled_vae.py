@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_parts import Unrecorded
 from provenance import conclude, header, unused
 
 from wanvram.config import Request, RunConfig, Strategy
 from wanvram.engine.components import Parts
 from wanvram.engine.cuda import CudaDevice
 from wanvram.engine.residency import Component
+from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.vae_stages import decode, encode
-from wanvram.recorder.recorder import Recorder
 from wanvram.run.weights import GeneratedWeights
 
 TILES = (80, 52, 30)
@@ -49,8 +50,8 @@ class Bench:
         self.component: Component = Parts(config, self.device, GeneratedWeights(1, tiny=False)).load(which)
 
     def decode(self, latent: torch.Tensor, tile: int | None) -> torch.Tensor:
-        recorder = Recorder(self.device.meter, None, None)
-        return torch.cat(list(decode(self.component, self.device, recorder, latent, tile)))
+        recorder = Unrecorded(self.device.meter, None, None)
+        return torch.cat(list(decode(self.component, SharedStages(self.device), recorder, latent, tile)))
 
     def encode(self, video: torch.Tensor, tile: int | None) -> torch.Tensor:
         def chunks() -> Iterator[torch.Tensor]:
@@ -129,7 +130,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.cuda.get_device_name()
     target = unused(args.out / f"{datetime.date.today()}_{device.split()[1].lower()}_tiled_vae.json")
-    about = header("tiled_vae.py") | {"device": device, "frames": args.frames}
+    about = header("tiled_vae.py", "own_parts.py") | {"device": device, "frames": args.frames}
     done: list[dict[str, Any]] = []
     with torch.no_grad():
         for row in rows(args):

@@ -145,13 +145,13 @@ NAMES: dict[str, Callable[[str], list[str]]] = {
 
 def tensors(component: str, dit: str) -> dict[str, Tensor]:
     """Values of the tiny model with this transformer, in the dtypes of a download; the head of CLIP is there too."""
-    module, _ = blueprint(component, dit if component == "dit" else "tiny")  # type: ignore[arg-type]
+    module, _ = blueprint(component, dit if component == "dit" else "tiny")
     shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
     if component == "image_encoder":
         last = {k.replace("transformer.0.", "transformer.1."): s for k, s in shapes.items() if "transformer.0." in k}
         shapes |= last | {"visual.post_norm.weight": (40,), "visual.post_norm.bias": (40,), "visual.head": (40, 24)}
     dtype = torch.bfloat16 if component == "text_encoder" else torch.float32
-    generator = torch.Generator().manual_seed(COMPONENTS.index(component))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(COMPONENTS.index(component))
     return {key: _values(key, shape, generator).to(dtype) for key, shape in shapes.items()}
 
 
@@ -230,7 +230,7 @@ def write_diffusers(folder: Path, dit: str = "tiny-t2v", *, sharded: bool = Fals
 
 def as_diffusers(component: str, dit: str) -> dict[str, Tensor]:
     """The tensors of a component under the names and in the shapes of Diffusers and transformers."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for key, tensor in tensors(component, dit).items():
         names = NAMES[component](key)
         parts = tensor.chunk(len(names))
@@ -284,5 +284,5 @@ def tiny_models() -> Iterator[None]:
             (specs.CLIP, {"vit-h-14": specs.CLIP["tiny"]}),
             (media.SEQUENCE_LENGTHS, {96 * 64: 24 * 3}),  # three latent frames, nine of video
         ):
-            patches.enter_context(patch.dict(table, changed))  # type: ignore[arg-type]
+            patches.enter_context(patch.dict(table, changed))
         yield

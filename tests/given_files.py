@@ -7,6 +7,7 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -36,7 +37,7 @@ def write_video(path: Path, frames: int = 5, width: int = 96, height: int = 64) 
         stream = container.add_stream("libx264", rate=16)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(frames):
-            pixels = np.full((height, width, 3), 40 * index % 256, np.uint8)
+            pixels: Any = np.full((height, width, 3), 40 * index % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 

@@ -147,8 +147,12 @@ def _segments(allocated: int, reserved: int) -> list[dict[str, Any]]:
         hole = min(hole, size)
         free -= hole
         half = (size - hole) // 2 // 512 * 512
-        blocks = [[0, half, "active"], [half, hole, "inactive"], [half + hole, size - half - hole, "active"]]
-        result.append({"bytes": size, "blocks": [block for block in blocks if int(block[1]) > 0]})
+        blocks: list[list[Any]] = [
+            [0, half, "active"],
+            [half, hole, "inactive"],
+            [half + hole, size - half - hole, "active"],
+        ]
+        result.append({"bytes": size, "blocks": [block for block in blocks if block[1] > 0]})
     return result
 
 
@@ -156,7 +160,7 @@ def write_run(directory: Path, recipe: Recipe | None = None) -> Path:
     """record.json and timeline.json of a made-up run; returns the directory."""
     recipe = recipe or Recipe()
     builder = _Builder(recipe)
-    order = STAGES
+    order: tuple[tuple[str, str, str, int], ...] = STAGES
     if recipe.offload:
         order = tuple(STAGES[i] for i in (0, 3, 2, 4, 1, 5))
     for stage in order:

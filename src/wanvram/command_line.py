@@ -28,12 +28,11 @@ def generate_command(config: RunConfig) -> str:
     missing = [] if request.prompt or request.prompts else ["--prompt", "PROMPT"]
     for name in request.facts.pictures:
         missing += [] if getattr(request, name) is not None else [f"--{name}", name.upper()]
+    weights, limit = "DIR" if config.weights == "random" else config.weights, config.memory_limit_bytes
     where = {"device": None if config.device == "auto" else config.device, "gpu": config.gpu, "link": config.link}
+    where |= {"memory_limit_bytes": None if limit is None else exact(limit)}
     parts = ["wanvram", "generate", *request_flags(request), *missing, *strategy_flags(config.strategy)]
-    parts += _flags({"weights": "DIR" if config.weights == "random" else config.weights} | where)
-    limit = config.memory_limit_bytes
-    parts += _flags({"memory_limit_bytes": None if limit is None else exact(limit)})
-    return shlex.join(parts)
+    return shlex.join([*parts, *_flags({"weights": weights} | where)])
 
 
 def plan_command(
@@ -76,7 +75,7 @@ def _text(name: str, value: object) -> object:
     return ",".join(value) if isinstance(value, tuple) else value
 
 
-def _flags(values: Mapping[str, Any]) -> Sequence[str]:
+def _flags(values: Mapping[str, Any]) -> list[str]:
     """`--name value` of what is not None; joined by `=` where the value would look like a flag itself."""
     result: list[str] = []
     for name, value in values.items():

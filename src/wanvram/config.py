@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
+
 from wanvram import knobs
 from wanvram.errors import InputError, require
 from wanvram.request import Request, Video, is_unicode
@@ -225,6 +227,10 @@ class RunConfig:
             "request": {key: list(value) if isinstance(value, tuple) else value for key, value in request.items()}
             | {key: getattr(self, key) for key in _OWN},
         }
+
+    def to_yaml(self) -> str:
+        """What `load_config` reads."""
+        return str(yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False))
 
     @classmethod
     def from_dict(cls, data: Any) -> RunConfig:

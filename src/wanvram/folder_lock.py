@@ -53,7 +53,7 @@ def _locked_file(path: Path) -> int:
 
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]  # there on Windows
     except OSError as error:  # EACCES or EDEADLOCK: the byte is locked
         os.close(handle)
         raise BlockingIOError(*error.args) from error

@@ -150,10 +150,11 @@ def _shape(key: str, entry: Any) -> tuple[int, ...]:
     if not isinstance(entry, dict) or entry.get("dtype") != "F32":
         raise DamagedError(f"{shown(key, 60)} is no float32 tensor")
     shape = entry.get("shape")
-    whole = isinstance(shape, list) and all(type(n) is int and 1 <= n <= MAX_TENSOR_BYTES for n in shape)
-    if not whole or len(shape) != 4 or math.prod(shape) * 4 > MAX_TENSOR_BYTES:
+    sizes = shape if isinstance(shape, list) else []
+    whole = all(type(n) is int and 1 <= n <= MAX_TENSOR_BYTES for n in sizes)
+    if not whole or len(sizes) != 4 or math.prod(sizes) * 4 > MAX_TENSOR_BYTES:
         raise DamagedError(f"the shape of {shown(key, 60)} is not that of a latent")
-    return tuple(shape)
+    return tuple(sizes)
 
 
 def _check_places(header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], size: int) -> None:

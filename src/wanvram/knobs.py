@@ -249,7 +249,7 @@ _STREAMED_PARTS = ("text_encoder", "image_encoder", "dit")
 _VAE = ("vae_encoder", "vae_decoder")
 
 # fmt: off
-PRECISION = Knob(
+PRECISION: Knob[str] = Knob(
     "precision", "bf16", "of the transformer's matrices (default: fp16, fp32 on the CPU)", MODEL, ("fp32", "fp16", "bf16"),
     touches=("vae_encoder", "dit"), lossless=False, official="fp16", smaller=_half)
 LOAD_STRATEGY = Knob(
@@ -258,10 +258,10 @@ LOAD_STRATEGY = Knob(
 OFFLOAD = Knob(
     "offload", False, "components leave the GPU after use (default: True on one GPU)", MODEL,
     touches=(RUN,), official=True, smaller=_only(True), other_flag="offload_model")
-T5_CPU = Knob(
+T5_CPU: Knob[bool] = Knob(
     "t5_cpu", False, "keep T5 on the CPU (default: False)", MODEL,
     touches=("text_encoder",), smaller=_only(True))
-ATTENTION_SLICING = Knob(
+ATTENTION_SLICING: Knob[bool] = Knob(
     "attention_slicing", False, "attend in groups of heads (default: False)",
     touches=("dit",), smaller=_only(True))
 ATTENTION = Knob(
@@ -271,7 +271,7 @@ ATTENTION = Knob(
 ROWS_PER_CHUNK: Knob[int | None] = Knob(
     "rows_per_chunk", None, f"rows of the sequence per chunk (default: near {TARGET_ROWS})", absent="chosen by size",
     touches=("dit",), smaller=_half_the_rows, rules=(_at_least(1, " (or absent: chosen by size)"),))
-CFG = Knob(
+CFG: Knob[str] = Knob(
     "cfg", "sequential", "how both guidance passes run (default: sequential)", choices=("sequential", "joint"),
     touches=("dit",), smaller=_only("sequential"))
 WEIGHTS_IN = Knob(
@@ -299,7 +299,7 @@ EXPANDABLE_SEGMENTS = Knob(
     "expandable_segments", False, "the allocator's expandable segments (default: False)",
     touches=(RUN,), smaller=_only(True))
 GRADIENT_CHECKPOINTING = Knob("gradient_checkpointing", False, "accepted; has no effect without gradients")
-BATCH_SIZE = Knob(
+BATCH_SIZE: Knob[int] = Knob(
     "batch_size", 1, "videos denoised together: prompts, or seeds of the one prompt (default: 1)",
     touches=("vae_decoder", "dit"), rules=(_at_least(1), _at_most(MAX_VIDEOS)), kept=True)
 MICRO_BATCH_SIZE: Knob[int | None] = Knob(

@@ -223,8 +223,8 @@ class RunRecord:
         return self.config.get("foreign") is True
 
     def peak_span(self) -> Span | None:
-        """The stage with the highest device (else allocated) peak; the first of equals."""
-        return max(self.all_stages(), key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+        """The stage that owns the peak."""
+        return highest_stage(self.all_stages(), cached=self.cached)
 
     def peak(self) -> Memory | None:
         """The highest of each figure over the whole run, on any of its GPUs."""
@@ -359,6 +359,18 @@ class RunRecord:
             return cls.from_json(strict_json(read_text(path, MAX_RECORD_BYTES)))
         except (ValueError, RecursionError, InputError) as error:
             raise InputError(f"{path} is not a readable record: {why(error)}") from error
+
+
+def highest_stage(stages: Iterable[Span], *, cached: bool) -> Span | None:
+    """The one with the highest device (else allocated) peak; the first of equals.
+
+    On the CPU (not cached) what tensors take decides: the process's memory hardly falls again, so its last stage is the highest.
+    """
+    return max(
+        stages,
+        key=lambda span: ((span.peak.device_bytes or 0) if cached else 0, span.peak.allocated_bytes),
+        default=None,
+    )
 
 
 def _peak(stages: Iterable[Span]) -> Memory | None:

@@ -36,7 +36,7 @@ _AXES = ("events", "seconds")  # of a file; "order" is that of a timeline made o
 
 StageKind = Literal["load", "stage", "step"]
 BlockState = Literal["active", "inactive"]
-# x; allocated, reserved and device bytes, None where the driver's view is unknown.
+# x; allocated, reserved and device bytes, None where the driver's view is unknown
 MemoryPoint = tuple[float, int, int, int | None]
 
 

@@ -72,6 +72,7 @@ def try_flags(rng: random.Random, sources: Path, now: Path) -> list[Trial]:
 @cache
 def _actions(verb: str) -> Sequence[argparse.Action]:
     verbs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    verbs.choices[verb].fill()
     return [a for a in verbs.choices[verb]._actions if a.dest not in ("help", "child_of", "debug", "terminate")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -70,7 +71,8 @@ def _write_media(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a picture"
     for name in ("a.png", "a.jpg", "a.webp", "a.tiff", "a.bmp"):
-        pictures[0].save(folder / name, **({} if name == "a.bmp" else {"exif": exif}))
+        told: dict[str, Any] = {} if name == "a.bmp" else {"exif": exif}
+        pictures[0].save(folder / name, **told)
     pictures[0].convert("P").save(folder / "a.gif", save_all=True, append_images=pictures[1:])
     pictures[0].convert("RGBA").save(folder / "alpha.png")
     write_video(folder / "a.mp4")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from wanvram.engine.peers import TorchPeers
 from wanvram.engine.symmetric import SymmetricPeers
-from wanvram.sharing import RING, ULYSSES, WORLD, Place, parts, size
+from wanvram.sharing import PASSING, RING, ULYSSES, Place, parts, size
 
 rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -26,7 +26,8 @@ torch.cuda.set_device(device)
 dist.init_process_group("gloo")
 rooms = {}
 
-def both(place, axis):
+def both(place, axis, use=""):
+    SymmetricPeers(place, axis, rooms=rooms, use=use).open(device)
     return TorchPeers(place, axis), SymmetricPeers(place, axis, rooms=rooms)
 
 def same(cpu, gpu, what):
@@ -57,7 +58,7 @@ for rows, width in ((7, 1), (9001, 2048)):
     gloo.broadcast(tensor)
     copies.broadcast(there)
     same(tensor, there, "broadcast")
-    gloo, copies = both(Place(rank, ring=count), RING)
+    gloo, copies = both(Place(rank, ring=count), RING, PASSING)
     before = size(shares[(rank - 1) % count]) * width
     pair, coming = [new(mine * width) for _ in range(2)], [torch.zeros(before) for _ in range(2)]
     on_device, arriving = [t.to(device) for t in pair], [t.to(device) for t in coming]

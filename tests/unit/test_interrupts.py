@@ -11,7 +11,18 @@ import pytest
 
 from wanvram.errors import PeerLost
 from wanvram.recorder import interrupts
-from wanvram.recorder.interrupts import ENDINGS, Interrupted, agreed, call_off, catching, check, deferred, hold, pending
+from wanvram.recorder.interrupts import (
+    ENDINGS,
+    Interrupted,
+    agreed,
+    call_off,
+    catching,
+    check,
+    deferred,
+    forget,
+    hold,
+    pending,
+)
 
 
 class Thing:
@@ -191,3 +202,22 @@ def test_what_another_thread_calls_off_ends_at_the_next_unit() -> None:
         called_off()
     with deferred():
         check()
+
+
+def test_what_came_between_is_raised_by_the_inner_of_two_and_forgotten_by_who_is_done() -> None:
+    seen = []
+    with deferred():
+        interrupt()
+        with pytest.raises(KeyboardInterrupt), deferred():
+            seen.append("both wait")
+        interrupt()
+        forget()
+        seen.append("it came too late")
+    assert seen == ["both wait", "it came too late"]
+
+
+def test_ctrl_c_that_would_end_a_command_at_once_is_caught_while_it_works() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with pytest.raises(KeyboardInterrupt), catching():
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL

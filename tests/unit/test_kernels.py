@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from wanvram.kernels import channel_norm, elementwise, merge, scaled_products
 from wanvram.kernels.elementwise import (
     add_,
     gated_add_,
@@ -20,6 +27,7 @@ from wanvram.kernels.elementwise import (
     scaled_rope_,
 )
 from wanvram.kernels.merge import merge_attention_
+from wanvram.kernels.operation import Operation
 from wanvram.kernels.scaled_attention import attention, attention_with_sums
 
 EPS = 1e-6
@@ -177,6 +185,37 @@ def test_the_fake_result_has_the_real_shape_dtype_and_strides(call: Call, dtype:
     real, fake = call("cpu", dtype), call("meta", dtype)
     assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
     assert fake.is_meta
+
+
+OPERATIONS = {
+    operation
+    for module in (channel_norm, elementwise, merge, scaled_products)
+    for operation in vars(module).values()
+    if isinstance(operation, Operation) and operation.triton is not None
+}
+
+
+@pytest.mark.parametrize("operation", sorted(OPERATIONS, key=lambda operation: operation.name), ids=lambda o: o.name)
+def test_the_kernel_of_an_operation_takes_what_its_reference_takes(operation: Operation[..., object]) -> None:
+    spec = find_spec(operation.triton or "")
+    tree = ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))
+    found = {node.name: [a.arg for a in node.args.args] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert len(found[operation.name]) == len(inspect.signature(operation).parameters)
+
+
+def test_on_a_gpu_with_triton_the_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = "wanvram.kernels.operation"
+
+    def fills(x: Tensor, _weight: Tensor, eps: float) -> None:
+        x.fill_(eps)
+
+    kernel = SimpleNamespace(rms_norm_=fills)
+    monkeypatch.setattr(f"{ours}.uses_triton", lambda x: True)
+    monkeypatch.setattr(f"{ours}.import_module", {"wanvram.kernels.triton_elementwise": kernel}.get)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    x = torch.zeros(2, 3)
+    rms_norm_(x, torch.ones(3), 0.5)
+    assert x.eq(0.5).all()
 
 
 def test_in_place_operations_run_on_meta_tensors() -> None:

@@ -184,6 +184,22 @@ largest moments:
     )
 
 
+def test_every_figure_of_the_peak_is_that_of_the_record_and_names_another_stage_that_reaches_it() -> None:
+    full = memory(7000, 8000, 8600)
+    record = replace(simulated(), stages=[*simulated().stages, Span("save", "stage", None, full, full, full)])
+    assert "Peak: allocated 7,242.0 MiB (in decode), reserved 8,000.0 MiB, device 8,600.0 MiB in save\n" in summarize(
+        record
+    )
+    assert record.to_json()["peak"]["allocated_bytes"] == 7242 * MIB
+
+
+def test_on_the_cpu_the_peak_is_where_tensors_take_most_since_a_process_hardly_gives_memory_back() -> None:
+    after = Span("save", "stage", None, memory(1, 1, 7900), memory(1, 1, 7901), memory(1, 1, 7901))
+    record = replace(simulated(), device="cpu", simulated=False, stages=[*simulated().stages, after])
+    assert "Peak: allocated 7,242.0 MiB, device 7,901.0 MiB (in save) in decode\n" in summarize(record)
+    assert record.to_json()["peak"]["stage"] == "decode"
+
+
 def test_what_means_nothing_on_the_cpu_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = replace(simulated(), simulated=False, device="cpu", fits=None, budget_bytes=None)
     assert "reserved" not in summarize(record)

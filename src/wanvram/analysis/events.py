@@ -19,7 +19,7 @@ from wanvram.input_files import read_text
 from wanvram.strict_json import strict_json
 from wanvram.units import MIB
 
-__all__ = ["EventGroup", "EventGrowth", "EventSummary", "read_events"]
+__all__ = ["EventSummary", "read_events"]
 
 MAX_FILE_BYTES = 256 * MIB  # an event has about 300 bytes
 START = ": start"

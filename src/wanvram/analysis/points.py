@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import itemgetter
 
 __all__ = ["Point", "Points"]
@@ -17,41 +18,27 @@ class Points:
 
     def __init__(self) -> None:
         self._buckets: list[tuple[Point, Point, Point]] = []
+        self._open: list[Point] = []
         self._stride = 1
-        self._begin()
 
-    def _begin(self) -> None:
-        self._count = 0
-        self._low: Point = (0.0, 1 << 80, 0)
-        self._high: Point = (0.0, -1 << 80, 0)
-        self._held: Point = (0.0, 0, -1 << 80)
-
-    def add(self, x: float, allocated: int, reserved: int) -> None:
-        if allocated < self._low[1]:
-            self._low = (x, allocated, reserved)
-        if allocated > self._high[1]:
-            self._high = (x, allocated, reserved)
-        if reserved > self._held[2]:
-            self._held = (x, allocated, reserved)
-        self._count += 1
-        if self._count >= self._stride:
+    def add(self, point: Point) -> None:
+        self._open.append(point)
+        if len(self._open) >= self._stride:
             self._close()
 
     def result(self) -> list[Point]:
-        if self._count:
+        if self._open:
             self._close()
-        result: list[Point] = []
-        for bucket in self._buckets:
-            result.extend(sorted(set(bucket)))
-        return result
+        return [point for bucket in self._buckets for point in sorted(set(bucket))]
 
     def _close(self) -> None:
-        self._buckets.append((self._low, self._high, self._held))
-        self._begin()
+        self._buckets.append(_extremes(self._open, self._open, self._open))
+        self._open = []
         if len(self._buckets) > MAX_BUCKETS:
             pairs = [self._buckets[i : i + 2] for i in range(0, len(self._buckets), 2)]
-            self._buckets = [
-                (min(low, key=_ALLOCATED), max(high, key=_ALLOCATED), max(held, key=_RESERVED))
-                for low, high, held in (zip(*pair, strict=True) for pair in pairs)
-            ]
+            self._buckets = [_extremes(*zip(*pair, strict=True)) for pair in pairs]
             self._stride *= 2
+
+
+def _extremes(low: Iterable[Point], high: Iterable[Point], held: Iterable[Point]) -> tuple[Point, Point, Point]:
+    return min(low, key=_ALLOCATED), max(high, key=_ALLOCATED), max(held, key=_RESERVED)

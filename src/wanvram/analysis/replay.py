@@ -6,7 +6,7 @@ Addresses are known here, so nothing has to be searched for: only what a block l
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -198,7 +198,7 @@ class Replay:
                 self.refusals.append(OutOfMemoryEvent(x, size, addr))
             else:
                 self._segment_event(action, addr, size, stream)
-            self.points.add(x, self.allocated, self.reserved)
+            self.points.add((x, self.allocated, self.reserved))
 
     def leave_out(self, reason: str) -> None:
         """An event that costs itself: it is counted, and the first one is named by its number in the trace."""
@@ -301,12 +301,9 @@ class Replay:
         del self.ranges[start]
         del self.starts[bisect_left(self.starts, start)]
 
-    def at_peak(self) -> tuple[dict[int, Live], dict[int, Live]]:
-        """(alive, pending) at the peak, by address."""
-        alive: dict[int, Live] = {}
-        pending: dict[int, Live] = {}
+    def at_peak(self) -> Iterator[tuple[int, Live, str]]:
+        """(address, block, ACTIVE or PENDING) of each then."""
         for blocks in (self.gone, self.pending, self.alive):
             for addr, live in blocks.items():
                 if live[3] <= self.peak_event:
-                    (alive if live[4] > self.peak_event else pending)[addr] = live
-        return alive, pending
+                    yield addr, live, ACTIVE if live[4] > self.peak_event else PENDING

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wanvram.analysis.peak import OwnerShare, owners, shape_of
 from wanvram.analysis.points import Point
 from wanvram.analysis.replay import (
     ACTIVE,
@@ -48,15 +49,6 @@ BESIDE_LIVE = "beside live blocks"  # why a hole may be of no use, where its siz
 
 
 @dataclass(frozen=True)
-class AliveGroup:
-    """Equal blocks alive at a moment: `count` of together `bytes`, allocated at `where`."""
-
-    bytes: int
-    count: int
-    where: str
-
-
-@dataclass(frozen=True)
 class Hole:
     """Reserved bytes that no tensor uses, and why the next request may not get them."""
 
@@ -74,12 +66,14 @@ class Hole:
 
 @dataclass(frozen=True)
 class AllocatorMoment:
-    """The allocator at one time. sum of alive == allocated_bytes; segments and holes are empty where the history is incomplete."""
+    """The allocator at one time. alive: equal blocks, with the place of their allocation as operation; their sum is allocated_bytes.
+    segments and holes are empty where the history is incomplete.
+    """
 
     seconds: float
     allocated_bytes: int
     reserved_bytes: int
-    alive: tuple[AliveGroup, ...]
+    alive: tuple[AliveBlocks, ...]
     segments: tuple[Segment, ...]
     holes: tuple[Hole, ...]
 
@@ -112,14 +106,9 @@ class DeviceHistory:
     def peak_allocated_bytes(self) -> int:
         return self.peak.allocated_bytes
 
-    def by_place(self) -> tuple[AliveGroup, ...]:
-        """What is alive at the peak, one group a place, whatever the sizes of its blocks; largest first."""
-        sums: dict[str, tuple[int, int]] = {}
-        for group in self.peak.alive:
-            nbytes, count = sums.get(group.where, (0, 0))
-            sums[group.where] = nbytes + group.bytes, count + group.count
-        ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
-        return tuple(AliveGroup(nbytes, count, where) for where, (nbytes, count) in ordered)
+    def by_place(self) -> tuple[OwnerShare, ...]:
+        """What is alive at the peak, one owner a place, whatever the sizes of its blocks; largest first."""
+        return owners(self.peak.alive, shape_of)
 
 
 @dataclass(frozen=True)
@@ -143,9 +132,6 @@ class Snapshot:
     def main(self) -> DeviceHistory:
         """The device with the highest peak."""
         return max(self.devices, key=lambda d: d.peak_allocated_bytes)
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------------
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -240,9 +226,6 @@ def _rules(root: Any) -> Rules:
     return Rules(split if isinstance(split, int) and 0 < split < 1 << 62 else None, divisions if usable else ())
 
 
-# --- what a replay says ----------------------------------------------------------------------------------------------------
-
-
 def _history(
     device: int, replay: Replay, segments: Sequence[Segment], stages: list[Any], notes: list[str]
 ) -> DeviceHistory:
@@ -283,30 +266,28 @@ def _peak(
     replay: Replay, older: Sequence[SnapshotBlock], base: int, base_reserved: int, known: Sequence[Segment] | None
 ) -> AllocatorMoment:
     """known: the segments then; None if the replay knows them."""
-    alive, pending = replay.at_peak()
-    groups: Counter[tuple[int, str]] = Counter((live[0], live[2].where) for live in alive.values())
+    used = list(replay.at_peak())
+    groups = Counter((live[0], live[2].where) for _, live, state in used if state == ACTIVE)
     groups.update((b.size, b.frames[0].where if b.frames else NO_STACK.where) for b in older)
     ranked = sorted(((size * n, n, where) for (size, where), n in groups.items()), key=lambda g: (-g[0], g[2]))
     x, allocated, reserved = replay.peak
-    segments = _map(replay, alive, pending) if known is None else tuple(known)
+    by_address = sorted(used, key=lambda block: block[0])
+    segments = _map(replay, by_address) if known is None else tuple(known)
     return AllocatorMoment(
         seconds=x,
         allocated_bytes=allocated + base,
         reserved_bytes=reserved + base_reserved,
-        alive=tuple(AliveGroup(*group) for group in ranked),
+        alive=tuple(AliveBlocks(nbytes, count, operation=where) for nbytes, count, where in ranked),
         segments=segments,
         holes=find_holes(segments),
     )
 
 
-def _map(replay: Replay, alive: dict[int, Live], pending: dict[int, Live]) -> tuple[Segment, ...]:
+def _map(replay: Replay, used: Sequence[tuple[int, Live, str]]) -> tuple[Segment, ...]:
+    """used: by address."""
     ranges = replay.ranges if replay.peak_ranges is None else replay.peak_ranges
-    used = sorted(
-        [(a, live, ACTIVE) for a, live in alive.items()] + [(a, live, PENDING) for a, live in pending.items()]
-    )
     result, at = [], 0
-    for start in sorted(ranges):
-        held = ranges[start]
+    for start, held in sorted(ranges.items()):
         end, free, blocks = start + held.size, start, []
         while at < len(used) and used[at][0] < end:
             address, live, state = used[at]
@@ -370,7 +351,6 @@ def snapshot_timeline(snapshot: Snapshot) -> TimelineRecord:
     depth = 2 if len(history.stages) <= MAX_STAGES else 1
     stages = [stage for stage in history.stages if stage[1] < depth][:MAX_STAGES]
     at_peak = [name for name, level, start, end in stages if level == 0 and start <= peak.seconds <= end]
-    groups = [AliveBlocks(g.bytes, g.count, operation=g.where) for g in peak.alive]
     moment = TimelineMoment(
         label="peak",
         x=peak.seconds,
@@ -378,7 +358,7 @@ def snapshot_timeline(snapshot: Snapshot) -> TimelineRecord:
         reserved_bytes=peak.reserved_bytes,
         stage=at_peak[-1] if at_peak else None,
         component=None,
-        alive=largest(groups, MAX_GROUPS),
+        alive=largest(peak.alive, MAX_GROUPS),
         segments=tuple(TimelineSegment(s.size, tuple(_drawn(s, b) for b in s.blocks)) for s in peak.segments),
     )
     return TimelineRecord(

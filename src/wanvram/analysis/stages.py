@@ -202,9 +202,6 @@ def _windows(record: RunRecord, timeline: TimelineRecord) -> Iterator[_Window]:
         yield _Window(entry.start, [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
 
 
-# --- stages --------------------------------------------------------------------------------------------------------------
-
-
 def _stage(span: Span, window: _Window | None, all_seconds: float) -> StageUse:
     """A span's peak holds the highest of each figure, which need not have been at the same time; points know."""
     if window is None:
@@ -245,9 +242,6 @@ def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
     )
 
 
-# --- phases --------------------------------------------------------------------------------------------------------------
-
-
 def _loading(span: Span) -> Loading:
     return Loading(
         component=span.component,
@@ -272,9 +266,6 @@ def _switches(
                 given_back_reserved_bytes=before.end.reserved_bytes - after.start.reserved_bytes,
                 resident=weights_at(timeline, window.start) if timeline and window else None,
             )
-
-
-# --- growth --------------------------------------------------------------------------------------------------------------
 
 
 def _growths(record: RunRecord) -> Iterator[StepGrowth]:
@@ -305,16 +296,12 @@ def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:
     return True, round(linear_regression(range(len(steady)), steady).slope)
 
 
-# --- bottleneck ----------------------------------------------------------------------------------------------------------
-
-
 def _bottleneck(span: Span, window: _Window | None, timeline: TimelineRecord | None) -> Bottleneck:
     where = f"{shown(span.name)} ({shown(span.component)})" if span.component else shown(span.name)
     peak = span.peak
     device = f", {mib(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
-    text = (
-        f"The peak is in {where}: {mib(peak.allocated_bytes)} allocated, {mib(peak.reserved_bytes)} reserved{device}."
-    )
+    sizes = f"{mib(peak.allocated_bytes)} allocated, {mib(peak.reserved_bytes)} reserved{device}"
+    text = f"The peak is in {where}: {sizes}."
     if window is None or window.moment is None or timeline is None:
         there = f"{mib(span.start.allocated_bytes)} were there when it began"
         text += f" {there}, and {mib(span.activation_bytes)} came on top."

@@ -35,9 +35,6 @@ LONGEST = 31 * 24 * HOUR  # microseconds of one event
 _NUMBER = re.compile(r"\s*[-+]?[0-9]{1,19}(?:\.[0-9]{0,30})?\s*")
 
 
-# --- collecting ------------------------------------------------------------------------------------------------------------
-
-
 class _StrangeError(Exception):
     """Why an event is left out. kind: strange, unfinished or invalid; the sentence goes on after "event 5"."""
 

@@ -35,9 +35,6 @@ FAR = 24  # hours without any event, beyond which a time is not of this recordin
 _DEVICES = {-1: "a device of unknown kind", 0: "cpu", 1: "cuda", 12: "xpu", 13: "mps"}
 
 
-# --- results ---------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MemoryCurve:
     """One device over time. Fragmentation is (reserved - allocated) / reserved; the mean is weighted by time. Both, and what
@@ -120,9 +117,6 @@ class TraceSummary:
         return self.memory[0] if self.memory else None
 
 
-# --- what is kept --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Thread:
     """The operators of one thread; times in microseconds."""
@@ -159,9 +153,6 @@ class Kept:
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     spans_full: bool = False
     hours: dict[int, list[float]] = field(default_factory=dict)
-
-
-# --- summing up ------------------------------------------------------------------------------------------------------------
 
 
 def summarize(path: Path, kept: Kept, distributed: dict[str, Any], notes: list[str]) -> TraceSummary:
@@ -268,7 +259,7 @@ def _curve(device: tuple[int, int], first: float, memory: dict[str, Any]) -> Mem
     at, allocated, reserved = (memory["at"] - first) / 1e6, memory["allocated"], memory["reserved"].clip(0)
     points = Points()
     for x, a, r in zip(at, allocated, reserved, strict=True):
-        points.add(float(x), int(a), int(r))
+        points.add((float(x), int(a), int(r)))
     peak, held = int(allocated.argmax()), int(reserved.argmax())
     free = np.where(reserved > 0, 1.0 - allocated / np.maximum(reserved, 1), 0.0).clip(0.0)
     spent = np.diff(at, append=at[-1])

@@ -87,8 +87,8 @@ class _VerbParser(_Parser):
         return super().parse_known_args(args, namespace)
 
 
-def build_parser(*, whole: bool = True) -> argparse.ArgumentParser:
-    """whole: with the flags of every verb, else they come when a verb is parsed."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of a verb come when it is parsed."""
     parser = _Parser(prog="wanvram", description="GPU memory of Wan2.1 video generation: predicted, planned, measured.")
     parser.add_argument("--version", action=_Version, nargs=0, help="version and commit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_VerbParser)
@@ -96,8 +96,6 @@ def build_parser(*, whole: bool = True) -> argparse.ArgumentParser:
         module = f"wanvram.cli.{name}"
         verb = verbs.add_parser(name, help=_summary(module), formatter_class=argparse.RawDescriptionHelpFormatter)
         verb.module = module
-        if whole:
-            verb.fill()
     return parser
 
 
@@ -110,7 +108,7 @@ def _summary(module: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     streams.prepare()
-    parser = build_parser(whole=False)
+    parser = build_parser()
     try:
         args = parser.parse_args(argv)
         args.words = list(sys.argv[1:] if argv is None else argv)  # for the processes of a run on several GPUs
@@ -173,7 +171,3 @@ def _is_said(error: WanvramError) -> bool:
     if not isinstance(error, PeerLost):
         time.sleep(FIRST_SPEAKS_SECONDS)
     return isinstance(error, PeerLost)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,8 +18,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from wanvram import knobs
 from wanvram.cli.budget import budget_for, budget_of
 from wanvram.cli.common import add_link_flag, progress_printer
@@ -28,7 +26,7 @@ from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, InputError
 from wanvram.planner.budget import Budget
-from wanvram.planner.result import Plan, Refusal
+from wanvram.planner.result import Refusal
 from wanvram.record import write_atomically
 from wanvram.report.plan import longest_table, summarize_plan
 from wanvram.request import MAX_FRAMES
@@ -41,16 +39,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_request_flags(parser)
     group = parser.add_argument_group("budget")
     add = group.add_argument
-    add(
-        "--vram",
-        help="memory to plan for, of each GPU, for example 8GiB; auto: what the card here has free now (default: that, or with --gpu that "
-        "card's memory less a desktop's share)",
+    vram = "memory to plan for, of each GPU, for example 8GiB; auto: what the card here has free now (default: that, or with "
+    add("--vram", help=vram + "--gpu that card's memory less a desktop's share)")
+    ram = (
+        "memory of the host, for example 32GiB; an eighth of it, at least 4 GiB, is kept for the system (default: this "
     )
-    add(
-        "--ram",
-        help="memory of the host, for example 32GiB; an eighth of it, at least 4 GiB, is kept for the system (default: this "
-        "machine's; not limited for another machine's card)",
-    )
+    add("--ram", help=ram + "machine's; not limited for another machine's card)")
     add("--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)")
     add_link_flag(group)
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
@@ -84,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(summarize_plan(result, command), end="")
     if args.output is not None:
-        write_atomically(args.output, _yaml(ready, result))
+        # A run under the budget as a hard cap, on the device there is.
+        said = f"planned for {human(result.budget.usable_bytes)} on {result.budget.card.name}"
+        write_atomically(args.output, replace(ready, description=said).to_yaml())
         if not args.json:
             print(f"Wrote {args.output}")
     return 0
@@ -102,13 +98,6 @@ def _command(planned: RunConfig) -> str:
     """For the card that is there, with whole MiB of the budget as a cap."""
     limit = planned.memory_limit_bytes
     return generate_command(replace(planned, gpu=None, link=None, memory_limit_bytes=limit and limit // MIB * MIB))
-
-
-def _yaml(planned: RunConfig, plan: Plan) -> str:
-    """A run under the budget as a hard cap, on the device there is."""
-    budget = plan.budget
-    described = replace(planned, description=f"planned for {human(budget.usable_bytes)} on {budget.card.name}")
-    return yaml.safe_dump(described.to_dict(), allow_unicode=True, sort_keys=False)
 
 
 def _longest(args: argparse.Namespace) -> int:

@@ -67,12 +67,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add("--weights", help="checkpoint directory, random or tiny; overrides the file")
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop a run that takes longer, go on")
     add("--retry", action="store_true", help="of several, run those that failed (not: out of memory) again")
-    add(
-        "--force_changed",
-        "--force-changed",
-        action="store_true",
-        help="of several, replace the runs whose configuration has changed since",
-    )
+    changed = "of several, replace the runs whose configuration has changed since"
+    add("--force_changed", "--force-changed", action="store_true", help=changed)
     add("--live", action="store_true", help="show stages, memory and time left while it runs")
     add("--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)")
     add("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to
@@ -180,15 +176,13 @@ def _run_each(configs: Sequence[RunConfig], args: argparse.Namespace, single: bo
     jobs = _jobs(configs, args, base, single)
     # Found before the first run, so that who watches can stop a series of hours at once.
     untouched = not (single or args.force or args.force_changed)
-    changed = [(job, keys) for job in jobs if untouched and (keys := difference(job))]
+    found = [(job, difference(job) if untouched else []) for job in jobs]
+    changed = [(job, keys) for job, keys in found if keys]
     for job, keys in changed:
         streams.say(f"{job.directory}: {_left_alone(keys)}")
-    left = {job.name for job, _ in changed}
-    jobs = [job for job in jobs if job.name not in left]
+    again = {name: getattr(args, name) for name in ("force", "force_changed", "retry")}
     with display(quiet=args.json) as shown:
-        outcomes = run_all(
-            jobs, shown, timeout=args.timeout, force=args.force, force_changed=args.force_changed, retry=args.retry
-        )
+        outcomes = run_all([job for job, keys in found if not keys], shown, timeout=args.timeout, **again)
     code = 2 if changed else max(outcome.exit_code for outcome in outcomes)  # 2: not all that was asked for was done
     if args.json:
         print(json.dumps(_document(base, outcomes, changed, code), ensure_ascii=False))

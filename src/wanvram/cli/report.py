@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         write_atomically(output, text)
     if args.json:
-        print(json.dumps(_summary(runs, args.lang, output), ensure_ascii=False))
+        written = None if output is None else str(output)
+        found = [_summary(run, Texts(args.lang)) for run in runs]
+        print(json.dumps({"schema": 1, "written": written, "runs": found}, ensure_ascii=False))
     elif output is not None:
         print(f"Wrote {shown(output)}")
     elif kind == "text":
@@ -114,12 +116,7 @@ def _tables(groups: Sequence[Sequence[Run]], texts: Texts) -> Iterator[str]:
         yield runs_table([(run.label, run.record) for run in group], ranks(group), texts) + "\n"
 
 
-def _summary(runs: Sequence[Run], language: str, output: Path | None) -> dict[str, Any]:
-    written = None if output is None else str(output)
-    return {"schema": 1, "written": written, "runs": [_run_summary(run, Texts(language)) for run in runs]}
-
-
-def _run_summary(run: Run, texts: Texts) -> dict[str, Any]:
+def _summary(run: Run, texts: Texts) -> dict[str, Any]:
     record, peak, where = run.record, run.record.peak(), run.record.peak_span()
     return {
         "label": run.label,

@@ -32,12 +32,8 @@ MAX_NUMBER = 100_000_000  # of a configuration; vocabularies and positions have 
 MAX_TOKENIZER_BYTES = 64 << 20  # of one file; UMT5's has 16 MiB
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _ELSEWHERE = {
-    "auto_map",
-    "attn_implementation",
-    "experts_implementation",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
+    *("auto_map", "attn_implementation", "experts_implementation"),
+    *("dtype", "torch_dtype", "transformers_version"),
 }
 
 _TRIAL = f"""{LIMITED}
@@ -127,9 +123,8 @@ def _in_dtype(make: Any, kind: Any, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
     kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     if kind.__module__.startswith("transformers."):  # there for float16 only, but for those that are strict
-        kept = (kept if dtype == torch.float16 else set()) | set(
-            getattr(kind, "_keep_in_fp32_modules_strict", None) or ()
-        )
+        strict = set(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+        kept = kept | strict if dtype == torch.float16 else strict
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and dtype != torch.float32 and kept & set(name.split(".")):
             parameter.data = parameter.data.float()

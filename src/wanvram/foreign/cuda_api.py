@@ -146,20 +146,17 @@ class StandIns:
 
     def table(self) -> list[tuple[Any, str, Any]]:
         """(owner, name, stand-in)."""
-        cuda, accelerator = torch.cuda, torch.accelerator
+        named = {**self._cuda(), **self._memory()}
+        places = [(module, named) for module in (torch.cuda, torch.cuda.memory, torch.cuda.random)]
         changes: list[tuple[Any, str, Any]] = []
-        for name, stand_in in {**self._cuda(), **self._memory()}.items():
-            changes += [
-                (module, name, stand_in) for module in (cuda, cuda.memory, cuda.random) if hasattr(module, name)
-            ]
-        changes += [(accelerator, name, f) for name, f in self._accelerator().items() if hasattr(accelerator, name)]
+        for module, answers in (*places, (torch.accelerator, self._accelerator())):
+            changes += [(module, name, answer) for name, answer in answers.items() if hasattr(module, name)]
         for owner, name, said in _refused():
             plain = getattr(owner, name, None)
             if plain is not None:  # annotations join classes with None
-                refusal = _refusal(said)
-                changes.append(
-                    (owner, name, type(name, (), {"__init__": refusal}) if isinstance(plain, type) else refusal)
-                )
+                refusal: Any = _refusal(said)
+                refused = type(name, (), {"__init__": refusal}) if isinstance(plain, type) else refusal
+                changes.append((owner, name, refused))
         return [
             *changes,
             (torch, "Generator", CudaGenerator),
@@ -231,18 +228,13 @@ class StandIns:
     def _cuda(self) -> dict[str, Callable[..., Any]]:
         memory = self.memory
         major, minor = memory.gpu.compute_capability
-        nothing = lambda *args, **kwargs: None  # noqa: E731
+        seeded = lambda seed: self.generator.manual_seed(int(seed)) and None  # noqa: E731
         return {
-            "is_available": lambda: True,
-            "is_initialized": lambda: True,
-            "init": nothing,
-            "_lazy_init": nothing,
-            "_lazy_call": lambda call, **kwargs: None,
+            **dict.fromkeys(("init", "_lazy_init", "_lazy_call", "set_device", "ipc_collect"), _nothing),
+            **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
             "device_count": lambda: 1,
             "current_device": lambda: 0,
-            "set_device": nothing,
-            "device": _NullDevice,
-            "device_of": _NullDevice,
+            **dict.fromkeys(("device", "device_of"), _NullDevice),
             "get_device_name": lambda *args: memory.gpu.name,
             "get_device_capability": lambda *args: (major, minor),
             "get_device_properties": self.properties,
@@ -257,13 +249,10 @@ class StandIns:
             "stream": self.stream,
             "Stream": self.stream_class,
             "Event": self.event,
-            "ipc_collect": nothing,
             "is_current_stream_capturing": lambda: False,
             "current_blas_handle": lambda: 0,
-            "manual_seed": lambda seed: self.generator.manual_seed(int(seed)) and None,
-            "manual_seed_all": lambda seed: self.generator.manual_seed(int(seed)) and None,
-            "seed": lambda: self.generator.seed() and None,
-            "seed_all": lambda: self.generator.seed() and None,
+            **dict.fromkeys(("manual_seed", "manual_seed_all"), seeded),
+            **dict.fromkeys(("seed", "seed_all"), lambda: self.generator.seed() and None),
             "initial_seed": lambda: self.generator.initial_seed(),
             "get_rng_state": lambda *args: self.generator.get_state(),
             "get_rng_state_all": lambda: [self.generator.get_state()],
@@ -276,18 +265,16 @@ class StandIns:
 
     def _memory(self) -> dict[str, Callable[..., Any]]:
         memory, allocator = self.memory, self.memory.allocator
-        nothing = lambda *args, **kwargs: None  # noqa: E731
+        resets = ("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached")
         return {
+            **dict.fromkeys(("reset_accumulated_memory_stats", "_record_memory_history"), _nothing),
+            **dict.fromkeys(resets, lambda *args, **kwargs: memory.reset_peak()),
             "memory_allocated": lambda *args, **kwargs: allocator.allocated_bytes,
             "max_memory_allocated": lambda *args, **kwargs: allocator.peak_allocated_bytes,
             "memory_reserved": lambda *args, **kwargs: allocator.reserved_bytes,
             "max_memory_reserved": lambda *args, **kwargs: allocator.peak_reserved_bytes,
             "memory_cached": lambda *args, **kwargs: allocator.reserved_bytes,
             "max_memory_cached": lambda *args, **kwargs: allocator.peak_reserved_bytes,
-            "reset_peak_memory_stats": lambda *args, **kwargs: memory.reset_peak(),
-            "reset_max_memory_allocated": lambda *args, **kwargs: memory.reset_peak(),
-            "reset_max_memory_cached": lambda *args, **kwargs: memory.reset_peak(),
-            "reset_accumulated_memory_stats": nothing,
             "empty_cache": lambda *args: allocator.empty_cache(),
             "memory_stats": self.stats,
             "memory_stats_as_nested_dict": lambda *args: {},
@@ -296,7 +283,6 @@ class StandIns:
             "set_per_process_memory_fraction": self.set_fraction,
             "get_per_process_memory_fraction": lambda *args: self.fraction,
             "list_gpu_processes": lambda *args: "",
-            "_record_memory_history": nothing,
             "get_allocator_backend": lambda: "native",
         }
 
@@ -310,13 +296,11 @@ class StandIns:
     def stats(self, *_: Any, **__: Any) -> dict[str, int]:
         """The counters of torch.cuda.memory_stats that memory reports read."""
         allocator = self.memory.allocator
+        allocated = allocator.allocated_bytes, allocator.peak_allocated_bytes
+        reserved = allocator.reserved_bytes, allocator.peak_reserved_bytes
         found: dict[str, int] = {}
-        for name, current, peak in (
-            ("allocated_bytes", allocator.allocated_bytes, allocator.peak_allocated_bytes),
-            ("active_bytes", allocator.allocated_bytes, allocator.peak_allocated_bytes),
-            ("reserved_bytes", allocator.reserved_bytes, allocator.peak_reserved_bytes),
-        ):
-            found |= {f"{name}.all.current": current, f"{name}.all.peak": peak}
+        for name, (now, peak) in {"allocated": allocated, "active": allocated, "reserved": reserved}.items():
+            found |= {f"{name}_bytes.all.current": now, f"{name}_bytes.all.peak": peak}
         return found | {"num_alloc_retries": allocator.alloc_retries, "num_ooms": self.memory.refused}
 
     def _accelerator(self) -> dict[str, Callable[..., Any]]:
@@ -329,13 +313,14 @@ class StandIns:
         )
         return {name: found[name] for name in kept} | {
             "current_accelerator": lambda *args, **kwargs: torch.device("cuda"),
-            "current_device_index": lambda: 0,
-            "current_device_idx": lambda: 0,
-            "set_device_index": lambda *args: None,
-            "set_device_idx": lambda *args: None,
+            **dict.fromkeys(("current_device_index", "current_device_idx"), lambda: 0),
+            **dict.fromkeys(("set_device_index", "set_device_idx"), _nothing),
             "get_memory_info": found["mem_get_info"],
             "device_index": _NullDevice,
         }
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 class _NullDevice:

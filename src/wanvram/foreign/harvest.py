@@ -42,7 +42,7 @@ class LibraryWatch(TorchDispatchMode):
     """Enter it around the code. place: the type of device whose tensors count."""
 
     def __init__(self, counters: CardCounters | None = None, place: str = "cuda") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.counters = counters or CudaCounters()
         self.place = place
         self._watched: dict[Any, str | None] = {}

@@ -33,12 +33,7 @@ __all__ = ["CPU", "CUDA", "META", "WITH_TEMPORARIES", "ForeignMemory"]
 CUDA, CPU, META = "cuda", "cpu", "meta"  # where a storage lies; CPU: a host tensor too large to be real
 # Of host and device tensors.
 _ACROSS = "aten.copy_", "aten.index", "aten._index_put_impl_", "aten._to_copy", "aten.set_"
-_DATA_SHAPED = (
-    "aten.nonzero.default",
-    "aten.masked_select.default",
-    "aten._unique2.default",
-    "aten.unique_dim.default",
-)
+_DATA_SHAPED = tuple(f"aten.{name}.default" for name in ("nonzero", "masked_select", "_unique2", "unique_dim"))
 _TO_THE_HOST = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.allclose.default")
 # Operations for which CUDA's libraries take temporary memory by rules that are not known here.
 WITH_TEMPORARIES = (

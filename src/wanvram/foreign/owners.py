@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 from wanvram.record import WHOLE_RUN
-from wanvram.simulate.timeline import Interval, Places, Timeline
+from wanvram.simulate.timeline import Interval, Places, Timeline, function_of
 from wanvram.spans import Memory
 from wanvram.timeline_record import TimelineRecord
 
 __all__ = ["ForeignTimeline"]
 
 _OURS = (
-    "wanvram",
-    "torch",
-    "contextlib",
-    "functools",
-    "runpy",
-    "importlib",
-    "accelerate.hooks",
-    "diffusers.hooks.hooks",
+    *("wanvram", "torch", "contextlib", "functools", "runpy", "importlib"),
+    *("accelerate.hooks", "diffusers.hooks.hooks"),
 )
 _HERE = __file__.replace("\\", "/").rpartition("/foreign/")[0]
 
@@ -59,27 +52,16 @@ class ForeignTimeline(Timeline):
 class _ForeignPlaces(Places):
     """`attention.Attention.forward:120 > Linear...`: the innermost functions outside PyTorch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._named: dict[int, str] = {}  # by the id of code, which is kept for it
-        self._kept: list[CodeType] = []
-
-    def of_caller(self) -> str | None:
-        frame: FrameType | None = sys._getframe(4)  # those before are ours
-        inner: str | None = None
-        named = self._named
-        while frame is not None:
-            known = named.get(id(frame.f_code))
-            if known is None:
-                known = named[id(frame.f_code)] = _name(frame.f_code, frame.f_globals)
-                self._kept.append(frame.f_code)
-            if known:
-                line = self._line(frame, known)
-                if inner is not None:
-                    return self._path(line, inner)
-                inner = line
-            frame = frame.f_back
-        return inner
+    def _describe(self, code: CodeType, names: dict[str, Any]) -> tuple[str, bool]:
+        """(`file.Class.function`, always two of them); nothing for code that asks on behalf of others."""
+        module = names.get("__name__") or ""
+        if code.co_name.startswith("<") and code.co_name != "<module>":
+            return "", False
+        path = code.co_filename.replace("\\", "/")
+        if module.partition(".")[0] in _OURS or module in _OURS or path.startswith(_HERE):
+            return "", False
+        file, function = path.rpartition("/")[2].removesuffix(".py"), function_of(code)
+        return file if function == "<module>" else f"{file}.{function}", True
 
     def _path(self, outer: str, inner: str) -> str:
         """With the file of both, as `where` needs it."""
@@ -88,16 +70,3 @@ class _ForeignPlaces(Places):
             path = self._paths[outer, inner] = f"{outer} > {inner}"
             self.names[path] = f"{self.names[outer]} > {self.names[inner]}"
         return path
-
-
-def _name(code: CodeType, names: dict[str, Any]) -> str:
-    """`file.Class.function`; nothing for code that asks on behalf of others."""
-    module = names.get("__name__") or ""
-    if code.co_name.startswith("<") and code.co_name != "<module>":
-        return ""
-    path = code.co_filename.replace("\\", "/")
-    if module.partition(".")[0] in _OURS or module in _OURS or path.startswith(_HERE):
-        return ""
-    file = path.rpartition("/")[2].removesuffix(".py")
-    function = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")
-    return file if function == "<module>" else f"{file}.{function}"

@@ -25,9 +25,8 @@ from wanvram.foreign_text import shown
 
 __all__ = ["OFFLOADS", "PipelineCall", "run_pipeline"]
 
-STEPS = (
-    3  # solvers of second order keep two results before and correct from the third step on; later steps take no more
-)
+# Solvers of second order keep two results before and correct from the third step on; later steps take no more.
+STEPS = 3
 OFFLOADS = ("none", "model", "sequential", "group")
 
 

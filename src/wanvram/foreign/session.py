@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from wanvram.foreign.kernels import whole_operations
 from wanvram.foreign.measured import MeasuredTable
 from wanvram.foreign.memory import CUDA, ForeignMemory
 from wanvram.foreign.owners import ForeignTimeline
-from wanvram.foreign.threads import in_threads
 from wanvram.simulate.allocator import AllocatorSettings, CachingAllocator
 from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import DEFAULT_GPU, GPU, find_gpu
@@ -206,6 +206,22 @@ def _gaps(memory: ForeignMemory) -> Iterator[str]:
 
 
 @contextmanager
+def _in_threads(facade: Facade, memory: ForeignMemory) -> Iterator[None]:
+    """PyTorch's modes are per thread, so each that starts inside enters them, too; one at a time: they keep what they do in themselves."""
+    plain = threading.Thread.run
+
+    def run(thread: threading.Thread) -> None:
+        if memory.closed:
+            plain(thread)
+            return
+        with memory, facade:
+            plain(thread)
+
+    with patched([(threading.Thread, "run", run)]):
+        yield
+
+
+@contextmanager
 def simulated_gpu(
     gpu: str = DEFAULT_GPU,
     *,
@@ -245,7 +261,7 @@ def simulated_gpu(
         stack.enter_context(patched([*StandIns(memory, eager=compile_eagerly).table(), *_checked_moves(run)]))
         stack.enter_context(patched(file_stand_ins(facade)))
         stack.enter_context(whole_operations(memory))
-        stack.enter_context(in_threads(facade, memory))
+        stack.enter_context(_in_threads(facade, memory))
         stack.enter_context(memory)
         stack.enter_context(facade)
         stack.callback(gc.collect)

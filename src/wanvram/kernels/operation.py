@@ -30,24 +30,26 @@ class Operation(Generic[_P, _R]):
 
     def __init__(self, reference: Callable[_P, _R], schema: str, triton: str | None) -> None:
         update_wrapper(self, reference)
-        self._name = reference.__name__.removeprefix("_")
+        self.name = reference.__name__.removeprefix("_")
         self._reference = reference
-        self._triton = triton
-        _LIBRARY.define(self._name + schema)
+        self.triton = triton
+        _LIBRARY.define(self.name + schema)
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(self._name, self.compute, key)
+            _LIBRARY.impl(self.name, self.compute, key)
         if schema.endswith("-> ()"):  # changes its arguments: nothing new on meta tensors
             self.on_meta(lambda *_: None)
-        self._dispatched: Callable[_P, _R] = getattr(torch.ops.wanvram, self._name).default
+        self._dispatched: Callable[_P, _R] = getattr(torch.ops.wanvram, self.name).default
 
     def on_meta(self, fake: Callable[..., Any]) -> None:
         """Registers what the operation's result is like, from meta tensors."""
-        _LIBRARY.impl(self._name, fake, "Meta")
+        _LIBRARY.impl(self.name, fake, "Meta")
 
     def compute(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if self._triton is not None and uses_triton(args[0]):
-            kernel: Callable[_P, _R] = getattr(import_module(self._triton), self._name)
-            return kernel(*args, **kwargs)
+        x: Any = args[0]
+        if self.triton is not None and uses_triton(x):
+            kernel: Callable[_P, _R] = getattr(import_module(self.triton), self.name)
+            with torch.cuda.device(x.device):  # Triton launches on the current one
+                return kernel(*args, **kwargs)
         return self._reference(*args, **kwargs)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:

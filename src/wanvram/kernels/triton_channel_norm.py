@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor, cuda
+from torch import Tensor
 
 __all__ = ["fill_window", "rms_norm_silu"]
 
@@ -46,10 +46,9 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     block = triton.next_power_of_2(width)
     rows = max(_TILE // block, 1)
     sizes = {"SILU": silu, "ROWS": rows, "BLOCK": block, "num_warps": 4}
-    with cuda.device(x.device):
-        _rms_norm_silu_kernel[(triton.cdiv(count, rows),)](
-            x, gamma, out, x.stride(0), out.stride(0), count, width, width**0.5, **sizes
-        )
+    _rms_norm_silu_kernel[(triton.cdiv(count, rows),)](
+        x, gamma, out, x.stride(0), out.stride(0), count, width, width**0.5, **sizes
+    )
 
 
 @triton.jit(do_not_specialize=["start", "count", "committed"])
@@ -107,17 +106,7 @@ def fill_window(
     rows = max(_TILE // block, 1)
     history, norm = oldest is not None, gamma is not None
     sizes = {"HISTORY": history, "NORM": norm, "ROWS": rows, "BLOCK": block, "num_warps": 4}
-    with cuda.device(x.device):
-        _fill_window_kernel[(triton.cdiv(count, rows),)](
-            x,
-            oldest if history else x,
-            newer if history else x,
-            gamma if norm else x,
-            window,
-            start,
-            count,
-            committed,
-            width,
-            width**0.5,
-            **sizes,
-        )
+    given = (oldest if history else x, newer if history else x, gamma if norm else x)
+    _fill_window_kernel[(triton.cdiv(count, rows),)](
+        x, *given, window, start, count, committed, width, width**0.5, **sizes
+    )

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped, misc"
 """Triton kernels behind `kernels.elementwise`: one program per row, float32 arithmetic, bandwidth-bound.
 
-Imported only when the first CUDA tensor arrives. Row offsets are int64: 75600 rows of 13824 bfloat16 are 2.09e9 bytes,
-within 3 % of 2^31, and float32 or a longer video passes it.
+Imported only when the first CUDA tensor arrives; its device is the current one while they launch. Row offsets are int64:
+75600 rows of 13824 bfloat16 are 2.09e9 bytes, within 3 % of 2^31, and float32 or a longer video passes it.
 """
 
 from __future__ import annotations
@@ -244,28 +244,22 @@ def _merge_attention_kernel(
     tl.store(sums_ptr + head * sums_stride + row, most + tl.log(total), mask=is_head)
 
 
-def _shape_of_launch(width: int) -> dict[str, int]:
-    """Block and warps of a row program: 5120 columns pad to 8192, 32 elements per thread at 8 warps."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4}
+def _by_row(kernel, x: Tensor, *arguments) -> None:
+    """A program for each row of x [L,D]: 5120 columns pad to 8192, 32 elements per thread at 8 warps."""
+    block = triton.next_power_of_2(x.shape[1])
+    kernel[(x.shape[0],)](x, *arguments, BLOCK=block, num_warps=8 if block >= 4096 else 4)
 
 
 def layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, dtype: torch.dtype
 ) -> Tensor:
-    rows, width = x.shape
-    out = torch.empty((rows, width), dtype=dtype, device=x.device)
-    with torch.cuda.device(x.device):
-        _layer_norm_modulate_kernel[(rows,)](
-            x, scale, shift, out, x.stride(0), width, eps, scale_offset, **_shape_of_launch(width)
-        )
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _by_row(_layer_norm_modulate_kernel, x, scale, shift, out, x.stride(0), x.shape[1], eps, scale_offset)
     return out
 
 
 def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
-    rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _rms_norm_kernel[(rows,)](x, weight, x.stride(0), width, eps, **_shape_of_launch(width))
+    _by_row(_rms_norm_kernel, x, weight, x.stride(0), x.shape[1], eps)
 
 
 def _by_head(width: int, num_heads: int) -> dict[str, int]:
@@ -281,42 +275,31 @@ def _by_head(width: int, num_heads: int) -> dict[str, int]:
 
 def rms_norm_rope_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, eps: float) -> None:
     rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _rms_norm_rope_kernel[(rows,)](
-            x, weight, cos, sin, x.stride(0), cos.stride(0), eps=eps, **_by_head(width, num_heads)
-        )
+    heads = _by_head(width, num_heads)
+    _rms_norm_rope_kernel[(rows,)](x, weight, cos, sin, x.stride(0), cos.stride(0), eps=eps, **heads)
 
 
 def inverse_rms(x: Tensor, out: Tensor, eps: float) -> None:
-    rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _inverse_rms_kernel[(rows,)](x, out, x.stride(0), width, eps, **_shape_of_launch(width))
+    _by_row(_inverse_rms_kernel, x, out, x.stride(0), x.shape[1], eps)
 
 
 def scaled_rope_(x: Tensor, inverse: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
     rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _scaled_rope_kernel[(rows,)](
-            x, inverse, weight, cos, sin, x.stride(0), cos.stride(0), **_by_head(width, num_heads)
-        )
+    heads = _by_head(width, num_heads)
+    _scaled_rope_kernel[(rows,)](x, inverse, weight, cos, sin, x.stride(0), cos.stride(0), **heads)
 
 
 def gated_add_(x: Tensor, y: Tensor, gate: Tensor) -> None:
-    rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _gated_add_kernel[(rows,)](x, y, gate, x.stride(0), y.stride(0), width, **_shape_of_launch(width))
+    _by_row(_gated_add_kernel, x, y, gate, x.stride(0), y.stride(0), x.shape[1])
 
 
 def add_(x: Tensor, y: Tensor) -> None:
-    rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _add_kernel[(rows,)](x, y, x.stride(0), y.stride(0), width, **_shape_of_launch(width))
+    _by_row(_add_kernel, x, y, x.stride(0), y.stride(0), x.shape[1])
 
 
 def gelu_tanh_(x: Tensor) -> None:
     count = x.numel()
-    with torch.cuda.device(x.device):
-        _gelu_tanh_kernel[(triton.cdiv(count, _FLAT_BLOCK),)](x, count, BLOCK=_FLAT_BLOCK, num_warps=8)
+    _gelu_tanh_kernel[(triton.cdiv(count, _FLAT_BLOCK),)](x, count, BLOCK=_FLAT_BLOCK, num_warps=8)
 
 
 def merge_attention_(out: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
@@ -324,5 +307,4 @@ def merge_attention_(out: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor)
     rows, heads, width = out.shape
     block = {"HEADS": triton.next_power_of_2(heads), "WIDTH": triton.next_power_of_2(width)}
     strides = out.stride(0), sums.stride(0), part.stride(0), part_sums.stride(0)
-    with torch.cuda.device(out.device):
-        _merge_attention_kernel[(rows,)](out, sums, part, part_sums, *strides, heads, width, **block, num_warps=8)
+    _merge_attention_kernel[(rows,)](out, sums, part, part_sums, *strides, heads, width, **block, num_warps=8)

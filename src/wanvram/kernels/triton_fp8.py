@@ -6,7 +6,6 @@ Imported only when the first CUDA tensor arrives. What is quantised is rounded t
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,28 +68,21 @@ def _modulated_rows_kernel(
 
 
 def quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _quantise_rows_kernel[(rows,)](x, values, scales, x.stride(0), width, **_launch(width))
+    _by_row(_quantise_rows_kernel, x, values, scales, x.stride(0), x.shape[1])
 
 
 def gelu_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _gelu_rows_kernel[(rows,)](x, values, scales, x.stride(0), width, **_launch(width))
+    _by_row(_gelu_rows_kernel, x, values, scales, x.stride(0), x.shape[1])
 
 
 def modulated_rows(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, scale_offset: float, values: Tensor, scales: Tensor
 ) -> None:
-    rows, width = x.shape
-    with torch.cuda.device(x.device):
-        _modulated_rows_kernel[(rows,)](
-            x, scale, shift, values, scales, x.stride(0), width, eps, scale_offset, **_launch(width)
-        )
+    _by_row(_modulated_rows_kernel, x, scale, shift, values, scales, x.stride(0), x.shape[1], eps, scale_offset)
 
 
-def _launch(width: int) -> dict[str, int]:
-    """32 elements per thread for 5120 and 13824 columns, which pad to 8192 and 16384."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": 16 if block >= 16384 else 8 if block >= 4096 else 4}
+def _by_row(kernel, x: Tensor, *arguments) -> None:
+    """A program for each row: 32 elements per thread for 5120 and 13824 columns, which pad to 8192 and 16384."""
+    block = triton.next_power_of_2(x.shape[1])
+    warps = 16 if block >= 16384 else 8 if block >= 4096 else 4
+    kernel[(x.shape[0],)](x, *arguments, BLOCK=block, num_warps=warps)

@@ -55,8 +55,8 @@ def choose(asked: str, card: Card, heads: Heads) -> AttentionChoice:
     uses = [
         chosen(card.capability, heads.dtype_bytes, heads.head_dim, n, taken.name) for n in (heads.keys, PROMPT_KEYS)
     ]
-    found = [AttentionUse(use.name, _source(use, card, heads)) for use in uses]
-    return AttentionChoice(asked, taken.name, basis, *found, card.note)
+    own, cross = (AttentionUse(use.name, _source(use, card, heads)) for use in uses)
+    return AttentionChoice(asked, taken.name, basis, own, cross, card.note)
 
 
 def _given(asked: str, card: Card, heads: Heads) -> Backend:

@@ -80,7 +80,7 @@ def _missing(backend: Backend, capability: tuple[int, int], dtype: torch.dtype, 
 
 def _seconds(call: Callable[[], Any]) -> float:
     call()
-    times = []
+    times: list[float] = []
     for _ in range(ROUNDS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -14,7 +14,7 @@ from wanvram.simulate.gpus import DEFAULT_GPU, find_gpu
 from wanvram.strict_yaml import MAX_WRITTEN_BYTES
 from wanvram.units import parse_memory
 
-__all__ = ["Job", "changed_keys", "difference", "differing", "exit_code", "expected", "finished"]
+__all__ = ["Job", "difference", "differing", "exit_code", "expected", "finished", "written_record"]
 
 _MEDIA = ("video*", "image*")
 
@@ -43,7 +43,7 @@ def finished(job: Job, *, force: bool = False, force_changed: bool = False, retr
         raise InputError(f"{job.directory} is a file; it must be a directory for the run '{job.name}'")
     if force or not job.directory.exists():
         return None
-    config, record = _written_config(job.directory), _written_record(job.directory)
+    config, record = _written_config(job.directory), written_record(job.directory)
     if config is None:
         if record is not None or any(any(job.directory.glob(pattern)) for pattern in _MEDIA):
             raise InputError(f"{job.directory} holds results without a config.yaml; --force replaces them")
@@ -63,7 +63,7 @@ def finished(job: Job, *, force: bool = False, force_changed: bool = False, retr
 def difference(job: Job) -> list[str]:
     """Dotted keys in which the job differs from the run in its directory; none if there is no run."""
     config = _written_config(job.directory)
-    return [] if config is None else _changes(job, config, _written_record(job.directory))
+    return [] if config is None else _changes(job, config, written_record(job.directory))
 
 
 def differing(keys: Sequence[str]) -> str:
@@ -73,9 +73,11 @@ def differing(keys: Sequence[str]) -> str:
 
 
 def _changes(job: Job, config: RunConfig, record: RunRecord | None) -> list[str]:
+    """Dotted keys in which the configuration that was run differs from what the job asks for."""
     if _same_device(config, record, job.config.device):
         config = replace(config, device=job.config.device)
-    return changed_keys(config, expected(job, config))
+    before, after = dotted(config.to_dict()), dotted(expected(job, config).to_dict())
+    return [key for key, value in before.items() if value != after[key]]
 
 
 def _same_device(config: RunConfig, record: RunRecord | None, asked: str) -> bool:
@@ -97,12 +99,6 @@ def exit_code(record: RunRecord) -> int:
     return 1 if record.failure is not None else 0
 
 
-def changed_keys(first: RunConfig, second: RunConfig) -> list[str]:
-    """Dotted keys in which two configurations differ."""
-    before, after = dotted(first.to_dict()), dotted(second.to_dict())
-    return [key for key, value in before.items() if value != after[key]]
-
-
 def expected(job: Job, found: RunConfig) -> RunConfig:
     """What the job's config.yaml says, with what a run decides itself taken from `found`: a seed drawn, a strategy planned."""
     config = replace(job.config, description=found.description)
@@ -121,6 +117,6 @@ def _written_config(directory: Path) -> RunConfig | None:
     return load_config(path, MAX_WRITTEN_BYTES) if path.is_file() else None
 
 
-def _written_record(directory: Path) -> RunRecord | None:
+def written_record(directory: Path) -> RunRecord | None:
     path = directory / "record.json"
     return RunRecord.read(path) if path.is_file() else None

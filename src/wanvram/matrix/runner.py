@@ -15,18 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from wanvram.config import RunConfig
 from wanvram.errors import InputError, OutputError
 from wanvram.folder_lock import alone_in
-from wanvram.matrix.jobs import Job, exit_code, expected, finished
+from wanvram.matrix.jobs import Job, exit_code, expected, finished, written_record
 from wanvram.output_files import writing
 from wanvram.record import Failure, RunRecord, write_atomically
 from wanvram.recorder.interrupts import INTERRUPTED, Interrupted
@@ -63,21 +61,13 @@ class Display(Protocol):
     def finished(self, number: int, count: int, outcome: Outcome) -> None: ...
 
 
-def run_all(
-    jobs: Sequence[Job],
-    display: Display,
-    *,
-    timeout: float | None = None,
-    force: bool = False,
-    force_changed: bool = False,
-    retry: bool = False,
-) -> list[Outcome]:
-    """One outcome per job, in order; see `finished` for what is not run again. timeout: seconds per run.
+def run_all(jobs: Sequence[Job], display: Display, *, timeout: float | None = None, **again: bool) -> list[Outcome]:
+    """One outcome per job, in order. timeout: seconds per run. again: what `finished` takes, which says what is not run again.
 
     Raises InputError, before anything runs, for a directory that holds something else; OutputError; KeyboardInterrupt
     after the running process has recorded what it had.
     """
-    known = _known(jobs, force=force, force_changed=force_changed, retry=retry)
+    known = _known(jobs, again)
     outcomes = []
     with _only_one_in({job.directory.parent for job in jobs}):
         for number, (job, record) in enumerate(zip(jobs, known, strict=True), 1):
@@ -91,12 +81,12 @@ def run_all(
     return outcomes
 
 
-def _known(jobs: Sequence[Job], **how: bool) -> list[RunRecord | None]:
+def _known(jobs: Sequence[Job], again: Mapping[str, bool]) -> list[RunRecord | None]:
     """What `finished` says of each. All directories in the way are counted, not only the first."""
     known, errors = [], []
     for job in jobs:
         try:
-            known.append(finished(job, **how))
+            known.append(finished(job, **again))
         except InputError as error:
             errors.append(str(error))
     if errors:
@@ -131,7 +121,7 @@ def _run(job: Job, timeout: float | None, tell: Callable[[str], None]) -> Outcom
         return Outcome(job, record, time.monotonic() - start)
     with tempfile.TemporaryDirectory(prefix="wanvram-") as scratch:
         path = Path(scratch) / "config.yaml"
-        path.write_text(_yaml(job.config), encoding="utf-8")
+        path.write_text(job.config.to_yaml(), encoding="utf-8")
         with log.open("ab") as file:
             process = subprocess.Popen(
                 _command(job, path),
@@ -208,8 +198,7 @@ def _apart() -> dict[str, Any]:
 
 def _result(job: Job, code: int, timeout: float | None, log: Path) -> RunRecord:
     """The record the run wrote, or one that says why it wrote none."""
-    path = job.directory / "record.json"
-    written = RunRecord.read(path) if path.is_file() else None
+    written = written_record(job.directory)
     if written is not None and (timeout is None or written.failure is None):
         return written
     if timeout is not None:
@@ -236,7 +225,7 @@ def _written_for(job: Job, failure: Failure, written: RunRecord | None) -> RunRe
     record.failure = failure
     record.fits = False if failure.kind == "oom" else record.fits
     if not (job.directory / "config.yaml").is_file():
-        write_atomically(job.directory / "config.yaml", _yaml(config))
+        write_atomically(job.directory / "config.yaml", config.to_yaml())
     record.write(job.directory / "record.json")
     return record
 
@@ -261,10 +250,6 @@ def _empty_record(config: RunConfig) -> RunRecord:
         budget_bytes=config.memory_limit_bytes,
         notes=[f"the run left no record; what it printed is in {LOG}"],
     )
-
-
-def _yaml(config: RunConfig) -> str:
-    return str(yaml.safe_dump(config.to_dict(), allow_unicode=True, sort_keys=False))
 
 
 def die_with_parent(parent: int) -> None:

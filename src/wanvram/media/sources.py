@@ -70,7 +70,8 @@ def picture_size(path: Path, flag: str) -> tuple[int, int]:
 
 @contextmanager
 def _opened_picture(path: Path, flag: str) -> Iterator[Any]:
-    _check_file(path, flag)
+    name = f"{flag} {path}"
+    _check_file(path, name)
     with path.open("rb") as file:
         try:
             with warnings.catch_warnings():
@@ -78,8 +79,8 @@ def _opened_picture(path: Path, flag: str) -> Iterator[Any]:
                 image = _open_any_size(file)
                 size = _upright_size(image)
         except Exception as error:  # a damaged header can fail in any way
-            raise InputError(f"{flag} {path} is not an image that Pillow reads, such as PNG, JPEG or WebP") from error
-        _check_picture(image, size, f"{flag} {path}")
+            raise InputError(f"{name} is not an image that Pillow reads, such as PNG, JPEG or WebP") from error
+        _check_picture(image, size, name)
         yield image
 
 
@@ -121,13 +122,13 @@ def _upright_size(image: Any) -> tuple[int, int]:
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
-def _check_file(path: Path, flag: str) -> None:
+def _check_file(path: Path, name: str) -> None:
     if not os.path.exists(path):
-        raise InputError(f"{flag} {path} does not exist")
+        raise InputError(f"{name} does not exist")
     if not os.path.isfile(path):
-        raise InputError(f"{flag} {path} is not a file")
+        raise InputError(f"{name} is not a file")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{flag} {path} cannot be read: permission denied")
+        raise InputError(f"{name} cannot be read: permission denied")
 
 
 @dataclass(frozen=True)
@@ -156,18 +157,18 @@ def probe_video(path: Path, flag: str) -> VideoInfo:
     Upright, as players show it. Raises InputError: no such file, not a video, no video stream, no frame, truncated,
     a side below 16 or above 8192 pixels. Damage inside a later frame shows only when SourceVideo decodes it.
     """
+    name = f"{flag} {path}"
     with _opened_video(path, flag) as (container, stream):
-        _check_video_size(stream.width, stream.height, path, flag)
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
-            raise InputError(f"{flag} {path} states no frame rate; write it again as mp4")
+            raise InputError(f"{name} states no frame rate; write it again as mp4")
         first = next(container.decode(stream), None)
         if first is None:
-            raise InputError(f"{flag} {path} has no frame that can be decoded")
-        _check_video_size(first.width, first.height, path, flag)
+            raise InputError(f"{name} has no frame that can be decoded")
+        _check_video_size(first.width, first.height, name)
         width, height = (first.height, first.width) if _quarter_turns(first) % 2 else (first.width, first.height)
     with _opened_video(path, flag) as (container, stream):
-        frames = _count_frames(container, stream, path, flag)
+        frames = _count_frames(container, stream, name)
     return VideoInfo(width, height, frames, float(rate))
 
 
@@ -176,7 +177,7 @@ def _quarter_turns(frame: Any) -> int:
     return round(getattr(frame, "rotation", 0) / 90)
 
 
-def _count_frames(container: Any, stream: Any, path: Path, flag: str) -> int:
+def _count_frames(container: Any, stream: Any, name: str) -> int:
     # mp4's own count may include what an edit list cuts off; its index, which only recent PyAV gives, does not.
     is_mp4 = "mp4" in container.format.name
     expected = len(getattr(stream, "index_entries", ())) if is_mp4 else stream.frames
@@ -186,49 +187,44 @@ def _count_frames(container: Any, stream: Any, path: Path, flag: str) -> int:
             present += 1
             shown += not packet.is_discard
     if present < expected:
-        raise InputError(f"{flag} {path} is truncated: {present} of its {expected} frames are there")
+        raise InputError(f"{name} is truncated: {present} of its {expected} frames are there")
     if not shown:
-        raise InputError(f"{flag} {path} has no frame that can be decoded")
+        raise InputError(f"{name} has no frame that can be decoded")
     return shown
 
 
-def _check_video_size(width: int, height: int, path: Path, flag: str) -> None:
+def _check_video_size(width: int, height: int, name: str) -> None:
     if not width or not height:
-        raise InputError(f"{flag} {path} has no frame that can be decoded")
+        raise InputError(f"{name} has no frame that can be decoded")
     if min(width, height) < MIN_VIDEO_SIDE or max(width, height) > MAX_VIDEO_SIDE:
-        raise InputError(
-            f"{flag} {path} is {width}x{height}; both sides must be {MIN_VIDEO_SIDE} to {MAX_VIDEO_SIDE} pixels"
-        )
+        raise InputError(f"{name} is {width}x{height}; both sides must be {MIN_VIDEO_SIDE} to {MAX_VIDEO_SIDE} pixels")
 
 
 @contextmanager
 def _opened_video(path: Path, flag: str) -> Iterator[tuple[Any, Any]]:
     import av
 
-    _check_file(path, flag)
+    name = f"{flag} {path}"
+    _check_file(path, name)
+    allowed = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
-        container = av.open(
-            f"file:{path}",
-            options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"},
-            metadata_errors="replace",
-        )
+        container = av.open(f"file:{path}", options=allowed, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
-        raise InputError(
-            f"{flag} {path} is not a video that can be read, such as mp4, mkv or avi ({path.stat().st_size:,} bytes)"
-        ) from error
+        size = path.stat().st_size
+        raise InputError(f"{name} is not a video that can be read, such as mp4, mkv or avi ({size:,} bytes)") from error
     with container:
         stream = container.streams.best("video")
         if stream is None:
-            raise InputError(f"{flag} {path} has no video stream")
+            raise InputError(f"{name} has no video stream")
         if stream.codec_context is None:
-            raise InputError(f"{flag} {path} is in a codec that this PyAV cannot decode; write it again as H.264")
-        _check_video_size(stream.width, stream.height, path, flag)
+            raise InputError(f"{name} is in a codec that this PyAV cannot decode; write it again as H.264")
+        _check_video_size(stream.width, stream.height, name)
         # A stream may change its size midway.
         stream.codec_context.options = {"max_pixels": str(MAX_VIDEO_SIDE**2)}
         try:
             yield container, stream
         except (av.FFmpegError, OSError) as error:
-            raise InputError(f"{flag} {path} is damaged and cannot be decoded: {error.strerror}") from error
+            raise InputError(f"{name} is damaged and cannot be decoded: {error.strerror}") from error
 
 
 def plan_frames(info: VideoInfo, area: int, geometry: Geometry = WAN21_GEOMETRY) -> FramePlan:

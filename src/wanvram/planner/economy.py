@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from wanvram import knobs
 from wanvram.config import Strategy
 from wanvram.knobs import RESIDENT_BLOCKS, VAE_TILE, WEIGHTS_IN
-from wanvram.planner.forecasts import Trials, components_of, seconds_gained
+from wanvram.planner.forecasts import Trials, components_of, seconds_gained, vae_halves
 from wanvram.planner.placement import TIE, Placements
 from wanvram.planner.result import Trade, changed_knobs
 from wanvram.planner.tiles import tiles_for
@@ -59,20 +59,16 @@ def _peak_beside(trials: Trials, strategy: Strategy, *names: str) -> int:
 
 def _with_smaller_tiles(trials: Trials, chosen: Strategy, limit: float) -> Strategy:
     """As long as the VAE needs more than anything else would with as few blocks as possible on the device."""
-    vae = tuple(part.name for part in trials.request.facts.parts() if part.component == "vae")
+    vae = vae_halves(trials.request)
     rest = max(_peak_beside(trials, chosen, "dit", *vae), _reachable(trials, chosen, limit))
     tiles = tiles_for(trials.request)
     for tile in tiles[tiles.index(VAE_TILE.of(chosen)) + 1 :]:
         smaller = VAE_TILE.set(chosen, tile)
         peak = max(trials.of(name, chosen).peak_device_bytes for name in vae)
-        if peak <= rest + LEAST_SAVED or _seconds(trials, smaller) > limit or not _fit(trials, smaller, vae):
+        if peak <= rest + LEAST_SAVED or _seconds(trials, smaller) > limit or not trials.fits(smaller, *vae):
             break
         chosen = smaller
     return chosen
-
-
-def _fit(trials: Trials, strategy: Strategy, names: Iterable[str]) -> bool:
-    return all(trials.fits(name, strategy) for name in names)
 
 
 def _reachable(trials: Trials, chosen: Strategy, limit: float) -> int:
@@ -104,7 +100,7 @@ def _with_fewer_blocks(trials: Trials, chosen: Strategy, limit: float) -> Strate
         return free
     count = max(RESIDENT_BLOCKS.of(free), _needed_blocks(trials, chosen, empty, limit))
     fewer = RESIDENT_BLOCKS.set(chosen, min(count, now))
-    kept = _seconds(trials, fewer) <= limit and trials.fits("dit", fewer)
+    kept = _seconds(trials, fewer) <= limit and trials.fits(fewer, "dit")
     return fewer if kept else chosen
 
 
@@ -123,8 +119,9 @@ def trades(trials: Trials, found: Iterable[Strategy], chosen: Strategy, *, offer
     """What fits, too, and is faster, the largest gain first. offers: also forecast blocks in RAM instead of on disk."""
     others = [*found]
     pinned = WEIGHTS_IN.set(chosen, "pinned") if WEIGHTS_IN.of(chosen) == "disk" else chosen
-    streamed = [part.name for part in trials.request.facts.parts() if part.component != "vae"]
-    if offers and pinned != chosen and trials.seconds(chosen) is not None and _fit(trials, pinned, streamed):
+    vae = vae_halves(trials.request)
+    streamed = [name for name in components_of(trials.request) if name not in vae]
+    if offers and pinned != chosen and trials.seconds(chosen) is not None and trials.fits(pinned, *streamed):
         others.append(pinned)
     result: dict[tuple[object, ...], Trade] = {}
     for other in others:

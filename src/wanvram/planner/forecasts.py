@@ -14,6 +14,7 @@ from wanvram.knobs import Situation
 from wanvram.planner.budget import Budget
 
 __all__ = [
+    "ENCODERS",
     "Forecast",
     "StageForecast",
     "Trial",
@@ -24,8 +25,13 @@ __all__ = [
     "situation",
     "stage_seconds",
     "steps_of",
+    "summed",
     "total_seconds",
+    "vae_halves",
 ]
+
+
+ENCODERS = ("text_encoder", "image_encoder")  # their memory does not depend on the number of frames
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,20 @@ def components_of(request: Request) -> tuple[str, ...]:
     return tuple(part.name for part in request.facts.parts())
 
 
+def vae_halves(request: Request) -> tuple[str, ...]:
+    """Those of them that it uses."""
+    return tuple(part.name for part in request.facts.parts() if part.component == "vae")
+
+
 def total_seconds(request: Request, stages: Iterable[StageForecast]) -> float | None:
     """text + image + encode + steps x step + decode, over all videos; None if any part is unknown."""
-    total = 0.0
-    for stage in stages:
-        seconds = stage_seconds(request, stage)
-        if seconds is None:
-            return None
-        total += seconds
-    return total
+    return summed(stage_seconds(request, stage) for stage in stages)
+
+
+def summed(times: Iterable[float | None]) -> float | None:
+    """None if one of them is unknown."""
+    known = [*times]
+    return None if None in known else sum((time for time in known if time is not None), 0.0)
 
 
 def seconds_gained(request: Request, now: Iterable[StageForecast], then: Iterable[StageForecast]) -> float | None:
@@ -152,8 +163,9 @@ class Trials:
             self.failed.append(Trial(component, strategy, "host", needed, int(limit), forecast))
         return needed <= limit
 
-    def fits(self, component: str, strategy: Strategy) -> bool:
-        return self.fits_device(component, strategy) and self.fits_host(component, strategy)
+    def fits(self, strategy: Strategy, *components: str) -> bool:
+        """The device and the host, asked until one does not."""
+        return all(self.fits_device(name, strategy) and self.fits_host(name, strategy) for name in components)
 
     def peak(self, strategy: Strategy) -> int:
         """Device memory of the whole run."""

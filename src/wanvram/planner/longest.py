@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wanvram.config import Strategy
-from wanvram.planner.forecasts import Trials, components_of
+from wanvram.planner.forecasts import ENCODERS, Trials, components_of
 from wanvram.planner.refusal import least_peak
 from wanvram.request import MAX_FRAMES
 
 __all__ = ["most_frames"]
-
-ENCODERS = ("text_encoder", "image_encoder")  # their memory does not depend on the number of frames
 
 
 def most_frames(trials: Trials, base: Strategy) -> int | None:

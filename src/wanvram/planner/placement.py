@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wanvram import knobs
 from wanvram.config import Strategy
-from wanvram.planner.forecasts import Trials, components_of, stage_seconds, steps_of
+from wanvram.planner.forecasts import ENCODERS, Trials, components_of, steps_of, total_seconds, vae_halves
 from wanvram.planner.transformer import block_count, cannot_fit, fastest_streamed, whole_transformer, worth_trying
 
 __all__ = ["TIE", "Placements", "placements"]
@@ -29,7 +29,7 @@ def placements(trials: Trials, base: Strategy) -> Placements | None:
     Streaming from disk needs the least RAM. Where it takes within 1 % of the time that a resident transformer would take, it is
     the only way looked at.
     """
-    dit_fits = trials.fits("dit", base)
+    dit_fits = trials.fits(base, "dit")
     if dit_fits and _encoders_fit(trials, base):
         return Placements((base,), trials.seconds(base))
     bound = _bound(trials, base)
@@ -61,15 +61,12 @@ def _within(seconds: float | None, fastest: float) -> bool:
 
 def _bound(trials: Trials, base: Strategy) -> float | None:
     """Seconds that no strategy can beat: the resident transformer's and the VAE's; None: unknown."""
-    stages = [whole_transformer(trials, base)]
-    stages += [trials.of(part.name, base) for part in trials.request.facts.parts() if part.component == "vae"]
-    times = [stage_seconds(trials.request, stage) for stage in stages]
-    return None if None in times else sum(time for time in times if time is not None)
+    stages = [whole_transformer(trials, base), *(trials.of(name, base) for name in vae_halves(trials.request))]
+    return total_seconds(trials.request, stages)
 
 
 def _encoders_fit(trials: Trials, strategy: Strategy) -> bool:
-    names = [name for name in components_of(trials.request) if name in ("text_encoder", "image_encoder")]
-    return all(trials.fits(name, strategy) for name in names)
+    return trials.fits(strategy, *(name for name in components_of(trials.request) if name in ENCODERS))
 
 
 def _start(trials: Trials, base: Strategy, home: str) -> Strategy | None:
@@ -83,11 +80,11 @@ def _disk_probes(trials: Trials, base: Strategy) -> Iterator[Strategy]:
     start = _start(trials, base, "disk")
     if start is None:
         return
-    first = next((way for way in worth_trying(trials, start) if trials.fits("dit", way)), None)
+    first = next((way for way in worth_trying(trials, start) if trials.fits(way, "dit")), None)
     if first is None:
         return
     yield first
-    yield from (way for change in knobs.fewer_passes(first) if trials.fits("dit", way := change.on(first)))
+    yield from (way for change in knobs.fewer_passes(first) if trials.fits(way := change.on(first), "dit"))
 
 
 def _streamed(trials: Trials, base: Strategy) -> Strategy | None:
@@ -116,4 +113,4 @@ def _from_disk(trials: Trials, fastest: Strategy, probe: Strategy | None, second
     if waiting > 2 * TIE * seconds:
         return None
     way = knobs.T5_CPU.set(knobs.WEIGHTS_IN.set(fastest, "disk"), knobs.T5_CPU.of(probe))
-    return way if trials.fits("dit", way) and _encoders_fit(trials, way) else None
+    return way if trials.fits(way, "dit") and _encoders_fit(trials, way) else None

@@ -18,7 +18,7 @@ __all__ = ["least_peak", "refuse"]
 
 def refuse(trials: Trials, base: Strategy) -> Refusal:
     """Explains with forecasts of the leanest strategies; `base` carries what the user fixed (precision, storage)."""
-    peaks = _least_peaks(trials, base)
+    peaks = {component: least_peak(trials, base, component) for component in components_of(trials.request)}
     component = max(peaks, key=lambda name: peaks[name])
     if peaks[component] <= trials.budget.device_limit:
         return _refuse_for_host(trials, base)
@@ -78,10 +78,6 @@ def least_peak(trials: Trials, base: Strategy, component: str) -> int:
     return min(trials.of(component, s).peak_device_bytes for s in _lean(trials.request, base, component))
 
 
-def _least_peaks(trials: Trials, base: Strategy) -> dict[str, int]:
-    return {component: least_peak(trials, base, component) for component in components_of(trials.request)}
-
-
 def _alternative(trials: Trials, base: Strategy, size: str, frames: int, first: str) -> Alternative | None:
     """Forecast component by component until one does not fit; `first` is the one that most likely does not."""
     other = trials.for_request(size=size, frame_num=frames)
@@ -107,26 +103,21 @@ def _alternatives(trials: Trials, base: Strategy, first: str) -> list[Alternativ
 def _smaller_sizes(request: Request) -> list[str]:
     """Of the same orientation, the largest first."""
 
-    def pixels(size: str) -> int:
+    def shape(size: str) -> tuple[bool, int]:
+        """Whether it is wide, and its pixels."""
         width, height = map(int, size.split("*"))
-        return width * height
+        return width >= height, width * height
 
-    def is_wide(size: str) -> bool:
-        width, height = map(int, size.split("*"))
-        return width >= height
-
-    own = pixels(request.size), is_wide(request.size)
-    smaller = [s for s in request.facts.sizes if pixels(s) < own[0] and is_wide(s) == own[1]]
-    return sorted(smaller, key=pixels, reverse=True)
+    wide, pixels = shape(request.size)
+    smaller = [size for size in request.facts.sizes if shape(size)[0] == wide and shape(size)[1] < pixels]
+    return sorted(smaller, key=shape, reverse=True)
 
 
 def _most_frames(trials: Trials, base: Strategy, size: str, first: str) -> Alternative | None:
     """By bisection over the numbers of latent frames below the request's."""
     geometry = trials.request.geometry
-    low, high = (
-        geometry.latent_frames(trials.request.facts.least_frames) - 1,
-        geometry.latent_frames(trials.request.frame_num),
-    )
+    low = geometry.latent_frames(trials.request.facts.least_frames) - 1
+    high = geometry.latent_frames(trials.request.frame_num)
     best: Alternative | None = None
     while high - low > 1:
         middle = (low + high) // 2

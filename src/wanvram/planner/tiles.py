@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wanvram.config import Request, Strategy
 from wanvram.knobs import VAE_TILE
-from wanvram.planner.forecasts import Trials, situation
+from wanvram.planner.forecasts import Trials, situation, summed, vae_halves
 
 __all__ = ["largest_tile", "tiles_for"]
 
@@ -20,12 +20,12 @@ def largest_tile(trials: Trials, base: Strategy) -> Strategy | None:
     By bisection after whole frames and the largest tiles, which most cards hold: small tiles are many, and slow to simulate.
     """
     tiles = tiles_for(trials.request)
-    parts = _halves(trials.request)
+    halves = vae_halves(trials.request)
     too_large, fitting = -1, len(tiles)
     while fitting - too_large > 1:
         middle = too_large + 1 if too_large < 1 else (too_large + fitting) // 2
         strategy = VAE_TILE.set(base, tiles[middle])
-        if all(trials.fits(part, strategy) for part in parts):
+        if trials.fits(strategy, *halves):
             fitting = middle
         else:
             too_large = middle
@@ -48,9 +48,4 @@ def _shared(trials: Trials, base: Strategy, tiles: list[int | None]) -> Strategy
 
 def _seconds(trials: Trials, strategy: Strategy) -> float | None:
     """Of encoder and decoder; None: not known."""
-    times = [trials.of(part, strategy).seconds for part in _halves(trials.request)]
-    return None if None in times else sum(time for time in times if time is not None)
-
-
-def _halves(request: Request) -> list[str]:
-    return [part.name for part in request.facts.parts() if part.component == "vae"]
+    return summed(trials.of(half, strategy).seconds for half in vae_halves(trials.request))

@@ -7,18 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from wanvram import knobs
 from wanvram.config import Request, Strategy
-from wanvram.knobs import (
-    JOINT,
-    RESIDENT,
-    RESIDENT_BLOCKS,
-    RESIDUAL_IN,
-    UNSLICED,
-    WEIGHTS_IN,
-    allowed,
-    fewer_passes,
-    leaner,
-)
 from wanvram.planner.forecasts import StageForecast, Trial, Trials, situation, stage_seconds
 from wanvram.specs import DIT
 
@@ -45,21 +35,21 @@ def block_count(request: Request) -> int:
 
 def variants(request: Request, base: Strategy) -> list[Strategy]:
     """Lossless ways to hold fewer activations, the fastest first."""
-    ways = [allowed(change, base) for change in leaner(situation(request))]
+    ways = [knobs.allowed(change, base) for change in knobs.leaner(situation(request))]
     return list(dict.fromkeys(way for way in ways if way is not None))
 
 
 def leanest(request: Request, base: Strategy) -> Strategy:
     """Of the variants, on the device."""
     ways = variants(request, base)
-    return next((way for way in reversed(ways) if RESIDUAL_IN.differs(way)), ways[-1])
+    return next((way for way in reversed(ways) if knobs.RESIDUAL_IN.differs(way)), ways[-1])
 
 
 def worth_trying(trials: Trials, base: Strategy) -> Iterator[Strategy]:
     """The variants in order; what comes after a stream in RAM only where that was not too large for the device."""
     before: Strategy | None = None
     for way in variants(trials.request, base):
-        in_vain = before is not None and RESIDUAL_IN.differs(before) and not RESIDUAL_IN.differs(way)
+        in_vain = before is not None and knobs.RESIDUAL_IN.differs(before) and not knobs.RESIDUAL_IN.differs(way)
         if in_vain and before and trials.of("dit", before).peak_device_bytes > trials.budget.device_limit:
             return
         yield way
@@ -81,7 +71,9 @@ def fastest_streamed(trials: Trials, base: Strategy) -> Strategy | None:
         # A stream in RAM may be faster than slicing, but not where the plain way waits for copies, to which it adds. Chunks of few
         # rows cost more than the little that they leave for resident blocks.
         worth_it = (
-            first is None or number < 2 or (RESIDUAL_IN.differs(way) if first == 1 else best is None and first > 1)
+            first is None
+            or number < 2
+            or (knobs.RESIDUAL_IN.differs(way) if first == 1 else best is None and first > 1)
         )
         if not worth_it or (first is not None and best is not None and not _waits(trials, best)):
             break
@@ -99,9 +91,9 @@ def _sharing(trials: Trials, plain: Strategy) -> Strategy | None:
 
     The fewest streams within 1 % of the fastest way that fits; None: none does.
     """
-    empty = RESIDENT_BLOCKS.set(plain, 0)
-    ways = [change.on(empty) for change in fewer_passes(plain)]
-    together = [allowed(JOINT, way) for way in (empty, *ways[-1:])] if trials.request.guided else []
+    empty = knobs.RESIDENT_BLOCKS.set(plain, 0)
+    ways = [change.on(empty) for change in knobs.fewer_passes(plain)]
+    together = [knobs.allowed(knobs.JOINT, way) for way in (empty, *ways[-1:])] if trials.request.guided else []
     joint = [way for way in together if way is not None]
     fitting = [way for way in (*joint[:1], *ways, *joint[1:]) if trials.fits_device("dit", way)]
     times = [trials.of("dit", way).seconds_per_step for way in fitting]
@@ -120,13 +112,13 @@ def cannot_fit(trials: Trials, base: Strategy) -> bool:
 
 def whole_transformer(trials: Trials, strategy: Strategy) -> StageForecast:
     """The resident transformer: what `strategy` is compared with."""
-    return trials.of("dit", RESIDENT.on(strategy))
+    return trials.of("dit", knobs.RESIDENT.on(strategy))
 
 
 def _host_can_hold(trials: Trials, base: Strategy) -> bool:
     """False, without another simulation, if the weights that cannot be on the device do not go into host RAM either."""
     least = whole_transformer(trials, base).base_bytes - trials.budget.device_limit
-    home = WEIGHTS_IN.of(base)
+    home = knobs.WEIGHTS_IN.of(base)
     limit = trials.budget.host_limit(home)
     if home == "disk" or least <= limit:
         return True
@@ -138,7 +130,7 @@ def _filled(trials: Trials, start: Strategy) -> Strategy | None:
     """`start` with as many resident blocks as fit the device; none where a step does not wait and the disk holds the others."""
     if not trials.fits_device("dit", start):
         return None
-    if WEIGHTS_IN.of(start) == "disk" and _waits(trials, start) is False:
+    if knobs.WEIGHTS_IN.of(start) == "disk" and _waits(trials, start) is False:
         return start
     return most_resident(trials, start, trials.budget.device_limit)
 
@@ -151,17 +143,20 @@ def most_resident(trials: Trials, start: Strategy, limit: int) -> Strategy:
     blocks = block_count(trials.request)
     least = trials.of("dit", start).peak_device_bytes
     # Streaming keeps buffers of about two blocks, so the resident transformer holds two fewer than `blocks` more.
-    more = whole_transformer(trials, start).peak_device_bytes - trials.of("dit", UNSLICED.on(start)).peak_device_bytes
+    more = (
+        whole_transformer(trials, start).peak_device_bytes
+        - trials.of("dit", knobs.UNSLICED.on(start)).peak_device_bytes
+    )
     per_block = max(1.0, more / max(1, blocks - 2))
     fitting, too_many = 0, blocks + 1
     for _ in range(VERIFICATIONS):
         count = min(int((limit - least) / per_block), too_many - 1)
         if count <= fitting:
             break
-        tried = trials.of("dit", RESIDENT_BLOCKS.set(start, count)).peak_device_bytes
+        tried = trials.of("dit", knobs.RESIDENT_BLOCKS.set(start, count)).peak_device_bytes
         fitting, too_many = (count, too_many) if tried <= limit else (fitting, count)
         per_block = max(1.0, (tried - least) / count)
-    return RESIDENT_BLOCKS.set(start, fitting)
+    return knobs.RESIDENT_BLOCKS.set(start, fitting)
 
 
 def _waits(trials: Trials, strategy: Strategy) -> bool | None:

@@ -16,7 +16,7 @@ from wanvram.command_line import flag_of
 from wanvram.config import Measurement, RunConfig, Strategy
 from wanvram.errors import WanvramError
 from wanvram.planner import StageForecast
-from wanvram.planner.forecasts import Forecast, choices, components_of, situation, stage_seconds
+from wanvram.planner.forecasts import Forecast, choices, components_of, situation, stage_seconds, summed
 from wanvram.predict.simulate import simulate
 from wanvram.predict.stage import simulate_stage
 from wanvram.record import RunRecord, dotted
@@ -173,11 +173,8 @@ def _alone(runs: _Runs) -> dict[str, int]:
     """Peaks without the weights of all other components; the prompt extender is alone in any case."""
     bases = {c.name: c.base_bytes for c in runs.base.components}
     total, peaks = sum(bases.values()), runs.peaks(holes=False)
-    return {name: peak - total + bases.get(_whole_name(name), total) for name, peak in peaks.items()}
-
-
-def _whole_name(component: str) -> str:
-    return "vae" if component.startswith("vae") else component
+    whole = {name: "vae" if name.startswith("vae") else name for name in peaks}
+    return {name: peak - total + bases.get(whole[name], total) for name, peak in peaks.items()}
 
 
 def _staged(runs: _Runs, change: dict[str, Any], strategy: Strategy) -> _Estimate:
@@ -277,5 +274,4 @@ def _allocated_bytes(record: RunRecord) -> int:
 
 def _stage_seconds(record: RunRecord) -> float | None:
     """All stages; loading depends on the disk."""
-    times = [span.seconds for span in record.stages if span.kind == "stage"]
-    return None if None in times else sum(time for time in times if time is not None)
+    return summed(span.seconds for span in record.stages if span.kind == "stage")

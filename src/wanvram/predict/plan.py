@@ -11,7 +11,7 @@ from wanvram.config import Measurement, Request, RunConfig, Strategy
 from wanvram.errors import BudgetError, WanvramError
 from wanvram.machine.garbage import settled
 from wanvram.planner import Budget, Options, Plan, Refusal, StageForecast, search
-from wanvram.planner.forecasts import choices, components_of, steps_of
+from wanvram.planner.forecasts import choices, components_of, steps_of, summed
 from wanvram.planner.search import planned_base
 from wanvram.predict.ahead import forecasts_ahead, processes_here
 from wanvram.predict.host import is_here, streaming_note
@@ -113,7 +113,8 @@ def plan_run(
             if knobs.is_streamed(result.strategy) and knobs.WEIGHTS_IN.of(result.strategy) == "disk":
                 note = streaming_note(planned_config(config, result), budget.card)
                 result = replace(result, notes=(*result.notes, note))
-            return _confirmed(result, record), record
+            whole_seconds = record.times.in_all_seconds
+            return replace(result, stages=_stages(result, record), whole_run_seconds=whole_seconds), record
         # As much as the forecasts said too little, at least: else the same plan would be found again.
         tried = replace(budget, margin_bytes=max(tried.margin + excess, budget.margin + (whole or 0) - forecast))
     made = "the only plan" if plans == 1 else f"{plans} plans"
@@ -154,10 +155,6 @@ def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:
 # --- the whole run in the plan's terms ---------------------------------------------------------------------------------------
 
 
-def _confirmed(plan: Plan, record: RunRecord) -> Plan:
-    return replace(plan, stages=_stages(plan, record), whole_run_seconds=record.times.in_all_seconds)
-
-
 def _stages(plan: Plan, record: RunRecord) -> tuple[StageForecast, ...]:
     """The plan's stages with the figures of the whole run, so that every verb says the same; what it has not stays as forecast."""
     spans: dict[str, list[Span]] = {}
@@ -180,8 +177,7 @@ def _stage(
     """peak: on any GPU. seconds: what all denoising steps at the usual pace do not account for."""
     name, together = spans[0].planned, forecast.together if forecast else 1
     steps = steps_of(request, together) if name == "dit" else 0
-    times = [span.seconds for span in spans if span.kind != "load" or span.seconds is not None]
-    seconds = None if None in times else sum(time for time in times if time is not None)
+    seconds = summed(span.seconds for span in spans if span.kind != "load" or span.seconds is not None)
     loads = [span.end.allocated_bytes - span.start.allocated_bytes for span in spans if span.kind == "load"]
     return StageForecast(
         component=name,

@@ -17,7 +17,7 @@ from wanvram.spans import Span
 from wanvram.specs import DIT
 from wanvram.units import human
 
-__all__ = ["as_one_run", "communication_note", "communication_of", "kinds_of", "rank_record"]
+__all__ = ["as_one_run", "communication_note", "communication_of", "kinds_of", "rank_record", "rooms_of"]
 
 
 def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int, ...]]:
@@ -52,7 +52,7 @@ def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int,
     return [tuple(ranks) for ranks in found.values()]
 
 
-def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> list[object]:
+def _tiles(config: RunConfig, frame: tuple[int, int], rank: int) -> list[object]:
     """Sizes of the tiles that a rank decodes, and at which edges of the frame; whole frames are rank 0's alone."""
     tile = VAE_TILE.of(config.strategy)
     if tile is None:
@@ -61,10 +61,15 @@ def _tiles(config: RunConfig, frame: Ordered[int], rank: int) -> list[object]:
     return [[(s.stop - s.start, s.start == 0, s.stop == s.extent) for s in area] for area in mine]
 
 
+def rooms_of(config: RunConfig, rank: int) -> list[tuple[int, ...]]:
+    """The members of each buffer through which the rank exchanges by copies."""
+    return [members for members, _ in meetings(config.place(rank), weights=shares_weights(config.strategy))]
+
+
 def communication_of(config: RunConfig, link: Link) -> int:
     """Bytes of each card that exchanges take; 0 of one."""
     if link.copies:
-        return HELD_BYTES * len(meetings(config.place(0), weights=shares_weights(config.strategy)))
+        return HELD_BYTES * len(rooms_of(config, 0))
     return communication_bytes(link, config.gpus, shards=shares_weights(config.strategy))
 
 
@@ -92,12 +97,8 @@ def as_one_run(record: RunRecord, ranks: Ordered[RankRecord]) -> None:
     record.stages = [_slowest(stage, [r.stages for r in ranks[1:]]) for stage in record.stages]
     record.ranks = list(ranks)
     longer = _seconds(record.stages) - before
-    times = record.times
-    record.times = replace(
-        times,
-        in_all_seconds=None if times.in_all_seconds is None else times.in_all_seconds + longer,
-        after_plan_seconds=None if times.after_plan_seconds is None else times.after_plan_seconds + longer,
-    )
+    known = ((name, getattr(record.times, name)) for name in ("in_all_seconds", "after_plan_seconds"))
+    record.times = replace(record.times, **{name: time + longer for name, time in known if time is not None})
     if record.failure is None:
         record.failure = next((_of_rank(r, r.failure) for r in ranks if r.failure is not None), None)
     if record.budget_bytes is not None:

@@ -14,7 +14,7 @@ from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.environment import describe_environment
 from wanvram.planner.budget import beyond_card, usable_memory
 from wanvram.predict.host import clock_of, is_here
-from wanvram.predict.ranks import as_one_run, communication_note, communication_of, kinds_of, rank_record
+from wanvram.predict.ranks import as_one_run, communication_note, communication_of, kinds_of, rank_record, rooms_of
 from wanvram.record import Predicted, RunRecord, Times
 from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.attention import attention_of, card_like
@@ -64,6 +64,8 @@ def simulated_device(
     device = SimulatedDevice(SimulatedMemory(gpu, allocator, Libraries(gpu), clock=clock, keep_events=keep_events))
     device.attention = attention_of(config, card_like(gpu, here=is_here(gpu.key)))
     device.place = config.place(rank)
+    if link is not None and link.copies:
+        device.hold_addresses(map(len, rooms_of(config, rank)))
     return device
 
 
@@ -102,10 +104,7 @@ def simulate(
     device = simulated_device(config, keep_events=keep_events, unlimited=unlimited)
     watched = Timeline.attach(device.memory) if timeline else None
     run = _Run(config, device, video, unlimited)
-    record = run_on(device, config, _nowhere(video), Around({}, run.complete, timeline=watched))
-    if record.failure is not None and record.failure.kind == "interrupted":
-        raise KeyboardInterrupt(record.failure.message)  # nobody reads this record: a plan or advice ends, too
-    return record, device.memory
+    return run.into_no_file(Around({}, run.complete, timeline=watched)), device.memory
 
 
 def simulate_rank(
@@ -114,14 +113,7 @@ def simulate_rank(
     """One of several ranks, alone."""
     config = replace(config, device="simulated")
     device = simulated_device(config, rank=rank, unlimited=unlimited, keep_events=keep_events)
-    record = run_on(device, config, _nowhere(video), Around({}, lambda record: None))
-    if record.failure is not None and record.failure.kind == "interrupted":
-        raise KeyboardInterrupt(record.failure.message)
-    return record, device
-
-
-def _nowhere(video: bool) -> Output:
-    return Output(None, video=video, keep_defects=False)
+    return _Run(config, device, video, unlimited).into_no_file(Around({}, lambda record: None)), device
 
 
 def predicted(config: RunConfig) -> Predicted | None:
@@ -131,12 +123,18 @@ def predicted(config: RunConfig) -> Predicted | None:
 
 @dataclass(frozen=True)
 class _Run:
-    """What is known of a simulated run once it has ended."""
+    """A simulated run, and what is known of it once it has ended."""
 
     config: RunConfig
     device: SimulatedDevice
     video: bool
     unlimited: bool
+
+    def into_no_file(self, around: Around) -> RunRecord:
+        record = run_on(self.device, self.config, Output(None, video=self.video, keep_defects=False), around)
+        if record.failure is not None and record.failure.kind == "interrupted":
+            raise KeyboardInterrupt(record.failure.message)  # nobody reads this record: a plan or advice ends, too
+        return record
 
     def complete(self, record: RunRecord) -> None:
         """The clock's times, with the steps that were not simulated and what the process takes before and after; notes of the card;

@@ -14,7 +14,7 @@ from wanvram.engine.conditions import Frames, Inputs
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.pipeline import Pipeline
 from wanvram.knobs import BATCH_SIZE, OFFLOAD
-from wanvram.planner.forecasts import StageForecast
+from wanvram.planner.forecasts import StageForecast, summed
 from wanvram.predict.ranks import kinds_of
 from wanvram.predict.simulate import simulated_device
 from wanvram.recorder.recorder import Recorder
@@ -67,6 +67,10 @@ def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:
     channels, _, rows, columns = inputs.noise_shape
     missing = (full - part) * channels * rows * columns * torch.float32.itemsize
     stages = [span for span in spans if span.part != "denoise"]
+    whole_batches = [
+        span for span in spans if span.part == "denoise" and span.videos == together
+    ]  # the last may be smaller
+    steps = [step for batch in whole_batches for step in batch.children]
     return StageForecast(
         component=component,
         peak_device_bytes=max(span.peak.device_bytes or 0 for span in spans) + missing,
@@ -74,7 +78,7 @@ def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:
         peak_allocated_bytes=max(span.peak.allocated_bytes for span in spans) + missing,
         base_bytes=record.base_bytes,
         host_bytes=memory.host_peak_bytes,
-        seconds_per_step=_mean([step for s in _whole_batches(spans, together) for step in s.children][-1:]),
+        seconds_per_step=steps[-1].seconds if steps else None,
         seconds=_sum(stages, full / part),
         together=together,
     )
@@ -114,19 +118,7 @@ def _run(component: str, pipeline: Pipeline, parts: Parts, device: SimulatedDevi
         pipeline.decode_all(parts, latents, lambda index: nullcontext())
 
 
-def _whole_batches(spans: list[Span], together: int) -> list[Span]:
-    """Of denoising; the last batch may be of fewer videos."""
-    return [span for span in spans if span.part == "denoise" and span.videos == together]
-
-
-def _mean(spans: list[Span]) -> float | None:
-    seconds = [span.seconds for span in spans for _ in range(span.repeats)]
-    known = [s for s in seconds if s is not None]
-    return sum(known) / len(known) if known and len(known) == len(seconds) else None
-
-
 def _sum(spans: list[Span], factor: float) -> float | None:
     """Stages times `factor`, and loading as far as it is timed; None if the time of a stage is unknown."""
-    seconds = [span.seconds for span in spans if span.kind != "load"]
-    loading = sum(span.seconds or 0.0 for span in spans if span.kind == "load")
-    return None if None in seconds else loading + factor * sum(s for s in seconds if s is not None)
+    stages = summed(span.seconds for span in spans if span.kind != "load")
+    return None if stages is None else sum(s.seconds or 0.0 for s in spans if s.kind == "load") + factor * stages

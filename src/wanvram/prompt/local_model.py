@@ -420,7 +420,7 @@ def _grid(width: int, height: int, cell: int) -> tuple[int, int]:
     return rows, columns
 
 
-class _FusedAttention(TorchFunctionMode):  # type: ignore[misc]  # mypy does not look into torch
+class _FusedAttention(TorchFunctionMode):
     """On meta, PyTorch would take attention apart into its N x N matrix; the GPU's kernels never hold one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -81,9 +81,6 @@ class EventLog:
 
     def _own_file(self) -> ListFile:
         pid = os.getpid()
-        file = self._files.get(pid)
-        if file is not None:
-            return file
         with self._lock.here():
             if pid not in self._files:
                 self._files[pid] = ListFile(claim(self._files[self._pid].path, 2))

@@ -25,6 +25,7 @@ __all__ = [
     "check",
     "deferred",
     "ending_begins",
+    "forget",
     "hold",
     "pending",
 ]
@@ -32,9 +33,8 @@ __all__ = [
 INTERRUPTED = "interrupted by the user"
 # A terminal that closes sends SIGHUP twice, a service manager SIGTERM and SIGHUP: they must not end the writing of the record.
 SAME_ENDING_SECONDS = 20.0
-ENDINGS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-)  # no SIGHUP on Windows
+# No SIGHUP on Windows.
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 _pending: int | None = None
 _ending_since: float | None = None
@@ -121,39 +121,51 @@ def _repeated(number: int) -> bool:
     return False
 
 
+def forget() -> None:
+    """What came after all was made came too late to end it."""
+    global _pending, _called_off
+    _pending = _called_off = None
+    hold(0.0)
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Does nothing in a thread, which gets no signals, and to a signal that is ignored or handled by somebody else."""
-    global _pending, _called_off
+    """Does nothing in a thread, which gets no signals, and to a signal that is ignored or handled by somebody else.
+
+    One within another raises at its own end what came since the outer one began.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
     ours = {number: handler for number, handler in usual.items() if handler in (signal.default_int_handler, _raise)}
-    _pending = None
+    outermost = _remember not in usual.values()
+    if outermost:
+        forget()
     for number in ours:
         signal.signal(number, _remember)
     try:
         yield
         check()
     finally:
-        _pending = _called_off = None
-        hold(0.0)
+        if outermost:
+            forget()
         for number, handler in ours.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def catching() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Interrupted, unless they are ignored (nohup) or handled by somebody else. In the main thread only."""
+    """Signals raise Interrupted, SIGINT KeyboardInterrupt, unless they are ignored (nohup) or handled by somebody else. In the
+    main thread only."""
     global _ending_since
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    ours = [number for number in (signal.SIGINT, *ENDINGS) if signal.getsignal(number) is signal.SIG_DFL]
     _ending_since = None
     for number in ours:
-        signal.signal(number, _raise)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _raise)
     try:
         yield
     finally:

@@ -192,7 +192,7 @@ def _nvml_gpu() -> Gpu | None:
     return None
 
 
-class CpuMeter(TorchDispatchMode):  # type: ignore[misc]  # mypy does not look into torch
+class CpuMeter(TorchDispatchMode):
     """Live storages of CPU tensors, counted while the mode is entered. Reserved equals allocated: the CPU has no cache.
 
     count_existing: tensors that live when the mode is entered count too, as on CUDA. Otherwise the first view of

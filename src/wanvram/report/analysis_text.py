@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 
 from wanvram.advice import Advice
-from wanvram.analysis.events import EventGroup, EventSummary
-from wanvram.analysis.peak import OwnerShare
+from wanvram.analysis.events import EventSummary
 from wanvram.analysis.snapshot import DeviceHistory, HostMemory, Snapshot
 from wanvram.analysis.stages import Analysis, SpecMoments, Switch
 from wanvram.analysis.trace_summary import MemoryCurve, Operator, TraceSpan, TraceSummary
@@ -70,12 +69,11 @@ def _owners(analysis: Analysis) -> str:
         "by module": peak.by_module,
         "by shape": peak.by_shape,
     }
-    parts = [table([[title, "count", "MiB", "share"], *map(_owner, owners)]) for title, owners in kinds.items()]
+    parts = []
+    for title, owners in kinds.items():
+        rows = ([_short(o.name), f"{o.count:,}", mib_cell(o.bytes), _share(o.share)] for o in owners)
+        parts.append(table([[title, "count", "MiB", "share"], *rows]))
     return "\n\n".join([*parts, *([peak.unusable.reason] if peak.unusable else [])])
-
-
-def _owner(owner: OwnerShare) -> list[str]:
-    return [_short(owner.name), f"{owner.count:,}", mib_cell(owner.bytes), _share(owner.share)]
 
 
 def _components(analysis: Analysis) -> str:
@@ -95,9 +93,8 @@ def _stages(analysis: Analysis, *, cached: bool) -> str:
     for s in analysis.stages:
         figures = (s.start.allocated_bytes, s.peak.allocated_bytes, s.activation_bytes, s.fluctuation_bytes)
         shares = (s.fragmentation.at_peak, s.fragmentation.highest) if cached else ()
-        rows.append(
-            [s.name, *map(mib_cell, figures), *map(_share, shares), seconds_cell(s.seconds), _share(s.time_share)]
-        )
+        cells = [*map(mib_cell, figures), *map(_share, shares)]
+        rows.append([s.name, *cells, seconds_cell(s.seconds), _share(s.time_share)])
     if not cached:
         return table(rows)
     total = f"Fragmentation: {_share(analysis.fragmentation_at_peak)} at the peak, at most {_share(analysis.fragmentation_highest)}."
@@ -173,15 +170,13 @@ def events_text(summary: EventSummary) -> str:
     head = f"{summary.events:,} events, recorded within {seconds(summary.seconds)}."
     if peak is not None:
         head += f" Highest allocated: {mib(peak.allocated_bytes or 0)} at '{_short(peak.name)}'."
-    heads = ["event", "count", "allocated MiB", "reserved MiB", "device MiB", "increment MiB"]
+    rows = []
+    for g in summary.groups:
+        sizes = (g.allocated_bytes, g.reserved_bytes, g.device_bytes, g.incremental_bytes)
+        rows.append([_short(g.name), f"{g.count:,}", *map(mib_cell, sizes)])
+    events = listed(["event", "count", "allocated MiB", "reserved MiB", "device MiB", "increment MiB"], rows)
     growth = ([f"{_short(g.after)} -> {_short(g.before)}", mib_cell(g.bytes)] for g in summary.growth)
-    tables = [listed(heads, map(_event, summary.groups)), listed(["largest growth", "MiB"], growth)]
-    return _joined([head, *tables, _notes(summary.notes)])
-
-
-def _event(group: EventGroup) -> list[str]:
-    figures = (group.allocated_bytes, group.reserved_bytes, group.device_bytes, group.incremental_bytes)
-    return [_short(group.name), f"{group.count:,}", *map(mib_cell, figures)]
+    return _joined([head, events, listed(["largest growth", "MiB"], growth), _notes(summary.notes)])
 
 
 # --- a torch.profiler trace ----------------------------------------------------------------------------------------------
@@ -216,16 +211,10 @@ def _curve(curve: MemoryCurve) -> str:
 
 
 def _operators(title: str, operators: Sequence[Operator]) -> str:
-    rows = (
-        [
-            _short(o.name),
-            f"{o.calls:,}",
-            mib_cell(o.allocated_bytes),
-            seconds_cell(o.self_seconds),
-            seconds_cell(o.seconds),
-        ]
-        for o in operators[:ROWS]
-    )
+    rows = []
+    for o in operators[:ROWS]:
+        times = map(seconds_cell, (o.self_seconds, o.seconds))
+        rows.append([_short(o.name), f"{o.calls:,}", mib_cell(o.allocated_bytes), *times])
     return listed([title, "calls", "allocated MiB", "own time", "time"], rows)
 
 
@@ -253,7 +242,7 @@ def snapshot_text(snapshot: Snapshot) -> str:
     gpu = f" of GPU {main.device}" if len(snapshot.devices) > 1 else ""
     total = max(1, main.peak.allocated_bytes)
     places = main.by_place()
-    rows = ([_short(g.where), f"{g.count:,}", mib_cell(g.bytes), _share(g.bytes / total)] for g in places[:ROWS])
+    rows = ([_short(p.name), f"{p.count:,}", mib_cell(p.bytes), _share(p.bytes / total)] for p in places[:ROWS])
     alive = listed([f"alive {when}{gpu}, by where it was allocated", "count", "MiB", "share"], rows)
     more = f"\n... and {len(places) - ROWS:,} more places" if len(places) > ROWS else ""
     reasons: Counter[str] = Counter()

@@ -15,16 +15,18 @@ __all__ = ["attention_text", "cards_text", "check_text"]
 
 def check_text(checks: dict[str, Any]) -> str:
     """Versions, GPUs, who uses them, host, and what would falsify a measurement. `checks` is what run_checks returns."""
-    versions = (
-        f"torch {checks['torch']}, CUDA {checks['cuda'] or 'none (CPU build)'}, driver {checks['driver'] or 'none'}"
-    )
+    cuda = checks["cuda"] or "none (CPU build)"
+    versions = f"torch {checks['torch']}, CUDA {cuda}, driver {checks['driver'] or 'none'}"
     parts = [versions, _gpus(checks["gpus"]), _processes(checks["gpus"]), _host(checks["host"])]
     variables = "\n".join(f"{name}={value}" for name, value in checks["variables"].items())
     parts.append(variables or "No allocator setting in the environment.")
     if checks.get("warm_up"):
         warm = checks["warm_up"]
         parts.append(f"Warmed up: SM clock {warm['sm_clock_before_mhz']} -> {warm['sm_clock_after_mhz']} MHz.")
-    parts.append(_verdict(checks["warnings"]))
+    if checks["warnings"]:
+        parts.append("\n  ".join(["What would falsify a measurement:", *checks["warnings"]]))
+    else:
+        parts.append("Nothing here would falsify a measurement.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -54,12 +56,6 @@ def _host(host: dict[str, Any]) -> str:
         f"disk of {host['disk']} {human(host['disk_free_bytes'])} free; "
         f"load {host['load_average']:.1f} on {host['cpu_count']} cores; an operation is issued in {host['operation_us']:.1f} us"
     )
-
-
-def _verdict(warnings: list[str]) -> str:
-    if not warnings:
-        return "Nothing here would falsify a measurement."
-    return "\n".join(["What would falsify a measurement:", *(f"  {warning}" for warning in warnings)])
 
 
 def attention_text(measured: Measured, missing: Mapping[str, str], best: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -89,9 +89,6 @@ def _read_snapshot(path: Path) -> Run:
     return Run(path.name, record, snapshot_timeline(snapshot), True)
 
 
-# --- many runs -----------------------------------------------------------------------------------------------------------
-
-
 def runs_table(
     runs: Sequence[tuple[str, RunRecord]], places: Sequence[int | None] | None = None, texts: Texts | None = None
 ) -> str:
@@ -123,9 +120,6 @@ def _result(record: RunRecord, texts: Texts) -> str:
     if record.failure is not None:
         return texts("out_of_memory" if record.failure.kind == "oom" else "did_fail")
     return kind if record.fits is None else texts("and_fits" if record.fits else "and_exceeds", kind=kind)
-
-
-# --- two or more, figure by figure ---------------------------------------------------------------------------------------
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -200,30 +194,29 @@ def _differences(
 
 
 def _cells(comparison: Comparison, key: Key, others: Sequence[int]) -> Iterator[str]:
-    show = _format(key)
     values = comparison.figures[key]
     first = values[0]
-    yield show(first, "")
+    yield _figure(key, first)
     for run in others:
         difference = comparison.difference(key, run)
-        yield show(values[run], "")
-        yield show(difference, "+")
+        yield _figure(key, values[run])
+        yield _figure(key, difference, "+")
         yield f"{100 * difference / first:+.1f}" if difference is not None and first else "-"
 
 
-def _format(key: Key) -> Callable[[int | float | None, str], str]:
-    if key[-1] == "seconds":
-        return lambda value, sign: "-" if value is None else format(value, f"{sign},.2f")
-    return lambda value, sign: "-" if value is None else format(value / MIB, f"{sign},.1f")
+def _figure(key: Key, value: int | float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return format(value, f"{sign},.2f") if key[-1] == "seconds" else format(value / MIB, f"{sign},.1f")
 
 
 def _prediction(predicted: int, measured: int, errors: Sequence[PredictionError]) -> str:
     title = f"{_letter(predicted)} predicted, {_letter(measured)} measured"
     rows = [[title, "predicted", "measured", "error %"]]
     for error in errors:
-        show = _format(error.key)
+        figures = [_figure(error.key, value) for value in (error.predicted, error.measured)]
         share = "-" if error.error is None else f"{100 * error.error:+.2f}"
-        rows.append([" ".join(error.key), show(error.predicted, ""), show(error.measured, ""), share])
+        rows.append([" ".join(error.key), *figures, share])
     return table(rows) + "\nBytes in MiB, time in seconds; + is predicted too high."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from wanvram.record import RunRecord
+from wanvram.record import RunRecord, highest_stage
 from wanvram.units import mib_cell, seconds
 
 __all__ = ["GPU_HEADS", "gpu_cells", "gpu_rows"]
@@ -27,7 +27,7 @@ def gpu_rows(record: RunRecord) -> Iterator[dict[str, Any]]:
     """Figures of every rank or kind of rank, bytes and seconds; None where one is unknown."""
     for rank in record.ranks:
         peak = rank.peak()
-        where = max(rank.stages, key=lambda s: (s.peak.device_bytes or 0, s.peak.allocated_bytes), default=None)
+        where = highest_stage(rank.stages, cached=record.cached)
         yield {
             "gpus": rank.name,
             "allocated_bytes": peak.allocated_bytes if peak else None,

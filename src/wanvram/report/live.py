@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from functools import reduce
 from typing import Protocol, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
@@ -82,8 +83,6 @@ class LiveView:
             yield
             self._last = None
 
-    # --- lines -----------------------------------------------------------------------------------------------------------
-
     def _tell_finished(self) -> None:
         spans = self._recorder.spans if self._recorder is not None else []
         for span in spans[self._lines :]:
@@ -98,8 +97,6 @@ class LiveView:
             if self._budget is not None:
                 text += f" ({100 * peak.device_bytes / self._budget:.0f} % of {human(self._budget)})"
         return text + (f", {seconds(span.seconds)}" if span.seconds is not None else "")
-
-    # --- picture ---------------------------------------------------------------------------------------------------------
 
     def picture(self) -> RenderableType:
         """What is on the screen now."""
@@ -130,23 +127,22 @@ class LiveView:
     def _bars(self, meter: _Meter, spans: Sequence[Span]) -> Table:
         """Now, against the budget; without one against the highest peak so far."""
         memory, device = meter.read(), meter.device_memory()
-        peaks = [span.peak for span in spans]
+        top = reduce(Memory.highest, (span.peak for span in spans), memory)
         figures = {
-            "allocated": (memory.allocated_bytes, max((p.allocated_bytes for p in peaks), default=0)),
-            "reserved": (memory.reserved_bytes, max((p.reserved_bytes for p in peaks), default=0)),
+            "allocated": (memory.allocated_bytes, top.allocated_bytes),
+            "reserved": (memory.reserved_bytes, top.reserved_bytes),
         }
         if device is not None:
             # Read one after the other while memory is given back, or at the last span's end: what is reserved is in it.
-            peak = max((p.device_bytes or 0 for p in peaks), default=0)
-            now, top = figures["reserved"]
-            figures["device"] = (max(device, now), max(peak, top))
-        full = self._budget or max(1, *(max(pair) for pair in figures.values()))
+            highest = max(device, top.device_bytes or 0, top.reserved_bytes)
+            figures["device"] = (max(device, memory.reserved_bytes), highest)
+        full = self._budget or max(1, *(peak for _, peak in figures.values()))
         rows = Table.grid(padding=(0, 2))
         for name, (now, peak) in figures.items():
-            style = "red" if self._budget is not None and max(now, peak) > self._budget else "green"
+            style = "red" if self._budget is not None and peak > self._budget else "green"
             bar = ProgressBar(total=full, completed=min(now, full), width=BAR_WIDTH, complete_style=style)
             limit = f" of {human(full)}" if self._budget is not None else ""
-            rows.add_row(name, bar, _line(f"{human(now)}{limit}, peak {human(max(now, peak))}"))
+            rows.add_row(name, bar, _line(f"{human(now)}{limit}, peak {human(peak)}"))
         return rows
 
 

@@ -116,12 +116,12 @@ def _run(run: Run, texts: Texts) -> list[str]:
         lines += [_text(sentence, MAX_SENTENCE), ""]
     if len(run.record.video_seconds()) > 1:  # the times of a single one are those of its stages
         lines += _section(texts("video_times"), _videos(run.record, texts))
-    lines += _section(texts("components"), _components(run, texts))
+    heads = [_head(key, texts) for key in ("component", "parameters", "base", "host", "activation")]
+    lines += _section(texts("components"), _table(heads, component_cells(run.record), numbers=range(1, 5)))
     lines += _section(texts("stages"), _stages(run, texts))
     if run.record.ranks:
-        numbers = range(1, len(GPU_HEADS) - 1)
-        table = _table([texts(key) for key in GPU_HEADS], gpu_cells(run.record), numbers)
-        lines += _section(texts("every_gpu"), table)
+        heads = [texts(key) for key in GPU_HEADS]
+        lines += _section(texts("every_gpu"), _table(heads, gpu_cells(run.record), range(1, len(heads) - 1)))
     moment = peak_moment(run.timeline)
     if moment is not None and run.borrowed:
         lines += [texts("borrowed"), ""]
@@ -146,11 +146,6 @@ def _videos(record: RunRecord, texts: Texts) -> list[str]:
     rows = [[str(number), None if time is None else seconds(time)] for number, time in times]
     lines = [line for sentence in videos_line(record, texts) for line in (_text(sentence), "")]
     return [*lines, *_table([texts("video"), texts("own_time")], rows, numbers=(0, 1))]
-
-
-def _components(run: Run, texts: Texts) -> list[str]:
-    heads = [texts("component"), texts("parameters")] + [_head(key, texts) for key in ("base", "host", "activation")]
-    return _table(heads, component_cells(run.record), numbers=range(1, 5))
 
 
 def _stages(run: Run, texts: Texts) -> list[str]:

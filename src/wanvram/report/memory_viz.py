@@ -98,23 +98,16 @@ class _Writer:
             "segment_pool_id": (0, 0),
             "is_expandable": segment.expandable,
             "frames": self._stack(()),
-            "blocks": [self._block(block) for block in segment.blocks],
+            "blocks": [
+                vars(block) | {"address": block.address + self._shift, "frames": self._stack(block.frames)}
+                for block in segment.blocks
+            ],
         }
 
-    def _block(self, block: SnapshotBlock) -> dict[str, Any]:
-        return vars(block) | {"address": block.address + self._shift, "frames": self._stack(block.frames)}
-
     def _stack(self, frames: tuple[Frame, ...]) -> list[dict[str, Any]]:
-        stack = self._stacks.get(frames)
-        if stack is None:
-            stack = self._stacks[frames] = [self._frame(frame) for frame in frames]
-        return stack
-
-    def _frame(self, frame: Frame) -> dict[str, Any]:
-        known = self._frames.get(frame)
-        if known is None:
-            known = self._frames[frame] = {"name": frame.name, "filename": frame.filename, "line": frame.line}
-        return known
+        if frames not in self._stacks:
+            self._stacks[frames] = [self._frames.setdefault(frame, vars(frame)) for frame in frames]
+        return self._stacks[frames]
 
 
 def allocator_segments(

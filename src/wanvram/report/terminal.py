@@ -53,15 +53,10 @@ def _headline(record: RunRecord, texts: Texts) -> str:
     else:
         lines = [texts("asked_run", name=name, task=task, size=size, frames=frames)]
     lines.append(texts("is_simulated" if record.simulated else "is_measured", device=record.device))
-    peak = record.peak_span()
-    if peak is not None:
-        m = peak.peak
-        figures = [f"{texts('allocated')} {human(m.allocated_bytes)}"]
-        if record.cached:
-            figures.append(f"{texts('reserved')} {human(m.reserved_bytes)}")
-        if m.device_bytes is not None:
-            figures.append(f"{texts('device_line')} {human(m.device_bytes)}")
-        lines += [texts("peak_line", figures=texts.listed(figures), stage=peak.name), f"      {_why(peak, texts)}"]
+    where = record.peak_span()
+    if where is not None:
+        figures = texts.listed(list(_peak_figures(record, where, texts)))
+        lines += [texts("peak_line", figures=figures, stage=where.name), f"      {_why(where, texts)}"]
     if record.attention is not None:
         lines.append(attention_line(record.attention, texts))
     if record.simulated and record.times.in_all_seconds is not None and record.failure is None:
@@ -69,6 +64,21 @@ def _headline(record: RunRecord, texts: Texts) -> str:
     lines += videos_line(record, texts)
     lines.append(_verdict(record, texts))
     return "\n".join(lines)
+
+
+def _peak_figures(record: RunRecord, where: Span, texts: Texts) -> Iterator[str]:
+    """The highest of each figure over the whole run, as in its record; one that another stage than `where` reaches says which."""
+    names = {
+        "allocated_bytes": "allocated",
+        **({"reserved_bytes": "reserved"} if record.cached else {}),
+        "device_bytes": "device_line",
+    }
+    for name, key in names.items():
+        highest = max(record.all_stages(), key=lambda span: getattr(span.peak, name) or 0)
+        figure, own = getattr(highest.peak, name), getattr(where.peak, name)
+        if figure is not None:
+            other = "" if figure == own else " " + texts("peak_elsewhere", stage=highest.name)
+            yield f"{texts(key)} {human(figure)}{other}"
 
 
 def attention_line(attention: AttentionChoice, texts: Texts) -> str:

@@ -105,6 +105,7 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "is_simulated": ("SIMULATED, nothing was run on a GPU ({device})", "模拟运行，未使用 GPU（{device}）"),
     "is_measured": ("MEASURED ({device})", "实测（{device}）"),
     "peak_line": ("Peak: {figures} in {stage}", "峰值：{figures}，位于 {stage}"),
+    "peak_elsewhere": ("(in {stage})", "（位于 {stage}）"),
     "why_libraries": (
         "{activation} of libraries' workspaces, before any weights",
         "{activation} 为库的工作区，尚未加载任何权重",

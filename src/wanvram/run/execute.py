@@ -36,7 +36,7 @@ from wanvram.progress_stream import ProgressStream
 from wanvram.prompt.extension import prompt_extension
 from wanvram.record import ComponentRecord, Failure, Predicted, RunRecord, Times, write_atomically, write_json
 from wanvram.recorder.events import EventLog
-from wanvram.recorder.interrupts import INTERRUPTED, deferred
+from wanvram.recorder.interrupts import INTERRUPTED, deferred, forget
 from wanvram.recorder.recorder import Recorder
 from wanvram.run.attention import attention_of, card_here
 from wanvram.run.beside import Beside, Predict
@@ -163,7 +163,8 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
     if around.progress:
         pipeline.tell = StageProgress(around.progress, simulated=device.kind == "simulated")
     outputs = _outputs(config, device, output)
-    with ExitStack() as held:  # the run directory, until the results are written
+    # The run directory is held until the results are written; a signal that comes before or after the run itself waits for its record.
+    with deferred(), ExitStack() as held:
         directory = held.enter_context(_directory(output)) if output.directory else None
         resumed = keep_in(directory, pipeline, outputs, output.resume) if directory and outputs else None
         if directory and output.resume and not output.is_first:
@@ -188,6 +189,7 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
         record.fits = _fits(record)
         if directory:
             _write_results(directory, record, output, around.timeline)
+            forget()
         del made, pipeline, outputs
         if directory and config.measurement.is_traced:
             failed = failure is not None and failure.kind != "oom"

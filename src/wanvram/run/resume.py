@@ -95,7 +95,7 @@ def _from_folder(config: RunConfig, folder: Path) -> RunConfig:
     place = lambda name: str(folder / name)  # noqa: E731 (an absolute name stays as it is)
     request = config.request
     given = {name: getattr(request, name) for name in MEDIA if getattr(request, name)}
-    found = {name: tuple(map(place, v)) if isinstance(v, tuple) else place(v) for name, v in given.items()}
+    found: dict[str, Any] = {n: tuple(map(place, v)) if isinstance(v, tuple) else place(v) for n, v in given.items()}
     weights = config.weights if config.weights in GENERATED else place(config.weights)
     return replace(config, weights=weights, request=replace(request, **found))
 

@@ -25,47 +25,25 @@ __all__ = ["CATEGORIES", "Clock", "Costs", "Price"]
 
 CATEGORIES = ("attention", "product", "convolution", "elementwise")
 
-RAMP_KEYS = (
-    256  # attention over few keys: filling and draining the pipeline costs a query as much as this many more keys
-)
+# Attention over few keys: filling and draining the pipeline costs a query as much as this many more keys.
+RAMP_KEYS = 256
 NARROW_CHANNELS = 128
 MESSAGE_SECONDS = 20e-6  # of the host, to issue a send and a receive (torch.distributed, 10 us each)
-CHANNEL_TILE = (
-    32  # 3 output channels cost as much as 32: 0.88 ms for 96 -> 3 at 480x832 (benchmarks/*_probe_libraries.json)
-)
+# 3 output channels cost as much as 32: 0.88 ms for 96 -> 3 at 480x832 (benchmarks/*_probe_libraries.json).
+CHANNEL_TILE = 32
 
 _NO_KERNEL = (
-    "aten.empty.",
-    "aten.empty_",
-    "aten.new_empty",
-    "aten._unsafe_view.",
-    "aten._reshape_alias.",
-    "aten.lift_fresh.",
-    "aten.set_.",
-    "aten.resize_",
+    *("aten.empty.", "aten.empty_", "aten.new_empty", "aten.set_.", "aten.resize_"),
+    *("aten._unsafe_view.", "aten._reshape_alias.", "aten.lift_fresh."),
 )
 _WRITES_ONLY = (
-    "aten.fill_.",
-    "aten.zero",
-    "aten.one",
-    "aten.full",
-    "aten.new_zeros",
-    "aten.new_ones",
-    "aten.new_full",
-    "aten.arange",
-    "aten.rand",
-    "aten.normal_",
-    "aten.uniform_",
+    *("aten.fill_.", "aten.zero", "aten.one", "aten.full", "aten.new_zeros", "aten.new_ones", "aten.new_full"),
+    *("aten.arange", "aten.rand", "aten.normal_", "aten.uniform_"),
 )
 _LOOKUPS = ("aten.embedding.", "aten.index.", "aten.index_select", "aten.gather")
-_PRODUCTS = {
-    "wanvram.linear_gelu": 0,
-    "aten.mm": 0,
-    "aten.bmm": 0,
-    "aten.addmm": 1,
-    "aten.addmm_": 1,
-    "aten.baddbmm": 1,
-    "aten._scaled_mm": 0,
+_PRODUCTS = {  # where the first factor is among the arguments
+    **dict.fromkeys(("wanvram.linear_gelu", "aten.mm", "aten.bmm", "aten._scaled_mm"), 0),
+    **dict.fromkeys(("aten.addmm", "aten.addmm_", "aten.baddbmm"), 1),
 }
 
 Arguments = tuple[Any, ...]

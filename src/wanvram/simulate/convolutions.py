@@ -33,9 +33,8 @@ __all__ = [
 ]
 
 UNKNOWN_BYTES = 131  # the commonest workspace
-LAST_CHANGE = (
-    16_384  # rows x columns: for larger inputs no weight was seen to change to a kernel with another workspace
-)
+# Rows x columns: for larger inputs no weight was seen to change to a kernel with another workspace.
+LAST_CHANGE = 16_384
 SAME_BYTES = 512  # the allocator's smallest block: 0 or 131 bytes make no difference that counts
 
 Regimes = list[list[Any]]  # [first area, last area, kernel, other kernels...]

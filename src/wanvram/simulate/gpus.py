@@ -12,16 +12,7 @@ from wanvram.simulate.card import EFFICIENCY, GPU, Efficiency, read_card
 from wanvram.simulate.card_table import CARDS
 from wanvram.units import GIB
 
-__all__ = [
-    "DEFAULT_GPU",
-    "EFFICIENCY",
-    "GPU",
-    "GPUS",
-    "Efficiency",
-    "card_of_run",
-    "cards_with_memory",
-    "find_gpu",
-]
+__all__ = ["DEFAULT_GPU", "EFFICIENCY", "GPU", "GPUS", "Efficiency", "card_of_run", "cards_with_memory", "find_gpu"]
 
 DEFAULT_GPU = "h200"
 GPUS: dict[str, GPU] = {card.key: card for card in CARDS}
@@ -30,16 +21,8 @@ SAME_SIZE = 0.06  # a card sold as 8 GB has 8 GiB, of which drivers offer 7.8; t
 # Drivers say `NVIDIA A100-SXM4-80GB`, `Tesla T4`, `NVIDIA GeForce RTX 4090 Laptop GPU`, `NVIDIA RTX 6000 Ada Generation`,
 # `NVIDIA RTX PRO 6000 Blackwell Workstation Edition`: what distinguishes no card from another is left out.
 _MAKER = {
-    "nvidia",
-    "geforce",
-    "tesla",
-    "gpu",
-    "simulated",
-    "generation",
-    "blackwell",
-    "workstation",
-    "server",
-    "edition",
+    *("nvidia", "geforce", "tesla", "gpu", "simulated"),
+    *("generation", "blackwell", "workstation", "server", "edition"),
 }
 _FORM = {"sxm2", "sxm3", "sxm4", "sxm5", "sxm", "pcie", "hbm2", "hbm2e", "hbm3", "hbm3e"}
 _SIZE = re.compile(r"(\d+)gb?")

@@ -81,7 +81,8 @@ class SimulatedPeers:
     def _split(self, flat: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
         _check(len(counts) == self.count, f"{len(counts)} parts for {self.count} ranks")
         _check(sum(counts) == flat.numel(), f"parts {list(counts)} of {flat.numel()} numbers")
-        return flat.split(list(counts))
+        parts: tuple[Tensor, ...] = flat.split(list(counts))
+        return parts
 
     def _travel(self, out: int, into: int, messages: int) -> None:
         self.clock.wait_for_exchange(self.clock.start_exchange(max(out, into), messages))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wanvram.simulate.allocator import CachingAllocator
     from wanvram.simulate.memory import SimulatedMemory
 
-__all__ = ["Interval", "Places", "Timeline"]
+__all__ = ["Interval", "Places", "Timeline", "function_of"]
 
 MAX_POINTS = 4000
 MAX_GROUPS = 200
@@ -328,7 +328,7 @@ class Places:
             code = frame.f_code
             known = self._codes.get(id(code))
             if known is None:
-                known = self._codes[id(code)] = (code, *_describe(code, frame.f_globals))
+                known = self._codes[id(code)] = (code, *self._describe(code, frame.f_globals))
             _, name, model = known
             if name:
                 if inner is not None:
@@ -338,6 +338,19 @@ class Places:
                     return inner
             frame = frame.f_back
         return inner
+
+    def _describe(self, code: CodeType, names: dict[str, Any]) -> tuple[str, bool]:
+        """(`module.Class.function`, is it a model's) of wanvram's code; no name for code that asks on behalf of others.
+
+        A comprehension or lambda counts as the function around it, as Python 3.12 itself has it.
+        """
+        root, _, module = names.get("__name__", "").partition(".")
+        if root != _ROOT or code.co_name.startswith("<"):
+            return "", False
+        whose = names.get("MEMORY_IS") or vars(sys.modules[names["__package__"]]).get("MEMORY_IS")
+        if whose == "the caller's":
+            return "", False
+        return f"{module.rpartition('.')[2]}.{function_of(code)}", whose == "a model's"
 
     def _line(self, frame: FrameType, name: str) -> str:
         key = id(frame.f_code), frame.f_lasti
@@ -356,19 +369,9 @@ class Places:
         return path
 
 
-def _describe(code: CodeType, names: dict[str, Any]) -> tuple[str, bool]:
-    """(`module.Class.function`, is it a model's) of wanvram's code; no name for code that asks on behalf of others.
-
-    A comprehension or lambda counts as the function around it, as Python 3.12 itself has it.
-    """
-    root, _, module = names.get("__name__", "").partition(".")
-    if root != _ROOT or code.co_name.startswith("<"):
-        return "", False
-    whose = names.get("MEMORY_IS") or vars(sys.modules[names["__package__"]]).get("MEMORY_IS")
-    if whose == "the caller's":
-        return "", False
-    function = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")  # co_qualname: Python 3.11
-    return f"{module.rpartition('.')[2]}.{function}", whose == "a model's"
+def function_of(code: CodeType) -> str:
+    """`Class.function`."""
+    return getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")  # co_qualname: Python 3.11
 
 
 def _moments(
