@@ -165,16 +165,9 @@ def _sections(strategy: dict[str, Any], device: str | None) -> dict[str, dict[st
 
 def _forget_defaults(request: dict[str, Any]) -> None:
     """The file's values that were its task's defaults follow the task and size of the flags."""
-    task = TASKS[request["task"]]
-    defaults = {
-        "frame_num": task.frames,
-        "sample_steps": task.steps,
-        "sample_shift": task.default_shift(request["size"]),
-        "sample_guide_scale": task.guide_scale,
-        "negative_prompt": task.negative_prompt,
-    }
-    for key, value in defaults.items():
-        if request[key] == value:
+    defaults = Request.for_task(request["task"], size=request["size"])
+    for key in ("frame_num", "sample_steps", "sample_shift", "sample_guide_scale", "negative_prompt"):
+        if request[key] == getattr(defaults, key):
             del request[key]
 
 
