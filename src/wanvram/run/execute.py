@@ -22,7 +22,7 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXCHANGE, EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
+from wanvram.knobs import EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
@@ -336,9 +336,6 @@ def make_device(config: RunConfig) -> Device:
         require_package(device.attention)
         return device
     if kind == "cpu":
-        for knob, what in ((ATTENTION, "computes on NVIDIA GPUs"), (EXCHANGE, "is how GPUs exchange")):
-            said = f"{knob.name}: {knob.of(config.strategy)} {what}; with device cpu leave it at {knob.default}"
-            require(not knob.differs(config.strategy), said)
         if config.weights == "random":
             raise InputError(
                 "full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated"
