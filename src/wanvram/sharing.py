@@ -94,14 +94,8 @@ def meetings(place: Place, *, weights: bool) -> dict[tuple[tuple[int, ...], str]
 
     weights: shares of them are gathered, too.
     """
-    axes = [
-        (WORLD, ""),
-        (SEQUENCE, ""),
-        (ULYSSES, ""),
-        (RING, PASSING),
-        (CFG, PASSING),
-        *([(WORLD, WEIGHTS)] if weights else []),
-    ]
+    axes = [(WORLD, ""), (SEQUENCE, ""), (ULYSSES, ""), (RING, PASSING), (CFG, PASSING)]
+    axes += [(WORLD, WEIGHTS)] if weights else []
     found: dict[tuple[tuple[int, ...], str], str] = {}
     for axis, use in axes:
         if place.count(axis) > 1:

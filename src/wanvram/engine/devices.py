@@ -22,7 +22,7 @@ from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.peers import SimulatedPeers
 from wanvram.spans import Copies
 
-__all__ = ["Copying", "CpuDevice", "Device", "Measuring", "Placing", "SimulatedDevice"]
+__all__ = ["CpuDevice", "Device", "SimulatedDevice"]
 
 MEMORY_IS = "the caller's"  # read by simulate.timeline
 

@@ -16,7 +16,7 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 from wanvram.record import AttentionChoice, RunRecord
-from wanvram.report.gpus import GPU_HEADS, gpu_cells
+from wanvram.report.gpus import GPU_HEADS, gpu_cells, sharing_lines
 from wanvram.report.runs import asked
 from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
@@ -53,6 +53,7 @@ def _headline(record: RunRecord, texts: Texts) -> str:
     else:
         lines = [texts("asked_run", name=name, task=task, size=size, frames=frames)]
     lines.append(texts("is_simulated" if record.simulated else "is_measured", device=record.device))
+    lines += sharing_lines(record, texts)
     where = record.peak_span()
     if where is not None:
         figures = texts.listed(list(_peak_figures(record, where, texts)))

@@ -104,6 +104,10 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "asked_run": ("{name}: {task} {size} {frames} frames", "{name}：{task} {size} {frames} 帧"),
     "is_simulated": ("SIMULATED, nothing was run on a GPU ({device})", "模拟运行，未使用 GPU（{device}）"),
     "is_measured": ("MEASURED ({device})", "实测（{device}）"),
+    "shared_by": (
+        "{gpus} GPUs make it together: {sizes}; the peak is the highest of theirs; they pin {pinned} of host RAM",
+        "由 {gpus} 张 GPU 共同生成：{sizes}；峰值取其中最高者；共锁定主机内存 {pinned}",
+    ),
     "peak_line": ("Peak: {figures} in {stage}", "峰值：{figures}，位于 {stage}"),
     "peak_elsewhere": ("(in {stage})", "（位于 {stage}）"),
     "why_libraries": (
