@@ -368,10 +368,8 @@ class Component:
 
     def between_rows(self, chunks: int) -> None:
         """One of so many chunks of the residual stream has been asked for: the next part of the weights may follow it."""
-        if self._paced is not None:
-            self._paced.advance(
-                max(1, chunks - 1)
-            )  # whole before the last chunk, which computes while nothing is awaited
+        if self._paced is not None:  # whole before the last chunk, which computes while nothing is awaited
+            self._paced.advance(max(1, chunks - 1))
 
     # --- visiting ------------------------------------------------------------------------------------------------------------
 
