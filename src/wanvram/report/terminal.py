@@ -69,17 +69,13 @@ def _headline(record: RunRecord, texts: Texts) -> str:
 
 def _peak_figures(record: RunRecord, where: Span, texts: Texts) -> Iterator[str]:
     """The highest of each figure over the whole run, as in its record; one that another stage than `where` reaches says which."""
-    names = {
-        "allocated_bytes": "allocated",
-        **({"reserved_bytes": "reserved"} if record.cached else {}),
-        "device_bytes": "device_line",
-    }
-    for name, key in names.items():
-        highest = max(record.all_stages(), key=lambda span: getattr(span.peak, name) or 0)
-        figure, own = getattr(highest.peak, name), getattr(where.peak, name)
+    for name in ("allocated", *(["reserved"] if record.cached else []), "device"):
+        key = f"{name}_bytes"
+        highest = max(record.all_stages(), key=lambda span: getattr(span.peak, key) or 0)
+        figure, own = getattr(highest.peak, key), getattr(where.peak, key)
         if figure is not None:
             other = "" if figure == own else " " + texts("peak_elsewhere", stage=highest.name)
-            yield f"{texts(key)} {human(figure)}{other}"
+            yield f"{texts(name)} {human(figure)}{other}"
 
 
 def attention_line(attention: AttentionChoice, texts: Texts) -> str:

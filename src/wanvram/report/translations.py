@@ -246,7 +246,6 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "activations": ("activations and other tensors", "激活与其他张量"),
     "allocated": ("allocated", "已分配"),
     "reserved": ("reserved", "已预留"),
-    "device_line": ("device", "设备"),
     "stages_ribbon": ("Stages; choose one to see what was alive at its peak", "阶段；选择一个以查看其峰值时的存活张量"),
     "alive": ("What was alive", "当时存活的张量"),
     "moment": ("moment", "时刻"),
