@@ -153,6 +153,9 @@ class RunConfig:
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
             "precision: fp16 has no fast CPU kernels; use bf16 or fp32 with device cpu",
         )
+        for knob, what in ((knobs.ATTENTION, "computes on NVIDIA GPUs"), (knobs.EXCHANGE, "is how GPUs exchange")):
+            said = f"{knob.name}: {knob.of(self.strategy)} {what}; with device cpu leave it at {knob.default}"
+            require(self.device != "cpu" or not knob.differs(self.strategy), said)
         dit = DIT[self.request.facts.dit]
         heads = (DIT["tiny-" + dit.model_type] if self.weights == "tiny" else dit).num_heads
         sharing = knobs.ULYSSES_SIZE.of(self.strategy)

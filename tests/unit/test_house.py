@@ -33,7 +33,7 @@ BUDGETS = {
     "predict": 1125,
     "prompt": 995,
     "recorder": 1735,
-    "report": 2770,
+    "report": 2790,
     "run": 2135,
     "sampling": 255,
     "simulate": 3020,

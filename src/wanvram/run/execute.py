@@ -22,7 +22,7 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
+from wanvram.knobs import EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
@@ -335,11 +335,6 @@ def make_device(config: RunConfig) -> Device:
         require_package(device.attention)
         return device
     if kind == "cpu":
-        asked = ATTENTION.of(config.strategy)
-        require(
-            asked == ATTENTION.default,
-            f"{ATTENTION.name}: {asked} computes on NVIDIA GPUs; with device cpu leave it at {ATTENTION.default}",
-        )
         if config.weights == "random":
             raise InputError(
                 "full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated"

@@ -83,10 +83,8 @@ class World:
             os.environ.setdefault(name, value)
         asked, cuda = EXCHANGE.of(strategy), isinstance(device, CudaDevice)
         missing = self._missing_for_copies() if cuda and asked != "nccl" else None
-        if asked == "copies" and (missing or not cuda):
-            raise DeviceError(
-                f"{EXCHANGE.asked(asked)}: {missing or 'nothing but GPUs exchange so'}; use {EXCHANGE.asked('auto')}"
-            )
+        if asked == "copies" and missing:
+            raise DeviceError(f"{EXCHANGE.asked(asked)}: {missing}; use {EXCHANGE.asked('auto')}")
         nccl = cuda and (asked == "nccl" or missing is not None)
         before = _outside(device)
         dist.init_process_group(
