@@ -192,10 +192,9 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             forget()
         del made, pipeline, outputs
         if directory and config.measurement.is_traced:
-            failed = failure is not None and failure.kind != "oom"
-            traced = (
-                "no trace was written: the run failed" if failed else _trace(device, config, directory, around, output)
-            )
+            traced = "no trace was written: the run failed"
+            if failure is None or failure.kind == "oom":
+                traced = _trace(device, config, directory, around, output)
             record.notes.append(traced)
             record.write(directory / "record.json")
     return record
