@@ -369,7 +369,7 @@ def test_a_plan_for_two_gpus_says_how_they_share_and_what_joins_them(
     text = capsys.readouterr().out
     assert "predicted for 2 x NVIDIA GeForce RTX 4090, joined by pcie4" in text
     assert "Fits in 12.00 GiB of each" in text
-    assert "ways in which 2 GPUs can share it:" in text
+    assert "ways in which 2 GPUs can share it, by forecasts of the transformer alone:" in text
     assert "--cfg_size 2 --gpus 2" in next(line for line in text.splitlines() if "wanvram generate" in line)
     assert all(config.link == "pcie4" for config in card.configs)
     assert command.main([*asked, "--json"]) == 0

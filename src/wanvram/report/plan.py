@@ -25,7 +25,12 @@ def summarize_plan(plan: Plan, command: str) -> str:
     """Multi-line text; exact for a given plan. command: what runs it."""
     parts = [_headline(plan), "", "run it with:", f"  {command}", "", _stages(plan)]
     if plan.layouts:
-        parts += ["", f"ways in which {plan.budget.gpus} GPUs can share it:", "", _layouts(plan)]
+        parts += [
+            "",
+            f"ways in which {plan.budget.gpus} GPUs can share it, by forecasts of the transformer alone:",
+            "",
+            _layouts(plan),
+        ]
     if plan.rejected:
         parts += ["", "faster, but too large:", *(f"  {_rejected(r)}" for r in plan.rejected)]
     trades = [_trade(t) for t in plan.trades if t.seconds_gained >= LEAST_SECONDS]
@@ -69,7 +74,7 @@ def _cards(budget: Budget) -> str:
 
 def _layouts(plan: Plan) -> str:
     """One line for each, the most promising first."""
-    rows = [[*plan.layouts[0].sizes, "step", "device MiB", "host weights MiB", ""]]
+    rows = [[*plan.layouts[0].sizes, "step", "device MiB", "host weights MiB", "verdict"]]
     for layout in plan.layouts:
         sizes = map(mib_cell, (layout.peak_device_bytes, layout.host_bytes))
         rows.append([*map(str, layout.sizes.values()), seconds_cell(layout.seconds_per_step), *sizes, layout.verdict])
