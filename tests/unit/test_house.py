@@ -28,16 +28,16 @@ BUDGETS = {
     "machine": 1140,
     "matrix": 640,
     "media": 615,
-    "models": 2510,
+    "models": 2505,
     "planner": 1685,
     "predict": 1125,
-    "prompt": 995,
+    "prompt": 990,
     "recorder": 1735,
     "report": 2790,
-    "run": 2135,
+    "run": 2125,
     "sampling": 255,
     "simulate": 3020,
-    "weights": 2270,
+    "weights": 2260,
 }
 WRITTEN = {"timeline.json", "memory_events.json", "design.md"}  # by a run; the founders' page
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
