@@ -97,10 +97,9 @@ class Request:
         sides = _SIDES.fullmatch(self.size) if tiny else None
         token = self.geometry.token_side
         whole = sides is not None and all(n % token == 0 and n <= MAX_TINY_SIDE for n in map(int, sides.groups()))
-        others = f", or, as weights are tiny, multiples of {token} up to {MAX_TINY_SIDE}" if tiny else ""
         require(
             whole or self.size in sizes,
-            f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(sizes)}{others}",
+            f"size: '{self.size}' is not supported by {self.task}; choose {', '.join(sizes)}",
         )
 
     def _check_sampling(self) -> None:

@@ -185,7 +185,7 @@ NUMBERS: list[Case] = [
         (
             "t2v",
             ["--size", size],
-            rf"--size: '{re.escape(size)}' is not supported by t2v-1\.3B; choose 480\*832, 832\*480.*, as weights are tiny, multiples of 16",
+            rf"--size: '{re.escape(size)}' is not supported by t2v-1\.3B; choose 480\*832, 832\*480",
         )
         for size in ("1280x720", "1280*720", "", "96*-64", "cat")
     ),
