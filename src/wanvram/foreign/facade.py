@@ -106,7 +106,7 @@ class Facade(TorchFunctionMode):
 
     def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any], pinned: bool = False) -> Any:
         """Real below LARGE_BYTES, else without bytes."""
-        with self.memory.ignored():
+        with self.memory.putting(META):  # it is asked for its size and stands for nothing
             probe = func(*args, **{k: v for k, v in kwargs.items() if k != "generator"} | {"device": _META})
         if probe.untyped_storage().nbytes() >= LARGE_BYTES:
             with self.memory.putting(CPU, pinned):

@@ -14,7 +14,7 @@ import torch
 
 from wanvram.foreign.fast_paths import FastPaths
 from wanvram.foreign.memory import CUDA, ForeignMemory
-from wanvram.kernels.attention_backends import Backend
+from wanvram.kernels.attention_backends import BACKENDS, Backend
 
 __all__ = ["whole_operations"]
 
@@ -170,32 +170,21 @@ class _Kernels:
         return result
 
     def _backend(self, q: Any, k: Any, v: Any, mask: Any, gqa: bool) -> Backend | None:
-        from wanvram.kernels.attention_backends import BACKENDS
-
         if q.dim() != 4 or any(t.dtype != q.dtype for t in (k, v)) or q.dtype == torch.float64:
             return None
-        enabled = {
-            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
-            "flash": torch.backends.cuda.flash_sdp_enabled(),
-            "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        # A mask that is a transposed table (UMT5's position bias) refuses them all: on an H200 it went the long way.
+        if any(t.stride(-1) != 1 for t in (q, k, v, mask) if t is not None and t.shape[-1] > 1):
+            return None
+        asked, dim = torch.backends.cuda, q.shape[-1]
+        aligned = dim % _ALIGNED == 0
+        allowed = {
+            "cudnn": asked.cudnn_sdp_enabled() and aligned,
+            "flash": asked.flash_sdp_enabled() and mask is None and v.shape[-1] == dim,
+            "efficient": asked.mem_efficient_sdp_enabled() and aligned and not gqa,
         }
-        dim = q.shape[-1]
-        for backend in BACKENDS:
-            if not enabled.get(backend.name, False) or not backend.takes(
-                self.memory.gpu.compute_capability, q.itemsize, dim
-            ):
-                continue
-            if dim % _ALIGNED and backend.name != "flash":
-                continue
-            if backend.name == "flash" and (mask is not None or v.shape[-1] != dim):
-                continue
-            if backend.name == "efficient" and gqa:
-                continue
-            # A mask that is a transposed table (UMT5's position bias) refuses them all: on an H200 it went the long way.
-            if any(t.stride(-1) != 1 for t in (q, k, v, mask) if t is not None and t.shape[-1] > 1):
-                continue
-            return backend
-        return None
+        capability = self.memory.gpu.compute_capability
+        able = (b for b in BACKENDS if allowed.get(b.name) and b.takes(capability, q.itemsize, dim))
+        return next(able, None)
 
     def _math(self, q: Any, k: Any, v: Any, mask: Any, scale: float | None, gqa: bool) -> Any:
         """As attention.cpp: 16-bit inputs in float32, the scale on both factors, the mask added in place."""

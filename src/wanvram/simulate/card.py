@@ -27,44 +27,31 @@ H200_SUSTAINED_MHZ = 1545.0  # 793 TFLOP/s in a product of 8192 x 8192 x 8192 (h
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The share of a card's peak rates that long kernels reach, and what every operation costs besides. See EFFICIENCY."""
+    """The share of a card's peak rates that long kernels reach, and what every operation costs besides.
 
-    product: float  # 16-bit matrix products
-    product_fp8: float  # with a scale per row
-    product_fp32: float
-    attention: float  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
-    attention_fp32: float
-    conv_tf32: float
-    conv_tf32_narrow: float  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
-    conv_half: float
-    conv_half_narrow: float
-    memory: float  # of the bandwidth, in elementwise kernels and copies within the device
-    launch_seconds: float  # from one kernel's end to the next one's start
-    view_seconds: float  # host time of a view or an allocation; the device does nothing
-    dispatch_seconds: float  # host time of one operation with its share of Python
-    own_seconds: float  # the same for the operations `wanvram::*`: Triton's launcher, attention, convolutions
+    Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
+    attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
+    single kernels (h200.md, *_probe_libraries.json). 8-bit products alone reached 0.63 and 0.65 (h200.md); what they reach in a step
+    is an assumption. The host's times per operation are estimates.
+    """
+
+    product: float = 0.715  # 16-bit matrix products
+    product_fp8: float = 0.62  # with a scale per row
+    product_fp32: float = 0.71
+    attention: float = 0.58  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
+    attention_fp32: float = 0.62
+    conv_tf32: float = 0.41
+    conv_tf32_narrow: float = 0.275  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
+    conv_half: float = 0.63
+    conv_half_narrow: float = 0.30
+    memory: float = 0.77  # of the bandwidth, in elementwise kernels and copies within the device
+    launch_seconds: float = 3e-6  # from one kernel's end to the next one's start
+    view_seconds: float = 5e-6  # host time of a view or an allocation; the device does nothing
+    dispatch_seconds: float = 18e-6  # host time of one operation with its share of Python
+    own_seconds: float = 50e-6  # the same for the operations `wanvram::*`: Triton's launcher, attention, convolutions
 
 
-# Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
-# attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
-# single kernels (h200.md, *_probe_libraries.json). 8-bit products alone
-# reached 0.63 and 0.65 (h200.md); what they reach in a step is an assumption. The host's times per operation are estimates.
-EFFICIENCY = Efficiency(
-    product=0.715,
-    product_fp8=0.62,
-    product_fp32=0.71,
-    attention=0.58,
-    attention_fp32=0.62,
-    conv_tf32=0.41,
-    conv_tf32_narrow=0.275,
-    conv_half=0.63,
-    conv_half_narrow=0.30,
-    memory=0.77,
-    launch_seconds=3e-6,
-    view_seconds=5e-6,
-    dispatch_seconds=18e-6,
-    own_seconds=50e-6,
-)
+EFFICIENCY = Efficiency()
 
 # Device memory taken at a library's first use, and by the CUDA context: measured on the H200, taken for every card.
 MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 2 * MIB}
