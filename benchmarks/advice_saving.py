@@ -1,7 +1,7 @@
 """Is what advice promises true? The predicted saving of every change it names against the saving measured on a GPU.
 
-    python benchmarks/advice_saving.py plan advice_cases.json                  anywhere: asks for advice, 5 minutes of CPU
-    python benchmarks/advice_saving.py run advice_cases.json --out benchmarks  on the GPU
+    python benchmarks/advice_saving.py plan advice_cases.json                   anywhere: asks for advice, 5 minutes of CPU
+    python benchmarks/advice_saving.py run advice_cases.json --out benchmarks   on the GPU
 
 Five configurations with random full-size weights and 2 steps. Each runs as it is and with each of the up to three changes, every run in
 a fresh process (`wanvram profile --device cuda`), so that none sees another's allocator. Savings are of the run's peaks; device

@@ -1,6 +1,6 @@
 """Reads a 2 GiB profiler trace and a 1 GiB allocator snapshot, each in a fresh process: seconds and peak resident memory.
 
-    python benchmarks/big_files.py [--trace-gib 2] [--snapshot-gib 1] [--out benchmarks/big-files-DATE.json]
+    python benchmarks/big_files.py --trace-gib 2 --snapshot-gib 1 --out benchmarks/big-files-DATE.json
 
 The files repeat the events of one denoising step as torch 2.11 writes them; they are made in a temporary folder and deleted.
 """

@@ -38,7 +38,7 @@ from PIL import Image
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
 from wanvram.config import RunConfig
-from wanvram.predict.simulate import simulate
+from wanvram.predict.simulate import simulate, simulate_rank
 from wanvram.record import RunRecord
 
 HERE = Path(__file__).parent
@@ -250,6 +250,25 @@ def of_run(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
     yield Case(file, document["config"]["name"], measured, partial(of_config, document["config"], card, video=True))
 
 
+def of_whole_run(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
+    """A run from a checkpoint, with the prediction that the command had made itself: planning and reading are that machine's."""
+    yield from of_run(file, document["record"], card)
+
+
+def of_ranks(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
+    """Each process of runs on several GPUs, and of one on one."""
+    for row in document["rows"]:
+        sizes = row["sizes"]
+        name = f"{' '.join(f'{key}={n}' for key, n in sizes.items()) or 'alone'} rank {row['rank']}"
+        config = document["config"] | {"optimization": document["config"]["optimization"] | sizes}
+        yield Case(file, name, stages_of(row["stages"]), partial(of_rank, config, card, row["rank"]))
+
+
+def of_rank(config: dict[str, Any], card: str, rank: int) -> Figures:
+    run = replace(RunConfig.from_dict(config), device="simulated", gpu=card)
+    return figures(simulate_rank(run, rank, video=True)[0])
+
+
 def of_advice(file: str, document: Any, card: str) -> Iterator[Case]:
     for row in document if isinstance(document, list) else document["rows"]:
         if "error" in row:
@@ -291,8 +310,10 @@ KINDS: dict[str, Callable[[str, Any, str], Iterator[Case]]] = {
     "*_attention_backends.json": of_attention,
     "*_attention_pairs*.json": of_attention,
     "*_generate_720P_fa4.json": of_run,
+    "*_whole_run_*.json": of_whole_run,
+    "*_two_ranks_one_gpu.json": of_ranks,
     "*_advice_saving.json": of_advice,
-    "*_foreign_measured.json": of_foreign,
+    "*_foreign_measured*.json": of_foreign,
 }
 
 

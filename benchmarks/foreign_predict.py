@@ -3,7 +3,7 @@
     python benchmarks/foreign_predict.py predict                 no GPU: writes <out>/<date>_h200_foreign_predicted.json
     python benchmarks/foreign_predict.py measure                 on the GPU: writes <out>/<date>_<gpu>_foreign_measured.json
     python benchmarks/foreign_predict.py judge PREDICTED MEASURED
-    python benchmarks/foreign_predict.py predict --only flux,vae some cases
+    python benchmarks/foreign_predict.py predict --only flux,vae      some cases
     python benchmarks/foreign_predict.py measure --only dit/ltx,dit/sd3,dit/flux,dit/wan-1.3b      device memory of transformers
 
 Needs diffusers, accelerate, transformers and torchvision. Models are built from their configurations with random weights, nothing

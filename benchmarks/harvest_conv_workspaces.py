@@ -1,6 +1,6 @@
 """cuDNN's workspace for the convolutions of the VAE at every size it meets, on the GPU at hand.
 
-    python benchmarks/harvest_conv_workspaces.py collect shapes.json.gz [--known measured.json.gz]    on any machine, minutes
+    python benchmarks/harvest_conv_workspaces.py collect shapes.json.gz --known measured.json.gz      on any machine, minutes
     python benchmarks/harvest_conv_workspaces.py run shapes.json.gz measured.json.gz --seconds 70     on the GPU
 
 The list of convolutions comes from runs of the VAE on meta tensors, whole and in the planner's tiles, for the official sizes and

@@ -1,8 +1,8 @@
 """What happens to a run when another process takes the GPU's memory in the middle of it?
 
-    python benchmarks/other_process.py                                 on the GPU, about a minute
-    python benchmarks/other_process.py --once                          what is free is taken once, not again and again
-    python benchmarks/other_process.py --device cpu --tiny --out /tmp  anywhere: tries this script, nothing is taken
+    python benchmarks/other_process.py                                  on the GPU, about a minute
+    python benchmarks/other_process.py --once                           what is free is taken once, not again and again
+    python benchmarks/other_process.py --device cpu --tiny --out /tmp   anywhere: tries this script, nothing is taken
 
 `wanvram profile --json` runs t2v-1.3B, 832*480, 33 frames, 8 steps with random weights, the VAE on whole frames and no memory limit.
 The end of its first denoising step is seen in the run directory's memory_events.json, which is read every 20 ms (with --json and no
@@ -68,8 +68,8 @@ class Ended:
 
 
 def configuration(tiny: bool) -> dict[str, Any]:
-    frames = 5 if tiny else 33  # the CPU would take minutes for 33
-    request = {"task": "t2v-1.3B", "size": "832*480", "frame_num": frames, "sample_steps": 8, "base_seed": 1}
+    size, frames = ("192*96", 5) if tiny else ("832*480", 33)  # the CPU would take minutes
+    request = {"task": "t2v-1.3B", "size": size, "frame_num": frames, "sample_steps": 8, "base_seed": 1}
     return {
         "name": "other_process",
         "description": "the whole decode needs more than another process leaves",

@@ -1,7 +1,7 @@
 """Does recording change what it measures? Step time and peak memory with and without it, in pairs in one process.
 
     python benchmarks/overhead.py                         on the GPU: t2v-1.3B 832x480, 81 frames, 6 steps; 2 minutes
-    python benchmarks/overhead.py --tiny --device cpu     tries the script anywhere; a minute
+    python benchmarks/overhead.py --tiny --device cpu     tries the script anywhere; seconds
 
 Each run loads the transformer with random weights, prepares and denoises, resident in bf16, in one of three ways:
 `on` is profile_memory with log_interval 1 (every block of every step) and an event log in a run directory; `off` is
@@ -73,8 +73,8 @@ class StepClock:
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
-    frames = 5 if args.tiny else 81
-    request = Request.for_task("t2v-1.3B", size="832*480", frame_num=frames, sample_steps=args.steps, base_seed=1)
+    size, frames = ("192*96", 5) if args.tiny else ("832*480", 81)
+    request = Request.for_task("t2v-1.3B", size=size, frame_num=frames, sample_steps=args.steps, base_seed=1)
     weights = "tiny" if args.tiny else "random"
     return RunConfig("overhead", "overhead", args.device, request, Strategy(offload=True), weights=weights)
 
@@ -175,7 +175,7 @@ def breaches_of(result: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="tiny weights and 5 frames: tries the script")
+    parser.add_argument("--tiny", action="store_true", help="tiny weights and 5 small frames: tries the script")
     parser.add_argument("--rounds", type=int, default=5, help="with the one that warms up; at least 4")
     parser.add_argument("--steps", type=int, default=6, help="of a run; at least 3")
     parser.add_argument("--gpu", help="names the file (default: cpu, or h200 and the like from the device's name)")

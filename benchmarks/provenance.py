@@ -55,7 +55,7 @@ def header(*scripts: str) -> dict[str, Any]:
     try:
         pynvml.nvmlInit()
         gpu = gpu_facts(pynvml, gpu_of(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES")))
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError, ValueError):  # none here, or none that this process may see
         gpu = None
     return {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(), "gpu": gpu, **circumstances(*scripts)}
 

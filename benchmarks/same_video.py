@@ -1,9 +1,9 @@
 """Does every way to hold the weights give the same video at full size? Latents and frames against the resident run's, bit for bit.
 
-    python benchmarks/same_video.py /tmp/wan-1.3B --task t2v-1.3B         a checkpoint (benchmarks/random_checkpoint.py)
+    python benchmarks/same_video.py /tmp/wan-1.3B --task t2v-1.3B          a checkpoint (benchmarks/random_checkpoint.py)
     python benchmarks/same_video.py /tmp/wan-14B --task t2v-14B --without_text
-    python benchmarks/same_video.py random --task t2v-14B --without_text  without a checkpoint: weights made on the host
-    python benchmarks/same_video.py tiny --device cpu                     tries the script anywhere
+    python benchmarks/same_video.py random --task t2v-14B --without_text   without a checkpoint: weights made on the host
+    python benchmarks/same_video.py tiny --device cpu                      tries the script anywhere: 5 frames, 832*64
 
 One process; T5, --steps steps and the VAE at 832*480. --without_text gives random contexts instead of T5's, which saves loading it five
 times; --without_text still denoises and decodes. The values compared are the latents (float32) and the frames (of 255); the whole VAE
@@ -100,7 +100,8 @@ class Kept(Pipeline):
 
 def run(strategy: Strategy, args: argparse.Namespace) -> dict[str, Any]:
     strategy = replace(strategy, precision=args.precision)
-    request = Request.for_task(args.task, size="832*480", frame_num=args.frames, sample_steps=args.steps, base_seed=1)
+    size = "832*64" if args.weights == "tiny" else "832*480"
+    request = Request.for_task(args.task, size=size, frame_num=args.frames, sample_steps=args.steps, base_seed=1)
     weights = str(args.weights)
     config = RunConfig("same_video", "", args.device, replace(request, prompt="a prompt"), strategy, weights=weights)
     gc.collect()
@@ -154,13 +155,14 @@ def main() -> int:
     parser.add_argument("weights", help="checkpoint directory, or tiny")
     parser.add_argument("--task", default="t2v-1.3B")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--frames", type=int, help="default: 17; tiny: 5")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--precision", default="bf16", choices=("fp16", "bf16", "fp32"))
     parser.add_argument("--without_text", action="store_true")
     parser.add_argument("--only", default="", help="ways whose name contains one of these, comma separated")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
+    args.frames = args.frames or (5 if args.weights == "tiny" else 17)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     name = f"{datetime.date.today()}_{device.split()[-1].lower()}_same_video_{args.task}_{args.precision}.json"
     target, breaches = unused(args.out / name), []

@@ -21,7 +21,6 @@ from wanvram.request import Request, Video, is_unicode
 from wanvram.sharing import LINKS, Place
 from wanvram.specs import DIT
 from wanvram.strict_yaml import MAX_BYTES, read_strict_yaml
-from wanvram.tasks import TASKS
 from wanvram.units import MIB
 
 __all__ = ["MAX_NAME_BYTES", "Measurement", "Request", "RunConfig", "Strategy", "load_config"]
@@ -92,10 +91,8 @@ class Measurement:
     def __post_init__(self) -> None:
         require(self.log_interval >= 1, f"log_interval: {self.log_interval} must be at least 1")
         every = self.keep_every
-        require(
-            every is None or every >= 0,
-            f"keep_every: {every} must be at least 0 (never), or absent: about every two minutes",
-        )
+        said = "must be at least 0 (never), or absent: about every two minutes"
+        require(every is None or every >= 0, f"keep_every: {every} {said}")
         if self.trace_path is None:
             return
         path = PurePosixPath(self.trace_path)
@@ -156,19 +153,21 @@ class RunConfig:
             not (self.device == "cpu" and self.strategy.precision == "fp16"),
             "precision: fp16 has no fast CPU kernels; use bf16 or fp32 with device cpu",
         )
-        dit = DIT[TASKS[self.request.task].dit]
+        for knob, what in ((knobs.ATTENTION, "computes on NVIDIA GPUs"), (knobs.EXCHANGE, "is how GPUs exchange")):
+            said = f"{knob.name}: {knob.of(self.strategy)} {what}; with device cpu leave it at {knob.default}"
+            require(self.device != "cpu" or not knob.differs(self.strategy), said)
+        dit = DIT[self.request.facts.dit]
         heads = (DIT["tiny-" + dit.model_type] if self.weights == "tiny" else dit).num_heads
         sharing = knobs.ULYSSES_SIZE.of(self.strategy)
         require(
             sharing <= heads,
             f"{knobs.ULYSSES_SIZE.name}: {sharing} GPUs cannot share {heads} heads; give at most {heads}",
         )
-        blocks, resident = DIT[TASKS[self.request.task].dit].block_count, self.strategy.resident_blocks
+        blocks, resident = dit.block_count, self.strategy.resident_blocks
         require(
             self.weights == "tiny" or resident <= blocks,  # tiny transformers have few blocks: there it means all
             f"resident_blocks: {resident}, but the transformer of {self.request.task} has {blocks} blocks; give at most that many",
         )
-
         require(
             self.strategy.cfg_size == 1 or self.request.guided,
             "cfg_size: 2 GPUs share two guidance passes, and sample_guide_scale 1 takes one; leave it at 1",

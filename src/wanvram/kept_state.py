@@ -10,7 +10,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,27 +100,27 @@ def write_kept(path: Path, run: KeptRun, videos: Sequence[KeptVideo]) -> None:
 
 def read_kept_run(path: Path) -> KeptRun:
     """Raises InputError naming the path."""
-    try:
+    with _usable(path):
         return _parsed(path)[0]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise _unusable(path, error) from error
 
 
 def read_kept_videos(path: Path, shape: tuple[int, ...]) -> list[KeptVideo]:
     """Every video that is begun, whose latents must have that shape. Raises InputError naming the path."""
-    try:
+    with _usable(path):
         run, places, start = _parsed(path)
         with open_regular(path) as file:
             file.seek(start)
             return [_video(file.read, entry, places, shape) for entry in run.videos]
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """What is wrong inside is an InputError naming the path."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise _unusable(path, error) from error
-
-
-def _unusable(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{shown(path)} is damaged or not of this program: {why(error)}. Without that file the run begins again: remove it"
-    )
+        said = f"{why(error)}. Without that file the run begins again: remove it"
+        raise InputError(f"{shown(path)} is damaged or not of this program: {said}") from error
 
 
 def _parsed(path: Path) -> tuple[KeptRun, dict[str, tuple[int, ...]], int]:

@@ -133,11 +133,6 @@ def _at_least(least: int, absent: str = "") -> Rule:
     return Rule(lambda value, _: value is None or value >= least, f"{{value}} must be at least {least}{absent}")
 
 
-def _nothing_but(only: object, why: str) -> Rule:
-    said = str(only).lower()
-    return Rule(lambda value, _: value == only, f"{{value}}; {why}; it must be {said}")
-
-
 def _at_most(most: int) -> Rule:
     return Rule(lambda value, _: value <= most, f"{{value}}; at most {most} videos in one run")
 
@@ -331,24 +326,14 @@ T5_FSDP = Knob(
 DIT_FSDP = Knob(
     "dit_fsdp", False, "each GPU keeps a share of the transformer (default: False)",
     touches=("dit",), smaller=_only(True), rules=(_AMONG_SEVERAL,), kept=True)
-# fmt: on
 
 # In the order of Strategy's fields, which is that of flags, keys and commands.
 TABLE: tuple[Knob[Any], ...] = (
-    *(PRECISION, LOAD_STRATEGY, OFFLOAD, T5_CPU, ATTENTION_SLICING, ATTENTION, ROWS_PER_CHUNK, CFG, WEIGHTS_IN),
-    *(
-        RESIDENT_BLOCKS,
-        RESIDUAL_IN,
-        WEIGHT_STORAGE,
-        PRODUCT_PRECISION,
-        VAE_TILE,
-        VAE_PRECISION,
-        EXPANDABLE_SEGMENTS,
-        GRADIENT_CHECKPOINTING,
-        BATCH_SIZE,
-    ),
-    *(MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, EXCHANGE, T5_FSDP, DIT_FSDP),
-)
+    PRECISION, LOAD_STRATEGY, OFFLOAD, T5_CPU, ATTENTION_SLICING, ATTENTION, ROWS_PER_CHUNK, CFG, WEIGHTS_IN,
+    RESIDENT_BLOCKS, RESIDUAL_IN, WEIGHT_STORAGE, PRODUCT_PRECISION, VAE_TILE, VAE_PRECISION, EXPANDABLE_SEGMENTS,
+    GRADIENT_CHECKPOINTING, BATCH_SIZE, MICRO_BATCH_SIZE, CFG_SIZE, PARALLEL_DEGREE, ULYSSES_SIZE, RING_SIZE, EXCHANGE,
+    T5_FSDP, DIT_FSDP)
+# fmt: on
 
 SIZES = (ULYSSES_SIZE, RING_SIZE, CFG_SIZE)  # whose product is the number of GPUs
 

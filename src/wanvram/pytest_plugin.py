@@ -49,8 +49,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     try:
         result = yield
     except BaseException as error:
+        import torch
+
         peak = _finish_after_error(measured)
-        if limit.device == "cpu" or not _is_out_of_memory(error):
+        # PyTorch's own, and no exception of the tested program with the same name.
+        if limit.device == "cpu" or not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         pytest.fail(f"{_said(limit, peak)}: {'. '.join(str(error).split('. ')[:2])}")
     peak = _finish(measured)
@@ -58,13 +61,6 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if peak > limit.nbytes:
         pytest.fail(_said(limit, peak), pytrace=False)
     return result
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch's own, and no exception of the tested program with the same name."""
-    import torch
-
-    return isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _limit(marker: pytest.Mark) -> _Limit:

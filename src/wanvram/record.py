@@ -43,6 +43,7 @@ WHOLE_RUN = "run"  # the stage that stands for everything, where a program's own
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # one of 50 fully recorded 14B steps has 2 MB
 BASES = ("asked", "table", "check")  # of what attends
 FAILURES = ("oom", "error", "interrupted")
+_ALWAYS = ("fits", "budget_bytes", "components", "environment", "host", "failure", "notes")  # others came later
 _SECTIONS = ("model_config", "optimization", "logging", "request")
 
 
@@ -325,7 +326,7 @@ class RunRecord:
             raise InputError(f"this is no wanvram record of schema {SCHEMA}")
         try:
             ranks = [_with_moments(rank) for rank in data.get("ranks", [])]
-            record = built(cls, _with_moments(data) | {"ranks": ranks})
+            record = built(cls, _with_moments(data) | {"ranks": ranks} | {name: data[name] for name in _ALWAYS})
             record._check()
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the record is damaged: {why(error)}") from error

@@ -16,6 +16,7 @@ from wanvram.knobs import FEW_ROWS
 __all__ = [
     *(
         "ALONE",
+        "ADDRESS_BYTES",
         "BUFFER_BYTES",
         "CFG",
         "HELD_BYTES",
@@ -35,6 +36,7 @@ SEQUENCE = "sequence"  # ulysses and ring together: those that share one sequenc
 WORLD = "world"
 # Of each rank and each set of ranks that exchange by copies; the last 64 KiB of its 64 MiB are PyTorch's own.
 BUFFER_BYTES, HELD_BYTES = 2**26 - 2**16, 2**26
+ADDRESS_BYTES = 8  # of each member's buffer and of its signals, in two arrays that PyTorch's allocator holds
 LINKS = ("nvlink", "pcie3", "pcie4", "pcie5", "host")  # what joins the GPUs; host: the RAM, without peer access
 
 
@@ -92,14 +94,8 @@ def meetings(place: Place, *, weights: bool) -> dict[tuple[tuple[int, ...], str]
 
     weights: shares of them are gathered, too.
     """
-    axes = [
-        (WORLD, ""),
-        (SEQUENCE, ""),
-        (ULYSSES, ""),
-        (RING, PASSING),
-        (CFG, PASSING),
-        *([(WORLD, WEIGHTS)] if weights else []),
-    ]
+    axes = [(WORLD, ""), (SEQUENCE, ""), (ULYSSES, ""), (RING, PASSING), (CFG, PASSING)]
+    axes += [(WORLD, WEIGHTS)] if weights else []
     found: dict[tuple[tuple[int, ...], str], str] = {}
     for axis, use in axes:
         if place.count(axis) > 1:

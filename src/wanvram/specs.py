@@ -258,10 +258,7 @@ _WAN21_VAE = VAESpec(
     num_res_blocks=2,
     temporal_downsample=(False, True, True),
 )
-VAE: dict[str, VAESpec] = {
-    "wan2.1": _WAN21_VAE,
-    "tiny": replace(_WAN21_VAE, dim=8),
-}
+VAE: dict[str, VAESpec] = {"wan2.1": _WAN21_VAE, "tiny": replace(_WAN21_VAE, dim=8)}
 
 CLIP: dict[str, CLIPSpec] = {
     "vit-h-14": CLIPSpec(image_size=224, patch_size=14, dim=1280, mlp_ratio=4, num_heads=16, num_layers=32),

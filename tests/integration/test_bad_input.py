@@ -270,6 +270,10 @@ HOW: list[Case] = [
     ("t2v", ["--vae_tile", "4"], "--vae_tile: 4 must be at least 8"),
     ("t2v", ["--vae_precision", "fp8"], "--vae_precision: invalid choice"),
     ("t2v", ["--exchange_by", "copies"], "--exchange_by: copies is how several GPUs exchange"),
+    *(
+        ("t2v", ["--exchange_by", way, "--gpus", "2"], f"{way} is how GPUs exchange; with device cpu leave it at auto")
+        for way in ("copies", "nccl")
+    ),
     ("t2v", ["--exchange_by", "mpi", "--gpus", "2"], "--exchange_by: invalid choice"),
     ("t2v", ["--gpus", "0"], "--gpus: 0 must be at least 1"),
     ("t2v", ["--gpus", "4", "--ulysses_size", "2"], "--gpus: 4, but cfg_size, ring_size and ulysses_size"),

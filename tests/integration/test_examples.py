@@ -1,4 +1,4 @@
-"""Every example that a verb prints and every command of the documentation is run as a user would, on small models.
+"""Every example that a verb or a benchmark prints and every command of the documentation is run as a user would, on small models.
 
 Collected from the pages, made small by the table SMALLER, run in a folder that has what the command names. A command that
 cannot be run here fails; only those for a GPU (benchmarks) are checked to be understood instead.
@@ -7,6 +7,7 @@ cannot be run here fails; only those for a GPU (benchmarks) are checked to be un
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -110,6 +111,9 @@ def _commands() -> list[str]:
     for pattern in PAGES:
         for page in sorted(ROOT.glob(pattern)):
             found += _of_page(page.read_text(encoding="utf-8"))
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        told = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+        found += [command for command in _of_page(told) if command.startswith("python benchmarks/")]
     return list(dict.fromkeys(command.removeprefix(".venv/bin/").replace("……", "...") for command in found))
 
 

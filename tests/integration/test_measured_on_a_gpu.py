@@ -10,9 +10,9 @@ from typing import Any
 import predict_promise_again
 import pytest
 
-from wanvram.config import load_config
+from wanvram.config import RunConfig, load_config
 from wanvram.machine.driver import DRIVER_BYTES, PageTables
-from wanvram.predict.simulate import simulate
+from wanvram.predict.simulate import simulate, simulate_rank
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CASES = (
@@ -46,6 +46,16 @@ def test_every_stage_peak_is_predicted_to_the_byte(gpu: str, kind: str, name: st
         # What was measured then is what the driver charged to the process; the card lost this besides.
         besides = DRIVER_BYTES + tables.held_bytes
         assert peak.device_bytes == pytest.approx(row["device"]["measured"] + besides, rel=0.005)
+
+
+def test_a_rank_that_exchanges_by_copies_takes_what_it_took_on_a_gpu() -> None:
+    """The second of two with Ulysses; the two arrays of addresses of its buffer are in every figure."""
+    document = json.loads(max(BENCHMARKS.glob("*_h200_two_ranks_one_gpu.json")).read_text())
+    row = next(row for row in document["rows"] if (row["sizes"], row["rank"]) == ({"ulysses_size": 2}, 1))
+    config = document["config"] | {"optimization": document["config"]["optimization"] | row["sizes"]}
+    record, _ = simulate_rank(replace(RunConfig.from_dict(config), gpu="h200"), 1)
+    found = [(stage.name, stage.peak.allocated_bytes, stage.peak.reserved_bytes) for stage in record.stages]
+    assert found == [(s["stage"], s["allocated"]["measured"], s["reserved"]["measured"]) for s in row["stages"]]
 
 
 def promised() -> dict[str, Any]:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from wanvram.foreign.script import run_script
+from wanvram.record import RunRecord
+from wanvram.report.terminal import summarize
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import subprocess, sys
@@ -81,7 +85,26 @@ def test_a_script_that_fails_by_itself_exits_with_1_and_shows_its_own_traceback(
     assert done.returncode == 1
     assert "ValueError: a defect of its own" in done.stderr
     assert "runpy" not in done.stderr
+    assert "failed before it was known whether it fits" in done.stderr
     assert simulate(tmp_path, "status").returncode == 1
+
+
+def test_of_a_script_that_fails_by_itself_nothing_says_that_it_fits(tmp_path: Path) -> None:
+    done = simulate(tmp_path, "broken", flags=("--json", "-o", str(tmp_path / "run")))
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["fits"] is None
+    record = RunRecord.read(tmp_path / "run" / "record.json")
+    assert record.fits is None
+    assert "FAILED (error): ValueError: a defect of its own" in summarize(record)
+
+
+def test_a_script_that_is_no_python_is_shown_as_python_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("def f(:\n", encoding="utf-8")
+    assert run_script(script, []) == 1
+    assert capsys.readouterr().err.startswith(f'  File "{script}", line 1\n')
 
 
 def test_a_child_process_is_refused_by_name(tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def made(command: list[str], directory: Path) -> dict[str, Any]:
     return record
 
 
+def peaks(process: dict[str, Any], stage: str) -> tuple[int, int]:
+    """Allocated and reserved; nothing where the process has no part in the stage."""
+    found = [s for s in process["stages"] if s["name"] == stage]
+    return (found[0]["peak_allocated_bytes"], found[0]["peak_reserved_bytes"]) if found else (0, 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", SHARES)
 def test_two_processes_on_one_gpu_take_what_is_predicted_of_each(sizes: list[str], tmp_path: Path) -> None:
@@ -56,11 +62,10 @@ def test_two_processes_on_one_gpu_take_what_is_predicted_of_each(sizes: list[str
     for each in together["ranks"]:
         (rank,) = each["ranks"]
         for stage in ("denoise", "decode"):
-            here, there = (
-                [s["peak_allocated_bytes"] for s in one["stages"] if s["name"] == stage]
-                for one in (each, expected[rank])
-            )
-            assert here == there, (rank, stage)
+            (here, there) = (peaks(one, stage) for one in (each, expected[rank]))
+            assert here[1] == there[1], (rank, stage)
+            # Which of two free blocks of one size is taken depends on their addresses, which the driver chooses.
+            assert here[0] == pytest.approx(there[0], rel=0.002), (rank, stage)
     if sizes[0] == "--cfg_size":
         made([sys.executable, "-m", "wanvram", "generate"], tmp_path / "alone")
         frames = [(tmp_path / name / "video.mp4").read_bytes() for name in ("together", "alone")]

@@ -17,7 +17,7 @@ import keep_promise
 import nvml_watch
 import promise_requests
 import pytest
-from provenance import environment_of_a_person, prediction_of
+from provenance import environment_of_a_person, header, prediction_of
 
 from wanvram.tasks import TASKS
 from wanvram.units import parse_memory
@@ -400,6 +400,14 @@ def test_the_gpu_watched_is_the_first_that_the_command_sees() -> None:
     for visible in ("", "-1", "3", "GPU-9", "MIG-1"):
         with pytest.raises(ValueError, match="names none of the 3 GPUs"):
             nvml_watch.gpu_of(nvml, visible)
+
+
+@pytest.mark.parametrize(("visible", "name"), [("0", "card 0"), ("2,1", "card 2"), ("", None), ("MIG-1", None)])
+def test_a_result_names_the_card_that_it_is_of(visible: str, name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", CountedNvml(lambda count: 0))  # type: ignore[arg-type]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu = header("fit_card.py")["gpu"]
+    assert (gpu and (gpu["name"], gpu["driver"], gpu["power_watt"])) == (name and (name, "580", 350.0))
 
 
 @pytest.mark.usefixtures("fake_nvml")

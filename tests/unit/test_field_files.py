@@ -106,7 +106,7 @@ def test_a_place_of_allocation_is_one_row_whatever_the_sizes_of_its_blocks(capsy
 
 def test_a_stack_of_the_autograd_thread_is_named_by_its_step() -> None:
     peak = read_snapshot(FIELD / "snap_autograd_thread_cpp_stack.pickle").main.peak
-    assert [(g.where, g.bytes) for g in peak.alive] == [("AddmmBackward0", 12 * MIB), ("MulBackward0", 8 * MIB)]
+    assert [(g.operation, g.bytes) for g in peak.alive] == [("AddmmBackward0", 12 * MIB), ("MulBackward0", 8 * MIB)]
 
 
 def test_a_snapshot_without_history_is_said_to_be_a_state_and_no_peak(capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,7 +377,7 @@ def test_a_stack_without_own_frames_is_named_by_what_it_does(
 ) -> None:
     events = [entry("segment_alloc", 0, 20 * MIB), entry("alloc", 0, 2 * MIB, 0, *UNWIND, *MALLOC, *frames)]
     (group,) = read_snapshot(saved_snapshot(tmp_path / "s.pickle", events, [])).main.peak.alive
-    assert group.where == where
+    assert group.operation == where
 
 
 # --- snapshots with strange values -----------------------------------------------------------------------------------------

@@ -57,6 +57,14 @@ def test_the_terminal_has_a_line_for_every_kind_of_gpu_and_the_largest_peak_abov
     assert "通信 MiB" in summarize(PREDICTED, Texts("zh"))
 
 
+def test_the_terminal_says_how_many_gpus_share_the_video_along_which_axes_and_what_they_pin_together() -> None:
+    config = PREDICTED.config | {"optimization": {"cfg_size": 2, "ulysses_size": 2, "ring_size": 1}}
+    line = "4 GPUs make it together: ulysses_size 2 x cfg_size 2; the peak is the highest of theirs; they pin 1,200.0 MiB of host RAM"
+    assert line in summarize(replace(PREDICTED, config=config)).splitlines()
+    assert "4 张 GPU" in summarize(PREDICTED, Texts("zh"))
+    assert "make it together" not in summarize(replace(PREDICTED, ranks=[]))
+
+
 def test_markdown_and_html_have_the_gpus_too() -> None:
     run = Run("predicted", PREDICTED, coarse_timeline(PREDICTED), False)
     assert "### GPUs" in markdown_report([run])

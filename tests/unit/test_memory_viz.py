@@ -84,7 +84,7 @@ def test_a_simulated_run_read_back_has_the_same_totals(settings: AllocatorSettin
     assert (found.allocated_bytes, found.reserved_bytes) == (model.allocated_bytes, model.reserved_bytes)
     assert (found.complete, found.events) == (True, len(run.entries))
     assert sum(group.bytes for group in found.peak.alive) == model.peak_allocated_bytes
-    assert {group.where for group in found.peak.alive} <= {frames[0].where for frames in LAYERS}
+    assert {group.operation for group in found.peak.alive} <= {frames[0].where for frames in LAYERS}
 
 
 def test_the_map_at_a_peak_that_is_the_end_is_the_allocators_own(tmp_path: Path) -> None:
@@ -189,5 +189,5 @@ def test_a_predicted_run_exports_what_its_record_says(tmp_path: Path) -> None:
     assert peak is not None
     assert (history.peak_allocated_bytes, history.peak_reserved_bytes) == (peak.allocated_bytes, peak.reserved_bytes)
     assert sum(group.bytes for group in history.peak.alive) == peak.allocated_bytes
-    named = [group for group in history.peak.alive if group.where.startswith(("vae", "residency", "dit"))]
+    named = [group for group in history.peak.alive if group.operation.startswith(("vae", "residency", "dit"))]
     assert sum(group.bytes for group in named) > 0.9 * peak.allocated_bytes, "by who asked, not by operation"

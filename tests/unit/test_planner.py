@@ -18,10 +18,10 @@ from wanvram.planner.forecasts import StageForecast, Trials, choices, stage_seco
 from wanvram.planner.longest import most_frames
 from wanvram.planner.placement import TIE
 from wanvram.planner.result import Plan, Refusal
-from wanvram.planner.search import Options, search
+from wanvram.planner.search import Options, cleared, search
 from wanvram.planner.transformer import NEGLIGIBLE
 from wanvram.simulate.gpus import find_gpu
-from wanvram.units import GIB, MIB, parse_bytes
+from wanvram.units import GIB, MIB, human, parse_bytes
 
 FAST = 50e15  # operations per second: a card so fast that every step waits for copies
 
@@ -470,6 +470,25 @@ def test_a_budget_no_request_could_meet_offers_no_change() -> None:
     refusal = refused(gibibytes=0.5)
     assert refusal.alternatives == ()
     assert "would fit" not in refusal.message
+
+
+@pytest.mark.parametrize("ram", [8.6, 9.5, 64])
+def test_the_smallest_budget_is_one_within_the_host_ram_that_was_given(ram: float) -> None:
+    refusal = refused(gibibytes=1, ram=ram)
+    assert refusal.memory == "device"
+    assert f"that {human(int(ram * GIB))} of host RAM allow" in refusal.message
+    strategy = planned(gibibytes=refusal.smallest_bytes / GIB, ram=ram).strategy
+    assert strategy.residual_in == ("pinned" if ram == 64 else "device"), "a stream in RAM needs RAM"
+
+
+def test_the_most_frames_are_those_that_host_ram_holds_too() -> None:
+    def most(ram: float | None) -> int:
+        trials = Trials(request(), budget(4, ram), Card())
+        return most_frames(trials, cleared(Strategy())) or 0
+
+    scarce, plenty = most(8.6), most(64)
+    assert 0 < scarce < plenty
+    assert isinstance(search(request(frame_num=scarce), budget(4, 8.6), Options(), Card()), Plan)
 
 
 def test_a_need_beyond_the_card_is_said() -> None:

@@ -105,7 +105,7 @@ def test_a_real_history_gives_the_drivers_own_counters(path: Path, protocol: int
     assert sum(group.bytes for group in peak.alive) == peak.allocated_bytes
     assert sum(s.size for s in peak.segments) == peak.reserved_bytes
     assert sum(hole.bytes for hole in peak.holes) == peak.reserved_bytes - peak.allocated_bytes
-    assert {group.where for group in peak.alive} == {"models/dit.py:77 forward"}
+    assert {group.operation for group in peak.alive} == {"models/dit.py:77 forward"}
     assert len(found.points) <= 4000
     assert max(point[1] for point in found.points) == case["peak_allocated_bytes"]
 
@@ -120,7 +120,7 @@ def test_who_is_alive_at_the_peak_is_named_by_the_innermost_frame_outside_of_tor
         entry("free_completed", 0, 2 * MIB),
     ]
     peak = read_snapshot(saved(tmp_path / "s.pickle", events, [])).main.peak
-    assert [(g.bytes, g.count, g.where) for g in peak.alive] == [
+    assert [(g.bytes, g.count, g.operation) for g in peak.alive] == [
         (6 * MIB, 3, "models/dit.py:77 forward"),
         (5 * MIB, 1, "work/run.py:3 <module>"),
         (3 * MIB, 1, "ATen/EmptyTensor.cpp:10 at::empty"),
@@ -208,7 +208,7 @@ def test_a_snapshot_without_history_gives_what_was_alive_when_it_was_taken(tmp_p
     segments = [segment(0, [(4 * MIB, "active_allocated"), (16 * MIB, "inactive")])]
     found = read_snapshot(saved(tmp_path / "s.pickle", [], segments)).main
     assert (found.peak_allocated_bytes, found.peak_reserved_bytes, found.events) == (4 * MIB, 20 * MIB, 0)
-    assert [group.where for group in found.peak.alive] == ["models/dit.py:77 forward"]
+    assert [group.operation for group in found.peak.alive] == ["models/dit.py:77 forward"]
     assert len(snapshot_timeline(read_snapshot(tmp_path / "s.pickle")).points) == 1
 
 

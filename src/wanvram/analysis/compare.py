@@ -39,9 +39,10 @@ _COMPONENT_FIGURES = ("parameters", "base_bytes", "host_bytes", "activation_byte
 _RANK_FIGURES = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "seconds")
 _PEAK_FIGURES = ("allocated_bytes", "reserved_bytes", "device_bytes")
 _PREDICTED = (*_PEAK_FIGURES, *_RANK_FIGURES, "base_bytes")
-
-
-# --- figures -------------------------------------------------------------------------------------------------------------
+MAX_CONDITION = 500  # characters
+_CONDITION = re.compile(r"\s*(\S.*?)\s*(>=|<=|>|<)\s*([+-]?)\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[A-Za-z]*)\s*")
+_HELP = "write for example 'peak.reserved_bytes > +2%', 'peak.device_bytes > 8GiB' or 'seconds > +10'"
+_OPERATORS = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
 
 
 def metrics(record: RunRecord) -> dict[Key, Number | None]:
@@ -95,9 +96,6 @@ def _joined(key: Key, first: Number | None, second: Number | None) -> Number | N
     if first is None or second is None:
         return second if first is None else first
     return first + second if key[-1] == "seconds" else max(first, second)
-
-
-# --- comparison ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,13 +188,6 @@ def _errors(predicted: dict[Key, Number | None], measured: dict[Key, Number | No
             yield PredictionError(key, guess, truth, (guess - truth) / truth if truth else None)
 
 
-# --- conditions ----------------------------------------------------------------------------------------------------------
-
-MAX_CONDITION = 500  # characters
-_CONDITION = re.compile(r"\s*(\S.*?)\s*(>=|<=|>|<)\s*([+-]?)\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[A-Za-z]*)\s*")
-_HELP = "write for example 'peak.reserved_bytes > +2%', 'peak.device_bytes > 8GiB' or 'seconds > +10'"
-
-
 @dataclass(frozen=True)
 class FailCondition:
     """figure OP limit. relative: the limit counts from the first run's figure; share: it is a part of that, or of 1."""
@@ -253,9 +244,6 @@ class Violation:
     value: Number | None
     limit: Number | None
     text: str
-
-
-_OPERATORS = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
 
 
 def parse_condition(text: str) -> FailCondition:

@@ -35,13 +35,8 @@ ODD = Odd()
 _GET = re.compile(rb"h(.)|j(....)", re.DOTALL)  # BINGET and LONG_BINGET
 _GETS = re.compile(rb"(?:h.|j....)*e", re.DOTALL)  # a list of nothing but values seen before, to its end
 _SIZED = {
-    0x43: ("<B", ODD),
-    0x42: ("<I", ODD),
-    0x8E: ("<Q", ODD),
-    0x96: ("<Q", ODD),
-    0x8B: ("<i", ODD),
-    0x8D: ("<Q", DROPPED),
-}
+    0x43: ("<B", ODD), 0x42: ("<I", ODD), 0x8E: ("<Q", ODD), 0x96: ("<Q", ODD), 0x8B: ("<i", ODD), 0x8D: ("<Q", DROPPED),
+}  # fmt: skip
 _REFUSED = {
     ord(code): name
     for code, name in {
@@ -79,8 +74,6 @@ class PlainUnpickler:
             0x89: lambda: self._stack.append(False),
         }  # fmt: skip
 
-    # --- what a subclass decides -------------------------------------------------------------------------------------------
-
     def finish_dict(self, value: dict[Any, Any]) -> Any:
         return value
 
@@ -89,8 +82,6 @@ class PlainUnpickler:
         target.extend(items)
         self._keep(len(items))
         return target
-
-    # --- the interpreter ---------------------------------------------------------------------------------------------------
 
     def load(self) -> Any:
         try:
@@ -231,8 +222,6 @@ class PlainUnpickler:
                 return run.end()
         self._marks.append(len(stack))
         return pos
-
-    # --- building ----------------------------------------------------------------------------------------------------------
 
     def _text(self, data: bytes) -> str:
         """The same object for the same text; past MAX_TEXT of different ones, a placeholder."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wanvram.analysis.peak import OwnerShare, owners, shape_of
 from wanvram.analysis.points import Point
 from wanvram.analysis.replay import (
     ACTIVE,
@@ -48,15 +49,6 @@ BESIDE_LIVE = "beside live blocks"  # why a hole may be of no use, where its siz
 
 
 @dataclass(frozen=True)
-class AliveGroup:
-    """Equal blocks alive at a moment: `count` of together `bytes`, allocated at `where`."""
-
-    bytes: int
-    count: int
-    where: str
-
-
-@dataclass(frozen=True)
 class Hole:
     """Reserved bytes that no tensor uses, and why the next request may not get them."""
 
@@ -74,12 +66,14 @@ class Hole:
 
 @dataclass(frozen=True)
 class AllocatorMoment:
-    """The allocator at one time. sum of alive == allocated_bytes; segments and holes are empty where the history is incomplete."""
+    """The allocator at one time. alive: equal blocks, with the place of their allocation as operation; their sum is allocated_bytes.
+    segments and holes are empty where the history is incomplete.
+    """
 
     seconds: float
     allocated_bytes: int
     reserved_bytes: int
-    alive: tuple[AliveGroup, ...]
+    alive: tuple[AliveBlocks, ...]
     segments: tuple[Segment, ...]
     holes: tuple[Hole, ...]
 
@@ -112,14 +106,9 @@ class DeviceHistory:
     def peak_allocated_bytes(self) -> int:
         return self.peak.allocated_bytes
 
-    def by_place(self) -> tuple[AliveGroup, ...]:
-        """What is alive at the peak, one group a place, whatever the sizes of its blocks; largest first."""
-        sums: dict[str, tuple[int, int]] = {}
-        for group in self.peak.alive:
-            nbytes, count = sums.get(group.where, (0, 0))
-            sums[group.where] = nbytes + group.bytes, count + group.count
-        ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
-        return tuple(AliveGroup(nbytes, count, where) for where, (nbytes, count) in ordered)
+    def by_place(self) -> tuple[OwnerShare, ...]:
+        """What is alive at the peak, one owner a place, whatever the sizes of its blocks; largest first."""
+        return owners(self.peak.alive, shape_of)
 
 
 @dataclass(frozen=True)
@@ -288,7 +277,7 @@ def _peak(
         seconds=x,
         allocated_bytes=allocated + base,
         reserved_bytes=reserved + base_reserved,
-        alive=tuple(AliveGroup(*group) for group in ranked),
+        alive=tuple(AliveBlocks(nbytes, count, operation=where) for nbytes, count, where in ranked),
         segments=segments,
         holes=find_holes(segments),
     )
@@ -362,7 +351,6 @@ def snapshot_timeline(snapshot: Snapshot) -> TimelineRecord:
     depth = 2 if len(history.stages) <= MAX_STAGES else 1
     stages = [stage for stage in history.stages if stage[1] < depth][:MAX_STAGES]
     at_peak = [name for name, level, start, end in stages if level == 0 and start <= peak.seconds <= end]
-    groups = [AliveBlocks(g.bytes, g.count, operation=g.where) for g in peak.alive]
     moment = TimelineMoment(
         label="peak",
         x=peak.seconds,
@@ -370,7 +358,7 @@ def snapshot_timeline(snapshot: Snapshot) -> TimelineRecord:
         reserved_bytes=peak.reserved_bytes,
         stage=at_peak[-1] if at_peak else None,
         component=None,
-        alive=largest(groups, MAX_GROUPS),
+        alive=largest(peak.alive, MAX_GROUPS),
         segments=tuple(TimelineSegment(s.size, tuple(_drawn(s, b) for b in s.blocks)) for s in peak.segments),
     )
     return TimelineRecord(

@@ -300,9 +300,8 @@ def _bottleneck(span: Span, window: _Window | None, timeline: TimelineRecord | N
     where = f"{shown(span.name)} ({shown(span.component)})" if span.component else shown(span.name)
     peak = span.peak
     device = f", {mib(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
-    text = (
-        f"The peak is in {where}: {mib(peak.allocated_bytes)} allocated, {mib(peak.reserved_bytes)} reserved{device}."
-    )
+    sizes = f"{mib(peak.allocated_bytes)} allocated, {mib(peak.reserved_bytes)} reserved{device}"
+    text = f"The peak is in {where}: {sizes}."
     if window is None or window.moment is None or timeline is None:
         there = f"{mib(span.start.allocated_bytes)} were there when it began"
         text += f" {there}, and {mib(span.activation_bytes)} came on top."

@@ -239,8 +239,8 @@ def _analyze_snapshot(path: Path) -> Result:
         **_picked(main, *facts, *sizes),
         "peak": {
             "seconds": main.peak.seconds,
-            "alive": [asdict(group) for group in main.peak.alive],
-            "by_place": [asdict(group) for group in main.by_place()],
+            "alive": [{"bytes": g.bytes, "count": g.count, "where": g.operation} for g in main.peak.alive],
+            "by_place": [{"bytes": o.bytes, "count": o.count, "where": o.name} for o in main.by_place()],
             "holes": [_picked(hole, "bytes", "segment", "offset", "why") for hole in main.peak.holes],
         },
         "out_of_memory": [asdict(refusal) for refusal in main.out_of_memory],

@@ -25,10 +25,8 @@ __all__ = ["add_budget_flags", "budget_for", "budget_of", "planned"]
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("budget").add_argument
     add("--vram_budget", help="plan the fastest lossless strategy for this much, e.g. 8GiB; auto: what is free")
-    add(
-        "--ram",
-        help="memory of the host, of which an eighth and at least 4 GiB are kept free (default: this machine's)",
-    )
+    ram = "memory of the host, of which an eighth and at least 4 GiB are kept free (default: this machine's)"
+    add("--ram", help=ram)
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,8 @@ def _with_ram(budget: Budget, now: bool) -> Budget:
 
 def _which_card(vram_bytes: int | None) -> str:
     cards = [] if vram_bytes is None else cards_with_memory(vram_bytes)
-    known = (
-        f"cards with {human(vram_bytes or 0)}: {', '.join(cards)}" if cards else "`wanvram check --cards` lists them"
-    )
+    with_it = f"cards with {human(vram_bytes or 0)}: {', '.join(cards)}"
+    known = with_it if cards else "`wanvram check --cards` lists them"
     return f"no NVIDIA GPU answers here, and how long a run takes depends on the card: name it with --gpu ({known})"
 
 

@@ -28,13 +28,8 @@ __all__ = ["prepare_parser", "run"]
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run directory, folder of them, record.json, or a snapshot")
-    add(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="CONDITION",
-        help="exit code 1 if true of any run after the first, as in 'peak.reserved_bytes > +2%%'; may be repeated",
-    )
+    fails = "exit code 1 if true of any run after the first, as in 'peak.reserved_bytes > +2%%'; may be repeated"
+    add("--fail-if", action="append", default=[], metavar="CONDITION", help=fails)
     add("--json", action="store_true", help="print one JSON document on stdout, nothing else")
 
 

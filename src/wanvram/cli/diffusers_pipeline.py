@@ -28,12 +28,8 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels (default: the pipeline's)")
     add("--width", type=int, help="pixels (default: the pipeline's)")
     add("--num_frames", type=int, help="of a video (default: the pipeline's)")
-    add(
-        "--offload",
-        dest="pipeline_offload",
-        choices=("none", "model", "sequential", "group"),
-        help="diffusers' offloading (default: none)",
-    )
+    ways = ("none", "model", "sequential", "group")
+    add("--offload", dest="pipeline_offload", choices=ways, help="diffusers' offloading (default: none)")
     add_measured_flag(group)
     for flag, what in (("--dtype", "the models (default: bf16)"), ("--vae_dtype", "the VAE (default: as --dtype)")):
         add(flag, choices=("bf16", "fp16", "fp32"), help=f"of {what}")
@@ -48,13 +44,11 @@ def check_no_pipeline(args: argparse.Namespace) -> None:
 
 def estimate_pipeline(args: argparse.Namespace) -> int:
     """0, or 3 if it does not fit the card. Raises InputError that names what cannot be built."""
-    others = [
-        name for name, value in vars(args).items() if name not in (*_OWN, *_SHARED) and value not in (None, False)
-    ]
-    if others:
-        raise InputError(
-            f"{flag_of(others[0])} says nothing about --diffusers; its flags are --{', --'.join(_OWN.values())}"
-        )
+    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
+    for name in given:
+        if name not in (*_OWN, *_SHARED):
+            known = ", --".join(_OWN.values())
+            raise InputError(f"{flag_of(name)} says nothing about --diffusers; its flags are --{known}")
     for name, most in (("height", MOST_PIXELS), ("width", MOST_PIXELS), ("num_frames", MOST_FRAMES)):
         if vars(args)[name] is not None and not 1 <= vars(args)[name] <= most:
             raise InputError(f"--{name}: {vars(args)[name]} is outside 1..{most}")
@@ -67,11 +61,10 @@ def estimate_pipeline(args: argparse.Namespace) -> int:
 
     folder = read_pipeline_folder(args.diffusers)
     dtype = args.dtype or "bf16"
-    call = PipelineCall(
-        *(args.height, args.width, args.num_frames), args.pipeline_offload or "none", dtype, args.vae_dtype or dtype
-    )
+    size = (args.height, args.width, args.num_frames)
+    call = PipelineCall(*size, args.pipeline_offload or "none", dtype, args.vae_dtype or dtype)
     card = simulated_gpu(args.gpu or DEFAULT_GPU, vram=limit, measured=args.measured)
     with redirect_stdout(sys.stderr), card as gpu:
         run_pipeline(folder, call, gpu)
-    given = [f"--{flag} {vars(args)[name]}" for name, flag in _OWN.items() if vars(args)[name] is not None]
-    return show_run(gpu, args, folder.kind, " ".join(["--diffusers", folder.path.name, *given]))
+    flags = [f"--{flag} {vars(args)[name]}" for name, flag in _OWN.items() if vars(args)[name] is not None]
+    return show_run(gpu, args, folder.kind, " ".join(["--diffusers", folder.path.name, *flags]))

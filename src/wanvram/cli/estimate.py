@@ -26,11 +26,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_request_flags(parser)
     add_strategy_flags(parser)
-    add(
-        "--gpu",
-        metavar="CARD",
-        help="card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200, measured)",
-    )
+    card = "card to simulate: rtx4090, FILE.yaml (wanvram check --cards; default: h200, measured)"
+    add("--gpu", metavar="CARD", help=card)
     add_link_flag(parser)
     add("--vram", help="memory the run may use, for example 8GiB; exit code 3 if it does not fit")
     add("--memory_viz", type=Path, metavar="FILE.pickle", help="also write what https://pytorch.org/memory_viz opens")
@@ -44,9 +41,8 @@ def run(args: argparse.Namespace) -> int:
     check_no_pipeline(args)
     limit = memory_limit(args)
     weights = None if args.config else "random"  # those of the file: tiny ones are of another size
-    config = for_all(
-        config_from_flags(args, device="simulated", weights=weights, gpu=args.gpu, memory_limit_bytes=limit)
-    )
+    config = config_from_flags(args, device="simulated", weights=weights, gpu=args.gpu, memory_limit_bytes=limit)
+    config = for_all(config)
     if args.memory_viz is not None:
         return _export(args, config)
     from wanvram.predict.simulate import run_or_simulate

@@ -44,10 +44,8 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("request").add_argument
     add("--config", type=Path, metavar="FILE.yaml", help="the same as YAML; flags override the file")
     add("--task", choices=sorted(TASKS), help="default: t2v-14B")
-    add(
-        "--size",
-        help="width*height, also 832x480, 480p, 720p (default: 1280*720); for i2v and flf2v the area, the picture gives the ratio",
-    )
+    size = "width*height, also 832x480, 480p, 720p (default: 1280*720)"
+    add("--size", help=f"{size}; for i2v and flf2v the area, the picture gives the ratio")
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81, 1 for t2i)")
     add("--sample_steps", type=int, help="default: 50, 40 for i2v")
     add("--sample_shift", type=float, help="default: 5.0 (3.0 for i2v at 480p, 16 for flf2v and vace)")
@@ -106,11 +104,8 @@ def config_from_flags(
     others = {key: value for key, value in others.items() if value is not None}
     data: dict[str, Any]
     if args.config is None and base is None:
-        data = {
-            "name": "flags",
-            "description": "from command line flags",
-            "request": REQUEST_DEFAULTS | request | others,
-        }
+        data = {"name": "flags", "description": "from command line flags"}
+        data |= {"request": REQUEST_DEFAULTS | request | others}
         data |= _sections(_strategy_defaults(device) | _as_launched(strategy), device or "auto")
         config = _from_dict(data)
         r = config.request
@@ -170,16 +165,9 @@ def _sections(strategy: dict[str, Any], device: str | None) -> dict[str, dict[st
 
 def _forget_defaults(request: dict[str, Any]) -> None:
     """The file's values that were its task's defaults follow the task and size of the flags."""
-    task = TASKS[request["task"]]
-    defaults = {
-        "frame_num": task.frames,
-        "sample_steps": task.steps,
-        "sample_shift": task.default_shift(request["size"]),
-        "sample_guide_scale": task.guide_scale,
-        "negative_prompt": task.negative_prompt,
-    }
-    for key, value in defaults.items():
-        if request[key] == value:
+    defaults = Request.for_task(request["task"], size=request["size"])
+    for key in ("frame_num", "sample_steps", "sample_shift", "sample_guide_scale", "negative_prompt"):
+        if request[key] == getattr(defaults, key):
             del request[key]
 
 

@@ -57,18 +57,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add("--save_file", type=Path, help="the video's (or picture's) file (default: in the run directory)")
     add_output_flags(parser, default="videos/<task>-<size>-<frames>-seed<seed>, with -2, -3, ... when that is taken")
     add = parser.add_argument_group("long runs").add_argument
-    add(
-        "--keep_every",
-        type=int,
-        metavar="N",
-        help="steps after which latents are kept to go on from (default: about every two minutes; 0: never)",
-    )
-    add(
-        "--resume",
-        type=Path,
-        metavar="RUN_DIR",
-        help="go on with an interrupted run: the same video, with any lossless strategy of the flags beside it",
-    )
+    keep = "steps after which latents are kept to go on from (default: about every two minutes; 0: never)"
+    add("--keep_every", type=int, metavar="N", help=keep)
+    resume = "go on with an interrupted run: the same video, with any lossless strategy of the flags beside it"
+    add("--resume", type=Path, metavar="RUN_DIR", help=resume)
 
 
 def run(args: argparse.Namespace) -> int:

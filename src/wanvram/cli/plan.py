@@ -39,16 +39,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_request_flags(parser)
     group = parser.add_argument_group("budget")
     add = group.add_argument
-    add(
-        "--vram",
-        help="memory to plan for, of each GPU, for example 8GiB; auto: what the card here has free now (default: that, or with --gpu that "
-        "card's memory less a desktop's share)",
+    vram = "memory to plan for, of each GPU, for example 8GiB; auto: what the card here has free now (default: that, or with "
+    add("--vram", help=vram + "--gpu that card's memory less a desktop's share)")
+    ram = (
+        "memory of the host, for example 32GiB; an eighth of it, at least 4 GiB, is kept for the system (default: this "
     )
-    add(
-        "--ram",
-        help="memory of the host, for example 32GiB; an eighth of it, at least 4 GiB, is kept for the system (default: this "
-        "machine's; not limited for another machine's card)",
-    )
+    add("--ram", help=ram + "machine's; not limited for another machine's card)")
     add("--gpu", metavar="CARD", help="card to plan for, also FILE.yaml (default: the one in this machine)")
     add_link_flag(group)
     fixed = parser.add_argument_group("fixed, not chosen by the planner")

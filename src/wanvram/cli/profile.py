@@ -67,12 +67,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add("--weights", help="checkpoint directory, random or tiny; overrides the file")
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop a run that takes longer, go on")
     add("--retry", action="store_true", help="of several, run those that failed (not: out of memory) again")
-    add(
-        "--force_changed",
-        "--force-changed",
-        action="store_true",
-        help="of several, replace the runs whose configuration has changed since",
-    )
+    changed = "of several, replace the runs whose configuration has changed since"
+    add("--force_changed", "--force-changed", action="store_true", help=changed)
     add("--live", action="store_true", help="show stages, memory and time left while it runs")
     add("--advice", action="store_true", help="simulate which changes lower the peak most (advice.json)")
     add("--child_of", type=int, help=argparse.SUPPRESS)  # the process of a series this one belongs to

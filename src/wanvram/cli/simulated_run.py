@@ -44,7 +44,7 @@ def show_run(
     else:
         sys.stdout.flush()
         print(report_text(run), end="", file=text_to or sys.stdout)
-    return 0 if run.fits else 3
+    return 3 if run.fits is False else 0
 
 
 def _write(run: SimulatedRun, document: object, directory: Path, called: tuple[str, str]) -> None:

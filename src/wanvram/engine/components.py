@@ -63,7 +63,6 @@ class Weights(Protocol):
 
     def shapes_for(self, component: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """Tells generated weights which tensors exist, before `source` is asked."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Parts:
         self.weights.shapes_for(name, expected)
         source = self.weights.source(name)
         if source is not None:
-            check_keys(expected, source, name, ignored=_unused(source, built.unused))
+            check_keys(expected, source, name, ignored=[k for k in source.keys() if k.startswith(built.unused)])  # noqa: SIM118
         strategy = self.config.strategy
         fp8 = Fp8(WEIGHT_STORAGE.of(strategy) == "fp8", PRODUCT_PRECISION.of(strategy) == "fp8") if is_dit else NOWHERE
         generated = self.config.weights in ("random", "tiny")
@@ -191,7 +190,3 @@ class Parts:
             del module.conv2
             return _Built(module, [], ("decoder.", "conv2."))
         return _Built(module, [])
-
-
-def _unused(source: TensorSource, prefixes: tuple[str, ...]) -> list[str]:
-    return [key for key in source.keys() if key.startswith(prefixes)] if prefixes else []  # noqa: SIM118

@@ -32,9 +32,7 @@ from wanvram.units import human
 
 __all__ = ["CudaDevice", "own_pages"]
 
-MOST_WAITS = (
-    1000  # whose events are kept: a stream of rows makes 3000 a step, and every event takes memory of the driver
-)
+MOST_WAITS = 1000  # whose events are kept: rows make 3000 a step, and every event takes memory of the driver
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # the driver's and PyTorch's word, cuBLAS's and cuDNN's
 
 
@@ -58,9 +56,8 @@ class CudaDevice(Device):
         torch.cuda.set_device(index)
         self.name = self.meter.device_name
         self.limit_bytes = limit_bytes
-        self._copies = torch.cuda.Stream(
-            index
-        )  # PyTorch makes a pool of streams with the first, 70 MiB outside the allocator
+        # PyTorch makes a pool of streams with the first, 70 MiB outside the allocator.
+        self._copies = torch.cuda.Stream(index)
         self._gathers: torch.cuda.Stream | None = None
         self._rooms: dict[tuple[Any, ...], Room] = {}
         self._copied = Copies()

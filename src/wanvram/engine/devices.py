@@ -7,7 +7,7 @@ this interface, so one pipeline runs on all three.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from wanvram.engine.peers import Exchanged, Peers, TorchPeers
 from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
-from wanvram.sharing import ALONE, WORLD, Place
+from wanvram.sharing import ADDRESS_BYTES, ALONE, WORLD, Place
 from wanvram.simulate.memory import SimulatedMemory
 from wanvram.simulate.peers import SimulatedPeers
 from wanvram.spans import Copies
 
-__all__ = ["Copying", "CpuDevice", "Device", "Measuring", "Placing", "SimulatedDevice"]
+__all__ = ["CpuDevice", "Device", "SimulatedDevice"]
 
 MEMORY_IS = "the caller's"  # read by simulate.timeline
 
@@ -261,6 +261,11 @@ class SimulatedDevice(Device):
     def session(self) -> Iterator[None]:
         with torch.no_grad(), self.memory:
             yield
+
+    def hold_addresses(self, members: Iterable[int]) -> None:
+        """Of rooms with so many members, where ranks exchange by copies: what they leave in PyTorch's allocator."""
+        with self.session():
+            self._addresses = [self.empty((ADDRESS_BYTES * n,), torch.uint8) for n in members for _ in range(2)]
 
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
         with self.memory.on_host(pinned):

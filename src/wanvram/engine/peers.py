@@ -65,7 +65,6 @@ class Peers(Protocol):
     @property
     def index(self) -> int:
         """Mine among them."""
-        ...
 
     @property
     def count(self) -> int: ...
@@ -74,37 +73,29 @@ class Peers(Protocol):
         self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
     ) -> Any:
         """Flat tensors, a part for each rank in order: what I send it, what it sends me. Starts it; returns a mark for `wait`."""
-        ...
 
     def gather(self, whole: Tensor, counts: Sequence[int]) -> None:
         """Flat, a part for each rank in order. Mine is in its place; the others' arrive in theirs."""
-        ...
 
     def broadcast(self, tensor: Tensor) -> None:
         """The first rank's values, contiguous, for all others."""
-        ...
 
     def pass_on(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> Any:
         """Starts sending to the next rank and receiving from the one before; returns a mark for `wait`."""
-        ...
 
     def wait(self, mark: Any) -> None:
         """What was started is done for later computation. The mark keeps its tensors alive until then, and is used up."""
-        ...
 
     def send(self, tensor: Tensor, index: int) -> Any:
         """Starts sending to one rank; returns a mark for `wait`."""
-        ...
 
     def receive(self, tensor: Tensor, index: int) -> None: ...
 
     def told(self, value: Any) -> Any:
         """The first rank's plain data, for all."""
-        ...
 
     def meet(self) -> None:
         """Returns when every rank has come here. Takes no device memory."""
-        ...
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import accumulate, groupby
-from typing import Protocol, cast
+from itertools import groupby
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -62,13 +62,7 @@ class _Loaded:
     base_bytes: int
 
 
-@dataclass(frozen=True)
-class _Extra:
-    """What every forward of the transformer is conditioned on besides text; the fields of models.dit.Condition."""
-
-    y: torch.Tensor | None = None
-    clip_fea: torch.Tensor | None = None
-    vace_context: torch.Tensor | None = None
+_Extra = dict[str, Any]  # what every forward is conditioned on besides text: fields of models.dit.Condition
 
 
 @dataclass
@@ -162,9 +156,6 @@ class Pipeline:
             names.append(parts[0] if len(parts) == 1 else model.name)
         return names
 
-    def _transformers(self) -> list[str]:
-        return [model.name for model in self.config.request.facts.family.transformers]
-
     def _name(self, which: str) -> str:
         """What records call a component or the half of one."""
         return self.config.request.facts.family.component_of(which).name
@@ -214,9 +205,7 @@ class Pipeline:
         return self._loaded[name].component
 
     def _done_with(self, name: str) -> None:
-        total = (
-            self.device.copies()
-        )  # components work one after the other: what was copied since the last is this one's
+        total = self.device.copies()  # since the last component, which came before: this one's
         self._streamed[name] = self._streamed.get(name, Copies()) + (total - self._copied)
         self._copied = total
         if self.config.strategy.offload:
@@ -238,7 +227,8 @@ class Pipeline:
         """Whether a component is used by this rank."""
         if which in ("vae", "vae_decoder"):
             return self.ranks.decodes(self._tiles())
-        return self.ranks.is_first or which in self._transformers() or self._is_everyones(which)
+        is_dit = self.config.request.facts.family.component_of(which).kind == "dit"
+        return self.ranks.is_first or is_dit or self._is_everyones(which)
 
     def _is_everyones(self, which: str) -> bool:
         """Whether every rank has a share of a component that it needs all shares of."""
@@ -268,22 +258,19 @@ class Pipeline:
 
     def _encode_pictures(self, parts: Parts) -> _Extra:
         """Pictures and source frames -> what the transformer reads of them, in the dtype it would round them to."""
-        if self.config.request.facts.pictures:
+        facts = self.config.request.facts
+        if facts.pictures:
             clip = self.encode_image(parts)
-            return _Extra(y=self.encode_video(parts), clip_fea=clip)
-        if self.config.request.facts.takes_source:
-            return _Extra(vace_context=self.encode_video(parts))
-        return _Extra()
+            return {"y": self.encode_video(parts), "clip_fea": clip}
+        return {"vace_context": self.encode_video(parts)} if facts.takes_source else {}
 
     def stand_in_pictures(self, parts: Parts) -> _Extra:
         """Uninitialised tensors in place of what `_encode_pictures` gives."""
         facts = self.config.request.facts
-        if facts.takes_source:
-            return _Extra(vace_context=self._stand_in_video(parts))
-        if not facts.pictures:
-            return _Extra()
-        y = self._stand_in_video(parts)
-        return _Extra(y=y, clip_fea=parts.stand_in_features(len(self.inputs.pictures)))
+        if facts.pictures:
+            y = self._stand_in_video(parts)
+            return {"y": y, "clip_fea": parts.stand_in_features(len(self.inputs.pictures))}
+        return {"vace_context": self._stand_in_video(parts)} if facts.takes_source else {}
 
     def _stand_in_video(self, parts: Parts) -> torch.Tensor:
         geometry, takes_source = self.inputs.geometry, self.config.request.facts.takes_source
@@ -332,12 +319,12 @@ class Pipeline:
         if len(family.transformers) == 1:
             return [Turn(family.transformers[0].name, 0, self._steps_to_run(), True)]
         owners = [family.turn(t).name for t in self._timesteps()]
-        counts = [(name, len(list(steps))) for name, steps in groupby(owners)]
-        stops = list(accumulate(count for _, count in counts))
-        return [
-            Turn(name, stop - count, stop, stop == request.sample_steps)
-            for (name, count), stop in zip(counts, stops, strict=True)
-        ]
+        turns, start = [], 0
+        for name, steps in groupby(owners):
+            stop = start + len(list(steps))
+            turns.append(Turn(name, start, stop, stop == request.sample_steps))
+            start = stop
+        return turns
 
     def _turns_left(self) -> list[Turn]:
         """Without those whose steps an earlier process made."""
@@ -355,7 +342,7 @@ class Pipeline:
         component, timesteps = self._use(turn.model, parts), self._timesteps()
         timesteps = timesteps if turn.start == 0 and turn.is_last else timesteps[turn.start : turn.stop]
         with self.recorder.span("prepare", kind="stage", component=turn.model):
-            conditions = [Condition(c, extra.y, extra.clip_fea, extra.vace_context) for c in contexts]
+            conditions = [Condition(context, **extra) for context in contexts]
             times, prepared = transformer(component).prepare(timesteps, conditions, walk=component.walk_embedders)
             contexts.clear()
             del conditions

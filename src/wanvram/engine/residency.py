@@ -161,8 +161,9 @@ class Component:
 
     def load_resident(self, source: TensorSource | None) -> None:
         """Every parameter on the device, written there tensor by tensor: peaks at base memory plus nothing."""
+        self._source = source
         for part in self._parts():
-            self._place(part, source)
+            self._place(part)
         self._make_room()
 
     def load_streamed(
@@ -187,13 +188,13 @@ class Component:
         if peers is not None:
             self._shard, self._peers, self._ranks = Shard(peers.index, peers.count), peers, peers.count
         if self._shell.nbytes:
-            self._place(self._shell, source)
+            self._place(self._shell)
         for part in self._resident_units(resident_groups):
-            self._place(part, source)
+            self._place(part)
         streamed = [part for part in self._units.values() if part.flat is None]
         largest = max((part.nbytes for part in streamed), default=0)
         waiting = [*streamed, *self._embedders.values()]
-        self._masters = {} if home == "disk" else self._fill_masters(waiting, source, home)
+        self._masters = {} if home == "disk" else self._fill_masters(waiting, home)
         if streamed:
             given = zip(self._units.values(), lanes, strict=True) if lanes else ()
             through = {part: lane for part, lane in given if part.flat is None}
@@ -204,11 +205,11 @@ class Component:
 
     def load_host(self, source: TensorSource | None) -> None:
         """Every parameter in host RAM; the module then computes on the CPU."""
-        self._on_host = True
+        self._source, self._on_host = source, True
         for part in self._parts():
             part.flat = self.device.host_empty((part.nbytes,), torch.uint8)
             if source is not None:
-                self._fill(part, part.flat, source)
+                self._fill(part, part.flat)
             part.bind(part.flat)
 
     def release(self) -> None:
@@ -226,10 +227,10 @@ class Component:
             self._on_host = False
             self._shard, self._peers = WHOLE, None
 
-    def _place(self, part: _Part, source: TensorSource | None) -> None:
+    def _place(self, part: _Part) -> None:
         part.stays = True
         part.flat = self.device.empty((self._slot_bytes(part),), torch.uint8)
-        self._fill_together(part, part.flat, source)
+        self._fill_together(part, part.flat)
         if part.is_bound:
             part.bind(part.flat)
 
@@ -258,15 +259,13 @@ class Component:
 
     def _read_from_disk(self, part: _Part, buffer: torch.Tensor) -> None:
         if self._source is not None:
-            self._fill_run(part, buffer, self._source)
+            self._fill_run(part, buffer)
         else:
             kept = self.weight_bytes if part in self._read else None
             self.device.read_from_disk(buffer.nbytes, self.name, kept, readers=self._shard.count)
             self._read.add(part)
 
-    def _fill_masters(
-        self, parts: Sequence[_Part], source: TensorSource | None, home: str
-    ) -> dict[_Part, torch.Tensor]:
+    def _fill_masters(self, parts: Sequence[_Part], home: str) -> dict[_Part, torch.Tensor]:
         """Generated weights are made on the device, which is ten times as fast, one part at a time.
 
         Raises DeviceError if RAM cannot hold them all: the system would kill the process half-way.
@@ -281,13 +280,13 @@ class Component:
                 master = self.device.host_empty((nbytes,), torch.uint8, pinned=home == "pinned")
             else:
                 master = self.device.empty((nbytes,), torch.uint8)
-            if self._makes(source):
+            if self._makes:
                 staging = self.device.empty((self._slot_bytes(part),), torch.uint8)
-                self._fill(part, staging, source)
+                self._fill(part, staging)
                 self.device.copy(master, self._shard.mine(staging))
                 del staging
             else:
-                self._fill_run(part, master, source)
+                self._fill_run(part, master)
             masters[part] = master
         return masters
 
@@ -306,16 +305,17 @@ class Component:
         if self._ranks > 1:
             world.meet()
 
-    def _makes(self, source: TensorSource | None) -> bool:
+    @property
+    def _makes(self) -> bool:
         """Whether weights are made on the device, where each of their tensors is made whole."""
-        return (source is None and self._generated) or isinstance(source, RandomSource)
+        return self._generated if self._source is None else isinstance(self._source, RandomSource)
 
-    def _fill_together(self, part: _Part, flat: torch.Tensor, source: TensorSource | None) -> None:
+    def _fill_together(self, part: _Part, flat: torch.Tensor) -> None:
         """All of the part into `flat` [_slot_bytes] on the device: every rank reads its run, and gets the others'."""
-        if self._peers is None or self._makes(source):
-            self._fill(part, flat, source)
+        if self._peers is None or self._makes:
+            self._fill(part, flat)
         else:
-            self._fill_run(part, self._shard.mine(flat), source)
+            self._fill_run(part, self._shard.mine(flat))
             self._gather(flat)
 
     def _gather(self, flat: torch.Tensor) -> None:
@@ -323,36 +323,34 @@ class Component:
         if self._peers is not None:
             self.device.wait(self.device.gather_beside(self._peers, flat, self.device.mark()))
 
-    def _fill_run(self, part: _Part, run: torch.Tensor, source: TensorSource | None) -> None:
+    def _fill_run(self, part: _Part, run: torch.Tensor) -> None:
         """This rank's run of the part, as it is stored."""
         if self._peers is None:
-            self._fill(part, run, source)
+            self._fill(part, run)
         elif part.packed is not None:
             packed = torch.empty((self._slot_bytes(part),), dtype=torch.uint8, device=run.device)
-            self._fill(part, packed, source, touched(part.packed, self._shard.start(part.nbytes), run.nbytes))
+            self._fill(part, packed, touched(part.packed, self._shard.start(part.nbytes), run.nbytes))
             run.copy_(self._shard.mine(packed))
-        elif source is None:
+        elif self._source is None:
             self.device.loaded_weights(run, self.name, readers=self._shard.count)
         else:
             check()
-            fill_run(part.layout, run, self._shard.start(part.nbytes), source)
+            fill_run(part.layout, run, self._shard.start(part.nbytes), self._source)
 
-    def _fill(
-        self, part: _Part, flat: torch.Tensor, source: TensorSource | None, only: Container[str] | None = None
-    ) -> None:
+    def _fill(self, part: _Part, flat: torch.Tensor, only: Container[str] | None = None) -> None:
         """The part's tensors from the source into `flat` [part.nbytes], packed if the part is. only: the names wanted."""
         check()
         plain = flat
         if part.packed is not None:
             plain = torch.empty((part.layout.nbytes,), dtype=torch.uint8, device=flat.device)
-        if source is None and self._generated:
-            self.device.generated_weights()
-        elif source is None:
-            self.device.loaded_weights(flat, self.name)
-        else:
+        if self._source is not None:
             for name, view in part.layout.views(plain):
                 if only is None or name in only:
-                    source.fill(name, view)
+                    self._source.fill(name, view)
+        elif self._generated:
+            self.device.generated_weights()
+        else:
+            self.device.loaded_weights(flat, self.name)
         if part.packed is not None:
             part.packed.pack(plain, flat, only)
 
@@ -368,10 +366,8 @@ class Component:
 
     def between_rows(self, chunks: int) -> None:
         """One of so many chunks of the residual stream has been asked for: the next part of the weights may follow it."""
-        if self._paced is not None:
-            self._paced.advance(
-                max(1, chunks - 1)
-            )  # whole before the last chunk, which computes while nothing is awaited
+        if self._paced is not None:  # whole before the last chunk, which computes while nothing is awaited
+            self._paced.advance(max(1, chunks - 1))
 
     # --- visiting ------------------------------------------------------------------------------------------------------------
 
@@ -429,7 +425,7 @@ class Component:
     def _bring(self, part: _Part, flat: torch.Tensor) -> None:
         """An embedder from its home, which then has it no more."""
         if part not in self._masters:
-            self._fill_together(part, flat, self._source)
+            self._fill_together(part, flat)
             return
         self.device.copy(self._shard.mine(flat), self._masters.pop(part))
         self._gather(flat)

@@ -50,6 +50,7 @@ class Shard:
 WHOLE = Shard()
 
 
+@dataclass(eq=False)
 class ShardHome:
     """`home` has this rank's run of every piece; the others' come from their ranks into the same slot.
 
@@ -57,12 +58,11 @@ class ShardHome:
     ranks must not start theirs in the order of their disks.
     """
 
-    def __init__(self, device: Device, home: Home, shard: Shard, peers: Peers) -> None:
-        self.device = device
-        self.home = home
-        self.shard = shard
-        self.peers = peers
-        self._last: Any = None
+    device: Device
+    home: Home
+    shard: Shard
+    peers: Peers
+    _last: Any = None
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         there = self.home.fetch(piece, self.shard.mine(slot), after)

@@ -24,21 +24,21 @@ Tell = Callable[[Done], None]
 Item = TypeVar("Item")
 
 
+@dataclass
 class Count:
     """Counts one stage's units; tells nobody if there is nobody."""
 
-    def __init__(self, tell: Tell | None, stage: str, total: int, unit: str) -> None:
-        self._tell = tell
-        self._stage = stage
-        self._total = total
-        self._unit = unit
-        self._number = 0
+    tell: Tell | None
+    stage: str
+    total: int
+    unit: str
+    number: int = 0
 
     def add(self, units: int = 1) -> None:
         """That many more are done."""
-        self._number += units
-        if self._tell is not None:
-            self._tell(Done(self._stage, self._number, self._total, self._unit, self._total - self._number))
+        self.number += units
+        if self.tell is not None:
+            self.tell(Done(self.stage, self.number, self.total, self.unit, self.total - self.number))
 
 
 def counted(items: Iterable[Item], count: Count, size: Callable[[Item], int]) -> Iterator[Item]:

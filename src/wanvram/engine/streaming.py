@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -27,11 +27,9 @@ class Home(Protocol):
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         """Starts filling `slot` [nbytes] once the mark `after` has passed; returns the mark of its completion."""
-        ...
 
     def close(self) -> None:
         """Returns when no copy is under way any more."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,13 @@ class Later:
         return self.then(self.read.result())
 
 
+@dataclass(eq=False)
 class PinnedHome:
     """Every piece has a master copy in pinned RAM, or on the device. `masters`: piece -> uint8 [the slot's nbytes]."""
 
-    def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
-        self.device = device
-        self.masters = masters
-        self._last: Any = None
+    device: Device
+    masters: dict[Any, torch.Tensor]
+    _last: Any = None
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         self._last = self.device.prefetch(slot, self.masters[piece], after)
@@ -62,12 +60,11 @@ class PinnedHome:
         self.masters.clear()
 
 
+@dataclass(eq=False)
 class PacedHome(PinnedHome):
     """Its pieces go part by part, so that other copies find their way between: 570 MiB at once are 11 ms in which no row comes."""
 
-    def __init__(self, device: Device, masters: dict[Any, torch.Tensor]) -> None:
-        super().__init__(device, masters)
-        self._going: deque[_Going] = deque()
+    _going: deque[_Going] = field(default_factory=deque)
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         self._going.append(_Going(self, self.masters[piece], slot, after))
@@ -198,7 +195,7 @@ class SlotRing:
         for index in range(len(pieces)):
             slot = self._slot(pieces, index)
             coming = self._coming.pop(slot)
-            self.device.wait(_resolved(coming.mark))
+            self.device.wait(coming.mark.result() if isinstance(coming.mark, PENDING) else coming.mark)
             try:
                 yield self.slots[slot].narrow(0, 0, self.nbytes(coming.piece))
             finally:
@@ -236,7 +233,3 @@ class SlotRing:
             self.home.close()
         finally:
             self.slots.clear()
-
-
-def _resolved(mark: Any) -> Any:
-    return mark.result() if isinstance(mark, PENDING) else mark

@@ -53,10 +53,9 @@ class Room:
 
     def __init__(self, ranks: Sequence[int], index: int, device: torch.device) -> None:
         module = import_module(MODULE)
-        whole = len(ranks) == dist.get_world_size()
-        group = (
-            dist.group.WORLD if whole else dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-        )
+        group = dist.group.WORLD
+        if len(ranks) != dist.get_world_size():
+            group = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
         assert group is not None
         self._memory = module.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
         self._handle = module.rendezvous(self._memory, group.group_name)
@@ -130,17 +129,14 @@ class SymmetricPeers(TorchPeers):
     def _exchange(
         self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
     ) -> None:
-        into, out = (
-            _bytes(received).split(_times(received, received_counts)),
-            _bytes(sent).split(_times(sent, sent_counts)),
-        )
+        into, out = _byte_parts(received, received_counts), _byte_parts(sent, sent_counts)
         _copy(into[self.index], out[self.index])
         largest = max(map(len, into)) * max(map(len, out)) // len(out[self.index])
         mine = {i: self.index - (self.index > i) for i in self._others()}  # my place among the parts of each other
         self._swap([out[i] for i in self._others()], [(i, mine[i], into[i]) for i in self._others()], largest)
 
     def gather(self, whole: Tensor, counts: Sequence[int]) -> None:
-        shares = _bytes(whole).split(_times(whole, counts))
+        shares = _byte_parts(whole, counts)
         self._swap([shares[self.index]], [(i, 0, shares[i]) for i in self._others()], max(map(len, shares)))
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -192,5 +188,6 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _times(tensor: Tensor, counts: Sequence[int]) -> list[int]:
-    return [count * tensor.itemsize for count in counts]
+def _byte_parts(tensor: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = _bytes(tensor).split([count * tensor.itemsize for count in counts])
+    return parts

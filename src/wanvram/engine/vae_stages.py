@@ -31,7 +31,6 @@ class FrameSink(Protocol):
 
     def finish(self) -> None:
         """Returns when nothing is left to be done for the frames it got."""
-        ...
 
 
 def encode(

@@ -29,9 +29,9 @@ def owners(run: SimulatedRun) -> list[tuple[str, int]]:
 
 def report_text(run: SimulatedRun) -> str:
     peak = run.peak
-    verdict = "fits" if run.fits else "does NOT fit"
+    verdicts = {True: "fits in", False: "does NOT fit in", None: "failed before it was known whether it fits"}
     lines = [
-        f"simulated {run.gpu.name}: {verdict} in {human(run.vram_bytes)}",
+        f"simulated {run.gpu.name}: {verdicts[run.fits]} {human(run.vram_bytes)}",
         f"peak  device {human(peak.device_bytes)}  reserved {human(peak.reserved_bytes)}  "
         f"allocated {human(peak.allocated_bytes)}  ({peak.basis})",
     ]

@@ -36,6 +36,8 @@ def record_of(run: SimulatedRun, name: str, description: str) -> RunRecord:
 
 
 def _failure(run: SimulatedRun) -> Failure | None:
+    if run.failed:
+        return Failure("error", run.failed, None)
     if run.fits:
         return None
     asked = run.refused_bytes

@@ -40,7 +40,10 @@ def run_script(
             with inside or nullcontext():
                 runpy.run_path(str(path), run_name="__main__")
         except SystemExit as exit_:
-            return _status(exit_.code)
+            status = _status(exit_.code)
+            if run is not None and status:
+                run.fail(f"it ended with status {status}")
+            return status
         except SimulatedOutOfMemory as error:
             if run is not None:
                 run.refuse(error)
@@ -48,8 +51,9 @@ def run_script(
         except Unsupported:
             raise
         except Exception as error:
-            if run is not None and (full := _full(error)):
-                run.refuse(full)
+            full = _full(error)
+            if run is not None:
+                run.refuse(full) if full else run.fail(f"{type(error).__name__}: {error}")
             traceback.print_exception(type(error), error, _below(error))
             return 1
     return 0
@@ -74,7 +78,7 @@ def _below(error: BaseException) -> Any:
     step = error.__traceback__
     while step is not None and step.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
         step = step.tb_next
-    return step or error.__traceback__
+    return step
 
 
 @contextmanager

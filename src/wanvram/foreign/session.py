@@ -92,7 +92,9 @@ class ForeignStage:
 
 
 class SimulatedRun:
-    """What the code inside took so far. fits: False once an allocation was refused that the program did not survive."""
+    """What the code inside took so far. fits: False once an allocation was refused that the program did not survive; None where it
+    failed for another reason, which `failed` says.
+    """
 
     def __init__(self, memory: ForeignMemory, timeline: ForeignTimeline, vram_bytes: int) -> None:
         self.memory = memory
@@ -100,12 +102,17 @@ class SimulatedRun:
         self.vram_bytes = vram_bytes
         self._timeline = self.allocations = timeline
         self.entered: list[ForeignStage] = []  # every stage by itself, in the order in which they began
-        self.fits = True
+        self.fits: bool | None = True
+        self.failed = ""
         self.refused_bytes = 0
 
     def refuse(self, error: OutOfMemory) -> None:
         """The program ended because the card is full."""
         self.fits, self.refused_bytes = False, error.requested_bytes
+
+    def fail(self, why: str) -> None:
+        """The program ended before its end: what it would have taken then is not known."""
+        self.fits, self.failed = None, why
 
     @property
     def peak(self) -> ForeignPeak:

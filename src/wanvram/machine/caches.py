@@ -22,10 +22,8 @@ def cold_libraries(environment: Mapping[str, str] | None = None) -> frozenset[st
     home = Path(environment.get("HOME", "~")).expanduser()
     triton = environment.get("TRITON_CACHE_DIR") or Path(environment.get("TRITON_HOME", home)) / ".triton" / "cache"
     driver = environment.get("CUDA_CACHE_PATH") or home / ".nv" / "ComputeCache"
-    fa4 = (
-        environment.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
-        or _temporary(environment) / "flash_attention_cute_dsl_cache"
-    )
+    own = _temporary(environment) / "flash_attention_cute_dsl_cache"
+    fa4 = environment.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") or own
     places = {"triton": Path(triton), "attention": Path(driver), "fa4": Path(fa4)}
     return frozenset(library for library, place in places.items() if _is_empty(place))
 

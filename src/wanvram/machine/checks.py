@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from wanvram.errors import InputError
 from wanvram.machine.host import available_ram_bytes, operation_us
 from wanvram.units import GIB, MIB, human
 
-__all__ = ["GpuProcess", "own_gpu_process", "run_checks", "warm_up"]
+__all__ = ["own_gpu_process", "run_checks", "warm_up"]
 
 LEAST_FREE_DISK = 5 * GIB  # a trace of three steps takes 1 to 2 GiB
 LEAST_FREE_RAM_SHARE = 0.1
@@ -41,18 +40,6 @@ _VARIABLES = {
     "CUDA_VISIBLE_DEVICES": None,
 }
 _ALLOCATOR_OPTIONS = ("backend:cudaMallocAsync", "max_split_size_mb", "garbage_collection_threshold", "roundup_power2")
-
-
-@dataclass(frozen=True)
-class GpuProcess:
-    """One process on one GPU. used_bytes None: the driver does not tell, as in most containers. own: of this user."""
-
-    pid: int
-    gpu: int
-    name: str
-    user: str | None
-    used_bytes: int | None
-    own: bool
 
 
 def run_checks(directory: Path | None = None, nvml: Any = pynvml) -> dict[str, Any]:
@@ -110,17 +97,20 @@ def _gpu(nvml: Any, index: int) -> dict[str, Any]:
         "sm_clock_mhz": asked("nvmlDeviceGetClockInfo", 1),
         "max_sm_clock_mhz": asked("nvmlDeviceGetMaxClockInfo", 1),
         "slowed_by": sorted({name for bit, name in _SLOWED.items() if reasons & bit}),
-        "processes": [asdict(process) for process in _processes(asked, index)],
+        "processes": _processes(asked, index),
     }
 
 
-def _processes(asked: Any, gpu: int) -> list[GpuProcess]:
-    found: dict[int, GpuProcess] = {}
+def _processes(asked: Any, gpu: int) -> list[dict[str, Any]]:
+    """used_bytes None: the driver does not tell, as in most containers. own: of this user."""
+    found: dict[int, dict[str, Any]] = {}
     for question in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
         for process in asked(question) or ():
             pid, used = int(process.pid), process.usedGpuMemory
             name, user, own = _described(pid)
-            found.setdefault(pid, GpuProcess(pid, gpu, name, user, None if used is None else int(used), own))
+            used = None if used is None else int(used)
+            about = {"pid": pid, "gpu": gpu, "name": name, "user": user, "used_bytes": used, "own": own}
+            found.setdefault(pid, about)
     return list(found.values())
 
 

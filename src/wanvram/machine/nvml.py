@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from wanvram.errors import DeviceError
@@ -12,12 +13,12 @@ from wanvram.machine.launched import launched
 __all__ = ["Gpu", "first_gpu", "first_visible"]
 
 
+@dataclass(frozen=True)
 class Gpu:
     """One GPU by its NVML handle."""
 
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml = nvml
-        self._handle = handle
+    _nvml: Any
+    _handle: Any
 
     @property
     def name(self) -> str:

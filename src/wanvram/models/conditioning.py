@@ -33,9 +33,7 @@ def cover(picture: Tensor, height: int, width: int) -> Tensor:
     if picture.shape[1:] == (height, width):
         return picture
     scale = max(height / picture.shape[1], width / picture.shape[2])
-    rows, columns = (
-        max(round(side * scale), least) for side, least in zip(picture.shape[1:], (height, width), strict=True)
-    )
+    rows, columns = max(round(picture.shape[1] * scale), height), max(round(picture.shape[2] * scale), width)
     scaled = F.interpolate(picture[None], size=(rows, columns), mode="bicubic", antialias=True)[0].clamp_(-1.0, 1.0)
     top, left = (rows - height) // 2, (columns - width) // 2
     return scaled[:, top : top + height, left : left + width]

@@ -31,7 +31,6 @@ class RowStream(Protocol):
 
         reads: they come as they were written last, else with any values. writes: what they are now is kept.
         """
-        ...
 
 
 class RegroupedDiT(WanDiT):

@@ -21,37 +21,21 @@ def rotary_tables(
     Angles are float64 on the short axes only; the long tables hold their rounded cosines (19 MB each at 75600 tokens).
     """
     pairs = head_dim // 2
-    widths = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    if of is not None:
-        return _tables_of(grid, widths, device, of)
-    cos = torch.empty((*grid, pairs), dtype=torch.float32, device=device)
-    sin = torch.empty((*grid, pairs), dtype=torch.float32, device=device)
-    start = 0
-    for axis, width in enumerate(widths):
-        angles = _axis_angles(grid[axis], width, device)
-        shape = [1, 1, 1, width]
-        shape[axis] = grid[axis]
-        cos[..., start : start + width] = angles.cos().float().view(shape)
-        sin[..., start : start + width] = angles.sin().float().view(shape)
-        start += width
-    return cos.view(-1, pairs), sin.view(-1, pairs)
-
-
-def _tables_of(
-    grid: tuple[int, int, int], widths: tuple[int, ...], device: torch.device | str, of: slice
-) -> tuple[Tensor, Tensor]:
-    """The same numbers, looked up for each token."""
-    cos = torch.empty((of.stop - of.start, sum(widths)), dtype=torch.float32, device=device)
+    rows = grid if of is None else (of.stop - of.start,)
+    cos = torch.empty((*rows, pairs), dtype=torch.float32, device=device)
     sin = torch.empty_like(cos)
-    token = torch.arange(of.start, of.stop, device=device)
+    token = None if of is None else torch.arange(of.start, of.stop, device=device)
     start = 0
-    for axis, width in enumerate(widths):
+    for axis, width in enumerate((pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)):
         angles = _axis_angles(grid[axis], width, device)
-        position = token // prod(grid[axis + 1 :]) % grid[axis]
-        cos[:, start : start + width] = angles.cos().float()[position]
-        sin[:, start : start + width] = angles.sin().float()[position]
+        place = None if token is None else token // prod(grid[axis + 1 :]) % grid[axis]
+        shape = [grid[axis] if other == axis else 1 for other in range(3)] + [width]
+        for table, values in ((cos, angles.cos), (sin, angles.sin)):
+            own = values().float().view(shape) if place is None else values().float()[place]
+            table[..., start : start + width] = own
+            del own
         start += width
-    return cos, sin
+    return cos.flatten(0, -2), sin.flatten(0, -2)
 
 
 def _axis_angles(length: int, width: int, device: torch.device | str) -> Tensor:

@@ -48,13 +48,8 @@ def _one_ahead(chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
 
 
 def _middle(channels: int, dtype: torch.dtype) -> nn.ModuleList:
-    return nn.ModuleList(
-        [
-            ResidualBlock(channels, channels, dtype),
-            AttentionBlock(channels, dtype),
-            ResidualBlock(channels, channels, dtype),
-        ]
-    )
+    before, after = (ResidualBlock(channels, channels, dtype) for _ in range(2))
+    return nn.ModuleList([before, AttentionBlock(channels, dtype), after])
 
 
 class Encoder(nn.Module):

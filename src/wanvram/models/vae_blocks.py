@@ -159,10 +159,6 @@ class Conv(nn.Module):
         """A convolution without extent."""
         return conv3d(x, self.weight, self.bias, UNIT, (0, 0, 0))
 
-    def flat(self, x: Tensor, stride: tuple[int, int, int], padding: int) -> Tensor:
-        """A two-dimensional convolution of one frame."""
-        return conv3d(x, self.weight.unsqueeze(2), self.bias, stride, (0, padding, padding))
-
     def causal(
         self,
         x: Tensor,
@@ -201,8 +197,10 @@ class Conv(nn.Module):
             del window
             if whole and add_to is None:
                 out = band.contiguous(memory_format=torch.channels_last_3d)
+            elif add_to is None:
+                out[..., top - start : bottom - start, :].copy_(band)
             else:
-                _store(out if whole else out[..., top - start : bottom - start, :], band, add=add_to is not None)
+                (out if whole else out[..., top - start : bottom - start, :]).add_(band)
             del band
         if commit:
             history.reverse()
@@ -225,13 +223,6 @@ def _conv(module: nn.Module) -> Conv:
 def _gamma(module: nn.Module) -> Gamma:
     assert isinstance(module, Gamma)
     return module
-
-
-def _store(target: Tensor, band: Tensor, add: bool) -> None:
-    if add:
-        target.add_(band)
-    else:
-        target.copy_(band)
 
 
 class ResidualBlock(nn.Module):
@@ -324,7 +315,7 @@ class Upsample(nn.Module):
             sides = cut._replace(top=above - 2 * first, bottom=2 * last - below)
             band = stream.convolve(doubled, conv.weight.unsqueeze(2), conv.bias, sides)
             del doubled, grid
-            _store(out[..., above - start : below - start, :], band, add=False)
+            out[..., above - start : below - start, :].copy_(band)
             del band
         return out
 
@@ -370,9 +361,9 @@ class Downsample(nn.Module):
             padded[..., : last - first, :width].copy_(x[..., first:last, :])
             padded[..., width:].zero_()
             padded[..., last - first :, :].zero_()
-            band = conv.flat(padded, (1, 2, 2), 0)
+            band = conv3d(padded, conv.weight.unsqueeze(2), conv.bias, (1, 2, 2), (0, 0, 0))
             del padded
-            _store(out[..., top:bottom, :], band, add=False)
+            out[..., top:bottom, :].copy_(band)
             del band
         return out
 
@@ -432,6 +423,6 @@ class LastConv(nn.Module):
             sides = cut._replace(top=top - first, bottom=last - bottom)
             band = stream.convolve(activated, weight, bias, sides)
             del activated
-            _store(out[..., top - start : bottom - start, :], band, add=False)
+            out[..., top - start : bottom - start, :].copy_(band)
             del band
         return out

@@ -7,7 +7,8 @@ from dataclasses import replace
 from wanvram import knobs
 from wanvram.command_line import plan_command
 from wanvram.config import Request, Strategy
-from wanvram.planner.forecasts import Trials, components_of
+from wanvram.planner.budget import Budget
+from wanvram.planner.forecasts import StageForecast, Trials, components_of
 from wanvram.planner.result import Alternative, Refusal
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import leanest, variants
@@ -50,32 +51,32 @@ def _refuse_for_host(trials: Trials, base: Strategy) -> Refusal:
 
 
 def _host_bytes(trials: Trials, base: Strategy, component: str) -> list[int]:
-    """Of the lean strategies that fit the device; a stream in RAM is the leanest there, and not here."""
-    ways = _lean(trials.request, base, component)
-    if component == "dit":
-        ways.append(variants(trials.request, knobs.FROM["disk"].on(base))[-1])
-    return [
-        trials.of(component, strategy).host_bytes
-        for strategy in ways
-        if trials.of(component, strategy).peak_device_bytes <= trials.budget.device_limit
-    ]
+    """Of the lean strategies that fit the device."""
+    found = [trials.of(component, strategy) for strategy in _lean(trials, base, component)]
+    return [forecast.host_bytes for forecast in found if forecast.peak_device_bytes <= trials.budget.device_limit]
 
 
-def _lean(request: Request, base: Strategy, component: str) -> list[Strategy]:
-    """The lossless strategies among which a component's smallest peak is, on the device and in RAM."""
-    block = knobs.FROM["disk"].on(base)
+def _is_held(trials: Trials, forecast: StageForecast) -> bool:
+    return forecast.host_bytes <= trials.budget.host_limit("disk")
+
+
+def _lean(trials: Trials, base: Strategy, component: str) -> list[Strategy]:
+    """The lossless strategies among which a component's smallest peak is; also one without a stream in RAM where RAM cannot hold it."""
+    request, block = trials.request, knobs.FROM["disk"].on(base)
     if request.facts.family.component_of(component).name == "vae":
         return [knobs.VAE_TILE.set(base, tiles_for(request)[-1])]
     if component == "text_encoder":
         return [block, knobs.T5_CPU.set(base, True)]
     if component == "image_encoder":
         return [block]
-    return [leanest(request, block)]
+    least = leanest(request, block)
+    return [least] if _is_held(trials, trials.of("dit", least)) else [least, variants(request, block)[-1]]
 
 
 def least_peak(trials: Trials, base: Strategy, component: str) -> int:
-    """Device memory of a component with every lossless saving."""
-    return min(trials.of(component, s).peak_device_bytes for s in _lean(trials.request, base, component))
+    """Device memory of a component with every lossless saving that host RAM allows; with all of them where it allows none."""
+    ways = [trials.of(component, strategy) for strategy in _lean(trials, base, component)]
+    return min(way.peak_device_bytes for way in [way for way in ways if _is_held(trials, way)] or ways)
 
 
 def _alternative(trials: Trials, base: Strategy, size: str, frames: int, first: str) -> Alternative | None:
@@ -133,12 +134,16 @@ def _message(trials: Trials, component: str, smallest: int, alternatives: tuple[
     r, budget = trials.request, trials.budget
     text = (
         f"{r.task} {r.size} with {r.frame_num} frames does not fit {human(budget.usable_bytes)}: the {component} needs a budget "
-        f"of {human(smallest)} even with every lossless saving (margin included)"
+        f"of {human(smallest)} even with every lossless saving{_allowed_by_ram(budget)} (margin included)"
     )
     if smallest > budget.card.total_bytes:
         text += f", more than the {budget.card.name} has"
     changes = [_flags(r, a) for a in alternatives]
     return text + ("; it would fit with " + ", or with ".join(changes) if changes else "")
+
+
+def _allowed_by_ram(budget: Budget) -> str:
+    return "" if budget.ram_bytes is None else f" that {human(budget.ram_bytes)} of host RAM allow"
 
 
 def _flags(request: Request, alternative: Alternative) -> str:

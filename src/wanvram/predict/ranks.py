@@ -17,7 +17,7 @@ from wanvram.spans import Span
 from wanvram.specs import DIT
 from wanvram.units import human
 
-__all__ = ["as_one_run", "communication_note", "communication_of", "kinds_of", "rank_record"]
+__all__ = ["as_one_run", "communication_note", "communication_of", "kinds_of", "rank_record", "rooms_of"]
 
 
 def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int, ...]]:
@@ -61,10 +61,15 @@ def _tiles(config: RunConfig, frame: tuple[int, int], rank: int) -> list[object]
     return [[(s.stop - s.start, s.start == 0, s.stop == s.extent) for s in area] for area in mine]
 
 
+def rooms_of(config: RunConfig, rank: int) -> list[tuple[int, ...]]:
+    """The members of each buffer through which the rank exchanges by copies."""
+    return [members for members, _ in meetings(config.place(rank), weights=shares_weights(config.strategy))]
+
+
 def communication_of(config: RunConfig, link: Link) -> int:
     """Bytes of each card that exchanges take; 0 of one."""
     if link.copies:
-        return HELD_BYTES * len(meetings(config.place(0), weights=shares_weights(config.strategy)))
+        return HELD_BYTES * len(rooms_of(config, 0))
     return communication_bytes(link, config.gpus, shards=shares_weights(config.strategy))
 
 

@@ -14,7 +14,7 @@ from wanvram.machine.driver import LATER_BYTES
 from wanvram.machine.environment import describe_environment
 from wanvram.planner.budget import beyond_card, usable_memory
 from wanvram.predict.host import clock_of, is_here
-from wanvram.predict.ranks import as_one_run, communication_note, communication_of, kinds_of, rank_record
+from wanvram.predict.ranks import as_one_run, communication_note, communication_of, kinds_of, rank_record, rooms_of
 from wanvram.record import Predicted, RunRecord, Times
 from wanvram.recorder.recorder import Recorder, repeated_seconds
 from wanvram.run.attention import attention_of, card_like
@@ -64,6 +64,8 @@ def simulated_device(
     device = SimulatedDevice(SimulatedMemory(gpu, allocator, Libraries(gpu), clock=clock, keep_events=keep_events))
     device.attention = attention_of(config, card_like(gpu, here=is_here(gpu.key)))
     device.place = config.place(rank)
+    if link is not None and link.copies:
+        device.hold_addresses(map(len, rooms_of(config, rank)))
     return device
 
 

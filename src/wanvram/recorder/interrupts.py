@@ -33,9 +33,8 @@ __all__ = [
 INTERRUPTED = "interrupted by the user"
 # A terminal that closes sends SIGHUP twice, a service manager SIGTERM and SIGHUP: they must not end the writing of the record.
 SAME_ENDING_SECONDS = 20.0
-ENDINGS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-)  # no SIGHUP on Windows
+# No SIGHUP on Windows.
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 _pending: int | None = None
 _ending_since: float | None = None

@@ -242,7 +242,7 @@ def snapshot_text(snapshot: Snapshot) -> str:
     gpu = f" of GPU {main.device}" if len(snapshot.devices) > 1 else ""
     total = max(1, main.peak.allocated_bytes)
     places = main.by_place()
-    rows = ([_short(g.where), f"{g.count:,}", mib_cell(g.bytes), _share(g.bytes / total)] for g in places[:ROWS])
+    rows = ([_short(p.name), f"{p.count:,}", mib_cell(p.bytes), _share(p.bytes / total)] for p in places[:ROWS])
     alive = listed([f"alive {when}{gpu}, by where it was allocated", "count", "MiB", "share"], rows)
     more = f"\n... and {len(places) - ROWS:,} more places" if len(places) > ROWS else ""
     reasons: Counter[str] = Counter()

@@ -15,9 +15,8 @@ __all__ = ["attention_text", "cards_text", "check_text"]
 
 def check_text(checks: dict[str, Any]) -> str:
     """Versions, GPUs, who uses them, host, and what would falsify a measurement. `checks` is what run_checks returns."""
-    versions = (
-        f"torch {checks['torch']}, CUDA {checks['cuda'] or 'none (CPU build)'}, driver {checks['driver'] or 'none'}"
-    )
+    cuda = checks["cuda"] or "none (CPU build)"
+    versions = f"torch {checks['torch']}, CUDA {cuda}, driver {checks['driver'] or 'none'}"
     parts = [versions, _gpus(checks["gpus"]), _processes(checks["gpus"]), _host(checks["host"])]
     variables = "\n".join(f"{name}={value}" for name, value in checks["variables"].items())
     parts.append(variables or "No allocator setting in the environment.")

@@ -89,9 +89,6 @@ def _read_snapshot(path: Path) -> Run:
     return Run(path.name, record, snapshot_timeline(snapshot), True)
 
 
-# --- many runs -----------------------------------------------------------------------------------------------------------
-
-
 def runs_table(
     runs: Sequence[tuple[str, RunRecord]], places: Sequence[int | None] | None = None, texts: Texts | None = None
 ) -> str:
@@ -123,9 +120,6 @@ def _result(record: RunRecord, texts: Texts) -> str:
     if record.failure is not None:
         return texts("out_of_memory" if record.failure.kind == "oom" else "did_fail")
     return kind if record.fits is None else texts("and_fits" if record.fits else "and_exceeds", kind=kind)
-
-
-# --- two or more, figure by figure ---------------------------------------------------------------------------------------
 
 
 def comparison_text(comparison: Comparison) -> str:

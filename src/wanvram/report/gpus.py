@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from wanvram.foreign_text import shown
+from wanvram.knobs import SIZES
 from wanvram.record import RunRecord, highest_stage
-from wanvram.units import mib_cell, seconds
+from wanvram.report.translations import Texts
+from wanvram.units import human, mib_cell, seconds
 
-__all__ = ["GPU_HEADS", "gpu_cells", "gpu_rows"]
+__all__ = ["GPU_HEADS", "gpu_cells", "gpu_rows", "sharing_lines"]
 
 GPU_HEADS = (
     "gpus",
@@ -21,6 +24,16 @@ GPU_HEADS = (
     "waited",
     "peak_in",
 )
+
+
+def sharing_lines(record: RunRecord, texts: Texts) -> list[str]:
+    """How many GPUs make the video together, along which axes, and what their processes pin of the host's RAM; nothing of one."""
+    if not record.ranks:
+        return []
+    strategy = record.config.get("optimization", {})
+    sizes = [f"{knob.name} {shown(strategy[knob.name], 20)}" for knob in SIZES if strategy.get(knob.name, 1) != 1]
+    pinned = sum(rank.host.get("pinned_bytes", 0) * len(rank.ranks) for rank in record.ranks)
+    return [texts("shared_by", gpus=record.gpus, sizes=" x ".join(sizes) or "-", pinned=human(pinned))]
 
 
 def gpu_rows(record: RunRecord) -> Iterator[dict[str, Any]]:

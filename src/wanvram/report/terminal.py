@@ -16,7 +16,7 @@ from wanvram.config import RunConfig
 from wanvram.errors import InputError
 from wanvram.foreign_text import shown
 from wanvram.record import AttentionChoice, RunRecord
-from wanvram.report.gpus import GPU_HEADS, gpu_cells
+from wanvram.report.gpus import GPU_HEADS, gpu_cells, sharing_lines
 from wanvram.report.runs import asked
 from wanvram.report.translations import Texts
 from wanvram.simulate.gpus import card_of_run
@@ -53,6 +53,7 @@ def _headline(record: RunRecord, texts: Texts) -> str:
     else:
         lines = [texts("asked_run", name=name, task=task, size=size, frames=frames)]
     lines.append(texts("is_simulated" if record.simulated else "is_measured", device=record.device))
+    lines += sharing_lines(record, texts)
     where = record.peak_span()
     if where is not None:
         figures = texts.listed(list(_peak_figures(record, where, texts)))
@@ -68,17 +69,13 @@ def _headline(record: RunRecord, texts: Texts) -> str:
 
 def _peak_figures(record: RunRecord, where: Span, texts: Texts) -> Iterator[str]:
     """The highest of each figure over the whole run, as in its record; one that another stage than `where` reaches says which."""
-    names = {
-        "allocated_bytes": "allocated",
-        **({"reserved_bytes": "reserved"} if record.cached else {}),
-        "device_bytes": "device_line",
-    }
-    for name, key in names.items():
-        highest = max(record.all_stages(), key=lambda span: getattr(span.peak, name) or 0)
-        figure, own = getattr(highest.peak, name), getattr(where.peak, name)
+    for name in ("allocated", *(["reserved"] if record.cached else []), "device"):
+        key = f"{name}_bytes"
+        highest = max(record.all_stages(), key=lambda span: getattr(span.peak, key) or 0)
+        figure, own = getattr(highest.peak, key), getattr(where.peak, key)
         if figure is not None:
             other = "" if figure == own else " " + texts("peak_elsewhere", stage=highest.name)
-            yield f"{texts(key)} {human(figure)}{other}"
+            yield f"{texts(name)} {human(figure)}{other}"
 
 
 def attention_line(attention: AttentionChoice, texts: Texts) -> str:

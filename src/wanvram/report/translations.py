@@ -104,6 +104,10 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "asked_run": ("{name}: {task} {size} {frames} frames", "{name}：{task} {size} {frames} 帧"),
     "is_simulated": ("SIMULATED, nothing was run on a GPU ({device})", "模拟运行，未使用 GPU（{device}）"),
     "is_measured": ("MEASURED ({device})", "实测（{device}）"),
+    "shared_by": (
+        "{gpus} GPUs make it together: {sizes}; the peak is the highest of theirs; they pin {pinned} of host RAM",
+        "由 {gpus} 张 GPU 共同生成：{sizes}；峰值取其中最高者；共锁定主机内存 {pinned}",
+    ),
     "peak_line": ("Peak: {figures} in {stage}", "峰值：{figures}，位于 {stage}"),
     "peak_elsewhere": ("(in {stage})", "（位于 {stage}）"),
     "why_libraries": (
@@ -242,7 +246,6 @@ _PAIRS: dict[str, tuple[str, str]] = {
     "activations": ("activations and other tensors", "激活与其他张量"),
     "allocated": ("allocated", "已分配"),
     "reserved": ("reserved", "已预留"),
-    "device_line": ("device", "设备"),
     "stages_ribbon": ("Stages; choose one to see what was alive at its peak", "阶段；选择一个以查看其峰值时的存活张量"),
     "alive": ("What was alive", "当时存活的张量"),
     "moment": ("moment", "时刻"),

@@ -22,7 +22,7 @@ from wanvram.engine.pipeline import FrameSink, OpenSink, Pipeline
 from wanvram.errors import InputError, OutOfMemory, OutputError, WanvramError, require
 from wanvram.foreign_text import unforeseen
 from wanvram.kept_state import KEPT_NAME
-from wanvram.knobs import ATTENTION, EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
+from wanvram.knobs import EXPANDABLE_SEGMENTS, PARALLEL_DEGREE, WEIGHTS_IN
 from wanvram.machine.allocator_settings import put_in_force
 from wanvram.machine.attention_choice import require_package
 from wanvram.machine.checks import run_checks
@@ -54,6 +54,7 @@ from wanvram.run.weights import choose_weights
 from wanvram.run.world import World, together
 from wanvram.run_events import TellRun
 from wanvram.simulate.timeline import Timeline
+from wanvram.weights.folder import GENERATED
 
 __all__ = ["Around", "Output", "assembled", "check_measurement", "device_kind", "execute", "make_device", "run_on"]
 
@@ -148,7 +149,7 @@ def assembled(device: Device, config: RunConfig, recorder: Recorder) -> Assemble
     simulated = device.kind == "simulated"
     request = config.request
     weights = choose_weights(config.weights, simulated=simulated, task=request.task, seed=request.base_seed)
-    real = config.weights not in ("random", "tiny") and not simulated
+    real = config.weights not in GENERATED and not simulated
     inputs, notes = prepare_inputs(request, simulated=simulated, real_weights=real)
     extend = prompt_extension(request, simulated=simulated)
     return Assembled(Pipeline(config, device, recorder, weights, inputs, extend=extend), notes)
@@ -191,10 +192,9 @@ def run_on(device: Device, config: RunConfig, output: Output, around: Around) ->
             forget()
         del made, pipeline, outputs
         if directory and config.measurement.is_traced:
-            failed = failure is not None and failure.kind != "oom"
-            traced = (
-                "no trace was written: the run failed" if failed else _trace(device, config, directory, around, output)
-            )
+            traced = "no trace was written: the run failed"
+            if failure is None or failure.kind == "oom":
+                traced = _trace(device, config, directory, around, output)
             record.notes.append(traced)
             record.write(directory / "record.json")
     return record
@@ -253,16 +253,10 @@ def _trace(device: Device, config: RunConfig, directory: Path, around: Around, o
 
 def _beside(config: RunConfig, output: Output, predict: Predict | None) -> Beside | None:
     """Only of a whole video: a run that is measured for its own sake has the machine for itself."""
-    if (
-        not output.video
-        or output.resume is not None
-        or output.predicted is not None
-        or output.world is not None
-        or config.weights == "tiny"
-        or device_kind(config) != "cuda"
-    ):
+    known = output.resume or output.predicted or output.world
+    if predict is None or known or not output.video or config.weights == "tiny" or device_kind(config) != "cuda":
         return None
-    return None if predict is None else Beside(config, predict)
+    return Beside(config, predict)
 
 
 def _seeded(config: RunConfig) -> RunConfig:
@@ -341,11 +335,6 @@ def make_device(config: RunConfig) -> Device:
         require_package(device.attention)
         return device
     if kind == "cpu":
-        asked = ATTENTION.of(config.strategy)
-        require(
-            asked == ATTENTION.default,
-            f"{ATTENTION.name}: {asked} computes on NVIDIA GPUs; with device cpu leave it at {ATTENTION.default}",
-        )
         if config.weights == "random":
             raise InputError(
                 "full-size random weights on the CPU would take hours; use --weights tiny, or --device simulated"
@@ -471,18 +460,15 @@ def _fits(record: RunRecord) -> bool | None:
 
 def _notes(config: RunConfig, pipeline: Pipeline) -> list[str]:
     notes = config.notes()
-    if config.weights in ("random", "tiny"):
+    generated, simulated = config.weights in GENERATED, pipeline.device.kind == "simulated"
+    if generated:
         notes.append(f"{config.weights} weights know no language: text went through a byte-level stand-in tokenizer")
-    elif pipeline.device.kind == "simulated":
+    elif simulated:
         notes.append(
             f"the checkpoint {config.weights} is not read on the simulated device; text is tokenised byte by byte"
         )
-    if (
-        WEIGHTS_IN.of(config.strategy) == "disk"
-        and config.weights in ("random", "tiny")
-        and pipeline.device.kind != "simulated"
-    ):
+    if generated and not simulated and WEIGHTS_IN.of(config.strategy) == "disk":
         notes.append("generated weights are on no disk: they are made again in every pass, so times mean nothing")
-    if config.gpu and pipeline.device.kind != "simulated":
+    if config.gpu and not simulated:
         notes.append(f"gpu: {config.gpu} has no effect on {pipeline.device.name}; it names the card to simulate")
     return notes

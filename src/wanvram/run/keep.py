@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 
 from wanvram import knobs
-from wanvram.config import RunConfig
 from wanvram.engine.keeping import Keeper
 from wanvram.engine.pipeline import Pipeline
 from wanvram.errors import InputError
@@ -47,8 +46,7 @@ def keep_in(directory: Path, pipeline: Pipeline, outputs: Outputs, resumption: R
     videos: list[KeptVideo] = []
     if kept is not None:
         refuse_difference(directory, kept.made_of, made_of)
-        videos = read_kept_videos(path, tuple(pipeline.inputs.noise_shape))
-        _check_videos(path, videos, config)
+        videos = _videos(path, pipeline)
     save_file = None if outputs.save_file is None else str(outputs.save_file)
     run = KeptRun(os.getcwd(), save_file, made_of)
     for file in left_half_written(directory):
@@ -71,9 +69,7 @@ def keep_in(directory: Path, pipeline: Pipeline, outputs: Outputs, resumption: R
 def follow(directory: Path, pipeline: Pipeline, resumption: Resumption) -> None:
     """Gives the pipeline of one of several processes, not the first, what an earlier run made; the first keeps what comes."""
     if resumption.kept is not None:
-        videos = read_kept_videos(directory / KEPT_NAME, tuple(pipeline.inputs.noise_shape))
-        _check_videos(directory / KEPT_NAME, videos, pipeline.config)
-        pipeline.keeper = Keeper(kept=videos, prompts=resumption.kept.prompts)
+        pipeline.keeper = Keeper(kept=_videos(directory / KEPT_NAME, pipeline), prompts=resumption.kept.prompts)
 
 
 def kept_before(resumed: Resumed, steps: int) -> str:
@@ -83,9 +79,11 @@ def kept_before(resumed: Resumed, steps: int) -> str:
     return f"the run was resumed: {made}{whole} were made before; stages, times and peaks are of the last process alone"
 
 
-def _check_videos(path: Path, videos: Iterable[KeptVideo], config: RunConfig) -> None:
-    request = config.request
-    solver, count, steps = cast(Solver, request.sample_solver), len(config.videos()), request.sample_steps
+def _videos(path: Path, pipeline: Pipeline) -> list[KeptVideo]:
+    """Every one that is begun. InputError where they are not of this run."""
+    request, count = pipeline.config.request, len(pipeline.config.videos())
+    solver, steps = cast(Solver, request.sample_solver), request.sample_steps
+    videos = read_kept_videos(path, tuple(pipeline.inputs.noise_shape))
     for video in videos:
         if video.number >= count or video.steps > steps:
             raise InputError(
@@ -98,6 +96,7 @@ def _check_videos(path: Path, videos: Iterable[KeptVideo], config: RunConfig) ->
                 f"{path} lacks '{min(lacking)}' of video {video.number + 1}, which {solver} needs after step {video.steps}. "
                 "Without that file the run begins again: remove it"
             )
+    return videos
 
 
 def _found(pipeline: Pipeline) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import PurePath
@@ -50,16 +50,16 @@ _NCCL = {
 }
 
 
+@dataclass(eq=False)
 class World:
-    """This process among those of its run, while it is in `joined`."""
+    """This process among those of its run, while it is in `joined`. communication_bytes: that exchanges take of this rank's GPU."""
 
-    def __init__(self, me: Launched, bulletin: Bulletin, watchdog: Watchdog, peers: list[Present]) -> None:
-        self.me = me
-        self.watchdog = watchdog
-        self._bulletin = bulletin
-        self._peers = peers
-        self._step_ended = 0.0
-        self.communication_bytes: int | None = None  # that exchanges take of this rank's GPU
+    me: Launched
+    watchdog: Watchdog
+    _bulletin: Bulletin
+    _peers: list[Present]
+    _step_ended: float = 0.0
+    communication_bytes: int | None = None
 
     def file(self, name: str) -> str:
         """What a file of the run directory is called that every rank writes: record.json, record.rank1.json."""
@@ -83,10 +83,8 @@ class World:
             os.environ.setdefault(name, value)
         asked, cuda = EXCHANGE.of(strategy), isinstance(device, CudaDevice)
         missing = self._missing_for_copies() if cuda and asked != "nccl" else None
-        if asked == "copies" and (missing or not cuda):
-            raise DeviceError(
-                f"{EXCHANGE.asked(asked)}: {missing or 'nothing but GPUs exchange so'}; use {EXCHANGE.asked('auto')}"
-            )
+        if asked == "copies" and missing:
+            raise DeviceError(f"{EXCHANGE.asked(asked)}: {missing}; use {EXCHANGE.asked('auto')}")
         nccl = cuda and (asked == "nccl" or missing is not None)
         before = _outside(device)
         dist.init_process_group(
@@ -197,7 +195,7 @@ def joined(me: Launched, join_seconds: float = JOIN_SECONDS) -> Iterator[World]:
         raise DeviceError(str(error)) from error
     watchdog.last_words = partial(_say, me)
     watchdog.start()
-    world = World(me, bulletin, watchdog, peers)
+    world = World(me, watchdog, bulletin, peers)
     try:
         yield world
     except BaseException as error:

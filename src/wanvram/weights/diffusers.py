@@ -27,25 +27,13 @@ Table = tuple[tuple[str, str], ...]
 
 # Diffusers name -> official name. `#` is a block number, `*` the rest of the name (weight or bias). Several names with the
 # same official name are concatenated along the first axis in the order of the table.
-_ATTENTION = (
-    ("attn1.to_q.*", "self_attn.q.*"),
-    ("attn1.to_k.*", "self_attn.k.*"),
-    ("attn1.to_v.*", "self_attn.v.*"),
-    ("attn1.to_out.0.*", "self_attn.o.*"),
-    ("attn1.norm_q.*", "self_attn.norm_q.*"),
-    ("attn1.norm_k.*", "self_attn.norm_k.*"),
-    ("attn2.to_q.*", "cross_attn.q.*"),
-    ("attn2.to_k.*", "cross_attn.k.*"),
-    ("attn2.to_v.*", "cross_attn.v.*"),
-    ("attn2.to_out.0.*", "cross_attn.o.*"),
-    ("attn2.norm_q.*", "cross_attn.norm_q.*"),
-    ("attn2.norm_k.*", "cross_attn.norm_k.*"),
+_OF_BOTH = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))
+_DIT_BLOCK = (
+    *((f"attn1.{theirs}.*", f"self_attn.{official}.*") for theirs, official in _OF_BOTH),
+    *((f"attn2.{theirs}.*", f"cross_attn.{official}.*") for theirs, official in _OF_BOTH),
     ("attn2.add_k_proj.*", "cross_attn.k_img.*"),
     ("attn2.add_v_proj.*", "cross_attn.v_img.*"),
     ("attn2.norm_added_k.*", "cross_attn.norm_k_img.*"),
-)
-_DIT_BLOCK = (
-    *_ATTENTION,
     ("norm2.*", "norm3.*"),  # official numbers the norms by function, diffusers in the order of use
     ("ffn.net.0.proj.*", "ffn.0.*"),
     ("ffn.net.2.*", "ffn.2.*"),

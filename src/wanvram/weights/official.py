@@ -23,14 +23,7 @@ from wanvram.specs import CLIP, DIT, T5, VAE, DiTSpec
 from wanvram.tasks import WAN21
 from wanvram.weights.diffusers import TABLES, RenamedSource, is_diffusers, official_names, open_diffusers
 from wanvram.weights.recognise import check_kind, comfy_files, explain, prefix_of
-from wanvram.weights.sources import (
-    MANIFEST,
-    ConvertedSource,
-    SafetensorsSource,
-    TensorSource,
-    check_file,
-    check_keys,
-)
+from wanvram.weights.sources import MANIFEST, ConvertedSource, SafetensorsSource, TensorSource, check_file, check_keys
 from wanvram.weights.torch_files import TorchFileSource
 
 __all__ = [

@@ -18,7 +18,8 @@ from pathlib import Path
 from wanvram.errors import CheckpointError
 from wanvram.input_files import whole
 from wanvram.knobs import PRECISION
-from wanvram.weights.sources import SafetensorsSource, shown
+from wanvram.tasks import WAN21
+from wanvram.weights.sources import MANIFEST, SafetensorsSource, shown
 
 __all__ = ["PREFIXES", "check_kind", "comfy_files", "explain", "prefix_of"]
 
@@ -146,11 +147,8 @@ def _is_hub_cache(ckpt_dir: Path) -> str:
     snapshots = _glob(ckpt_dir / "snapshots", "*/")
     if snapshots and ((ckpt_dir / "refs").is_dir() or (ckpt_dir / "blobs").is_dir()):
         unfinished = len(_glob(ckpt_dir / "blobs", "*.incomplete"))
-        left = (
-            f"; {unfinished} of its files are not downloaded to their end, run `hf download` again"
-            if unfinished
-            else ""
-        )
+        left = f"; {unfinished} of its files are not downloaded to their end, run `hf download` again"
+        left = left if unfinished else ""
         return f"{ckpt_dir} is a model in the hub's cache; give the folder of its files, {snapshots[-1]}{left}"
     models = _glob(ckpt_dir, "models--*/") or _glob(ckpt_dir / "hub", "models--*/")
     if models:
@@ -168,9 +166,7 @@ def _is_wan22(ckpt_dir: Path) -> str:
     if (ckpt_dir.name in ("high_noise_model", "low_noise_model")) and (ckpt_dir / "config.json").is_file():
         both = [ckpt_dir.name]
     small = (ckpt_dir / "Wan2.2_VAE.pth").exists() or config.get("model_type") in ("ti2v", "s2v", "animate")
-    small = (
-        small or config.get("in_dim") == 48 or inner.get("in_channels") == 48 or bool(config.get("expand_timesteps"))
-    )
+    small |= 48 in (config.get("in_dim"), inner.get("in_channels")) or bool(config.get("expand_timesteps"))
     what = ""
     if both or config.get("boundary_ratio"):
         what = f"a transformer for high and one for low noise: {', '.join(both) or 'boundary_ratio'}"
@@ -225,13 +221,7 @@ def _is_elsewhere(ckpt_dir: Path) -> str:
 
 
 def _looks_whole(path: Path) -> bool:
-    names = (
-        "model_index.json",
-        "wanvram.json",
-        "diffusion_pytorch_model.safetensors",
-        "diffusion_pytorch_model.safetensors.index.json",
-    )
-    return any((path / name).is_file() for name in names)
+    return any((path / name).is_file() for name in ("model_index.json", MANIFEST, *WAN21.component_of("dit").files))
 
 
 def _is_comfy(ckpt_dir: Path) -> str:

@@ -65,7 +65,6 @@ class TensorSource(Protocol):
 
     def files(self) -> list[Path]:
         """In which the tensors lie."""
-        ...
 
     def shape(self, key: str) -> Shape: ...
 
@@ -73,11 +72,9 @@ class TensorSource(Protocol):
 
     def fill_rows(self, key: str, dest: Tensor, first: int) -> None:
         """As many rows of the tensor (along its first axis) as `dest` has, from `first` on; nothing else is read."""
-        ...
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """The named rows of a matrix as a host tensor: a lookup that reads nothing else of a large table."""
-        ...
 
 
 def check_keys(
@@ -345,13 +342,11 @@ def read_manifest(ckpt_dir: Path) -> dict[str, Any]:
             if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
                 raise ValueError(f"the entry of {shown(name)}")
         complete = known and manifest["complete"]
-    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        ours = type(error) is ValueError  # not one of JSON's or of a text's
+        said = str(error) if ours else "it is no manifest of a conversion"
         raise CheckpointError(
-            f"{path} is damaged (it is no manifest of a conversion); convert the checkpoint again into another folder"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); convert the checkpoint again into another folder"
+            f"{path} is damaged ({said}); convert the checkpoint again into another folder"
         ) from error
     if not known:
         raise CheckpointError(

@@ -25,7 +25,7 @@ function layers(run) {
   const top = { label: t(weights.length ? "activations" : "allocated"), color: "--activations", values: allocated, own, fill: true };
   const lines = run.cached ? [{ label: t("reserved"), color: "--reserved", values: reserved }] : [];
   if (device.some((value) => value !== null)) {
-    lines.push({ label: t("device_line"), color: "--device", values: device, dash: [6, 4] });
+    lines.push({ label: t("device"), color: "--device", values: device, dash: [6, 4] });
   }
   if (run.limit) {
     lines.push({ label: run.limit.name ?? t("budget"), color: "--budget", values: xs.map(() => run.limit.bytes), flat: true });

@@ -1,0 +1,84 @@
+"""What the benchmarks call of the engine, in this process: by their tiny forms on the CPU, and where they have none on a simulated H200.
+
+They are run on a GPU, by hand and months apart; a function of the engine that changed would be noticed only there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import beside_diffusers
+import beside_diffusers_offload as offload
+import numerics
+import overhead
+import pytest
+import same_video
+import tiled_vae
+import torch
+
+from wanvram import simulated_gpu
+from wanvram.config import Measurement
+from wanvram.engine.devices import CpuDevice
+from wanvram.specs import DIT
+
+OWN = [part for part in offload.PARTS if part.startswith("our_")]
+PINS = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+
+
+@pytest.mark.parametrize("part", OWN)
+def test_an_own_part_beside_diffusers_runs_on_the_cpu(
+    part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    offload.run_here(replace(offload.TINY["tiny"], shape=(2, 4, 12), tile=8, repeats=1), part)
+    said = capsys.readouterr().out
+    assert json.loads(said.partition("DONE ")[2])["seconds"] > 0
+
+
+@pytest.mark.parametrize("part", ["our_dit", "our_vae"])
+def test_an_own_part_beside_diffusers_runs_on_a_simulated_gpu(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: PINS)  # of pinned memory the simulated card knows PyTorch's own
+    monkeypatch.setitem(beside_diffusers.SHAPES, "1.3B", (2, 60, 104))
+    monkeypatch.setitem(beside_diffusers.REPEATS, "1.3B", 1)
+    with simulated_gpu("h200"), torch.no_grad():
+        found = beside_diffusers.PARTS[part]("1.3B")
+    assert found["base_mib"] > 300
+    assert found["activation_mib"] > 1
+
+
+def test_tiles_of_the_vae_are_timed_on_a_simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: PINS)
+    monkeypatch.setattr(tiled_vae, "SIZES", {"96*64": (8, 12)})
+    args = argparse.Namespace(ways=["decode"], sizes=["96*64"], tiles=[8], frames=5, profile=False)
+    with simulated_gpu("h200"), torch.no_grad():
+        rows = [(row["way"], row["tile"], row["peak_bytes"] > 2**20) for row in tiled_vae.rows(args)]
+    assert rows == [("decode", None, True), ("decode", 8, True)]
+
+
+def test_a_run_is_recorded_in_three_ways(tmp_path: Path) -> None:
+    config = overhead.config_of(argparse.Namespace(tiny=True, steps=2, device="cpu"))
+    config = replace(config, request=replace(config.request, size="96*64"), measurement=Measurement())
+    found = {way: overhead.one_run(way, config, CpuDevice(), tmp_path) for way in overhead.WAYS}
+    assert [found[way]["spans"] > 0 for way in overhead.WAYS] == [True, True, False]
+    assert len({run["peak_allocated_bytes"] for run in found.values()}) == 1
+
+
+def test_a_way_to_hold_the_weights_gives_the_resident_video() -> None:
+    args = argparse.Namespace(weights="tiny", task="t2v-1.3B", frames=1, steps=1, device="cpu", precision="fp32")
+    args.without_text = True
+    plain, streamed = (same_video.run(same_video.WAYS[way], args) for way in ("resident", "pinned, tiled VAE"))
+    row = {"way": "pinned, tiled VAE"} | same_video.compared(streamed, plain)
+    assert same_video.breaches_of(row, "fp32") == []
+
+
+def test_precisions_are_compared_on_a_tiny_model() -> None:
+    spec = DIT["tiny-t2v"]
+    weights, inputs = numerics.weights_of(spec), numerics.inputs_of((1, 4, 6), spec, "cpu")
+    exact, sliced = (numerics.ours(spec, weights, "fp32", inputs, "cpu", sliced=way) for way in (False, True))
+    assert numerics.error(sliced, exact)["max"] < 1e-5
