@@ -43,6 +43,17 @@ def test_a_tiny_model_writes_a_video_that_a_player_opens(tiny_run: Path) -> None
     assert [(f.width, f.height) for f in frames] == [(128, 80)] * 5
 
 
+def test_videos_that_lie_elsewhere_are_among_the_files_that_are_said_to_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--size", "16*16", "--frame_num", "1", "--sample_steps", "1", "--prompt", "x", "--batch_size", "2"]
+    where = ["-o", str(tmp_path / "run"), "--save_file", str(tmp_path / "shown" / "cat.mp4")]
+    assert main(["generate", *TINY, *small, *where]) == 0
+    said = [line.removeprefix("Wrote ") for line in capsys.readouterr().out.splitlines() if line.startswith("Wrote ")]
+    assert [str(tmp_path / "shown" / f"cat-00{n}.mp4") for n in (1, 2)] == [p for p in said if p.endswith(".mp4")]
+    assert all(Path(path).is_file() for path in said)
+
+
 def test_the_run_directory_holds_the_record_the_events_and_the_configuration(tiny_run: Path) -> None:
     assert {p.name for p in tiny_run.iterdir()} == {
         "record.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,13 +101,13 @@ def run_printer(args: argparse.Namespace) -> TellRun | None:
     return None if line is None else lambda event: line(event_text(event))
 
 
-def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None) -> int:
-    """Prints the record; exit code 0, 1 for a failed run, 3 when it does not fit the memory given."""
+def finish(record: RunRecord, args: argparse.Namespace, directory: Path | None, videos: Iterable[Path] = ()) -> int:
+    """Prints the record and the files that are there; exit code 0, 1 for a failed run, 3 when it does not fit the memory given."""
     if args.json:
         print(json.dumps(record.to_json(), ensure_ascii=False))
     else:
         print(summarize(record), end="")
         if directory is not None:
-            for path in sorted(p for p in directory.iterdir() if p.is_file()):
+            for path in sorted({*(p for p in directory.iterdir() if p.is_file()), *videos}):
                 print(f"Wrote {shown(path)}")
     return exit_code(record)

@@ -106,13 +106,17 @@ def _generate(config: RunConfig, args: argparse.Namespace, resumption: Resumptio
         config, predicted, directory = decided(world, lambda: _decide(config, args, resumption))
         from wanvram.predict.simulate import run_or_simulate
         from wanvram.run.execute import Output
+        from wanvram.run.outputs import files_of
 
         save_file = resumption.save_file if resumption else args.save_file
         output = Output(
             directory, args.force, True, save_file, predicted, debug=args.debug, resume=resumption, world=world
         )
         record = run_or_simulate(config, output, run_printer(args))
-        code = finish(record, args, directory)
+        videos = (
+            [] if save_file is None else [p for p in files_of(config, save_file) if p.with_suffix(".json").is_file()]
+        )
+        code = finish(record, args, directory, videos)
     if record.simulated:
         stream = sys.stderr if args.json else sys.stdout
         print("Nothing was generated: the device is simulated, which computes sizes and no pixels.", file=stream)

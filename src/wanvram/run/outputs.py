@@ -20,9 +20,15 @@ from wanvram.request import Video
 from wanvram.run.directory import RUN_FILES, prove_writable
 from wanvram.version import __version__
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "files_of"]
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+
+
+def files_of(config: RunConfig, path: Path) -> list[Path]:
+    """Of every video of the run, numbered from 001 when there are several."""
+    count = len(config.videos())
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{n + 1:03d}{path.suffix}") for n in range(count)]
 
 
 @dataclass
@@ -71,11 +77,8 @@ class Outputs:
         return path.name in RUN_FILES and whole(path.parent) == whole(self.directory)
 
     def path(self, index: int) -> Path:
-        """Numbered from 001 when there are several videos."""
         default = "image.png" if self.config.request.facts.makes_picture else "video.mp4"
-        path = self.save_file or self.directory / default
-        several = len(self.videos) > 1
-        return path.with_name(f"{path.stem}-{index + 1:03d}{path.suffix}") if several else path
+        return files_of(self.config, self.save_file or self.directory / default)[index]
 
     def whole(self) -> tuple[int, ...]:
         """Numbers of the files that are there with their description, which is written last."""
