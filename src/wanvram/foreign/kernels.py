@@ -15,6 +15,7 @@ import torch
 from wanvram.foreign.fast_paths import FastPaths
 from wanvram.foreign.memory import CUDA, ForeignMemory
 from wanvram.kernels.attention_backends import BACKENDS, Backend
+from wanvram.simulate.libraries import BufferPlan
 
 __all__ = ["whole_operations"]
 
@@ -159,10 +160,7 @@ class _Kernels:
         before, during = backend.extra(rows, heads * batch)
         first = [memory._malloc(n, "before " + name) for n in before]
         result = self._output(_like_query(q, v.shape[-1], backend.name), name)
-        for handle in reversed([memory._malloc(n, name + " workspace") for n in during]):
-            memory._free(handle)
-        for handle in reversed(first):
-            memory._free(handle)
+        memory._take(BufferPlan(during=during), first)
         if memory.timed:
             price = memory.clock.costs.price("wanvram.attention")
             assert price is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn
 CONTEXT = 588 * MIB + DRIVER_BYTES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GPU:
     """One card. total_bytes: what the driver offers a process. module_bytes: device memory taken at a library's first use.
 
@@ -70,6 +70,7 @@ class GPU:
 
     key: str
     name: str
+    memory_bytes: int = 0  # nominal: as it is sold
     total_bytes: int
     compute_capability: tuple[int, int]
     bf16_flops: float
@@ -77,16 +78,15 @@ class GPU:
     fp8_flops: float | None
     bandwidth_bytes: float
     pcie_bytes: float
-    context_bytes: int
-    module_bytes: Mapping[str, int] = field(default_factory=dict)
-    efficiency: Efficiency = EFFICIENCY
-    measured: bool = False
-    note: str = ""
-    memory_bytes: int = 0  # nominal: as it is sold
     boost_mhz: float = H200_BOOST_MHZ
     sustained_mhz: float = H200_SUSTAINED_MHZ
+    context_bytes: int
+    module_bytes: Mapping[str, int] = field(default_factory=dict)
+    measured: bool = False
     rates_source: str = ""
     clock_source: str = ""
+    note: str = ""
+    efficiency: Efficiency = EFFICIENCY
     path: str | None = None
 
     @property
@@ -121,11 +121,7 @@ _TEXTS = ("key", "name", "rates_source", "clock_source", "note")
 _BYTES = ("memory_bytes", "total_bytes", "context_bytes")
 _RATES = ("bf16_flops", "fp32_flops", "fp8_flops", "bandwidth_bytes", "pcie_bytes")
 _CLOCKS = ("boost_mhz", "sustained_mhz")
-_FIELDS = (
-    *("key", "name", "memory_bytes", "total_bytes", "compute_capability", "bf16_flops", "fp32_flops", "fp8_flops"),
-    *("bandwidth_bytes", "pcie_bytes", "boost_mhz", "sustained_mhz", "context_bytes", "module_bytes"),
-    *("measured", "rates_source", "clock_source", "note"),
-)
+_FIELDS = tuple(row.name for row in fields(GPU) if row.name not in ("efficiency", "path"))
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,59}")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 LEAST_CAPABILITY = (7, 0)  # older cards have no matrix units
