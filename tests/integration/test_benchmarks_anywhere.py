@@ -1,4 +1,4 @@
-"""What the benchmarks call of the engine, in this process: by their tiny forms on the CPU, and where they have none on a simulated H200.
+"""What the benchmarks ask for and call of the engine, by their tiny forms on the CPU, and without one on a simulated H200.
 
 They are run on a GPU, by hand and months apart; a function of the engine that changed would be noticed only there.
 """
@@ -13,17 +13,28 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import attention_backends
+import batches
 import beside_diffusers
 import beside_diffusers_offload as offload
+import fit_card
+import fp8_products
+import killed_and_resumed
 import numerics
+import other_process
 import overhead
+import predict_vs_measure
 import pytest
+import ranks_killed
 import same_video
+import several_gpus
 import tiled_vae
 import torch
 
 from wanvram import simulated_gpu
-from wanvram.config import Measurement
+from wanvram.cli.flags import config_from_flags
+from wanvram.cli.main import build_parser
+from wanvram.config import Measurement, RunConfig
 from wanvram.engine.devices import CpuDevice
 from wanvram.specs import DIT
 
@@ -82,3 +93,26 @@ def test_precisions_are_compared_on_a_tiny_model() -> None:
     weights, inputs = numerics.weights_of(spec), numerics.inputs_of((1, 4, 6), spec, "cpu")
     exact, sliced = (numerics.ours(spec, weights, "fp32", inputs, "cpu", sliced=way) for way in (False, True))
     assert numerics.error(sliced, exact)["max"] < 1e-5
+
+
+def test_a_configuration_that_a_benchmark_makes_is_one() -> None:
+    fp8 = argparse.Namespace(attention="fa4", steps=3)
+    made = [case["config"] for case in fit_card.CASES] + predict_vs_measure.BUILT_IN
+    made += [case.config(backend) for case in attention_backends.CASES for backend in ("cudnn", "fa4")]
+    made += [fp8_products.config_of(case, "fp8", fp8) for case in attention_backends.CASES]
+    made += [other_process.configuration(tiny) for tiny in (False, True)]
+    planned = json.loads((Path(fit_card.__file__).with_name("advice_cases.json")).read_text(encoding="utf-8"))
+    made += [row[when] for row in planned for when in ("before", "after")]
+    assert len([RunConfig.from_dict(config) for config in made]) > 30
+
+
+def test_a_command_that_a_benchmark_types_is_one(tmp_path: Path) -> None:
+    killed = argparse.Namespace(tiny=False, checkpoint=None)
+    typed = [batches.words_of(case, tmp_path, tiny=tiny) for case in batches.CASES for tiny in (False, True)]
+    typed += [["--task", "t2v-14B", *several_gpus.STREAMED, *flags] for flags in several_gpus.ways(4).values()]
+    typed += [ranks_killed.WANVRAM[4:] + size for size in (ranks_killed.FULL, ranks_killed.TINY)]
+    typed += [killed_and_resumed.command(killed, tmp_path, 1)[4:]]
+    for words in typed:
+        asked = build_parser().parse_args(["generate", *words])
+        weights = "tiny" if "tiny" in words else "random"
+        config_from_flags(asked, device="simulated", weights=weights, gpu="h200", memory_limit_bytes=None)

@@ -110,3 +110,12 @@ def test_results_by_rule_lie_as_pytorchs_meta_kernels_lay_them_out() -> None:
             assert laid_out(found) == laid_out(as_iterated(expected, args)), (name, args)
             ruled += 1
     assert ruled > 500
+
+
+def test_an_operation_that_only_a_gpu_has_leaves_values_unknown_that_were_known() -> None:
+    with simulated_gpu("h200") as gpu:
+        q = torch.ones(1, 1, 8, 8, device="cuda")
+        attended, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, q, q, None, True)
+        assert (attended.shape, sums.shape) == ((1, 1, 8, 8), (1, 1, 32))
+        assert attended.sum().item() == 0
+        assert "zeros were taken" in gpu.gaps[0]

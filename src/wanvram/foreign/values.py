@@ -61,12 +61,12 @@ class Values:
             return False
         try:
             real_args, real_kwargs = self._real(args), {k: self._real(v) for k, v in kwargs.items()}
-        except KeyError:
+            if "device" in real_kwargs:
+                real_kwargs["device"] = torch.device("cpu")
+            real_kwargs.pop("pin_memory", None)
+            found = func(*real_args, **real_kwargs)
+        except (KeyError, NotImplementedError):  # not known, or a GPU's own operation: attention by its backend's name
             return self._assume(results)
-        if "device" in real_kwargs:
-            real_kwargs["device"] = torch.device("cpu")
-        real_kwargs.pop("pin_memory", None)
-        found = func(*real_args, **real_kwargs)
         assumed = any(self.assumed(tensor) for tensor in (*tensors_in(args), *tensors_in(kwargs.values())))
         for meta, real in zip(results, tensors_in((found,)), strict=True):
             if meta.untyped_storage()._cdata not in self._known:

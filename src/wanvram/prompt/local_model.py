@@ -309,24 +309,22 @@ class _Generation:
     def _inputs(self, prompt: str, system: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask [1, L]; with pictures also their patches and grids, and where they are among the tokens."""
         if not pictures:
-            return self._tokens(self._chat(prompt, system, ""))
+            return self._tokens(prompt, system)
         if self._images is None:
             raise InputError("the prompt extender was loaded without vision, but pictures were given")
         seen = self._images(images=[p.convert("RGB") for p in pictures], return_tensors="pt")
         counts = (seen["image_grid_thw"].prod(-1) // self._images.merge_size**2).tolist()
         places = "".join(IMAGE_PLACE.replace(IMAGE_TOKEN, IMAGE_TOKEN * count) for count in counts)
-        tokens = self._tokens(self._chat(prompt, system, places))
+        tokens = self._tokens(places + prompt, system)
         is_image = tokens["input_ids"] == self._module.config.image_token_id
         if int(is_image.sum()) != sum(counts):
             raise InputError(f"the prompt must not contain the model's own marker {IMAGE_TOKEN}")
         return {**tokens, **seen, "mm_token_type_ids": is_image.int()}
 
-    def _chat(self, prompt: str, system: str, places: str) -> str:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": places + prompt}]
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _tokens(self, text: str) -> dict[str, torch.Tensor]:
-        return dict(self._tokenizer([text], return_tensors="pt"))
+    def _tokens(self, said: str, system: str) -> dict[str, torch.Tensor]:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": said}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return dict(self._tokenizer([str(text)], return_tensors="pt"))
 
 
 # --- simulation ------------------------------------------------------------------------------------------------------

@@ -57,12 +57,13 @@ class Outputs:
         allowed = (".png",) if is_picture else VIDEO_SUFFIXES
         if self.save_file.suffix.lower() not in allowed:
             raise InputError(f"--save_file {self.save_file}: its name must end in {' or '.join(allowed)}")
-        for index in range(len(self.videos)):
-            if self._is_of_the_run(self.path(index).with_suffix(".json")):
+        for video in map(self.path, range(len(self.videos))):
+            description = video.with_suffix(".json")
+            if description.name in RUN_FILES and whole(description.parent) == whole(self.directory):
                 raise InputError(
-                    f"--save_file {self.path(index)}: its description {self.path(index).stem}.json would replace a file of the run"
+                    f"--save_file {video}: its description {description.name} would replace a file of the run"
                 )
-            for path in (self.path(index), self.path(index).with_suffix(".json")):
+            for path in (video, description):
                 if path.is_dir():
                     raise InputError(f"--save_file {path} is a directory; name a file")
                 if path.exists() and not self.force:
@@ -72,9 +73,6 @@ class Outputs:
     @property
     def videos(self) -> tuple[Video, ...]:
         return self.config.videos()
-
-    def _is_of_the_run(self, path: Path) -> bool:
-        return path.name in RUN_FILES and whole(path.parent) == whole(self.directory)
 
     def path(self, index: int) -> Path:
         default = "image.png" if self.config.request.facts.makes_picture else "video.mp4"
