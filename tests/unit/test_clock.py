@@ -38,7 +38,16 @@ PLAIN = replace(
     **dict.fromkeys(("conv_tf32", "conv_tf32_narrow", "conv_half", "conv_half_narrow"), 1.0),
     **dict.fromkeys(("launch_seconds", "view_seconds", "dispatch_seconds", "own_seconds"), 0.0),
 )
-CARD = GPU("plain", "Plain", 80 * GIB, (9, 0), 1e12, 1e11, 4e12, 1e11, 1e10, 0, efficiency=PLAIN)
+RATES = {"bf16_flops": 1e12, "fp32_flops": 1e11, "fp8_flops": 4e12, "bandwidth_bytes": 1e11, "pcie_bytes": 1e10}
+CARD = GPU(
+    key="plain",
+    name="Plain",
+    total_bytes=80 * GIB,
+    compute_capability=(9, 0),
+    context_bytes=0,
+    efficiency=PLAIN,
+    **RATES,
+)
 MACHINE = replace(HOST, pageable_bytes=1e9, copy_bytes=2e9, disk_bytes=5e8)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,10 +198,7 @@ class StandIns:
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
-        if stream is None:
-            yield
-            return
-        with stream:
+        with stream or nullcontext():
             yield
 
     def properties(self, *_: Any, **__: Any) -> Any:

@@ -25,10 +25,11 @@ T: Any = torch.Tensor
 
 
 class Facade(TorchFunctionMode):
-    def __init__(self, memory: ForeignMemory, index: int = 0) -> None:
+    def __init__(self, memory: ForeignMemory) -> None:
         super().__init__()
         self.memory = memory
-        self.cuda = torch.device("cuda", index)
+        self._place = memory.place_of
+        self.cuda = torch.device("cuda", 0)
         self.cpu = torch.device("cpu")
         self._factories = {f for f in _device_constructors() if f.__name__ not in _FROM_DATA}
         self._handlers: dict[Any, Callable[..., Any]] = {
@@ -40,12 +41,10 @@ class Facade(TorchFunctionMode):
             T.get_device: lambda t: 0 if self._place(t) == CUDA else -1,
             T.data.__set__: self._set_data,
             T.to: self._to,
-            T.cuda: lambda t, device=None, non_blocking=False, memory_format=torch.preserve_format: self.moved(
+            T.cuda: lambda t, device=None, non_blocking=False, memory_format=None: self.moved(
                 t, CUDA, t.dtype, memory_format=memory_format, non_blocking=non_blocking
             ),
-            T.cpu: lambda t, memory_format=torch.preserve_format: self.moved(
-                t, CPU, t.dtype, memory_format=memory_format
-            ),
+            T.cpu: lambda t, memory_format=None: self.moved(t, CPU, t.dtype, memory_format=memory_format),
             T.numpy: self._numpy,
             T.tolist: lambda t: self.real(t).tolist(),
             T.__array__: self._array,
@@ -77,9 +76,6 @@ class Facade(TorchFunctionMode):
 
     # --- devices ---------------------------------------------------------------------------------------------------------
 
-    def _place(self, tensor: torch.Tensor) -> str:
-        return self.memory.place_of(tensor)
-
     def _device(self, tensor: torch.Tensor) -> torch.device:
         if not tensor.is_meta:
             return tensor.device
@@ -106,7 +102,7 @@ class Facade(TorchFunctionMode):
 
     def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any], pinned: bool = False) -> Any:
         """Real below LARGE_BYTES, else without bytes."""
-        with self.memory.ignored():
+        with self.memory.putting(META):  # it is asked for its size and stands for nothing
             probe = func(*args, **{k: v for k, v in kwargs.items() if k != "generator"} | {"device": _META})
         if probe.untyped_storage().nbytes() >= LARGE_BYTES:
             with self.memory.putting(CPU, pinned):

@@ -14,7 +14,8 @@ import torch
 
 from wanvram.foreign.fast_paths import FastPaths
 from wanvram.foreign.memory import CUDA, ForeignMemory
-from wanvram.kernels.attention_backends import Backend
+from wanvram.kernels.attention_backends import BACKENDS, Backend
+from wanvram.simulate.libraries import BufferPlan
 
 __all__ = ["whole_operations"]
 
@@ -159,10 +160,7 @@ class _Kernels:
         before, during = backend.extra(rows, heads * batch)
         first = [memory._malloc(n, "before " + name) for n in before]
         result = self._output(_like_query(q, v.shape[-1], backend.name), name)
-        for handle in reversed([memory._malloc(n, name + " workspace") for n in during]):
-            memory._free(handle)
-        for handle in reversed(first):
-            memory._free(handle)
+        memory._take(BufferPlan(during=during), first)
         if memory.timed:
             price = memory.clock.costs.price("wanvram.attention")
             assert price is not None
@@ -170,32 +168,21 @@ class _Kernels:
         return result
 
     def _backend(self, q: Any, k: Any, v: Any, mask: Any, gqa: bool) -> Backend | None:
-        from wanvram.kernels.attention_backends import BACKENDS
-
         if q.dim() != 4 or any(t.dtype != q.dtype for t in (k, v)) or q.dtype == torch.float64:
             return None
-        enabled = {
-            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
-            "flash": torch.backends.cuda.flash_sdp_enabled(),
-            "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        # A mask that is a transposed table (UMT5's position bias) refuses them all: on an H200 it went the long way.
+        if any(t.stride(-1) != 1 for t in (q, k, v, mask) if t is not None and t.shape[-1] > 1):
+            return None
+        asked, dim = torch.backends.cuda, q.shape[-1]
+        aligned = dim % _ALIGNED == 0
+        allowed = {
+            "cudnn": asked.cudnn_sdp_enabled() and aligned,
+            "flash": asked.flash_sdp_enabled() and mask is None and v.shape[-1] == dim,
+            "efficient": asked.mem_efficient_sdp_enabled() and aligned and not gqa,
         }
-        dim = q.shape[-1]
-        for backend in BACKENDS:
-            if not enabled.get(backend.name, False) or not backend.takes(
-                self.memory.gpu.compute_capability, q.itemsize, dim
-            ):
-                continue
-            if dim % _ALIGNED and backend.name != "flash":
-                continue
-            if backend.name == "flash" and (mask is not None or v.shape[-1] != dim):
-                continue
-            if backend.name == "efficient" and gqa:
-                continue
-            # A mask that is a transposed table (UMT5's position bias) refuses them all: on an H200 it went the long way.
-            if any(t.stride(-1) != 1 for t in (q, k, v, mask) if t is not None and t.shape[-1] > 1):
-                continue
-            return backend
-        return None
+        capability = self.memory.gpu.compute_capability
+        able = (b for b in BACKENDS if allowed.get(b.name) and b.takes(capability, q.itemsize, dim))
+        return next(able, None)
 
     def _math(self, q: Any, k: Any, v: Any, mask: Any, scale: float | None, gqa: bool) -> Any:
         """As attention.cpp: 16-bit inputs in float32, the scale on both factors, the mask added in place."""

@@ -116,12 +116,6 @@ class ForeignMemory(TimedMemory):
         finally:
             self.placing, self._pinning = before
 
-    @contextmanager
-    def ignored(self) -> Iterator[None]:
-        """Tensors made inside are asked for their shapes and stand for nothing."""
-        with self.putting(META):
-            yield
-
     def pinned(self, tensor: torch.Tensor) -> bool:
         key = tensor.untyped_storage()._cdata
         return key in self._pinned or key in self._pinned_real

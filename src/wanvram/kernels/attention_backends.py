@@ -7,7 +7,7 @@ the check of what is in force (run.in_force) ask here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
@@ -23,6 +23,7 @@ AUTO = "auto"  # not a backend: PyTorch's own order, until machine.attention_cho
 FA4 = "fa4"
 LONG_KEYS = 4096  # of more keys: the video's own tokens from 0.4 megapixels on; text has 512, a picture 257
 EVERY: Cards = ((0, 0), None)
+SM_80, SM_90, SM_100, SM_120 = (8, 0), (9, 0), (10, 0), (12, 0)
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,18 @@ class Backend:
 
     reached: bytes of a number -> the Efficiency of a card that says which share of its rate is reached; no other numbers are
     taken. rates: the first that has a card counts. extra: (query rows, heads) -> what is taken beside the output. library: loaded
-    at the first use. compute: module:function of q [Lq,H,D], k, v [Lk,H,D] and whether sums are wanted -> [Lq,H,D] and natural
-    log-sum-exps, float32 [H,Lq] or None. more_keys_than: with fewer keys another is faster, and taken. package: to be installed.
+    at the first use. more_keys_than: with fewer keys another is faster, and taken. package: to be installed.
     taken_on: cards whose long attention `auto` gives it where the package is installed.
     """
 
     name: str
-    cards: Cards
-    max_head_dim: int | None
-    reached: Mapping[int, str]
     rates: tuple[Rate, ...]
-    extra: Callable[[int, int], Extra]
-    library: str | None
-    sdp_choice: int | None
-    compute: str
+    cards: Cards = EVERY
+    max_head_dim: int | None = None
+    reached: Mapping[int, str] = field(default_factory=lambda: {2: "attention"})
+    extra: Callable[[int, int], Extra] = lambda lq, heads: ((), ())
+    library: str | None = None
+    sdp_choice: int | None = None
     more_keys_than: int = 0
     package: str | None = None
     taken_on: Cards | None = None
@@ -79,9 +78,9 @@ class Backend:
             return None
 
     def function(self) -> Callable[..., Any]:
-        """What computes it; imports torch."""
-        module, _, name = self.compute.partition(":")
-        found: Callable[..., Any] = getattr(import_module(module), name)
+        """Of its name in fused_attention: of q [Lq,H,D], k, v [Lk,H,D] and whether sums are wanted -> [Lq,H,D] and natural
+        log-sum-exps, float32 [H,Lq] or None. Imports torch."""
+        found: Callable[..., Any] = getattr(import_module("wanvram.kernels.fused_attention"), self.name)
         return found
 
 
@@ -90,10 +89,11 @@ def _among(capability: Capability, cards: Cards) -> bool:
     return first <= capability and (last is None or capability < last)
 
 
-_FUNCTIONS = "wanvram.kernels.fused_attention"
 _H200 = "measured on an H200"
-_HALF = {2: "attention"}
 _FA2 = "0.50 to 0.73 of an A100's peak (arXiv 2307.08691); public runs on RTX 4090 and A100 agree within 5 % (docs/cards.md)"
+_FA2_OLD = "assumption: 0.8 of the H200's rate for each SM and clock, by the older instructions"
+_FA2_NEW = "the share of Ada; a public run on an RTX 5090 agrees within 6 % (docs/cards.md)"
+_FA2_PAPER = "the paper of FlashAttention-2 (arXiv 2307.08691): 1.3 to 2.5 times as fast as its like; 0.4 is counted"
 _FA4_PAPER = "the paper of FlashAttention-4 (2026): up to 1.3 times cuDNN on a B200; 1.2 is counted"
 
 # PyTorch's in the order in which scaled_dot_product_attention looks for one (sdp_utils.cpp). Bytes: cudnn two 8-byte seeds and 256
@@ -105,74 +105,45 @@ _FA4_PAPER = "the paper of FlashAttention-4 (2026): up to 1.3 times cuDNN on a B
 BACKENDS = (
     Backend(
         "cudnn",
-        ((9, 0), (12, 0)),
-        128,
-        _HALF,
-        (Rate(((9, 0), (10, 0)), 1.0, _H200), Rate(EVERY, 1.0, "assumption: the share of the H200")),
-        lambda lq, heads: ((8, 8), (256,)),
-        "attention",
-        3,
-        f"{_FUNCTIONS}:cudnn",
+        (Rate((SM_90, SM_100), 1.0, _H200), Rate(EVERY, 1.0, "assumption: the share of the H200")),
+        cards=(SM_90, SM_120),
+        max_head_dim=128,
+        extra=lambda lq, heads: ((8, 8), (256,)),
+        library="attention",
+        sdp_choice=3,
     ),
     Backend(
         "flash",
-        ((8, 0), None),
-        256,
-        _HALF,
         (
-            Rate(((9, 0), (10, 0)), 0.63, _H200),
-            Rate(
-                ((10, 0), (12, 0)),
-                0.35,
-                "assumption: 0.8 of the H200's rate for each SM and clock, by the older instructions",
-            ),
-            Rate(
-                ((12, 0), None),
-                1.0,
-                "the share of Ada; a public run on an RTX 5090 agrees within 6 % (docs/cards.md)",
-            ),
+            Rate((SM_90, SM_100), 0.63, _H200),
+            Rate((SM_100, SM_120), 0.35, _FA2_OLD),
+            Rate((SM_120, None), 1.0, _FA2_NEW),
             Rate(EVERY, 1.0, _FA2),
         ),
-        lambda lq, heads: ((), (4 * heads * lq, 16, 8)),
-        None,
-        1,
-        f"{_FUNCTIONS}:flash",
+        cards=(SM_80, None),
+        max_head_dim=256,
+        extra=lambda lq, heads: ((), (4 * heads * lq, 16, 8)),
+        sdp_choice=1,
     ),
     Backend(
         "efficient",
-        EVERY,
-        None,
-        {1: "attention_fp32", 2: "attention", 4: "attention_fp32", 8: "attention_fp32"},
-        (
-            Rate(((0, 0), (8, 0)), 1.0, "assumption: the share of newer cards"),
-            Rate(
-                EVERY,
-                0.4,
-                "the paper of FlashAttention-2 (arXiv 2307.08691): 1.3 to 2.5 times as fast as its like; 0.4 is counted",
-            ),
-        ),
-        lambda lq, heads: ((), ()),
-        None,
-        2,
-        f"{_FUNCTIONS}:efficient",
+        (Rate(((0, 0), SM_80), 1.0, "assumption: the share of newer cards"), Rate(EVERY, 0.4, _FA2_PAPER)),
+        reached={1: "attention_fp32", 2: "attention", 4: "attention_fp32", 8: "attention_fp32"},
+        sdp_choice=2,
     ),
     Backend(
         FA4,
-        ((8, 0), (13, 0)),
-        128,
-        _HALF,
         (
-            Rate(((9, 0), (10, 0)), 1.18, _H200),
-            Rate(((10, 0), (12, 0)), 1.2, _FA4_PAPER),
+            Rate((SM_90, SM_100), 1.18, _H200),
+            Rate((SM_100, SM_120), 1.2, _FA4_PAPER),
             Rate(EVERY, 1.0, "assumption: no faster than FlashAttention-2, whose instructions it uses"),
         ),
-        lambda lq, heads: ((), ()),
-        "fa4",
-        None,
-        f"{_FUNCTIONS}:fa4",
+        cards=(SM_80, (13, 0)),
+        max_head_dim=128,
+        library="fa4",
         more_keys_than=LONG_KEYS,
         package="flash-attn-4",
-        taken_on=((9, 0), (11, 0)),
+        taken_on=(SM_90, (11, 0)),
     ),
 )
 

@@ -111,12 +111,8 @@ def _layout(trials: Trials, way: _Tried, is_best: bool) -> GpuLayout:
     if way.base is None:
         return GpuLayout(sizes, "slower by estimate", None, None, None)
     if found is None:
-        failed = [t for t in trials.failed if t.memory == "device" and _is_of(t.strategy, way.sizes, shared)]
-        return GpuLayout(sizes, "too large", None, min((t.needed for t in failed), default=None), None)
+        looked = [t for t in trials.failed if t.memory == "device" and sizes_of(t.strategy) == way.sizes]
+        needed = [t.needed for t in looked if DIT_FSDP.of(t.strategy) == shared]
+        return GpuLayout(sizes, "too large", None, min(needed, default=None), None)
     dit, verdict = trials.of("dit", found.chosen), "chosen" if is_best else "fits"
     return GpuLayout(sizes, verdict, dit.seconds_per_step, dit.peak_device_bytes, dit.host_bytes)
-
-
-def _is_of(strategy: Strategy, sizes: Sizes, shared: bool) -> bool:
-    own = sizes_of(strategy)
-    return (own.cfg, own.ring, own.ulysses, DIT_FSDP.of(strategy)) == (sizes.cfg, sizes.ring, sizes.ulysses, shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from wanvram import knobs
 from wanvram.config import Request, RunConfig, Strategy
@@ -29,7 +29,7 @@ class Sizes:
     cfg: int
     ring: int
     ulysses: int
-    expected_seconds: float = 0.0
+    expected_seconds: float = field(default=0.0, compare=False)
 
     @property
     def change(self) -> Change:

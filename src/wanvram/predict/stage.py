@@ -40,13 +40,11 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     config = replace(config, device="simulated", memory_limit_bytes=None, strategy=strategy, request=request)
     kinds = kinds_of(config, component)
     found = [_of_rank(config, component, ranks[0]) for ranks in kinds]
-    most = [max(getattr(stage, name) for stage in found) for name in _FIGURES]
+    most = {name: max(getattr(stage, name) for stage in found) for name in _FIGURES}
     host = sum(stage.host_bytes * len(ranks) for stage, ranks in zip(found, kinds, strict=True))
     times = [[getattr(stage, name) for stage in found] for name in ("seconds_per_step", "seconds")]
     step, seconds = (None if None in known else max(known) for known in times)
-    return replace(
-        found[0], **dict(zip(_FIGURES, most, strict=True)), host_bytes=host, seconds_per_step=step, seconds=seconds
-    )
+    return replace(found[0], **most, host_bytes=host, seconds_per_step=step, seconds=seconds)
 
 
 def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:

@@ -238,13 +238,10 @@ class CachingAllocator:
         return block
 
     def _split(self, block: _Block, size: int) -> None:
-        remaining = block.size - size
-        if remaining < (MIN_BLOCK if block.pool.small or block.expandable else SMALL_SIZE + 1):
+        least = MIN_BLOCK if block.pool.small or block.expandable else SMALL_SIZE + 1
+        if block.size - size < least:
             return
-        rest = _Block(block.address + size, remaining, block.pool, expandable=block.expandable)
-        _link_after(block, rest)
-        block.size = size
-        block.pool.add(rest)
+        block.pool.add(_cut(block, size))
 
     def _merge_with_neighbours(self, block: _Block) -> None:
         for neighbour in (block.prev, block.next):
@@ -334,12 +331,9 @@ class CachingAllocator:
         if not self._device_has(mapped):
             return False
         pool.remove_unmapped(block)
-        block.mapped = True
         if mapped < block.size:
-            rest = _Block(block.address + mapped, block.size - mapped, pool, expandable=True, mapped=False)
-            _link_after(block, rest)
-            block.size = mapped
-            pool.add_unmapped(rest)
+            pool.add_unmapped(_cut(block, mapped))
+        block.mapped = True
         start = block.address
         self._merge_with_neighbours(block)
         pool.add(block)
@@ -356,19 +350,11 @@ class CachingAllocator:
             return
         pool.remove(block)
         if start > block.address:
-            before = _Block(block.address, start - block.address, pool, expandable=True)
-            before.prev, before.next = block.prev, block
-            if before.prev is not None:
-                before.prev.next = before
-            block.prev = before
-            if before.address in self._heads:
-                self._heads[before.address] = (before, stream)
-            pool.add(before)
+            rim, block = block, _cut(block, start - block.address)
+            pool.add(rim)
         if end < block.address + block.size:
-            after = _Block(end, block.address + block.size - end, pool, expandable=True)
-            _link_after(block, after)
-            pool.add(after)
-        block.address, block.size, block.mapped = start, end - start, False
+            pool.add(_cut(block, end - start))
+        block.mapped = False
         self._merge_with_neighbours(block)
         if block.prev is None and block.next is None:
             self._heads.pop(block.address)
@@ -416,8 +402,11 @@ def _first(block: _Block) -> _Block:
     return block
 
 
-def _link_after(block: _Block, following: _Block) -> None:
-    following.prev, following.next = block, block.next
-    if following.next is not None:
-        following.next.prev = following
-    block.next = following
+def _cut(block: _Block, size: int) -> _Block:
+    """What is behind the first `size` bytes of a block becomes the next one."""
+    rest = _Block(block.address + size, block.size - size, block.pool, expandable=block.expandable, mapped=block.mapped)
+    rest.prev, rest.next = block, block.next
+    if rest.next is not None:
+        rest.next.prev = rest
+    block.size, block.next = size, rest
+    return rest

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,51 +27,38 @@ H200_SUSTAINED_MHZ = 1545.0  # 793 TFLOP/s in a product of 8192 x 8192 x 8192 (h
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The share of a card's peak rates that long kernels reach, and what every operation costs besides. See EFFICIENCY."""
+    """The share of a card's peak rates that long kernels reach, and what every operation costs besides.
 
-    product: float  # 16-bit matrix products
-    product_fp8: float  # with a scale per row
-    product_fp32: float
-    attention: float  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
-    attention_fp32: float
-    conv_tf32: float
-    conv_tf32_narrow: float  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
-    conv_half: float
-    conv_half_narrow: float
-    memory: float  # of the bandwidth, in elementwise kernels and copies within the device
-    launch_seconds: float  # from one kernel's end to the next one's start
-    view_seconds: float  # host time of a view or an allocation; the device does nothing
-    dispatch_seconds: float  # host time of one operation with its share of Python
-    own_seconds: float  # the same for the operations `wanvram::*`: Triton's launcher, attention, convolutions
+    Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
+    attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
+    single kernels (h200.md, *_probe_libraries.json). 8-bit products alone reached 0.63 and 0.65 (h200.md); what they reach in a step
+    is an assumption. The host's times per operation are estimates.
+    """
+
+    product: float = 0.715  # 16-bit matrix products
+    product_fp8: float = 0.62  # with a scale per row
+    product_fp32: float = 0.71
+    attention: float = 0.58  # 16-bit: cuDNN on the H200; FlashAttention-2 reaches about this share on Ampere and Ada
+    attention_fp32: float = 0.62
+    conv_tf32: float = 0.41
+    conv_tf32_narrow: float = 0.275  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
+    conv_half: float = 0.63
+    conv_half_narrow: float = 0.30
+    memory: float = 0.77  # of the bandwidth, in elementwise kernels and copies within the device
+    launch_seconds: float = 3e-6  # from one kernel's end to the next one's start
+    view_seconds: float = 5e-6  # host time of a view or an allocation; the device does nothing
+    dispatch_seconds: float = 18e-6  # host time of one operation with its share of Python
+    own_seconds: float = 50e-6  # the same for the operations `wanvram::*`: Triton's launcher, attention, convolutions
 
 
-# Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
-# attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
-# single kernels (h200.md, *_probe_libraries.json). 8-bit products alone
-# reached 0.63 and 0.65 (h200.md); what they reach in a step is an assumption. The host's times per operation are estimates.
-EFFICIENCY = Efficiency(
-    product=0.715,
-    product_fp8=0.62,
-    product_fp32=0.71,
-    attention=0.58,
-    attention_fp32=0.62,
-    conv_tf32=0.41,
-    conv_tf32_narrow=0.275,
-    conv_half=0.63,
-    conv_half_narrow=0.30,
-    memory=0.77,
-    launch_seconds=3e-6,
-    view_seconds=5e-6,
-    dispatch_seconds=18e-6,
-    own_seconds=50e-6,
-)
+EFFICIENCY = Efficiency()
 
 # Device memory taken at a library's first use, and by the CUDA context: measured on the H200, taken for every card.
 MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 2 * MIB}
 CONTEXT = 588 * MIB + DRIVER_BYTES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GPU:
     """One card. total_bytes: what the driver offers a process. module_bytes: device memory taken at a library's first use.
 
@@ -83,6 +70,7 @@ class GPU:
 
     key: str
     name: str
+    memory_bytes: int = 0  # nominal: as it is sold
     total_bytes: int
     compute_capability: tuple[int, int]
     bf16_flops: float
@@ -90,16 +78,15 @@ class GPU:
     fp8_flops: float | None
     bandwidth_bytes: float
     pcie_bytes: float
-    context_bytes: int
-    module_bytes: Mapping[str, int] = field(default_factory=dict)
-    efficiency: Efficiency = EFFICIENCY
-    measured: bool = False
-    note: str = ""
-    memory_bytes: int = 0  # nominal: as it is sold
     boost_mhz: float = H200_BOOST_MHZ
     sustained_mhz: float = H200_SUSTAINED_MHZ
+    context_bytes: int
+    module_bytes: Mapping[str, int] = field(default_factory=dict)
+    measured: bool = False
     rates_source: str = ""
     clock_source: str = ""
+    note: str = ""
+    efficiency: Efficiency = EFFICIENCY
     path: str | None = None
 
     @property
@@ -134,11 +121,7 @@ _TEXTS = ("key", "name", "rates_source", "clock_source", "note")
 _BYTES = ("memory_bytes", "total_bytes", "context_bytes")
 _RATES = ("bf16_flops", "fp32_flops", "fp8_flops", "bandwidth_bytes", "pcie_bytes")
 _CLOCKS = ("boost_mhz", "sustained_mhz")
-_FIELDS = (
-    *("key", "name", "memory_bytes", "total_bytes", "compute_capability", "bf16_flops", "fp32_flops", "fp8_flops"),
-    *("bandwidth_bytes", "pcie_bytes", "boost_mhz", "sustained_mhz", "context_bytes", "module_bytes"),
-    *("measured", "rates_source", "clock_source", "note"),
-)
+_FIELDS = tuple(row.name for row in fields(GPU) if row.name not in ("efficiency", "path"))
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,59}")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 LEAST_CAPABILITY = (7, 0)  # older cards have no matrix units

@@ -47,12 +47,12 @@ class _Clock:
         return boost_mhz if self.mhz is None else self.mhz
 
 
-def _square(tflops: float, issue: str = ", database.md") -> _Clock:
-    return _Clock(_SQUARE.format(tflops, f" {issue}" if issue.startswith("#") else issue), tflops)
+def _square(tflops: float, issue: str = "") -> _Clock:
+    return _Clock(_SQUARE.format(tflops, f" {issue}" if issue else ", database.md"), tflops)
 
 
-def _best(tflops: float, issue: str = ", database.md") -> _Clock:
-    return _Clock(_BEST.format(tflops, f" {issue}" if issue.startswith("#") else issue), tflops)
+def _best(tflops: float, issue: str = "") -> _Clock:
+    return _Clock(_BEST.format(tflops, f" {issue}" if issue else ", database.md"), tflops)
 
 
 def _shape(tflops: float) -> _Clock:
@@ -82,6 +82,9 @@ _LIKE_L40S = _assumed(1847, "the L40S's, which has as many watts for each SM, or
 _MAX_Q = _assumed(1093, "0.57 of the 600 W card's: what the L4 runs at of the L40S's, with half the watts for each SM")
 
 
+_Rates = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class _Family:
     """What cards of a kind share. fp8 on compute capability 8.9 and newer is twice the 16-bit rate."""
@@ -91,16 +94,7 @@ class _Family:
     source: str
     note: str = _ESTIMATE
 
-    def card(
-        self,
-        key: str,
-        name: str,
-        gib: int,
-        rates: tuple[float, float, float],
-        mhz: float,
-        clock: _Clock,
-        link: float = 0.0,
-    ) -> GPU:
+    def card(self, key: str, name: str, gib: int, rates: _Rates, mhz: float, clock: _Clock, link: float = 0.0) -> GPU:
         bf16, fp32, bandwidth = rates
         return GPU(
             key=key,

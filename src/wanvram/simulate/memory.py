@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,10 @@ from wanvram.simulate.libraries import BufferPlan, Libraries
 from wanvram.simulate.meta_results import Shortcut, shortcut_of
 from wanvram.spans import Memory
 
-__all__ = ["AllocationEvent", "MemoryObserver", "SimulatedMemory"]
+if TYPE_CHECKING:
+    from wanvram.simulate.timeline import Timeline
+
+__all__ = ["AllocationEvent", "SimulatedMemory"]
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,6 @@ class AllocationEvent:
     nbytes: int
     operation: str
     handle: int
-
-
-class MemoryObserver(Protocol):
-    """Hears every allocator call, after it. It must keep no tensor: a reference would move the free it is told of."""
-
-    def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None, *, shared: bool) -> None:
-        """tensor: the storage's first tensor, for its shape and dtype; None for a library's buffer."""
-        ...
-
-    def free(self, handle: int) -> None: ...
-
-    def outside(self, nbytes: int) -> None:
-        """Device memory taken outside the allocator, bytes."""
-        ...
 
 
 class SimulatedMemory(TorchDispatchMode):
@@ -74,7 +63,7 @@ class SimulatedMemory(TorchDispatchMode):
         self.pinned_bytes = 0
         self.clock = clock or Clock(gpu)
         self.events: list[AllocationEvent] | None = [] if keep_events else None
-        self.observer: MemoryObserver | None = None
+        self.observer: Timeline | None = None  # hears every allocator call, after it
         self.live: dict[int, tuple[int, str]] = {}
         self._host: dict[int, int] = {}
         self._device: dict[int, int] = {}

@@ -45,7 +45,7 @@ class SimulatedPeers:
         self._travel(mine * (self.count - 1), whole.nbytes - mine, self.count - 1)
 
     def broadcast(self, tensor: Tensor) -> None:
-        _check(tensor.is_contiguous(), "a broadcast tensor is not contiguous")
+        assert tensor.is_contiguous(), "a broadcast tensor is not contiguous"
         if self.index == 0:
             self._travel(tensor.nbytes * (self.count - 1), 0, self.count - 1)
         else:
@@ -79,15 +79,10 @@ class SimulatedPeers:
         """The others are as fast as this one."""
 
     def _split(self, flat: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
-        _check(len(counts) == self.count, f"{len(counts)} parts for {self.count} ranks")
-        _check(sum(counts) == flat.numel(), f"parts {list(counts)} of {flat.numel()} numbers")
+        assert len(counts) == self.count, f"{len(counts)} parts for {self.count} ranks"
+        assert sum(counts) == flat.numel(), f"parts {list(counts)} of {flat.numel()} numbers"
         parts: tuple[Tensor, ...] = flat.split(list(counts))
         return parts
 
     def _travel(self, out: int, into: int, messages: int) -> None:
         self.clock.wait_for_exchange(self.clock.start_exchange(max(out, into), messages))
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)

@@ -139,7 +139,8 @@ class Timeline:
             entry.end = len(self._kinds)
 
     def malloc(self, handle: int, operation: str, tensor: torch.Tensor | None = None, *, shared: bool = False) -> None:
-        """After the allocator's malloc: its handle, what asked, and the tensor for its shape and dtype.
+        """After the allocator's malloc: its handle, what asked, and the storage's first tensor for its shape and dtype, None for
+        a library's buffer; a reference to it that was kept would move the free that is told later.
 
         shared: a library's buffer for good, whoever uses it first.
         """
@@ -159,6 +160,7 @@ class Timeline:
         self._log(_FREE, handle, self._allocation_change())
 
     def outside(self, nbytes: int) -> None:
+        """Device memory taken outside the allocator, bytes."""
         self._log(_OUTSIDE, 0, nbytes)
 
     def _segment(self, event: str, address: int, size: int, stream: int) -> None:
