@@ -176,6 +176,7 @@ def row(case: dict[str, Any], records: dict[str, Any], predicted: dict[str, Any]
         "device_peak_bytes": capped["peak"]["device_bytes"],
         "predicted_device_bytes": predicted["peak"]["device_bytes"],
         "failure": capped["failure"],
+        "attention": capped["attention"]["taken"],
         "step_seconds": steady_step(capped),
         "predicted_step_seconds": steady_step(predicted),
         "resident_step_seconds": steady_step(resident) if resident else None,
