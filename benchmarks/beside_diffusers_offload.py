@@ -3,7 +3,7 @@
     python benchmarks/beside_diffusers_offload.py                     both cases, every part
     python benchmarks/beside_diffusers_offload.py --only 14B          one case
     python benchmarks/beside_diffusers_offload.py --only our_vae      some parts
-    python benchmarks/beside_diffusers_offload.py --tiny              a few seconds on the CPU: does it run at all?
+    python benchmarks/beside_diffusers_offload.py --tiny              a minute or two on the CPU: does it run at all?
 
 Needs diffusers and accelerate, whose `send_to_device` its group offload calls. Every (case, part) is a fresh process with random
 weights: bfloat16 for the transformers, float32 for the VAE. A step is both guidance forwards and their combination, without

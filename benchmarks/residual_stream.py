@@ -235,9 +235,8 @@ def _velocity(task: str, stream: str, *, tiny: bool) -> Any:
         width = parts.specs.text_encoder.dim
         contexts = [torch.randn(n, width, device=device.torch_device, generator=generator) for n in (40, 20)]
         extra = pipeline.stand_in_pictures(parts)
-        for tensor in vars(extra).values():
-            if tensor is not None:
-                tensor.normal_(generator=generator)
+        for tensor in extra.values():
+            tensor.normal_(generator=generator)
         plan = pipeline.prepare(parts, [context.to(torch.bfloat16) for context in contexts], extra)
         component = pipeline._loaded[plan.turn.model].component
         noise = torch.randn(pipeline.inputs.noise_shape, device=device.torch_device, generator=generator)

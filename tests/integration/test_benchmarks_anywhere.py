@@ -26,6 +26,7 @@ import overhead
 import predict_vs_measure
 import pytest
 import ranks_killed
+import ranks_numerics
 import same_video
 import several_gpus
 import tiled_vae
@@ -36,6 +37,7 @@ from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
 from wanvram.config import Measurement, RunConfig
 from wanvram.engine.devices import CpuDevice
+from wanvram.engine.pipeline import Pipeline
 from wanvram.specs import DIT
 
 OWN = [part for part in offload.PARTS if part.startswith("our_")]
@@ -116,3 +118,17 @@ def test_a_command_that_a_benchmark_types_is_one(tmp_path: Path) -> None:
         asked = build_parser().parse_args(["generate", *words])
         weights = "tiny" if "tiny" in words else "random"
         config_from_flags(asked, device="simulated", weights=weights, gpu="h200", memory_limit_bytes=None)
+
+
+def test_the_latents_of_a_typed_command_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "_decode", Pipeline._decode)  # and so put back: the benchmark changes it
+    case = next(case for case in batches.CASES if case.name == "seeds")
+    words = ["generate", *batches.words_of(case, tmp_path, tiny=True), "-o", str(tmp_path / "run")]
+    assert batches.typed(tmp_path / "hashes.json", words) == 0
+    assert len(set(json.loads((tmp_path / "hashes.json").read_text(encoding="utf-8")))) == 2
+
+
+def test_one_rank_alone_is_as_far_from_exact_as_one_gpu() -> None:
+    args = argparse.Namespace(model="tiny-t2v", precision="bf16", latent=(1, 4, 6))
+    found = ranks_numerics.measured(args, CpuDevice())
+    assert found["ulysses 1 ring 1"]["from exact"] == found["one from exact"] > 0
