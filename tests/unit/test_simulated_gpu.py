@@ -16,6 +16,7 @@ from wanvram import MemoryProfiler, simulated_gpu
 from wanvram.errors import InputError
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.session import register_operation
+from wanvram.recorder.tracing import trace_settings
 from wanvram.simulate.gpus import find_gpu
 
 MIB = 1 << 20
@@ -405,6 +406,12 @@ def test_wanvrams_own_profiler_reads_the_simulated_card(tmp_path: Path) -> None:
         "load: incremental_memory=4.00 MB",
         "after: peak_memory=4.00 MB",
     ]
+
+
+def test_a_simulated_card_is_not_traced_where_there_is_no_real_one(tmp_path: Path) -> None:
+    with simulated_gpu("rtx4090"):
+        activities = trace_settings(str(tmp_path))["activities"]
+    assert set(activities) <= torch.profiler.supported_activities()
 
 
 def test_weights_come_from_files_onto_the_card_and_go_back(tmp_path: Path) -> None:
