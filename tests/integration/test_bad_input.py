@@ -529,7 +529,7 @@ FOREIGN: list[tuple[str, list[str], str]] = [
     ("simulate", ["--measured", "{f}/text.json", "{f}/script.py"], "is no table that wanvram harvest wrote"),
     ("simulate", ["--gpu", "rtx4090", "--measured", "{f}/h200.json", "{f}/script.py"], r"H200 \(sm_90\), not of"),
     ("harvest", ["-o", "{f}/text.json", "{f}/script.py"], "exists; give --force to replace it"),
-    ("harvest", ["--force", "-o", "{f}/text.json", "{f}/script.py"], "no NVIDIA GPU answers"),
+    ("harvest", ["--force", "-o", "{f}/text.json", "{f}/absent.py"], "absent.py is no file"),
 ]
 
 

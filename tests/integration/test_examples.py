@@ -80,7 +80,7 @@ CODES = {
     r"--load_strategy full --gpu rtx4090 --vram 24GiB": {3},
     r"--fail-if": {0, 1},
     r"--terminate 4711": {2},
-    r"wanvram harvest": {2},  # it measures the card, and there is none
+    r"wanvram harvest": {1, 2},  # it measures the card, and there is none
     r"check --attention": {0, 1},  # it measures the card, and there is none
 }
 READERS = ("analyze", "report", "compare", "estimate")  # they are given the runs that they name; others begin without

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from wanvram.analysis.compare import compare
+from wanvram.analysis.compare import compare, judge, parse_condition
 from wanvram.record import RankRecord, RunRecord
 from wanvram.report.compare import comparison_text
 from wanvram.report.html import html_report
@@ -78,3 +78,9 @@ def test_a_prediction_is_compared_with_every_gpu_that_it_stands_for() -> None:
     by_gpu = {error.key[1]: error.error for error in errors if error.key[0] == "ranks" and error.key[2] == "seconds"}
     assert set(by_gpu) == {"0 denoise", "1 denoise", "2 denoise", "3 denoise"}
     assert "rank, time s" in comparison_text(comparison)
+
+
+def test_a_build_can_fail_because_of_one_of_several_gpus() -> None:
+    comparison = compare(["P", "M"], [PREDICTED, MEASURED])
+    condition = parse_condition("ranks.3 denoise.peak_allocated_bytes > 600MiB")
+    assert [violation.value for violation in judge(comparison, [condition])] == [700 * MIB]

@@ -15,6 +15,7 @@ from wanvram.predict.stage import simulate_stage
 from wanvram.record import Failure, RankRecord, RunRecord, Times
 from wanvram.simulate.gpus import GPUS
 from wanvram.simulate.links import link_of
+from wanvram.simulate.timeline import Timeline
 from wanvram.spans import Memory, Span
 from wanvram.units import MIB
 
@@ -43,6 +44,15 @@ def test_equal_shares_are_one_kind_while_denoising_and_the_first_rank_is_one_of_
 
 def test_twelve_heads_over_eight_ranks_are_two_kinds() -> None:
     assert kinds_of(full(ulysses_size=8), "dit") == [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize("link", ["nvlink", "pcie5", "host"])
+def test_a_timeline_has_everything_that_a_rank_allocates_also_what_its_peers_leave_before_the_run(link: str) -> None:
+    record, memory = simulate(tiny(link=link, ulysses_size=2), timeline=True)
+    assert record.failure is None
+    assert isinstance(memory.observer, Timeline)
+    _, plain = simulate(tiny(link=link, ulysses_size=2))
+    assert memory.allocator.peak_allocated_bytes == plain.allocator.peak_allocated_bytes
 
 
 def test_text_is_the_first_rank_s_and_so_is_a_frame_decoded_whole() -> None:

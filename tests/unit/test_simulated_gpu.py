@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from wanvram import simulated_gpu
+from wanvram import MemoryProfiler, simulated_gpu
 from wanvram.errors import InputError
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.session import register_operation
+from wanvram.recorder.tracing import trace_settings
 from wanvram.simulate.gpus import find_gpu
 
 MIB = 1 << 20
@@ -363,6 +366,52 @@ def test_a_thread_of_the_program_is_simulated_too() -> None:
         thread.join()
         assert kept[0].is_cuda
         assert allocated() == 4 * MIB
+
+
+def test_threads_that_run_at_once_leave_every_call_its_own_place() -> None:
+    def work() -> None:
+        for _ in range(60):
+            kept.append(torch.zeros(1024, device="cuda"))
+            assert torch.arange(3, device="cuda").cpu().tolist() == [0, 1, 2]
+            assert not torch.ones(2).is_cuda
+
+    kept: list[torch.Tensor] = []
+    before, interval = threading.excepthook, sys.getswitchinterval()
+    failures: list[object] = []
+    threading.excepthook = failures.append
+    sys.setswitchinterval(1e-5)
+    try:
+        with simulated_gpu("rtx4090"):
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for step in ("start", "join"):
+                for thread in threads:
+                    getattr(thread, step)()
+            assert allocated() == 240 * 4096
+    finally:
+        threading.excepthook = before
+        sys.setswitchinterval(interval)
+    assert failures == []
+
+
+def test_wanvrams_own_profiler_reads_the_simulated_card(tmp_path: Path) -> None:
+    with simulated_gpu("rtx4090"):
+        with MemoryProfiler("m", tmp_path, trace=False) as profiler:
+            base = profiler.allocated_bytes()
+            kept = torch.zeros(MIB, device="cuda")
+            profiler.log_event("load", {"base_memory": base})
+            del kept
+            profiler.log_event("after")
+        events = json.loads((tmp_path / "memory_events.json").read_text(encoding="utf-8"))
+    assert [event["memory_log"] for event in events] == [
+        "load: incremental_memory=4.00 MB",
+        "after: peak_memory=4.00 MB",
+    ]
+
+
+def test_a_simulated_card_is_not_traced_where_there_is_no_real_one(tmp_path: Path) -> None:
+    with simulated_gpu("rtx4090"):
+        activities = trace_settings(str(tmp_path))["activities"]
+    assert set(activities) <= torch.profiler.supported_activities()
 
 
 def test_weights_come_from_files_onto_the_card_and_go_back(tmp_path: Path) -> None:

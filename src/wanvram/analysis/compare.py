@@ -281,7 +281,7 @@ def judge(comparison: Comparison, conditions: Sequence[FailCondition]) -> list[V
 def _key(name: str) -> Key:
     """The name of a stage may itself hold dots and spaces."""
     group, _, rest = name.partition(".")
-    if group in ("stages", "components") and "." in rest:
+    if group in ("stages", "ranks", "components") and "." in rest:
         inner, _, figure = rest.rpartition(".")
         return group, inner, figure
     return (group, rest) if rest else (group,)

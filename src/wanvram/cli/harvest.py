@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
     if output is not None and state_of(output) is not None and not args.force:
         raise InputError(f"-o {shown(output)} exists; give --force to replace it")
     from wanvram.foreign.harvest import LibraryWatch, measuring_device
-    from wanvram.foreign.script import run_script
+    from wanvram.foreign.script import check_script, run_script
 
+    check_script(args.script)
     measuring_device()
     watch = LibraryWatch()
     with redirect_stdout(sys.stderr) if args.json else nullcontext():

@@ -50,7 +50,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     fixed = parser.add_argument_group("fixed, not chosen by the planner")
     add_knob_flags(fixed, knobs.asked())
     add = parser.add_argument
-    add("--longest", action="store_true", help="find the most frames that fit; --size may name several")
+    add("--longest", action="store_true", help="find the most frames that fit (minutes); --size may name several")
     add("--ckpt_dir", "--weights", dest="weights", help="written into the command and -o (default: random)")
     add("-o", "--output", type=Path, help="YAML configuration for generate and profile")
     add("--force", action="store_true", help="replace the file that is already there")

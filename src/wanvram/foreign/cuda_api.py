@@ -274,7 +274,7 @@ class StandIns:
             "max_memory_cached": lambda *args, **kwargs: allocator.peak_reserved_bytes,
             "empty_cache": lambda *args: allocator.empty_cache(),
             "memory_stats": self.stats,
-            "memory_stats_as_nested_dict": lambda *args: {},
+            "memory_stats_as_nested_dict": self.nested_stats,
             "memory_summary": lambda *args, **kwargs: "\n".join(f"{k}: {v}" for k, v in self.stats().items()),
             "mem_get_info": lambda *args: (self.free_bytes(), memory.total_bytes),
             "set_per_process_memory_fraction": self.set_fraction,
@@ -299,6 +299,17 @@ class StandIns:
         for name, (now, peak) in {"allocated": allocated, "active": allocated, "reserved": reserved}.items():
             found |= {f"{name}_bytes.all.current": now, f"{name}_bytes.all.peak": peak}
         return found | {"num_alloc_retries": allocator.alloc_retries, "num_ooms": self.memory.refused}
+
+    def nested_stats(self, *_: Any) -> dict[str, Any]:
+        """The same by name, pool and kind, as wanvram's own meter reads them."""
+        nested: dict[str, Any] = {}
+        for path, value in self.stats().items():
+            *outer, last = path.split(".")
+            inner = nested
+            for name in outer:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+        return nested
 
     def _accelerator(self) -> dict[str, Callable[..., Any]]:
         """torch.accelerator, whose names differ a little."""

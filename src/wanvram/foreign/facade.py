@@ -63,16 +63,18 @@ class Facade(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        with self.memory.lock:
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         handler = self._handlers.get(func)
         if handler is not None:
-            return handler(*args, **(kwargs or {}))
-        if kwargs:
-            if func in self._factories:
-                return self._factory(func, args, kwargs)
-            if kwargs.get("device") is not None:
-                return self._placed(func, args, dict(kwargs))
-            return func(*args, **kwargs)
-        return self._factory(func, args, {}) if func in self._factories else func(*args)
+            return handler(*args, **kwargs)
+        if func in self._factories:
+            return self._factory(func, args, kwargs)
+        if kwargs.get("device") is not None:
+            return self._placed(func, args, dict(kwargs))
+        return func(*args, **kwargs)
 
     # --- devices ---------------------------------------------------------------------------------------------------------
 

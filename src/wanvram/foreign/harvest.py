@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanvram.errors import InputError
 from wanvram.foreign.measured import MeasuredDevice, MeasuredOperation, MeasuredTable, arguments_text
 from wanvram.foreign.memory import WITH_TEMPORARIES
 from wanvram.foreign.values import tensors_in
+from wanvram.machine.usable_gpu import require_gpu
 
 __all__ = ["CardCounters", "LibraryWatch", "measuring_device"]
 
@@ -81,9 +81,8 @@ class LibraryWatch(TorchDispatchMode):
 
 
 def measuring_device() -> MeasuredDevice:
-    """The GPU at hand. Raises InputError where there is none."""
-    if not torch.cuda.is_available():
-        raise InputError("no NVIDIA GPU answers: harvest measures what libraries take on a real one")
+    """The GPU at hand. Raises DeviceError where there is none."""
+    require_gpu("no library was measured")
     properties, cudnn = torch.cuda.get_device_properties(torch.cuda.current_device()), torch.backends.cudnn
     return MeasuredDevice(
         gpu=properties.name,

@@ -6,6 +6,7 @@ Does not own: what Python code asks for (facade.py), whole operations that CUDA 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -86,6 +87,9 @@ class ForeignMemory(TimedMemory):
         self.peak_device_bytes = 0
         self.operations = 0
         self.closed = False
+        self.lock = (
+            threading.RLock()
+        )  # a call of PyTorch is one of all threads' at a time: where it puts what it makes is kept here
         self._place: dict[int, str] = {}
         self._last = CUDA  # where the operation before was
         self._foreign: dict[Any, _Operation] = {}
@@ -149,15 +153,12 @@ class ForeignMemory(TimedMemory):
         if self.closed:
             return
         key = death.key
-        del self._place[key], self._deaths[key]
-        self.values.forget(key)
-        handle = self._device.pop(key, None)
-        if handle is None:
-            return
-        if handle in self._recorded:
-            self._await(handle)
-        else:
-            self._free(handle)
+        with self.lock:
+            del self._place[key], self._deaths[key]
+            self.values.forget(key)
+            handle = self._device.pop(key, None)
+            if handle is not None:
+                (self._await if handle in self._recorded else self._free)(handle)
 
     def _malloc(self, nbytes: int, operation: str, tensor: torch.Tensor | None = None, *, shared: bool = False) -> int:
         if self._awaited:
@@ -216,7 +217,10 @@ class ForeignMemory(TimedMemory):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        with self.lock:
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operation = self._foreign.get(func) or self._learn(func)
         tensors: list[torch.Tensor] = []
         for value in (*args, *kwargs.values()) if kwargs else args:

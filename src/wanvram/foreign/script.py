@@ -12,12 +12,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from wanvram.errors import InputError
+from wanvram.errors import require
 from wanvram.foreign.cuda_api import patched
 from wanvram.foreign.errors import SimulatedOutOfMemory, Unsupported
 from wanvram.foreign.session import SimulatedRun
 
-__all__ = ["run_script"]
+__all__ = ["check_script", "run_script"]
+
+
+def check_script(path: Path) -> None:
+    """Raises InputError for a file that is not there."""
+    require(path.is_file(), f"{path} is no file")
 
 
 def run_script(
@@ -33,8 +38,7 @@ def run_script(
     `run.fits` is False after it where a full card ended the script. inside: entered around the script. verb: of wanvram, who runs it.
     Raises InputError for a file that is not there, and Unsupported for what cannot be simulated.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is no file")
+    check_script(path)
     with _as_main(path, arguments), no_child_processes(verb):
         try:
             with inside or nullcontext():

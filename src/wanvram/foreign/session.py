@@ -214,7 +214,7 @@ def _gaps(memory: ForeignMemory) -> Iterator[str]:
 
 @contextmanager
 def _in_threads(facade: Facade, memory: ForeignMemory) -> Iterator[None]:
-    """PyTorch's modes are per thread, so each that starts inside enters them, too; one at a time: they keep what they do in themselves."""
+    """PyTorch's modes are per thread, so each that starts inside enters them, too."""
     plain = threading.Thread.run
 
     def run(thread: threading.Thread) -> None:

@@ -34,12 +34,13 @@ UNLIMITED_BYTES = 2**50
 
 
 def simulated_device(
-    config: RunConfig, *, rank: int = 0, keep_events: bool = False, unlimited: bool = False
+    config: RunConfig, *, rank: int = 0, keep_events: bool = False, unlimited: bool = False, timeline: bool = False
 ) -> SimulatedDevice:
     """The card that the configuration names, that of `rank` where there are several. Raises InputError for an unknown GPU, one that
     cannot compute in the precision, or cards without that link.
 
-    unlimited: a card of 1 PiB and no cap, to learn what a run would take.
+    unlimited: a card of 1 PiB and no cap, to learn what a run would take. timeline: the memory's observer is one, from the first
+    allocation on, which peers make.
     """
     card: GPU = find_gpu(config.gpu or DEFAULT_GPU)
     link = None
@@ -62,6 +63,8 @@ def simulated_device(
     clock = clock_of(config, gpu)
     clock.link = link
     device = SimulatedDevice(SimulatedMemory(gpu, allocator, Libraries(gpu), clock=clock, keep_events=keep_events))
+    if timeline:
+        Timeline.attach(device.memory)
     device.attention = attention_of(config, card_like(gpu, here=is_here(gpu.key)))
     device.place = config.place(rank)
     if link is not None and link.copies:
@@ -79,10 +82,9 @@ def run_or_simulate(
     if device_kind(config) != "simulated":
         return execute(config, output, progress, watch, predict=predicted)
     check_measurement(config)
-    device = simulated_device(config)
-    timeline = Timeline.attach(device.memory) if output.directory is not None else None
+    device = simulated_device(config, timeline=output.directory is not None)
     run = _Run(config, device, output.video, unlimited=False)
-    around = Around(describe_environment(), run.complete, progress, watch, timeline)
+    around = Around(describe_environment(), run.complete, progress, watch, _timeline(device))
     return run_on(device, config, output, around)
 
 
@@ -101,10 +103,13 @@ def simulate(
     timeline: the memory's observer is then a Timeline of everything the allocator did and for whom.
     """
     config = replace(config, device="simulated")
-    device = simulated_device(config, keep_events=keep_events, unlimited=unlimited)
-    watched = Timeline.attach(device.memory) if timeline else None
+    device = simulated_device(config, keep_events=keep_events, unlimited=unlimited, timeline=timeline)
     run = _Run(config, device, video, unlimited)
-    return run.into_no_file(Around({}, run.complete, timeline=watched)), device.memory
+    return run.into_no_file(Around({}, run.complete, timeline=_timeline(device))), device.memory
+
+
+def _timeline(device: SimulatedDevice) -> Timeline | None:
+    return device.memory.observer if isinstance(device.memory.observer, Timeline) else None
 
 
 def simulate_rank(
