@@ -39,7 +39,7 @@ def lock_folder(folder: Path) -> int:
         return _locked_file(folder / LOCK_FILE)
     import fcntl
 
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a pipe of that name would wait for somebody who writes
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

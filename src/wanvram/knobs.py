@@ -26,6 +26,7 @@ TARGET_ROWS = 8192
 # Latent pixels, those whose cuDNN workspaces were measured; smaller tiles have larger halos in proportion: less memory, more time.
 TILES = (80, 52, 40, 30, 20)
 MAX_VIDEOS = 64  # of one run: each is 5 MiB of embedded text on the device at 14B, for the whole of denoising
+MAX_GPUS = 128  # more than any host has; one process each
 WEIGHT_HOMES = ("pinned", "pageable", "disk")  # the fastest first
 MODEL, OPTIMIZATION = "model_config", "optimization"  # sections of the YAML
 RUN = "run"  # among what a knob touches: every component and what is between them
@@ -133,8 +134,8 @@ def _at_least(least: int, absent: str = "") -> Rule:
     return Rule(lambda value, _: value is None or value >= least, f"{{value}} must be at least {least}{absent}")
 
 
-def _at_most(most: int) -> Rule:
-    return Rule(lambda value, _: value <= most, f"{{value}}; at most {most} videos in one run")
+def _at_most(most: int, what: str) -> Rule:
+    return Rule(lambda value, _: value <= most, f"{{value}}; at most {most} {what}")
 
 
 def _streamed_only(plain: object) -> Rule:
@@ -145,6 +146,10 @@ def _streamed_only(plain: object) -> Rule:
 _AS_MANY = Rule(
     lambda value, strategy: value == 1 or sizes_together(strategy) in (1, value),
     "{value}, but cfg_size, ring_size and ulysses_size together are of another number; give one of them",
+)
+_ON_ONE_HOST = Rule(
+    lambda _, strategy: sizes_together(strategy) <= MAX_GPUS,
+    f"{{value}}, and cfg_size x ring_size x ulysses_size are more than {MAX_GPUS} GPUs; at most {MAX_GPUS} make a video together",
 )
 _AMONG_SEVERAL = Rule(
     lambda value, strategy: not value or gpus(strategy) > 1,
@@ -301,7 +306,7 @@ EXPANDABLE_SEGMENTS = Knob(
 GRADIENT_CHECKPOINTING = Knob("gradient_checkpointing", False, "accepted; has no effect without gradients")
 BATCH_SIZE: Knob[int] = Knob(
     "batch_size", 1, "videos denoised together: prompts, or seeds of the one prompt (default: 1)",
-    touches=("vae_decoder", "dit"), rules=(_at_least(1), _at_most(MAX_VIDEOS)), kept=True)
+    touches=("vae_decoder", "dit"), rules=(_at_least(1), _at_most(MAX_VIDEOS, "videos in one run")), kept=True)
 MICRO_BATCH_SIZE: Knob[int | None] = Knob(
     "micro_batch_size", None, "of these, videos that pass a block before the next one comes (default: 1)", absent="1",
     touches=("dit",), smaller=_fewer_streams, rules=(_at_least(1), _WITHIN_THE_BATCH), kept=True)
@@ -310,13 +315,14 @@ CFG_SIZE = Knob(
     rules=(_at_least(1), _TWO_PASSES, _ONE_PASS_EACH), kept=True)
 PARALLEL_DEGREE = Knob(
     "parallel_degree", 1, "GPUs that make the videos together, in sizes that are chosen (default: 1)",
-    touches=("vae_decoder", "dit"), rules=(_at_least(1), _AS_MANY), other_flag="gpus", kept=True)
+    touches=("vae_decoder", "dit"), other_flag="gpus", kept=True,
+    rules=(_at_least(1), _at_most(MAX_GPUS, "GPUs make a video together"), _AS_MANY))
 ULYSSES_SIZE = Knob(
     "ulysses_size", 1, "GPUs that share rows, and heads while they attend (default: 1)", touches=("vae_decoder", "dit"),
-    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+    rules=(_at_least(1), _ON_ONE_HOST, _WHOLE_HEADS), kept=True)
 RING_SIZE = Knob(
     "ring_size", 1, "GPUs that share rows, and pass keys and values round (default: 1)", touches=("vae_decoder", "dit"),
-    rules=(_at_least(1), _WHOLE_HEADS), kept=True)
+    rules=(_at_least(1), _ON_ONE_HOST, _WHOLE_HEADS), kept=True)
 EXCHANGE = Knob(
     "exchange_by", "auto", "how GPUs exchange: by copies out of each other's memory, or nccl (default: auto, copies where they can)",
     choices=("auto", "copies", "nccl"), touches=(RUN,), rules=(_EXCHANGES,), kept=True)

@@ -275,6 +275,8 @@ HOW: list[Case] = [
         for way in ("copies", "nccl")
     ),
     ("t2v", ["--exchange_by", "mpi", "--gpus", "2"], "--exchange_by: invalid choice"),
+    ("t2v", ["--gpus", "2147483648"], "--gpus: 2147483648; at most 128 GPUs make a video together"),
+    ("t2v", ["--ring_size", "64", "--ulysses_size", "3"], "at most 128 make a video together"),
     ("t2v", ["--gpus", "0"], "--gpus: 0 must be at least 1"),
     ("t2v", ["--gpus", "4", "--ulysses_size", "2"], "--gpus: 4, but cfg_size, ring_size and ulysses_size"),
     (

@@ -275,6 +275,12 @@ def test_a_run_holds_its_directory_until_its_record_is_written(tmp_path: Path, m
     assert refused == ["record.json"]
 
 
+def test_a_pipe_in_place_of_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with alone_in(tmp_path / "pipe"):
+        """Whoever writes there then says that it is no folder."""
+
+
 def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
