@@ -2,6 +2,6 @@
 
 import sys
 
-from wanvram.__main__ import main
+from wanvram.cli.main import main
 
 sys.exit(main(["generate", *sys.argv[1:]]))

@@ -1,14 +1,12 @@
-"""The `wanvram` command, also as `python -m wanvram`. Its imports take up to 3 s, in which Ctrl-C ends it without a traceback."""
+"""`python -m wanvram` is the `wanvram` command."""
 
 import signal
 import sys
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the rest is imported Ctrl-C ends it without a traceback
 
-from wanvram.cli.main import main  # from here on the command takes the signals itself: `catching`
-
-__all__ = ["main"]
+from wanvram.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -57,6 +57,7 @@ def test_an_own_part_beside_diffusers_runs_on_the_cpu(
 @pytest.mark.parametrize("part", ["our_dit", "our_vae"])
 def test_an_own_part_beside_diffusers_runs_on_a_simulated_gpu(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: PINS)  # of pinned memory the simulated card knows PyTorch's own
+    monkeypatch.setenv("WANVRAM_KERNELS", "reference")  # Triton, where it is installed, would look for a driver
     monkeypatch.setitem(beside_diffusers.SHAPES, "1.3B", (2, 60, 104))
     monkeypatch.setitem(beside_diffusers.REPEATS, "1.3B", 1)
     with simulated_gpu("h200"), torch.no_grad():
@@ -67,6 +68,7 @@ def test_an_own_part_beside_diffusers_runs_on_a_simulated_gpu(part: str, monkeyp
 
 def test_tiles_of_the_vae_are_timed_on_a_simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: PINS)
+    monkeypatch.setenv("WANVRAM_KERNELS", "reference")
     monkeypatch.setattr(tiled_vae, "SIZES", {"96*64": (8, 12)})
     args = argparse.Namespace(ways=["decode"], sizes=["96*64"], tiles=[8], frames=5, profile=False)
     with simulated_gpu("h200"), torch.no_grad():

@@ -118,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if streams.flushed():
             raise
         return 1
+    except KeyboardInterrupt:
+        streams.say(INTERRUPTED)
+        return 1
     except OSError as error:  # the help could not be printed
         streams.abandon(sys.stdout)
         if not isinstance(error, BrokenPipeError):
