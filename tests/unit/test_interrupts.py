@@ -218,6 +218,9 @@ def test_what_came_between_is_raised_by_the_inner_of_two_and_forgotten_by_who_is
 
 def test_ctrl_c_that_would_end_a_command_at_once_is_caught_while_it_works() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with pytest.raises(KeyboardInterrupt), catching():
-        interrupt()
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    try:
+        with pytest.raises(KeyboardInterrupt), catching():
+            interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else a Ctrl-C of a later test would end the process
