@@ -76,7 +76,6 @@ class Knob(Generic[T]):
     rules: tuple[Rule, ...] = ()
     absent: str = ""
     other_flag: str = ""
-    has_flag: bool = True
     kept: bool = False
 
     @property

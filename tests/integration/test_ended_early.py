@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -130,6 +131,19 @@ def test_a_signal_beside_the_run_itself_leaves_a_record_as_well(
     assert main(["generate", "--weights", "tiny", "--sample_steps", "1", "-o", str(tmp_path / "run")]) == code
     failure = failure_of(tmp_path / "run")
     assert (failure and failure["kind"]) == kind
+
+
+def test_ctrl_c_while_the_flags_are_read_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the command as it is installed, whose imports are over by then."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupted)
+    assert main(["check"]) == 1
+    assert capsys.readouterr().err == "wanvram: interrupted by the user\n"
 
 
 def test_ctrl_c_while_the_command_is_imported_shows_no_traceback() -> None:

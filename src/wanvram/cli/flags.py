@@ -79,8 +79,6 @@ def add_strategy_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_knob_flags(group: argparse._ArgumentGroup, table: Sequence[knobs.Knob[Any]]) -> None:
     for knob in table:
-        if not knob.has_flag:
-            continue
         if isinstance(knob.default, bool):
             _add_boolean(group, knob.flag, knob.help, dest=knob.name)
         else:

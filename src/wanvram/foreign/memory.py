@@ -87,9 +87,7 @@ class ForeignMemory(TimedMemory):
         self.peak_device_bytes = 0
         self.operations = 0
         self.closed = False
-        self.lock = (
-            threading.RLock()
-        )  # a call of PyTorch is one of all threads' at a time: where it puts what it makes is kept here
+        self.lock = threading.RLock()  # of one call of PyTorch at a time: where it puts what it makes is kept here
         self._place: dict[int, str] = {}
         self._last = CUDA  # where the operation before was
         self._foreign: dict[Any, _Operation] = {}
@@ -157,8 +155,10 @@ class ForeignMemory(TimedMemory):
             del self._place[key], self._deaths[key]
             self.values.forget(key)
             handle = self._device.pop(key, None)
-            if handle is not None:
-                (self._await if handle in self._recorded else self._free)(handle)
+            if handle in self._recorded:
+                self._await(handle)
+            elif handle is not None:
+                self._free(handle)
 
     def _malloc(self, nbytes: int, operation: str, tensor: torch.Tensor | None = None, *, shared: bool = False) -> int:
         if self._awaited:
