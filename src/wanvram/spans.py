@@ -104,9 +104,13 @@ class Span:
 
     @property
     def fluctuation_bytes(self) -> int:
-        """Spread of allocated memory over the starts, peaks and ends of this span and everything inside it."""
-        values = [m.allocated_bytes for span in self.walk() for m in (span.start, span.peak, span.end)]
+        """Spread of allocated memory over its moments."""
+        values = [moment.allocated_bytes for moment in self.moments()]
         return max(values) - min(values)
+
+    def moments(self) -> list[Memory]:
+        """Starts, peaks and ends of this span and everything inside it."""
+        return [moment for span in self.walk() for moment in (span.start, span.peak, span.end)]
 
     def walk(self) -> Iterator[Span]:
         yield self

@@ -205,7 +205,7 @@ def _windows(record: RunRecord, timeline: TimelineRecord) -> Iterator[_Window]:
 def _stage(span: Span, window: _Window | None, all_seconds: float) -> StageUse:
     """A span's peak holds the highest of each figure, which need not have been at the same time; points know."""
     if window is None:
-        moments = [m for part in span.walk() for m in (part.start, part.peak, part.end)]
+        moments = span.moments()
         start, peak, end = span.start, span.peak, span.end
     else:
         moments = window.points
