@@ -300,6 +300,13 @@ def test_gradients_that_are_recorded_keep_activations_alive() -> None:
         assert allocated() > without + 6 * x.nbytes
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu", "meta"])
+def test_gradients_of_operations_that_arrive_whole_are_recorded_wherever_they_are(device: str) -> None:
+    with simulated_gpu("rtx4090"):
+        layer = nn.Linear(1024, 1024, device=device)
+        assert layer(torch.zeros(8, 1024, 1024, device=device)).requires_grad
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_inference_mode_takes_what_no_grad_takes(guard: Any) -> None:
     with simulated_gpu("h200"), guard():

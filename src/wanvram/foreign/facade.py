@@ -6,6 +6,7 @@ Owns: device arguments, `x.device` and its like, transfers, host tensors, which 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ class Facade(TorchFunctionMode):
         self._place = memory.place_of
         self.cuda = torch.device("cuda", 0)
         self.cpu = torch.device("cpu")
-        self._factories = {f for f in _device_constructors() if f.__name__ not in _FROM_DATA}
         self._handlers: dict[Any, Callable[..., Any]] = {
+            **{f: partial(self._factory, f) for f in _device_constructors() if f.__name__ not in _FROM_DATA},
             torch.device: _numbered,
             T.device.__get__: self._device,
             T.is_cuda.__get__: lambda t: self._place(t) == CUDA,
@@ -63,6 +64,8 @@ class Facade(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not self.memory.shared:
+            return self._call(func, args, kwargs or {})
         with self.memory.lock:
             return self._call(func, args, kwargs or {})
 
@@ -70,8 +73,6 @@ class Facade(TorchFunctionMode):
         handler = self._handlers.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
-        if func in self._factories:
-            return self._factory(func, args, kwargs)
         if kwargs.get("device") is not None:
             return self._placed(func, args, dict(kwargs))
         return func(*args, **kwargs)
@@ -91,10 +92,9 @@ class Facade(TorchFunctionMode):
             raise RuntimeError(f"CUDA error: invalid device ordinal {found.index}: one GPU is simulated")
         return found.type
 
-    def _factory(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _factory(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
         place = CPU if device is None else self.place_named(device)
-        kwargs = dict(kwargs)
         if place != CPU:
             return self._placed(func, args, kwargs)
         pinned = kwargs.pop("pin_memory", False)
@@ -155,6 +155,8 @@ class Facade(TorchFunctionMode):
     # --- transfers -------------------------------------------------------------------------------------------------------
 
     def _to(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.dtype):
+            return T.to(tensor, args[0])
         copy = kwargs.pop("copy", False)
         other = args[0] if args else kwargs.get("other")
         if isinstance(other, torch.Tensor):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanvram.foreign.measured import MeasuredDevice, MeasuredOperation, MeasuredTable, arguments_text
-from wanvram.foreign.memory import WITH_TEMPORARIES
+from wanvram.foreign.operations import WITH_TEMPORARIES
 from wanvram.foreign.values import tensors_in
 from wanvram.machine.usable_gpu import require_gpu
 

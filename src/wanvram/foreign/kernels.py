@@ -25,7 +25,7 @@ _ALIGNED = 8  # elements that a head and a row of a mask are padded to
 
 @contextmanager
 def whole_operations(memory: ForeignMemory) -> Iterator[None]:
-    """Registers them with PyTorch's dispatcher and the simulated device, and takes both back."""
+    """Registers them with PyTorch's dispatcher, where autograd lets them pass, and the simulated device, and takes both back."""
     kernels, fast = _Kernels(memory), FastPaths(memory)
     table: dict[Any, Callable[..., Any]] = {
         aten.scaled_dot_product_attention.default: kernels.attention,
@@ -42,27 +42,13 @@ def whole_operations(memory: ForeignMemory) -> Iterator[None]:
             continue  # arrives whole
         name = operation._schema.name.removeprefix("aten::")
         full = f"{name}.{operation._overloadname}" if operation._overloadname != "default" else name
-        library.impl(full, "AutogradMeta", _above_autograd(operation, memory), False)
+        library.impl(full, "AutogradMeta", torch.library.fallthrough_kernel, False)
     memory.whole.update(table)
     try:
         yield
     finally:
         library.reset()
         memory.whole.clear()
-
-
-def _above_autograd(operation: Any, memory: ForeignMemory) -> Any:
-    """Whole where no gradient is recorded, else its parts, of which autograd keeps what it needs."""
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            if operation is aten.scaled_dot_product_attention.default:
-                memory.said["attention with recorded gradients is counted as taken apart, which takes more"] += 1
-            return operation.decompose(*args, **kwargs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operation(*args, **kwargs)
-
-    return kernel
 
 
 class _Kernels:
@@ -92,11 +78,11 @@ class _Kernels:
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
         """The usual case without the way through PyTorch's dispatcher, 15 us shorter: views are made beside the simulation."""
-        memory = self.memory
-        for _ in range(1 if x.dim() == 2 else 3):
-            memory.clock.view()
+        if self.memory.timed:
+            for _ in range(1 if x.dim() == 2 else 3):
+                self.memory.clock.view()
         flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-        result = memory.__torch_dispatch__(aten.addmm.default, (), (bias, flat, weight.t()))
+        result = self.memory.__torch_dispatch__(aten.addmm.default, (), (bias, flat, weight.t()))
         return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])
 
     # --- norms and softmax -----------------------------------------------------------------------------------------------

@@ -11,54 +11,33 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import enable_reentrant_dispatch
 
 from wanvram.errors import OutOfMemory
 from wanvram.foreign.autocast import CastLists
 from wanvram.foreign.buffers import ForeignBuffers
 from wanvram.foreign.errors import SimulatedOutOfMemory, UnknownOperation, Unsupported
 from wanvram.foreign.layouts import alike
+from wanvram.foreign.operations import DATA_SHAPED, TO_THE_HOST, AtenOp, operation_of
 from wanvram.foreign.results import IN_PLACE, RULES, as_iterated, as_meta, description, key_of, made_again
 from wanvram.foreign.timed_memory import TimedMemory
 from wanvram.foreign.values import Values, tensors_in
 from wanvram.simulate.allocator import CachingAllocator
-from wanvram.simulate.clock import Clock, Price
+from wanvram.simulate.clock import Clock
 from wanvram.simulate.gpus import GPU
+from wanvram.simulate.libraries import BufferPlan
 from wanvram.units import human
 
-__all__ = ["CPU", "CUDA", "META", "WITH_TEMPORARIES", "ForeignMemory"]
+__all__ = ["CPU", "CUDA", "META", "ForeignMemory"]
 
 CUDA, CPU, META = "cuda", "cpu", "meta"  # where a storage lies; CPU: a host tensor too large to be real
 # Of host and device tensors.
 _ACROSS = "aten.copy_", "aten.index", "aten._index_put_impl_", "aten._to_copy", "aten.set_"
-_DATA_SHAPED = tuple(f"aten.{name}.default" for name in ("nonzero", "masked_select", "_unique2", "unique_dim"))
-_TO_THE_HOST = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.allclose.default")
-# Operations for which CUDA's libraries take temporary memory by rules that are not known here.
-WITH_TEMPORARIES = (
-    *("aten.sort.", "aten.topk.", "aten.kthvalue", "aten.median", "aten.mode.", "aten.multinomial", "aten._fft_"),
-    *("aten._linalg_", "aten.linalg_eig", "aten.linalg_qr", "aten.lstm", "aten.gru", "aten._cudnn_rnn", "aten._cdist"),
-    *("aten.cumsum.", "aten.cumprod.", "aten.unique", "aten._unique", "aten.nonzero.", "aten.histc", "aten.bincount"),
-    "aten.searchsorted",
-)
 _MOST_MEMORISED = 100_000
 MOST_ASSUMED = 20_000  # reads of unknown values at one place
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """name: aten.add_.Tensor. writes: positions and names of arguments that it changes. composite: made of other operations."""
-
-    name: str
-    view: bool
-    composite: bool
-    writes: tuple[int | str, ...]
-    price: Price | None
-    memorised: bool
-    untold: bool
-    whole: Callable[..., Any] | None = None
 
 
 class _Death(weakref.ref[torch.UntypedStorage]):
@@ -87,10 +66,11 @@ class ForeignMemory(TimedMemory):
         self.peak_device_bytes = 0
         self.operations = 0
         self.closed = False
-        self.lock = threading.RLock()  # of one call of PyTorch at a time: where it puts what it makes is kept here
+        self.shared = False  # whether threads were started
+        self.lock = threading.RLock()  # then of one call of PyTorch at a time: where it puts what it makes is kept here
         self._place: dict[int, str] = {}
         self._last = CUDA  # where the operation before was
-        self._foreign: dict[Any, _Operation] = {}
+        self._foreign: dict[Any, AtenOp] = {}
         self._results: dict[Any, Any] = {}
         self._pinned_real: set[int] = set()
         self._unpinned: Counter[int] = Counter()  # sizes of pinned blocks that are free
@@ -217,11 +197,21 @@ class ForeignMemory(TimedMemory):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not self.shared:
+            return self._dispatch(func, args, kwargs or {})
         with self.lock:
             return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operation = self._foreign.get(func) or self._learn(func)
+        operation = self._foreign.get(func)
+        if operation is None:
+            operation = self._foreign[func] = operation_of(func, self.buffers, self.clock.costs, self.whole)
+        if operation.view is not None and self.placing is None:
+            if args[0].is_meta:
+                self._last = self._place.get(args[0].untyped_storage()._cdata, META)
+            if self.timed:
+                self.clock.view()
+            return operation.view(*args, **kwargs)
         tensors: list[torch.Tensor] = []
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, torch.Tensor):
@@ -231,42 +221,27 @@ class ForeignMemory(TimedMemory):
         place = self._common_place(operation, tensors, kwargs)
         if place is None:
             return func(*args, **kwargs)
-        if self.casts.enabled and place == CUDA:
-            cast = self.casts(operation.name, args, kwargs)
-            if cast is not None:
-                args, kwargs = cast
-        if operation.whole is not None and place == CUDA:
-            result = operation.whole(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if operation.composite and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._recorded_parts(func, args, kwargs)
+        if place == CUDA:
+            if self.casts.enabled:
+                args, kwargs = self.casts(operation.name, args, kwargs) or (args, kwargs)
+            if operation.whole is not None:
+                return operation.whole(*args, **kwargs)
         if operation.composite:
             with self:
                 return func.decompose(*args, **kwargs)
         self._operation = operation.name
-        if operation.view and self.placing is None:
-            self.clock.view()
-            return func(*args, **kwargs)
         return self._run(func, operation, args, kwargs, place)
 
-    def _learn(self, func: Any) -> _Operation:
-        name, view = str(func), bool(func.is_view)
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-        arguments = func._schema.arguments
-        writes = tuple(
-            argument.name if argument.kwarg_only else index
-            for index, argument in enumerate(arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        )
-        untold = name.startswith(WITH_TEMPORARIES) or not name.startswith(("aten.", "prim", "profiler."))
-        price = None if view else self.clock.costs.price(name)
-        memorised = not view and "out" not in writes and not name.startswith(("aten.set_", "aten.resize_"))
-        untold = untold and not composite and not self.buffers.knows(name)
-        found = self._foreign[func] = _Operation(
-            *(name, view, composite, writes, price, memorised, untold), self.whole.get(func)
-        )
-        return found
+    def _recorded_parts(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """For autograd, which let the whole pass (kernels.py) and keeps of each part what it needs."""
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            self.said["attention with recorded gradients is counted as taken apart, which takes more"] += 1
+        with enable_reentrant_dispatch(), self:
+            return func.decompose(*args, **kwargs)
 
-    def _common_place(self, operation: _Operation, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> str | None:
+    def _common_place(self, operation: AtenOp, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> str | None:
         """None: real tensors only, or none at all and nobody asked for another place."""
         place: str | None = None
         real = False
@@ -293,30 +268,26 @@ class ForeignMemory(TimedMemory):
             )
         return self.placing or place
 
-    def _run(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any], place: str) -> Any:
+    def _run(self, func: Any, operation: AtenOp, args: Any, kwargs: dict[str, Any], place: str) -> Any:
         name = operation.name
-        if name == "aten.copy_.default":
-            return self._copy(*args, **kwargs)
-        if name in _TO_THE_HOST:
-            return self._read(func, args)
-        if name in _DATA_SHAPED or (name.startswith("aten.index") and _has_mask(args)):
-            return self._data_shaped(func, operation, args, kwargs, place)
+        if not operation.usual:
+            if name == "aten.copy_.default":
+                return self._copy(*args, **kwargs)
+            if name in TO_THE_HOST:
+                return self._read(func, args)
+            if name in DATA_SHAPED or _has_mask(args):
+                return self._data_shaped(func, operation, args, kwargs, place)
         self.operations += 1
-        plan = None
-        if place == CUDA:
-            plan = self.buffers.measured_plan(name, args, kwargs)
-            if plan is None:
-                plan = self.libraries.plan(name, args)
-                if operation.untold:
-                    self.untaken[name] += 1
+        plan = self._plan(operation, args, kwargs) if operation.planned and place == CUDA else None
         before = [self._malloc(n, "before " + name) for n in plan.before] if plan else []
         result = self._result(func, operation, args, kwargs)
         for tensor in (result,) if isinstance(result, torch.Tensor) else tensors_in((result,)):
             if tensor.is_meta:
                 self._born(tensor, place)
         if place == CUDA:
-            self.load_library("kernels")
-            if plan:
+            if "kernels" not in self._loaded:
+                self.load_library("kernels")
+            if plan is not None:
                 self._take(plan, before)
             if self.timed and operation.price is not None:
                 self.launch(operation.price, args, result)
@@ -324,10 +295,15 @@ class ForeignMemory(TimedMemory):
             self._follow(func, operation, args, kwargs, result)
         return result
 
-    def _follow(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+    def _plan(self, operation: AtenOp, args: Any, kwargs: dict[str, Any]) -> BufferPlan | None:
+        plan = self.buffers.measured_plan(operation.name, args, kwargs)
+        if plan is None and operation.untold:
+            self.untaken[operation.name] += 1
+        return self.buffers.plan(operation.name, args) if plan is None else plan
+
+    def _follow(self, func: Any, operation: AtenOp, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """Values of the result, where they are small and known; what is written with unknown ones is unknown from now on."""
-        first = result if isinstance(result, torch.Tensor) else None
-        large = first is not None and first.is_meta and first.untyped_storage().nbytes() > 262_144
+        large = isinstance(result, torch.Tensor) and result.is_meta and result.untyped_storage().nbytes() > 262_144
         if not large and self.values.follow(func, args, kwargs, result):
             return
         for where in operation.writes:
@@ -338,11 +314,10 @@ class ForeignMemory(TimedMemory):
 
     # --- results ---------------------------------------------------------------------------------------------------------
 
-    def _result(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _result(self, func: Any, operation: AtenOp, args: Any, kwargs: dict[str, Any]) -> Any:
         """By PyTorch's meta kernel, or as it was for arguments of the same shapes, layouts and types."""
-        own = self.buffers.results.get(operation.name)
-        if own is not None:
-            return own(*args, **kwargs)
+        if operation.own is not None:
+            return operation.own(*args, **kwargs)
         key: Any = None
         if operation.memorised:
             try:
@@ -361,7 +336,7 @@ class ForeignMemory(TimedMemory):
                 self._results[key] = made
         return result
 
-    def _meta(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _meta(self, func: Any, operation: AtenOp, args: Any, kwargs: dict[str, Any]) -> Any:
         ruled = RULES[operation.name](*args, **kwargs) if operation.name in RULES else NotImplemented
         if ruled is not NotImplemented:
             return ruled
@@ -402,7 +377,7 @@ class ForeignMemory(TimedMemory):
                 "a loop that waits for it would not end"
             )
 
-    def _data_shaped(self, func: Any, operation: _Operation, args: Any, kwargs: dict[str, Any], place: str) -> Any:
+    def _data_shaped(self, func: Any, operation: AtenOp, args: Any, kwargs: dict[str, Any], place: str) -> Any:
         """The shape of the result hangs on values: it is known where they are. What only writes needs none."""
         if operation.writes:
             self._follow(func, operation, args, kwargs, args[0])
@@ -424,7 +399,7 @@ class ForeignMemory(TimedMemory):
             self.values.keep(tensor, value)
         return results[0] if isinstance(found, torch.Tensor) else tuple(results)
 
-    def _selected(self, operation: _Operation, index: torch.Tensor) -> Any:
+    def _selected(self, operation: AtenOp, index: torch.Tensor) -> Any:
         """A mask as the positions that it selects, one tensor for each of its dimensions."""
         if index.dtype not in (torch.bool, torch.uint8):
             return index
@@ -433,7 +408,7 @@ class ForeignMemory(TimedMemory):
             raise self._hangs_on_values(operation)
         return known.nonzero(as_tuple=True)
 
-    def _hangs_on_values(self, operation: _Operation) -> UnknownOperation:
+    def _hangs_on_values(self, operation: AtenOp) -> UnknownOperation:
         return UnknownOperation(operation.name, "the shape of its result hangs on values that only a GPU would know")
 
     # --- copies ----------------------------------------------------------------------------------------------------------

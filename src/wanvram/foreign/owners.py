@@ -52,21 +52,15 @@ class ForeignTimeline(Timeline):
 class _ForeignPlaces(Places):
     """`attention.Attention.forward:120 > Linear...`: the innermost functions outside PyTorch."""
 
-    def _describe(self, code: CodeType, names: dict[str, Any]) -> tuple[str, bool]:
+    file_once = False  # `where` needs that of the inner one
+
+    def _describe(self, code: CodeType, names: dict[str, Any]) -> tuple[str, bool] | tuple[()]:
         """(`file.Class.function`, always two of them); nothing for code that asks on behalf of others."""
         module = names.get("__name__") or ""
         if code.co_name.startswith("<") and code.co_name != "<module>":
-            return "", False
+            return ()
         path = code.co_filename.replace("\\", "/")
         if module.partition(".")[0] in _OURS or module in _OURS or path.startswith(_HERE):
-            return "", False
+            return ()
         file, function = path.rpartition("/")[2].removesuffix(".py"), function_of(code)
         return file if function == "<module>" else f"{file}.{function}", True
-
-    def _path(self, outer: str, inner: str) -> str:
-        """With the file of both, as `where` needs it."""
-        path = self._paths.get((outer, inner))
-        if path is None:
-            path = self._paths[outer, inner] = f"{outer} > {inner}"
-            self.names[path] = f"{self.names[outer]} > {self.names[inner]}"
-        return path

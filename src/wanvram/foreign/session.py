@@ -215,7 +215,11 @@ def _gaps(memory: ForeignMemory) -> Iterator[str]:
 @contextmanager
 def _in_threads(facade: Facade, memory: ForeignMemory) -> Iterator[None]:
     """PyTorch's modes are per thread, so each that starts inside enters them, too."""
-    plain = threading.Thread.run
+    plain, plain_start = threading.Thread.run, threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        memory.shared = True
+        plain_start(thread)
 
     def run(thread: threading.Thread) -> None:
         if memory.closed:
@@ -224,7 +228,7 @@ def _in_threads(facade: Facade, memory: ForeignMemory) -> Iterator[None]:
         with memory, facade:
             plain(thread)
 
-    with patched([(threading.Thread, "run", run)]):
+    with patched([(threading.Thread, "start", start), (threading.Thread, "run", run)]):
         yield
 
 

@@ -20,8 +20,8 @@ class Values:
         self._assumed: set[int] = set()  # keys of those that are zeros for want of better, or follow from such
 
     def forget(self, key: int) -> None:
-        self._known.pop(key, None)
-        self._assumed.discard(key)
+        if self._known.pop(key, None) is not None:
+            self._assumed.discard(key)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's values as a CPU tensor that shares them; None where they are not known."""
@@ -59,15 +59,18 @@ class Values:
         results = list(tensors_in((result,)))
         if not all(map(_small, results)):
             return False
+        given = [*tensors_in(args), *tensors_in(kwargs.values())]
+        if any(t.is_meta and t.untyped_storage()._cdata not in self._known for t in given):
+            return self._assume(results)
+        real_args, real_kwargs = self._real(args), {k: self._real(v) for k, v in kwargs.items()}
         try:
-            real_args, real_kwargs = self._real(args), {k: self._real(v) for k, v in kwargs.items()}
             if "device" in real_kwargs:
                 real_kwargs["device"] = torch.device("cpu")
             real_kwargs.pop("pin_memory", None)
             found = func(*real_args, **real_kwargs)
-        except (KeyError, NotImplementedError):  # not known, or a GPU's own operation: attention by its backend's name
+        except NotImplementedError:  # a GPU's own operation: attention by its backend's name
             return self._assume(results)
-        assumed = any(self.assumed(tensor) for tensor in (*tensors_in(args), *tensors_in(kwargs.values())))
+        assumed = any(map(self.assumed, given))
         for meta, real in zip(results, tensors_in((found,)), strict=True):
             if meta.untyped_storage()._cdata not in self._known:
                 self.keep(meta, real)
@@ -87,10 +90,7 @@ class Values:
 
     def _real(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            real = self.of(value)
-            if real is None:
-                raise KeyError
-            return real
+            return self.of(value)
         if isinstance(value, (list, tuple)):
             return type(value)(self._real(part) for part in value)
         return value

@@ -165,7 +165,8 @@ class CachingAllocator:
         block.allocated = True
         self._live[block.address] = (block, stream)
         self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
         return block.address
 
     def free(self, handle: int) -> None:
@@ -217,10 +218,10 @@ class CachingAllocator:
 
     def _pool(self, rounded: int, stream: int) -> _Pool:
         small = rounded <= SMALL_SIZE
-        key = (small, stream)
-        if key not in self._pools:
-            self._pools[key] = _Pool(small, SMALL_BUFFER if small else LARGE_BUFFER)
-        return self._pools[key]
+        pool = self._pools.get((small, stream))
+        if pool is None:
+            pool = self._pools[small, stream] = _Pool(small, SMALL_BUFFER if small else LARGE_BUFFER)
+        return pool
 
     def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
         index = bisect_left(pool.free, (size, 0))

@@ -153,11 +153,11 @@ class Timeline:
         owner = self._owners.get(key)
         if owner is None:
             owner = self._owners[key] = len(self._owners)
-        self._log(owner, handle, self._allocation_change())
+        self._log_allocator(owner, handle)
 
     def free(self, handle: int) -> None:
         """After the allocator's free."""
-        self._log(_FREE, handle, self._allocation_change())
+        self._log_allocator(_FREE, handle)
 
     def outside(self, nbytes: int) -> None:
         """Device memory taken outside the allocator, bytes."""
@@ -172,9 +172,9 @@ class Timeline:
         if self._told is not None:
             self._told(event, address, size, stream)
 
-    def _allocation_change(self) -> int:
+    def _log_allocator(self, kind: int, handle: int) -> None:
         before, self._allocated = self._allocated, self.allocator.allocated_bytes
-        return self._allocated - before
+        self._log(kind, handle, self._allocated - before)
 
     def _log(self, kind: int, address: int, change: int) -> None:
         self._kinds.append(kind)
@@ -316,59 +316,63 @@ class Places:
     said. Reads code objects only: a frame's f_locals would keep its tensors alive.
     """
 
+    file_once = True  # where both functions are of the same
+
     def __init__(self) -> None:
-        self._codes: dict[int, tuple[CodeType, str, bool]] = {}  # by id: hashing a code object reads all of it
-        self._lines: dict[tuple[int, int], str] = {}
-        self._paths: dict[tuple[str, str], str] = {}
+        # By id of code, which is kept for it: hashing a code object reads all of it.
+        self._named: dict[int, tuple[str, bool] | tuple[()]] = {}
+        self._kept: list[CodeType] = []
+        self._told: dict[tuple[int, ...], str] = {}
         self.names: dict[str, str] = {}  # of every place told, without lines
 
     def of_caller(self) -> str | None:
         """`dit.SelfAttention.forward:186 > Linear.forward:77` for what called the observer's malloc."""
-        frame: FrameType | None = sys._getframe(2)  # over of_caller and Timeline.malloc
-        inner: str | None = None
+        frame: FrameType | None = sys._getframe(3)  # over of_caller, Timeline.malloc and SimulatedMemory._malloc
+        inner: FrameType | None = None
+        named = self._named
         while frame is not None:
             code = frame.f_code
-            known = self._codes.get(id(code))
+            known = named.get(id(code))
             if known is None:
-                known = self._codes[id(code)] = (code, *self._describe(code, frame.f_globals))
-            _, name, model = known
-            if name:
+                known = named[id(code)] = self._describe(code, frame.f_globals)
+                self._kept.append(code)
+            if known:
                 if inner is not None:
-                    return self._path(self._line(frame, name), inner) if model else inner
-                inner = self._line(frame, name)
-                if not model:
-                    return inner
+                    return self._place(inner, frame if known[1] else None)
+                if not known[1]:
+                    return self._place(frame)
+                inner = frame
             frame = frame.f_back
-        return inner
+        return None if inner is None else self._place(inner)
 
-    def _describe(self, code: CodeType, names: dict[str, Any]) -> tuple[str, bool]:
-        """(`module.Class.function`, is it a model's) of wanvram's code; no name for code that asks on behalf of others.
+    def _describe(self, code: CodeType, names: dict[str, Any]) -> tuple[str, bool] | tuple[()]:
+        """(`module.Class.function`, is it a model's) of wanvram's code; nothing for code that asks on behalf of others.
 
         A comprehension or lambda counts as the function around it, as Python 3.12 itself has it.
         """
         root, _, module = names.get("__name__", "").partition(".")
         if root != _ROOT or code.co_name.startswith("<"):
-            return "", False
+            return ()
         whose = names.get("MEMORY_IS") or vars(sys.modules[names["__package__"]]).get("MEMORY_IS")
         if whose == "the caller's":
-            return "", False
+            return ()
         return f"{module.rpartition('.')[2]}.{function_of(code)}", whose == "a model's"
 
-    def _line(self, frame: FrameType, name: str) -> str:
-        key = id(frame.f_code), frame.f_lasti
-        line = self._lines.get(key)
-        if line is None:
-            line = self._lines[key] = f"{name}:{frame.f_lineno}"
-            self.names[line] = name
-        return line
+    def _place(self, inner: FrameType, outer: FrameType | None = None) -> str:
+        key: tuple[int, ...] = (id(inner.f_code), inner.f_lasti)
+        if outer is not None:
+            key = (*key, id(outer.f_code), outer.f_lasti)
+        return self._told.get(key) or self._tell(key, inner, outer)
 
-    def _path(self, outer: str, inner: str) -> str:
-        path = self._paths.get((outer, inner))
-        if path is None:
-            shared = outer.split(".")[0] + "."  # the file is named once
-            path = self._paths[outer, inner] = f"{outer} > {inner.removeprefix(shared)}"
-            self.names[path] = f"{self.names[outer]} > {self.names[inner].removeprefix(shared)}"
-        return path
+    def _tell(self, key: tuple[int, ...], inner: FrameType, outer: FrameType | None) -> str:
+        name, line = self._named[key[0]][0], inner.f_lineno  # type: ignore[misc]
+        place = f"{name}:{line}"
+        if outer is not None:
+            above = self._named[key[2]][0]  # type: ignore[misc]
+            name = name.removeprefix(above.split(".")[0] + ".") if self.file_once else name
+            place, name = f"{above}:{outer.f_lineno} > {name}:{line}", f"{above} > {name}"
+        self._told[key], self.names[place] = place, name
+        return place
 
 
 def function_of(code: CodeType) -> str:
