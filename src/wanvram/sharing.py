@@ -34,6 +34,7 @@ __all__ = [
 ULYSSES, RING, CFG = "ulysses", "ring", "cfg"
 SEQUENCE = "sequence"  # ulysses and ring together: those that share one sequence
 WORLD = "world"
+WIDE = 5120  # numbers in a row of 14B
 # Of each rank and each set of ranks that exchange by copies; the last 64 KiB of its 64 MiB are PyTorch's own.
 BUFFER_BYTES, HELD_BYTES = 2**26 - 2**16, 2**26
 ADDRESS_BYTES = 8  # of each member's buffer and of its signals, in two arrays that PyTorch's allocator holds
@@ -112,13 +113,13 @@ def rows_at_once(place: Place, tokens: int, rows: int) -> int:
     return -(-share // -(-share // rows))
 
 
-def travelling(rows: int) -> int:
-    """Of such a chunk, the rows that are exchanged at once.
+def travelling(rows: int, width: int) -> int:
+    """Of such a chunk, `width` numbers a row, the rows that are exchanged at once.
 
-    Half, as one travels while another attends: 14B at 720P on two GPUs then takes what whole chunks in turn do. Few rows are not
-    worth the messages: 1.3B at 480P on eight GPUs would wait for the host.
+    Half, as one travels while another attends: 14B at 720P on two GPUs then takes what whole chunks in turn do. Few numbers are not
+    worth the messages: 1.3B at 480P would wait for the host, which takes 0.2 ms for each.
     """
-    return rows if rows < FEW_ROWS else -(-rows // 2)
+    return rows if rows * width < FEW_ROWS * WIDE else -(-rows // 2)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Sequence:
         """Of SEQUENCE's members, in order."""
         return parts(self.tokens, self.place.ulysses * self.place.ring)
 
-    @property
+    @cached_property
     def rows(self) -> slice:
         """Mine."""
         return self.rows_by_rank[self.place.index(SEQUENCE)]
@@ -161,7 +162,7 @@ class Sequence:
         """Of ULYSSES' members, in order."""
         return parts(self.heads, self.place.ulysses)
 
-    @property
+    @cached_property
     def my_heads(self) -> slice:
         """Those for which this rank attends."""
         return self.heads_by_rank[self.place.index(ULYSSES)]
@@ -182,7 +183,7 @@ class Sequence:
         count = min(-(-rows[0] // self.chunk_rows), rows[-1])
         return [parts(length, count) for length in rows]
 
-    @property
+    @cached_property
     def chunks(self) -> list[slice]:
         """Mine, counted from my first row."""
         return self.chunks_by_rank[self.place.index(ULYSSES)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from wanvram.engine import symmetric
+from wanvram.engine.stream_signals import Kind
 from wanvram.engine.symmetric import Room, SymmetricPeers, what_is_missing
 from wanvram.errors import DeviceError
 from wanvram.sharing import ULYSSES, Place, parts, size
@@ -17,37 +18,46 @@ from wanvram.sharing import ULYSSES, Place, parts, size
 BUFFER = 4096
 
 
-class Handle:
-    """Of one rank's memory, that all can read. Ranks are threads."""
+class Counts:
+    """StreamSignals of one rank. Ranks are threads."""
 
-    def __init__(self, barrier: threading.Barrier) -> None:
-        self.barriers = 0
-        self._barrier = barrier
+    def __init__(self, told: dict[tuple[Kind, int], int], changed: threading.Condition, index: int, count: int) -> None:
+        self._told, self._changed, self._index = told, changed, index
+        self._others = [n for n in range(count) if n != index]
 
-    def barrier(self) -> None:
-        self.barriers += 1
-        self._barrier.wait(10)
+    def stream(self) -> None:
+        """Copies between threads are made at once."""
+
+    def tell(self, kind: Kind, number: int, stream: None) -> None:
+        with self._changed:
+            assert number == self._told.get((kind, self._index), 0) + 1
+            self._told[kind, self._index] = number
+            self._changed.notify_all()
+
+    def wait(self, kind: Kind, number: int, stream: None) -> None:
+        with self._changed:
+            come = self._changed.wait_for(
+                lambda: all(self._told.get((kind, other), 0) >= number for other in self._others), timeout=10
+            )
+        assert come
 
 
 class ThreadedRoom(Room):
-    def __init__(self, buffers: list[torch.Tensor], index: int, barrier: threading.Barrier) -> None:
-        self._buffers, self._index, self._half = buffers, index, 0
-        self._handle = Handle(barrier)
+    def __init__(self, buffers: list[torch.Tensor], index: int, signals: Any) -> None:
+        self._buffers, self._index, self._round, self._signals = buffers, index, 0, signals
         self.stream, self.largest = None, None
 
 
 def world(count: int) -> list[SymmetricPeers]:
-    buffers, barrier = [torch.empty(BUFFER, dtype=torch.uint8) for _ in range(count)], threading.Barrier(count)
-    ranks = tuple(range(count))
-    return [
-        SymmetricPeers(Place(rank, ulysses=count), ULYSSES, rooms={(ranks, ""): ThreadedRoom(buffers, rank, barrier)})
-        for rank in ranks
-    ]
+    buffers = [torch.empty(BUFFER, dtype=torch.uint8) for _ in range(count)]
+    told, changed, ranks = dict[tuple[Kind, int], int](), threading.Condition(), tuple(range(count))
+    rooms = [ThreadedRoom(buffers, rank, Counts(told, changed, rank, count)) for rank in ranks]
+    return [SymmetricPeers(Place(rank, ulysses=count), ULYSSES, rooms={(ranks, ""): rooms[rank]}) for rank in ranks]
 
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symmetric, "BUFFER_BYTES", BUFFER)
+    monkeypatch.setattr(symmetric, "_HALF", BUFFER // 2)
 
 
 def together(peers: list[SymmetricPeers], act: Any) -> list[Any]:
@@ -74,7 +84,7 @@ def test_every_part_of_an_exchange_arrives_in_as_many_rounds_on_every_rank(count
 
     peers = world(count)
     together(peers, to_heads)
-    assert len({room._handle.barriers for each in peers for room in each.rooms.values()}) == 1
+    assert len({room._round for each in peers for room in each.rooms.values()}) == 1
 
 
 @pytest.mark.parametrize(("count", "total"), [(2, 3), (3, 10_000)])
@@ -96,7 +106,10 @@ def test_without_the_gpus_or_the_private_names_it_is_said_what_is_missing(monkey
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)
     assert "no access" in (what_is_missing(2) or "")
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(symmetric, "commands_are_missing", lambda: False)
     assert what_is_missing(2) is None  # of this PyTorch
+    monkeypatch.setattr(symmetric, "commands_are_missing", lambda: True)
+    assert "the driver has no commands" in (what_is_missing(2) or "")
     monkeypatch.setattr(symmetric, "MODULE", "json")
     assert what_is_missing(2) == "json of this PyTorch has no empty, rendezvous, get_buffer, barrier"
     monkeypatch.setattr(symmetric, "MODULE", "torch.no_such")

@@ -221,7 +221,7 @@ class CudaDevice(Device):
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
         """On a stream of its own, so that it waits for its mark only and no copy waits for it."""
-        self._gathers = self._gathers or torch.cuda.Stream(self.torch_device)
+        self._gathers = self._gathers or torch.cuda.Stream(self.torch_device, priority=-1)
         with torch.cuda.stream(self._gathers):
             if after is not None:
                 self._gathers.wait_event(after)

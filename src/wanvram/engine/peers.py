@@ -114,22 +114,23 @@ class TorchPeers:
         self.ranks = self.place.members(self.axis)
         self.index = self.place.index(self.axis)
         self.count = len(self.ranks)
+        self.others = [i for i in range(self.count) if i != self.index]
 
     def exchange(
         self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
     ) -> Any:
         into, out = received.split(list(received_counts)), sent.split(list(sent_counts))
         into[self.index].copy_(out[self.index])
-        return self._started([(i, out[i]) for i in self._others()], [(i, into[i]) for i in self._others()])
+        return self._started([(i, out[i]) for i in self.others], [(i, into[i]) for i in self.others])
 
     def gather(self, whole: Tensor, counts: Sequence[int]) -> None:
         shares = whole.split(list(counts))
         mine = shares[self.index]
-        self._at_once([(i, mine) for i in self._others()], [(i, shares[i]) for i in self._others()])
+        self._at_once([(i, mine) for i in self.others], [(i, shares[i]) for i in self.others])
 
     def broadcast(self, tensor: Tensor) -> None:
         if self.index == 0:
-            self._at_once([(i, tensor) for i in self._others()], [])
+            self._at_once([(i, tensor) for i in self.others], [])
         else:
             self._at_once([], [(0, tensor)])
 
@@ -164,10 +165,7 @@ class TorchPeers:
 
     def meet(self) -> None:
         token = torch.zeros(1, dtype=torch.uint8)
-        self._at_once([(i, token) for i in self._others()], [(i, token.clone()) for i in self._others()])
-
-    def _others(self) -> list[int]:
-        return [i for i in range(self.count) if i != self.index]
+        self._at_once([(i, token) for i in self.others], [(i, token.clone()) for i in self.others])
 
     def _at_once(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
         self.wait(self._started(sends, receives))

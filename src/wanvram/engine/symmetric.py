@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wanvram.engine.peers import TorchPeers
+from wanvram.engine.stream_signals import COUNT_BYTES, Kind, StreamSignals, commands_are_missing
 from wanvram.errors import DeviceError
 from wanvram.sharing import BUFFER_BYTES, PASSING
 
@@ -25,6 +26,8 @@ __all__ = ["Room", "SymmetricPeers", "what_is_missing"]
 
 MODULE = "torch.distributed._symmetric_memory"
 _ALIGNED = 256
+_PAGE = 2 * 128 * COUNT_BYTES  # counts of two kinds, of the most members there are
+_HALF = (BUFFER_BYTES - _PAGE) // 2 // _ALIGNED * _ALIGNED
 
 
 def what_is_missing(gpus: int) -> str | None:
@@ -41,7 +44,9 @@ def what_is_missing(gpus: int) -> str | None:
     handle = getattr(module, "_SymmetricMemory", None)
     needed = [(module, "empty"), (module, "rendezvous"), (handle, "get_buffer"), (handle, "barrier")]
     absent = [name for owner, name in needed if not hasattr(owner, name)]
-    return f"{MODULE} of this PyTorch has no {', '.join(absent)}" if absent else None
+    if absent:
+        return f"{MODULE} of this PyTorch has no {', '.join(absent)}"
+    return "the driver has no commands by which streams wait for memory" if commands_are_missing() else None
 
 
 class Room:
@@ -58,28 +63,42 @@ class Room:
             group = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
         assert group is not None
         self._memory = module.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
-        self._handle = module.rendezvous(self._memory, group.group_name)
-        self._buffers = [self._handle.get_buffer(n, (BUFFER_BYTES,), torch.uint8) for n in range(len(ranks))]
-        self._index = index
-        self._half = 0
+        handle = module.rendezvous(self._memory, group.group_name)
+        self._buffers = [handle.get_buffer(n, (BUFFER_BYTES,), torch.uint8) for n in range(len(ranks))]
+        self._index, self._round = index, 0
+        pages = [buffer[2 * _HALF :] for buffer in self._buffers]
+        pages[index].zero_()
+        handle.barrier()  # nobody counts in a page before it is zeros
+        self._signals = StreamSignals(pages, index)
         self.stream: Any = None  # of those who do not let the computation wait
         self.largest: int | None = None  # bytes that any of them ever passes on
 
-    def swap(self, out: Sequence[Tensor], into: Sequence[tuple[int, int, Tensor]], largest: int) -> None:
+    def swap(
+        self, out: Sequence[Tensor], into: Sequence[tuple[int, int, Tensor]], largest: int, beside: Any = None
+    ) -> None:
         """Puts `out`, one for each place, where all can read it; copies (member, place, target) from there. Bytes, flat.
 
-        largest: bytes of the largest part that any member puts down, the same number for all of them.
+        largest: bytes of the largest part that any member puts down, the same number for all of them. beside: a stream for what is
+        read, after what the current one does by now. What is put down is copied by multiprocessors, which a long kernel would have
+        it wait for on another stream; copies between GPUs and counts need none.
         """
-        slot = BUFFER_BYTES // 2 // max(1, len(out)) // _ALIGNED * _ALIGNED
+        slot = _HALF // max(1, len(out)) // _ALIGNED * _ALIGNED
+        computing = self._signals.stream()
+        if self.stream is not None and beside is None:
+            computing.wait_stream(self.stream)  # rounds are counted in their order
         for start in range(0, largest, slot):
-            base = self._half * (BUFFER_BYTES // 2)
+            self._round += 1
+            base, mine = self._round % 2 * _HALF, self._buffers[self._index]
+            self._signals.wait(Kind.TAKEN, self._round - 2, computing)
             for place, part in enumerate(out):
-                _copy(self._buffers[self._index][base + place * slot :], part[start : start + slot])
-            self._handle.barrier()
-            for member, place, target in into:
-                piece = target[start : start + slot]
-                _copy(piece, self._buffers[member][base + place * slot :][: piece.numel()])
-            self._half = 1 - self._half
+                _copy(mine, base + place * slot, _cut(part, start, slot))
+            with _on(beside, computing) as reading:
+                self._signals.tell(Kind.PUT, self._round, reading)
+                self._signals.wait(Kind.PUT, self._round, reading)
+                for member, place, target in into:
+                    piece = _cut(target, start, slot)
+                    piece.copy_(self._buffers[member].narrow(0, base + place * slot, piece.numel()), non_blocking=True)
+                self._signals.tell(Kind.TAKEN, self._round, reading)
 
     def prove(self) -> None:
         """Raises DeviceError where what another member put down is not what is read there; both halves, with all members."""
@@ -92,9 +111,24 @@ class Room:
                 raise DeviceError("copies between the GPUs brought other bytes than were sent; use --exchange_by nccl")
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    if source.numel():
-        target[: source.numel()].copy_(source, non_blocking=True)
+@contextmanager
+def _on(stream: Any, computing: Any) -> Iterator[Any]:
+    """On that stream, after what the computing one does by now; without one, on the computing one."""
+    if stream is None:
+        yield computing
+        return
+    stream.wait_stream(computing)
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+def _cut(part: Tensor, start: int, length: int) -> Tensor:
+    """Bytes start... of a part, as many as there are of `length`."""
+    return part if start == 0 and part.numel() <= length else part[start : start + length]
+
+
+def _copy(buffer: Tensor, start: int, part: Tensor) -> None:
+    buffer.narrow(0, start, part.numel()).copy_(part, non_blocking=True)
 
 
 @dataclass
@@ -111,33 +145,30 @@ class SymmetricPeers(TorchPeers):
         if not sent.is_cuda:
             self._exchange(received, sent, received_counts, sent_counts)
             return []
-        with self._beside(self._room(self.use), sent.device) as room:
-            self._exchange(received, sent, received_counts, sent_counts)
-            return [room.stream.record_event(), received, sent]
-
-    @contextmanager
-    def _beside(self, room: Room, device: torch.device) -> Iterator[Room]:
-        """On the room's own stream, after what is computed by now: the computation goes on until it waits.
-
-        Its barriers come before the blocks of an attention that waits to be computed, hence the priority.
-        """
-        room.stream = room.stream or torch.cuda.Stream(device, priority=-1)
-        room.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(room.stream):
-            yield room
+        room = self._room(self.use)
+        room.stream = room.stream or torch.cuda.Stream(sent.device, priority=-1)
+        self._exchange(received, sent, received_counts, sent_counts, room.stream)
+        return [room.stream.record_event(), received, sent]
 
     def _exchange(
-        self, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_counts: Sequence[int],
+        sent_counts: Sequence[int],
+        beside: Any = None,
     ) -> None:
         into, out = _byte_parts(received, received_counts), _byte_parts(sent, sent_counts)
-        _copy(into[self.index], out[self.index])
-        largest = max(map(len, into)) * max(map(len, out)) // len(out[self.index])
-        mine = {i: self.index - (self.index > i) for i in self._others()}  # my place among the parts of each other
-        self._swap([out[i] for i in self._others()], [(i, mine[i], into[i]) for i in self._others()], largest)
+        into[self.index].copy_(out[self.index], non_blocking=True)
+        largest = max(received_counts) * max(sent_counts) // sent_counts[self.index] * sent.itemsize
+        mine = [
+            (i, self.index - (self.index > i), into[i]) for i in self.others
+        ]  # my place among the parts of each other
+        self._swap([out[i] for i in self.others], mine, largest, beside)
 
     def gather(self, whole: Tensor, counts: Sequence[int]) -> None:
         shares = _byte_parts(whole, counts)
-        self._swap([shares[self.index]], [(i, 0, shares[i]) for i in self._others()], max(map(len, shares)))
+        self._swap([shares[self.index]], [(i, 0, shares[i]) for i in self.others], max(counts) * whole.itemsize)
 
     def broadcast(self, tensor: Tensor) -> None:
         if not tensor.is_cuda:
@@ -145,7 +176,7 @@ class SymmetricPeers(TorchPeers):
             return
         flat = _bytes(tensor)
         mine = self.index == 0
-        self._swap([flat] if mine else [flat[:0]], [] if mine else [(0, 0, flat)], len(flat))
+        self._swap([flat] if mine else [flat[:0]], [] if mine else [(0, 0, flat)], flat.numel())
 
     def pass_on(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> Any:
         if not sent[0].is_cuda:
@@ -155,9 +186,10 @@ class SymmetricPeers(TorchPeers):
             longest = torch.tensor([sent[0].nbytes])
             super().broadcast(longest)
             room.largest = int(longest)
-        with self._beside(room, sent[0].device):
+        room.stream = room.stream or torch.cuda.Stream(sent[0].device, priority=-1)
+        with _on(room.stream, torch.cuda.current_stream()):
             for target, source in zip(received, sent, strict=True):
-                room.swap([_bytes(source)], [(before, 0, _bytes(target))], room.largest)
+                room.swap([_bytes(source)], [(before, 0, _bytes(target))], room.largest, room.stream)
                 self.exchanged.nbytes += source.nbytes
             return [room.stream.record_event(), *received, *sent]
 
@@ -169,9 +201,11 @@ class SymmetricPeers(TorchPeers):
         else:
             super().wait(mark)
 
-    def _swap(self, out: Sequence[Tensor], into: Sequence[tuple[int, int, Tensor]], largest: int) -> None:
-        self._room(self.use).swap(out, into, largest)
-        self.exchanged.nbytes += sum(map(len, out))  # what others read of it twice was written once
+    def _swap(
+        self, out: Sequence[Tensor], into: Sequence[tuple[int, int, Tensor]], largest: int, beside: Any = None
+    ) -> None:
+        self._room(self.use).swap(out, into, largest, beside)
+        self.exchanged.nbytes += sum(part.numel() for part in out)  # what others read of it twice was written once
 
     def open(self, device: torch.device) -> None:
         """Makes the room for its use, with all the others."""
@@ -184,10 +218,10 @@ class SymmetricPeers(TorchPeers):
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    assert tensor.is_contiguous()
-    return tensor.view(-1).view(torch.uint8)
+    return tensor.view(-1).view(torch.uint8)  # fails where it is not contiguous
 
 
-def _byte_parts(tensor: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    parts: Sequence[Tensor] = _bytes(tensor).split([count * tensor.itemsize for count in counts])
+def _byte_parts(flat: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    itemsize = flat.itemsize
+    parts: Sequence[Tensor] = flat.view(torch.uint8).split_with_sizes([count * itemsize for count in counts])
     return parts

@@ -36,11 +36,11 @@ def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int,
     inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
     tokens = inputs.geometry.tokens(inputs.noise_shape)
     rows = rows_at_once(config.place(0), tokens, chunk_rows(tokens, ROWS_PER_CHUNK.of(config.strategy)))
-    heads = DIT[config.request.facts.dit].num_heads
+    spec = DIT[config.request.facts.dit]
     found: dict[str, list[int]] = {}
     for rank in range(config.gpus):
         place = config.place(rank)
-        sequence = Sequence(place, tokens, heads, travelling(rows))
+        sequence = Sequence(place, tokens, spec.num_heads, travelling(rows, spec.dim))
         here, stations = place.index(RING), sequence.stations
         runs = [[size(chunk) for chunk in run] for run in (sequence.chunks, sequence.pieces)]
         shared = [size(sequence.my_heads), place.index(CFG), runs, stations[here:] + stations[:here]]
