@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wanvram.errors import DeviceError
+from wanvram.knobs import EXCHANGE
 
 __all__ = ["COUNT_BYTES", "Kind", "StreamSignals", "commands_are_missing"]
 
@@ -78,5 +79,5 @@ class StreamSignals:
         code = _command_of(name)(stream.cuda_stream, place, number % 2**32, _DEFAULT)
         if code:
             raise DeviceError(
-                f"the GPUs cannot tell each other how far they are (CUDA error {code}); use --exchange_by nccl"
+                f"the GPUs cannot tell each other how far they are (CUDA error {code}); use {EXCHANGE.asked('nccl')}"
             )
