@@ -10,6 +10,9 @@ from functools import partial
 from typing import Any
 
 Call = Callable[[], Any]
+UMT5: dict[str, Any] = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24}
+UMT5 |= {"num_heads": 64, "feed_forward_proj": "gated-gelu"}
+UNIPC: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -201,15 +204,7 @@ def umt5() -> Call:
     import torch
     from transformers import UMT5Config, UMT5EncoderModel
 
-    config = UMT5Config(
-        vocab_size=256384,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    )
+    config = UMT5Config(**UMT5)
     model = built(lambda: UMT5EncoderModel(config), "bf16")
     ids = torch.zeros(1, 512, device="cuda", dtype=torch.long)
     mask = torch.ones(1, 512, device="cuda", dtype=torch.long)
@@ -343,24 +338,14 @@ def wan_pipeline(offload: str) -> Call:
     from transformers import UMT5Config, UMT5EncoderModel
 
     pipeline_wan.prompt_clean = lambda prompt: prompt  # which needs ftfy
-    text = UMT5Config(
-        vocab_size=256384,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    )
+    text = UMT5Config(**UMT5)
     transformer = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
     pipe = diffusers.WanPipeline(
         tokenizer=Tokenizer(),
         text_encoder=on_host(lambda: UMT5EncoderModel(text), "bf16"),
         transformer=on_host(lambda: diffusers.WanTransformer3DModel(**transformer), "bf16"),
         vae=on_host(diffusers.AutoencoderKLWan, "fp32"),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        scheduler=diffusers.UniPCMultistepScheduler(**UNIPC),
     )
     pipe.set_progress_bar_config(disable=True)
     if offload == "none":

@@ -13,6 +13,7 @@ import beside_diffusers
 import beside_diffusers_offload
 import calibrate_clock
 import fit_card
+import foreign_speed
 import numerics
 import overhead
 import predict_vs_measure
@@ -170,6 +171,22 @@ def test_a_second_result_of_a_day_is_written_beside_the_first(tmp_path: Path) ->
     assert provenance.unused(path).name == "2026-11-29_h200_x_2.json"
     provenance.unused(path).write_text("{}")
     assert provenance.unused(path).name == "2026-11-29_h200_x_3.json"
+
+
+@pytest.mark.parametrize(("us", "ram", "code"), [(60.0, 3 * 2**29, 0), (60.1, 3 * 2**29, 1), (60.0, 3 * 2**29 + 1, 1)])
+def test_a_simulation_over_a_bound_of_time_or_ram_fails_and_its_result_stands_beside_the_first(
+    us: float, ram: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign_speed, "measured", lambda make: {"seconds": 1.0, "us_per_operation": us})
+    estimate = {"seconds": 9.0, "peak_ram_bytes": ram, "most_peak_ram_bytes": foreign_speed.MOST_RAM_BYTES}
+    monkeypatch.setattr(foreign_speed, "estimated", lambda: estimate)
+    monkeypatch.setattr("sys.argv", ["foreign_speed.py", "--out", str(tmp_path)])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            foreign_speed.main()
+        assert ended.value.code == code
+    first, second = sorted(tmp_path.iterdir(), key=lambda path: len(path.name))
+    assert second.name == f"{first.stem}_2.json"
 
 
 def test_a_result_says_when_where_and_of_what_code_it_is() -> None:
