@@ -74,7 +74,7 @@ def _damage(path: Path, rng: random.Random) -> None:
             _put(path, rng.choice(others).read_bytes())
     elif path.suffix == ".safetensors" and how < 0.75:
         _put(path, _safetensors(path.read_bytes(), rng))
-    elif path.suffix == ".pth" and zipfile.is_zipfile(path) and how < 0.8:
+    elif path.suffix == ".pth" and _is_sound(path) and how < 0.8:
         _put(path, _archive(path, rng))
     else:
         _put(path, mutated(path.name, path.read_bytes(), rng))
@@ -164,6 +164,15 @@ def _entries(header: bytes, rng: random.Random) -> bytes:
     else:
         content["__metadata__"] = rng.choice([None, [], {"format": 7}, {"format": "tf"}, {"a": "x" * 100_000}, "x"])
     return json.dumps(content).encode()
+
+
+def _is_sound(path: Path) -> bool:
+    """An archive that can be packed again: an earlier damage of this input leaves some that cannot."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # whatever a damaged archive makes of the reader
+        return False
 
 
 def _archive(path: Path, rng: random.Random) -> bytes:

@@ -81,9 +81,10 @@ def velocities_of(
     request, strategy = config.request, config.strategy
     dit, ranks = transformer(component), SharedStages(device)
     tokens = inputs.geometry.tokens(inputs.noise_shape)
-    rows = rows_at_once(device.place, tokens, chunk_rows(tokens, strategy.rows_per_chunk))
+    chunk = chunk_rows(tokens, strategy.rows_per_chunk)
+    rows = rows_at_once(device.place, tokens, chunk)
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
-    team = team_of(device, tokens, dit.spec.num_heads, travelling(rows, dit.spec.dim))
+    team = team_of(device, tokens, dit.spec.num_heads, travelling(device.place, tokens, chunk, dit.spec.dim))
     asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
     if RESIDUAL_IN.of(strategy) == "pinned":
         asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows, component.between_rows)

@@ -11,7 +11,7 @@ from wanvram.knobs import ROWS_PER_CHUNK, T5_FSDP, VAE_TILE, chunk_rows, shares_
 from wanvram.media.inputs import prepare_inputs
 from wanvram.models.vae_tiles import grid
 from wanvram.record import Failure, RankRecord, RunRecord
-from wanvram.sharing import CFG, HELD_BYTES, RING, Sequence, meetings, rows_at_once, size, travelling
+from wanvram.sharing import CFG, HELD_BYTES, RING, Sequence, meetings, size, travelling
 from wanvram.simulate.links import Link, communication_bytes
 from wanvram.spans import Span
 from wanvram.specs import DIT
@@ -35,12 +35,11 @@ def kinds_of(config: RunConfig, component: str | None = None) -> list[tuple[int,
         return [(0,)]
     inputs, _ = prepare_inputs(config.request, simulated=True, real_weights=False)
     tokens = inputs.geometry.tokens(inputs.noise_shape)
-    rows = rows_at_once(config.place(0), tokens, chunk_rows(tokens, ROWS_PER_CHUNK.of(config.strategy)))
-    spec = DIT[config.request.facts.dit]
+    rows, spec = chunk_rows(tokens, ROWS_PER_CHUNK.of(config.strategy)), DIT[config.request.facts.dit]
     found: dict[str, list[int]] = {}
     for rank in range(config.gpus):
         place = config.place(rank)
-        sequence = Sequence(place, tokens, spec.num_heads, travelling(rows, spec.dim))
+        sequence = Sequence(place, tokens, spec.num_heads, travelling(place, tokens, rows, spec.dim))
         here, stations = place.index(RING), sequence.stations
         runs = [[size(chunk) for chunk in run] for run in (sequence.chunks, sequence.pieces)]
         shared = [size(sequence.my_heads), place.index(CFG), runs, stations[here:] + stations[:here]]
