@@ -78,6 +78,4 @@ class StreamSignals:
         place = page + COUNT_BYTES * (kind * (1 + len(self._others)) + member)
         code = _command_of(name)(stream.cuda_stream, place, number % 2**32, _DEFAULT)
         if code:
-            raise DeviceError(
-                f"the GPUs cannot tell each other how far they are (CUDA error {code}); use {EXCHANGE.asked('nccl')}"
-            )
+            raise DeviceError(f"GPUs cannot tell how far they are (CUDA error {code}); use {EXCHANGE.asked('nccl')}")
