@@ -32,11 +32,13 @@ from typing import Any
 import foreign_predict
 import predict_promise_again
 import sealed
+import several_gpus
 from attention_backends import CASES as ATTENTION_CASES
 from PIL import Image
 
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
+from wanvram.cli.processes import for_all
 from wanvram.config import RunConfig
 from wanvram.predict.simulate import simulate, simulate_rank
 from wanvram.record import RunRecord
@@ -274,6 +276,25 @@ def of_rank(config: dict[str, Any], card: str, rank: int) -> Figures:
     return figures(simulate_rank(run, rank, video=True)[0])
 
 
+def of_layouts(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
+    """Each GPU of several_gpus.py's runs, by NVML; steps of the run."""
+    for row in document["rows"]:
+        if row["figure"] != "layout":
+            continue
+        for rank in range(row["gpus"]):
+            measured = {"device_bytes": row["above_bytes"][rank]}
+            measured |= {} if rank else {"step_seconds": row["step_seconds"]}
+            name = f"{row['case']} {row['way']} rank {rank}, call {row['call']}"
+            words = several_gpus.words_of(row["case"], several_gpus.ways(max(2, row["gpus"]))[row["way"]])
+            yield Case(file, name, measured, partial(of_rank_of, tuple(words), card, rank))
+
+
+def of_rank_of(words: tuple[str, ...], card: str, rank: int) -> Figures:
+    asked = build_parser().parse_args(words)
+    config = for_all(config_from_flags(asked, device="simulated", weights="random", gpu=card, memory_limit_bytes=None))
+    return figures(simulate_rank(config, rank, video=True)[0])
+
+
 def of_advice(file: str, document: Any, card: str) -> Iterator[Case]:
     for row in document if isinstance(document, list) else document["rows"]:
         if "error" in row:
@@ -317,6 +338,7 @@ KINDS: dict[str, Callable[[str, Any, str], Iterator[Case]]] = {
     "*_generate_720P_fa4.json": of_run,
     "*_whole_run_*.json": of_whole_run,
     "*_two_ranks_one_gpu.json": of_ranks,
+    "*_several_gpus.json": of_layouts,
     "*_advice_saving.json": of_advice,
     "*_foreign_measured*.json": of_foreign,
 }

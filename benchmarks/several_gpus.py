@@ -7,6 +7,7 @@
     python benchmarks/several_gpus.py diffusers --case 14B-720P --out several.jsonl    diffusers' context parallel: Ulysses and ring
     python benchmarks/several_gpus.py predict --case 14B-720P --gpus 8 --card h100     the same table simulated; no GPU
     python benchmarks/several_gpus.py judge several.jsonl                              the bounds; exit code 1 if one is missed; no GPU
+    python benchmarks/several_gpus.py judge benchmarks/2026-11-29_h200_several_gpus.json
 
 Runs are `wanvram generate` with random weights, each in processes of its own; NVML is polled from here, all GPUs every 5 ms, and a
 GPU's figure is its highest used memory less what was used before. One JSON line a figure, written at once. A part stops before
@@ -172,9 +173,26 @@ class Figures:
         self.add({"figure": "left out", "what": what, "why": f"{self.args.minutes} minutes were over"})
 
 
+def words_of(case: str, flags: Sequence[str]) -> list[str]:
+    task, size, steps = CASES[case]
+    words = [
+        "generate",
+        "--task",
+        task,
+        "--size",
+        size,
+        "--sample_steps",
+        str(steps),
+        "--base_seed",
+        "1",
+        "--prompt",
+        "x",
+    ]
+    return [*words, "--weights", "random", *STREAMED, *flags]
+
+
 def layouts(args: argparse.Namespace, folder: Path) -> None:
     figures, waiting = Figures(args), []
-    task, size, steps = CASES[args.case]
     alone: float | None = None
     with ThreadPoolExecutor(4) as pool:
         for name, flags in ways(args.gpus).items():
@@ -184,20 +202,7 @@ def layouts(args: argparse.Namespace, folder: Path) -> None:
                 figures.left_out(name)
                 continue
             directory = folder / name.replace(" ", "_").replace(",", "")
-            words = [
-                "generate",
-                "--task",
-                task,
-                "--size",
-                size,
-                "--sample_steps",
-                str(steps),
-                "--base_seed",
-                "1",
-                "--prompt",
-                "x",
-            ]
-            words += ["--weights", "random", *STREAMED, *flags, "-o", str(directory)]
+            words = [*words_of(args.case, flags), "-o", str(directory)]
             row = run(words, figures.watch, figures.left())
             del row["stdout"]
             record = read_record(directory)
@@ -584,8 +589,11 @@ def _missed_by_layout(row: Row) -> list[str]:
 
 
 def judge(path: Path) -> int:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    missed = breaches_of(rows)
+    text = path.read_text(encoding="utf-8")
+    kept = path.suffix == ".json"  # rows of several calls, put together
+    missed = breaches_of(
+        rows := json.loads(text)["rows"] if kept else [json.loads(line) for line in text.splitlines() if line]
+    )
     print(json.dumps({"figures": len(rows), "missed": len(missed)}))
     for text in missed:
         print(f"BROKEN {text}")
