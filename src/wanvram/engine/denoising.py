@@ -96,7 +96,7 @@ def velocities_of(
         outputs: list[torch.Tensor] = []
         for group in ranks.my_guidance(groups):
             shared = latents * (len(group) // len(latents))
-            outputs += dit.velocity(shared, time, group, walk=component.walk, **asked)
+            outputs += dit.velocity(shared, time, group, walk=component.walk_alike, **asked)
         if negative is None:
             return outputs
         outputs = ranks.with_theirs(outputs)

@@ -7,7 +7,7 @@ this interface, so one pipeline runs on all three.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from wanvram.engine.peers import Exchanged, Peers, TorchPeers
+from wanvram.engine.repeats import Standing
 from wanvram.record import AttentionChoice
 from wanvram.recorder.meters import CpuMeter, Meter
 from wanvram.sharing import ADDRESS_BYTES, ALONE, WORLD, Place
@@ -124,6 +125,18 @@ class Measuring:
 
     meter: Meter
     repeats_itself = False  # equal steps take equally long and leave the same: one of them stands for all
+
+    def standing(self) -> Standing | None:
+        """Where it stands, if what is done next follows from that: of no real device."""
+        return None
+
+    def stand_for(self, times: int, change: Sequence[float]) -> float:
+        """Books `times` as much as changed the moments so; returns the seconds of computation."""
+        return 0.0
+
+    def later(self, mark: Any, seconds: float) -> Any:
+        """The mark of what is left out, from that of what stands for it."""
+        return mark
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -341,6 +354,16 @@ class SimulatedDevice(Device):
 
     def gather_beside(self, peers: Peers, whole: torch.Tensor, after: Any) -> Any:
         return self.clock.start_gather(whole.nbytes // peers.count * (peers.count - 1), peers.count - 1, after)
+
+    def standing(self) -> Standing | None:
+        state = self.memory.state()
+        return None if state is None else Standing(state, self.clock.moments())
+
+    def stand_for(self, times: int, change: Sequence[float]) -> float:
+        return times * self.clock.advance(times, change)
+
+    def later(self, mark: Any, seconds: float) -> Any:
+        return mark + seconds
 
     def exchanged(self) -> Exchanged:
         return Exchanged(self.clock.exchanged_bytes, self.clock.exchange_stalls)

@@ -19,6 +19,7 @@ from wanvram.engine.devices import Device
 from wanvram.engine.layout import Layout
 from wanvram.engine.packing import NOWHERE, Fp8, Packing
 from wanvram.engine.peers import Peers
+from wanvram.engine.repeats import Repeats
 from wanvram.engine.shards import WHOLE, Shard, ShardHome, fill_run, touched
 from wanvram.engine.streaming import Home, PacedHome, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
@@ -89,6 +90,12 @@ class _Part:
         name = self.meta[0][0]
         found = re.match(r"(.*?\.\d+)\.", name)
         return found.group(1) if found else name.rpartition(".")[0]
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """The same for parts that do the same: which one of a block, of what sizes, from where."""
+        kind = self.group.rpartition(".")[0] if self.group[-1].isdigit() else self.group
+        return kind, type(self.module), self.nbytes, self.room_bytes, self.flat is None
 
     def bind(self, flat: torch.Tensor, room: torch.Tensor | None = None) -> None:
         """flat [nbytes], as it is stored. room: see `room_bytes`."""
@@ -389,25 +396,55 @@ class Component:
             # Lets the visit end by itself: closed at its last unit, it would not fill that unit's slot again.
             next(visit, None)
 
-    def _visit(self, parts: Sequence[_Part]) -> Generator[nn.Module, None, None]:
+    def walk_alike(self, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """The same, but a simulation leaves out groups of units that would do what those before them did (repeats.Repeats)."""
+        can = self.device.repeats_itself and self._observe is None and (self._ring is None or self._ring.can_skip)
+        if not can:
+            return self.walk(units)
+        return self._visit([self._units[id(unit)] for unit in units], alike=True)
+
+    def _visit(self, parts: Sequence[_Part], *, alike: bool = False) -> Generator[nn.Module, None, None]:
         streamed = [part for part in parts if part.flat is None]
         coming = self._ring.walk(streamed) if self._ring is not None else iter(())
+        groups = [list(group) for _, group in groupby(parts, key=lambda part: part.group)]
+        repeats = Repeats(self.device, [[part.work for part in group] for group in groups]) if alike else None
+        skipped = 0
         try:
-            for part in parts:
-                check()
-                if part.is_bound:
-                    yield part.module
+            for number, group in enumerate(groups):
+                if repeats is not None and not skipped:
+                    skipped = self._skip(repeats, groups, number)
+                if skipped:
+                    skipped -= 1
                     continue
-                # Only the module holds the bytes, no local: release in the middle of a walk must free them.
-                part.bind(next(coming) if part.flat is None else part.flat, self._room)
-                try:
-                    yield part.module
-                finally:
-                    part.unbind()
+                for part in group:
+                    check()
+                    if part.is_bound:
+                        yield part.module
+                        continue
+                    # Only the module holds the bytes, no local: release in the middle of a walk must free them.
+                    part.bind(next(coming) if part.flat is None else part.flat, self._room)
+                    try:
+                        yield part.module
+                    finally:
+                        part.unbind()
             next(coming, None)  # the last unit is done: its slot may be filled for the next pass
         finally:
             if isinstance(coming, Generator):
                 coming.close()
+
+    def _skip(self, repeats: Repeats, groups: Sequence[Sequence[_Part]], number: int) -> int:
+        """Groups from `number` on that are left out."""
+
+        def streamed(group: int) -> list[_Part]:
+            return [part for part in groups[group] if part.flat is None]
+
+        count, seconds = repeats.leave_out(number, lambda group: len(streamed(group)))
+        if count and self._ring is not None:
+            left = [part for group in range(number, number + count) for part in streamed(group)]
+            self._ring.skip(len(left), seconds)
+            # One piece more is on its way; those of the last groups are read when they come.
+            self._read |= {*left, *streamed(number + count)[:1]}
+        return count
 
     def walk_embedders(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """Yields each embedder with its weights in place. Afterwards it is gone, on the device and at its home."""

@@ -75,6 +75,9 @@ class ShardHome:
         self._last = self.device.gather_beside(self.peers, slot, there)
         return self._last
 
+    def skip(self, seconds: float) -> None:
+        self.home.skip(seconds)
+
     def close(self) -> None:
         self.device.reader_waits(self._last)  # in order: the last one's end is everyone's
         self.home.close()

@@ -28,6 +28,9 @@ class Home(Protocol):
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         """Starts filling `slot` [nbytes] once the mark `after` has passed; returns the mark of its completion."""
 
+    def skip(self, seconds: float) -> None:
+        """A simulation goes on so much later: marks that are waited for again are as much later."""
+
     def close(self) -> None:
         """Returns when no copy is under way any more."""
 
@@ -54,6 +57,9 @@ class PinnedHome:
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         self._last = self.device.prefetch(slot, self.masters[piece], after)
         return self._last
+
+    def skip(self, seconds: float) -> None:
+        """The last copy's is waited for at the end only."""
 
     def close(self) -> None:
         self.device.reader_waits(self._last)  # copies end in order; RAM must stay pinned until the last has
@@ -138,6 +144,9 @@ class StagedHome:
         self._copied[turn] = self.device.prefetch(slot, buffer, after)
         return self._copied[turn]
 
+    def skip(self, seconds: float) -> None:
+        self._copied = [mark and self.device.later(mark, seconds) for mark in self._copied]
+
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
@@ -180,6 +189,7 @@ class SlotRing:
         self._free: list[Any] = [None, None]  # marks after which a slot may be overwritten
         self._coming: dict[int, _Coming] = {}  # by slot
         self._walked = 0  # pieces of whole passes: whose turn the first of the next is
+        self._skipped = 0  # pieces that a simulation leaves out next
 
     def walk(self, pieces: Sequence[Any]) -> Generator[torch.Tensor, None, None]:
         """Yields each piece's bytes on the device, [nbytes]; valid until the next is asked for."""
@@ -192,7 +202,8 @@ class SlotRing:
             self._forget()  # another order, or the last walk was broken off
         for slot in sorted(first.keys() - self._coming.keys(), key=lambda slot: first[slot]):
             self._start(pieces[first[slot] % len(pieces)], slot)
-        for index in range(len(pieces)):
+        index = 0
+        while index < len(pieces):
             slot = self._slot(pieces, index)
             coming = self._coming.pop(slot)
             self.device.wait(coming.mark.result() if isinstance(coming.mark, PENDING) else coming.mark)
@@ -200,10 +211,32 @@ class SlotRing:
                 yield self.slots[slot].narrow(0, 0, self.nbytes(coming.piece))
             finally:
                 self._free[slot] = self.device.mark()
+            index += self._left_out(pieces, index)
             following = self._following(pieces, index, slot)
             assert following is not None
             self._start(pieces[following % len(pieces)], slot)
+            index += 1
         self._walked += len(pieces)
+
+    @property
+    def can_skip(self) -> bool:
+        return not self._lanes
+
+    def skip(self, count: int, seconds: float) -> None:
+        """After the piece that is in use the walk goes on `count` pieces, an even number, and so many seconds later."""
+        later, self._skipped = self.device.later, count
+        self._coming = {slot: _Coming(c.piece, later(c.mark, seconds)) for slot, c in self._coming.items()}
+        self._free = [mark and later(mark, seconds) for mark in self._free]
+        self.home.skip(seconds)
+
+    def _left_out(self, pieces: Sequence[Any], index: int) -> int:
+        """What was coming behind the piece at `index` is what comes behind those that are left out."""
+        count, self._skipped = self._skipped, 0
+        for slot, coming in self._coming.items() if count else ():
+            place = self._following(pieces, index, slot)
+            assert place is not None
+            self._coming[slot] = _Coming(pieces[(place + count) % len(pieces)], coming.mark)
+        return count
 
     def _slot(self, pieces: Sequence[Any], index: int) -> int:
         """Of the piece at `index` of this pass, or of the next where that is beyond its end."""

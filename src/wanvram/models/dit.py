@@ -195,10 +195,10 @@ class WanDiT(nn.Module):
             inputs = BlockInputs(time.modulation, *tables, condition.text, condition.image, how)
             streams.append(self._start(latent, condition, inputs, rows_per_chunk))
         del tables, inputs
-        visits = self._visits()
-        for (_, advance), _ in zip(visits, walk([unit for unit, _ in visits]), strict=True):
+        advance_of = {id(unit): advance for unit, advance in self._visits()}
+        for unit in walk(self.walk_order()):
             for stream in streams:
-                advance(stream, rows_per_chunk)
+                advance_of[id(unit)](stream, rows_per_chunk)
         outputs = []
         while streams:
             x = streams.pop(0).x

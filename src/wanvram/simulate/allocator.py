@@ -7,7 +7,7 @@ Rules read from c10/cuda/CUDACachingAllocator.cpp (2.11 to 2.13) and checked aga
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from wanvram.errors import OutOfMemory
@@ -199,6 +199,13 @@ class CachingAllocator:
     def reset_peaks(self) -> None:
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
+
+    def state(self) -> Hashable:
+        """Free, unmapped and live blocks and peaks: the same state and the same calls lead to the same state."""
+        pools = [(key, tuple(pool.free), tuple(pool.unmapped)) for key, pool in sorted(self._pools.items())]
+        live = frozenset((address, block.size) for address, (block, _) in self._live.items())
+        peaks = self.peak_allocated_bytes, self.peak_reserved_bytes, self.alloc_retries
+        return tuple(pools), live, frozenset(self._awaited), peaks
 
     def segments(self) -> list[SegmentView]:
         """Every segment with its blocks, by address."""

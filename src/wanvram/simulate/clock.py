@@ -10,8 +10,8 @@ Not modelled: what the weights' values and the video's content change, and other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, field
 from math import prod
 from typing import Any
 
@@ -45,6 +45,8 @@ _PRODUCTS = {  # where the first factor is among the arguments
     **dict.fromkeys(("wanvram.linear_gelu", "aten.mm", "aten.bmm", "aten._scaled_mm"), 0),
     **dict.fromkeys(("aten.addmm", "aten.addmm_", "aten.baddbmm"), 1),
 }
+
+_TIMELINES = ("_compute", "_host", "_copies", "_returns", "_reader", "_linked", "_gathered", "_encoder", "_read")
 
 Arguments = tuple[Any, ...]
 # Arithmetic operations, how many of them the device does per second, bytes of traffic.
@@ -216,6 +218,22 @@ class Clock:
         copied = max(self._copies, self._returns, self._gathered)
         self._stall(copied - computed)
         self._host = max(computed, copied)
+
+    def moments(self) -> tuple[float, ...]:
+        """All timelines, computation first, and all sums."""
+        sums = (self.exchanged_bytes, self.exchange_stalls, *astuple(self.copied), *self.busy.values())
+        return (*(getattr(self, name) for name in _TIMELINES), *self._idle, *sums)
+
+    def advance(self, times: int, change: Sequence[float]) -> float:
+        """Adds `times` the change of the moments; returns that of the computation once."""
+        moved = [now + times * by for now, by in zip(self.moments(), change, strict=True)]
+        for name in _TIMELINES:
+            setattr(self, name, moved.pop(0))
+        self._idle = moved.pop(0), moved.pop(0)
+        self.exchanged_bytes, self.exchange_stalls = round(moved.pop(0)), moved.pop(0)
+        self.copied = Copies(round(moved.pop(0)), moved.pop(0), moved.pop(0))
+        self.busy = dict(zip(self.busy, moved, strict=True))
+        return change[0]
 
     # --- computation -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Does not own: the allocator's rules (allocator.py), library buffers (libraries.p
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,6 +111,12 @@ class SimulatedMemory(TorchDispatchMode):
     def host(self) -> tuple[int, int]:
         """(bytes in host tensors, of which pinned): what the run itself keeps in RAM, without Python and libraries."""
         return self.host_bytes, self.pinned_bytes
+
+    def state(self) -> Hashable | None:
+        """Everything that the next allocations depend on; None where each of them is heard by somebody."""
+        if self.observer is not None or self.events is not None:
+            return None
+        return self.allocator.state(), self.host_bytes, self.host_peak_bytes, self.pinned_bytes, len(self._loaded)
 
     # --- placement -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,139 @@
+"""Blocks that a simulation leaves out change nothing of what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from wanvram.config import Measurement, Request, RunConfig, Strategy
+from wanvram.engine.repeats import Repeats, Standing
+from wanvram.engine.residency import Component
+from wanvram.predict.simulate import simulate
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "pinned": {},
+    "whole weights": {"load_strategy": "full", "offload": False, "cfg": "joint"},
+    "disk": {"weights_in": "disk", "weight_storage": "fp8"},
+    "some blocks on the device": {"resident_blocks": 3, "weights_in": "pageable"},
+    "shares over a bus": {"ulysses_size": 2, "dit_fsdp": True},
+}
+
+
+def config(task: str = "t2v-1.3B", link: str | None = None, **chosen: Any) -> RunConfig:
+    request = Request.for_task(task, size="832*480", frame_num=5, sample_steps=6, prompt="a cat", base_seed=3)
+    how = Strategy(**{"load_strategy": "block", "offload": True, "vae_tile": 40, **chosen})
+    few = Measurement(profile_memory=False)
+    return RunConfig("x", "", "simulated", request, how, few, "random", gpu="h200", link=link)
+
+
+def said(run: RunConfig) -> dict[str, Any]:
+    record, _ = simulate(run)
+    assert record.failure is None
+    return asdict(record)
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    if items is None:
+        yield path, value
+        return
+    for key, part in items:
+        yield from flat(part, f"{path}.{key}")
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Units that were visited, walk by walk."""
+    counts: list[int] = []
+    for name in ("walk", "walk_alike"):
+        original = getattr(Component, name)
+
+        def counted(self: Component, units: Sequence[nn.Module], original: Any = original) -> Iterator[nn.Module]:
+            counts.append(0)
+            for unit in original(self, units):
+                counts[-1] += 1
+                yield unit
+
+        monkeypatch.setattr(Component, name, counted)
+    return counts
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_record_is_the_same_whether_blocks_are_left_out_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(link="pcie4" if "bus" in name else None, **STRATEGIES[name])
+    short = dict(flat(said(run)))
+    monkeypatch.setattr(Component, "walk_alike", Component.walk)
+    whole = dict(flat(said(run)))
+    assert short.keys() == whole.keys()
+    for path, value in whole.items():
+        if isinstance(value, float) and "timestamp" not in path:
+            assert short[path] == pytest.approx(value, rel=1e-9, abs=1e-9), path
+        elif not isinstance(value, float):
+            assert short[path] == value, path
+
+
+def test_most_blocks_of_a_pass_are_left_out(walked: list[int]) -> None:
+    simulate(config())
+    passes = walked[-8:]  # of four steps, 30 blocks of three units each
+    assert max(passes) <= 30
+
+
+def test_a_step_that_is_recorded_block_by_block_leaves_none_out() -> None:
+    record, _ = simulate(replace(config(), measurement=Measurement(log_interval=1)))
+    (denoise,) = [stage for stage in record.stages if stage.part == "denoise"]
+    blocks = [block for block in denoise.children[0].children if block.kind == "block"]
+    assert sum(block.repeats for block in blocks) == 60
+
+
+class Steady:
+    """A device that is as far on after every group, until it is asked for the `odd` one."""
+
+    def __init__(self, odd: int | None = None) -> None:
+        self.asked, self.odd, self.booked = 0, odd, list[tuple[int, tuple[float, ...]]]()
+
+    def standing(self) -> Standing:
+        self.asked += 1
+        return Standing("odd" if self.asked == self.odd else "same", (float(self.asked), 5.0))
+
+    def stand_for(self, times: int, change: Sequence[float]) -> float:
+        self.booked.append((times, tuple(change)))
+        return times * change[0]
+
+
+def left_out(device: Any, groups: Sequence[object], streamed: int = 3) -> tuple[int, int, float]:
+    """The first group that is left out, how many are, and the seconds; (0, 0, 0.0): none is."""
+    repeats = Repeats(device, groups)
+    for index in range(len(groups)):
+        count, seconds = repeats.leave_out(index, lambda group: streamed)
+        if count:
+            return index, count, seconds
+    return 0, 0, 0.0
+
+
+def test_what_two_periods_did_alike_is_left_out_up_to_the_last_groups() -> None:
+    device = Steady()
+    assert left_out(device, ["block"] * 20) == (4, 14, 14.0)
+    assert device.booked == [(7, (2.0, 0.0))]
+
+
+@pytest.mark.parametrize(
+    ("groups", "odd", "streamed"),
+    [(["block"] * 7, None, 3), (["block", "other"] * 2 + ["third"] * 4, None, 3), (list(range(20)), None, 3)],
+)
+def test_nothing_is_left_out_where_groups_differ_or_are_few(
+    groups: list[object], odd: int | None, streamed: int
+) -> None:
+    assert left_out(Steady(odd), groups, streamed) == (0, 0, 0.0)
+
+
+def test_a_state_before_the_two_periods_does_not_matter() -> None:
+    assert left_out(Steady(odd=3), ["block"] * 20) == (5, 12, 12.0)
+
+
+def test_an_odd_number_of_pieces_through_two_slots_is_not_left_out() -> None:
+    repeats = Repeats(Steady(), ["block"] * 20)
+    assert not any(repeats.leave_out(index, lambda group: 1 if group % 2 else 0)[0] for index in range(20))
