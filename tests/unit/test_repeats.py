@@ -18,14 +18,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "pinned": {},
     "whole weights": {"load_strategy": "full", "offload": False, "cfg": "joint"},
     "disk": {"weights_in": "disk", "weight_storage": "fp8"},
-    "some blocks on the device": {"resident_blocks": 3, "weights_in": "pageable"},
+    "every second block on the device": {"resident_blocks": 15, "weights_in": "pageable"},
     "shares over a bus": {"ulysses_size": 2, "dit_fsdp": True},
 }
 
 
 def config(task: str = "t2v-1.3B", link: str | None = None, **chosen: Any) -> RunConfig:
     request = Request.for_task(task, size="832*480", frame_num=5, sample_steps=6, prompt="a cat", base_seed=3)
-    how = Strategy(**{"load_strategy": "block", "offload": True, "vae_tile": 40, **chosen})
+    how = Strategy(**{"load_strategy": "block", "offload": True, **chosen})
     few = Measurement(profile_memory=False)
     return RunConfig("x", "", "simulated", request, how, few, "random", gpu="h200", link=link)
 
@@ -62,11 +62,10 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_record_is_the_same_whether_blocks_are_left_out_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = config(link="pcie4" if "bus" in name else None, **STRATEGIES[name])
+def assert_same(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether something is left out or not."""
     short = dict(flat(said(run)))
-    monkeypatch.setattr(Component, "walk_alike", Component.walk)
+    monkeypatch.setattr(Repeats, "leave_out", lambda *_: (0, 0.0))
     whole = dict(flat(said(run)))
     assert short.keys() == whole.keys()
     for path, value in whole.items():
@@ -74,6 +73,23 @@ def test_a_record_is_the_same_whether_blocks_are_left_out_or_not(name: str, monk
             assert short[path] == pytest.approx(value, rel=1e-9, abs=1e-9), path
         elif not isinstance(value, float):
             assert short[path] == value, path
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_record_is_the_same_whether_blocks_are_left_out_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same(config(link="pcie4" if "bus" in name else None, **STRATEGIES[name]), monkeypatch)
+
+
+def test_a_record_with_blocks_of_two_kinds_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same(config("vace-1.3B"), monkeypatch)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_record_is_the_same_whether_frames_of_tiles_are_left_out_or_not(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(vae_tile=40, ulysses_size=ranks)
+    assert_same(replace(run, request=replace(run.request, frame_num=49, sample_steps=1)), monkeypatch)
 
 
 def test_most_blocks_of_a_pass_are_left_out(walked: list[int]) -> None:
@@ -106,7 +122,7 @@ class Steady:
 
 def left_out(device: Any, groups: Sequence[object], streamed: int = 3) -> tuple[int, int, float]:
     """The first group that is left out, how many are, and the seconds; (0, 0, 0.0): none is."""
-    repeats = Repeats(device, groups)
+    repeats = Repeats(device, groups, periods=(1, 2, 3), kept=2)
     for index in range(len(groups)):
         count, seconds = repeats.leave_out(index, lambda group: streamed)
         if count:
@@ -114,26 +130,34 @@ def left_out(device: Any, groups: Sequence[object], streamed: int = 3) -> tuple[
     return 0, 0, 0.0
 
 
-def test_what_two_periods_did_alike_is_left_out_up_to_the_last_groups() -> None:
+def test_what_a_period_did_twice_is_left_out_up_to_the_last_groups() -> None:
     device = Steady()
-    assert left_out(device, ["block"] * 20) == (4, 14, 14.0)
-    assert device.booked == [(7, (2.0, 0.0))]
+    assert left_out(device, ["block"] * 20, streamed=2) == (2, 16, 16.0)
+    assert device.booked == [(16, (1.0, 0.0))]
 
 
-@pytest.mark.parametrize(
-    ("groups", "odd", "streamed"),
-    [(["block"] * 7, None, 3), (["block", "other"] * 2 + ["third"] * 4, None, 3), (list(range(20)), None, 3)],
-)
-def test_nothing_is_left_out_where_groups_differ_or_are_few(
-    groups: list[object], odd: int | None, streamed: int
-) -> None:
-    assert left_out(Steady(odd), groups, streamed) == (0, 0, 0.0)
+def test_as_many_pieces_go_through_each_of_the_two_slots() -> None:
+    assert left_out(Steady(), ["block"] * 20, streamed=3) == (3, 14, 14.0)
 
 
-def test_a_state_before_the_two_periods_does_not_matter() -> None:
-    assert left_out(Steady(odd=3), ["block"] * 20) == (5, 12, 12.0)
+def test_groups_that_take_turns_are_left_out_in_pairs() -> None:
+    assert left_out(Steady(), ["block", "other"] * 10) == (3, 14, 14.0)
 
 
-def test_an_odd_number_of_pieces_through_two_slots_is_not_left_out() -> None:
-    repeats = Repeats(Steady(), ["block"] * 20)
-    assert not any(repeats.leave_out(index, lambda group: 1 if group % 2 else 0)[0] for index in range(20))
+@pytest.mark.parametrize("groups", [["block"] * 5, ["a", "b", "c", "d", "e"] * 4, list(range(20))])
+def test_nothing_is_left_out_where_groups_differ_or_are_few(groups: list[object]) -> None:
+    assert left_out(Steady(), groups) == (0, 0, 0.0)
+
+
+def test_a_state_that_comes_once_is_waited_out() -> None:
+    assert left_out(Steady(odd=3), ["block"] * 20, streamed=2) == (3, 14, 14.0)
+
+
+class Accelerating(Steady):
+    def standing(self) -> Standing:
+        self.asked += 1
+        return Standing("same", (float(self.asked**2),))
+
+
+def test_nothing_is_left_out_while_times_change() -> None:
+    assert left_out(Accelerating(), ["block"] * 20) == (0, 0, 0.0)

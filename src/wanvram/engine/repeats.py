@@ -13,8 +13,6 @@ from typing import Any, Protocol
 
 __all__ = ["Repeats", "Standing"]
 
-PERIOD = 2  # groups that are compared: the three units of a block take turns with two slots
-KEPT = 2  # groups that are walked at the end, while the slots are filled for the next pass
 _SAME_SECONDS = 1e-9  # of two periods, relative: sums of floats that were added in another order
 
 
@@ -35,42 +33,42 @@ class _Standable(Protocol):
 
 
 class Repeats:
-    """Of one walk. groups: what each consists of, equal where they do the same."""
+    """Of one walk. groups: what each consists of, equal where they do the same. periods: after how many groups the device may stand
+    as before, shortest first. kept: so many are walked at the end in any case.
+    """
 
-    def __init__(self, device: _Standable, groups: Sequence[Any]) -> None:
-        self.device, self.groups = device, groups
+    def __init__(self, device: _Standable, groups: Sequence[Any], periods: Sequence[int], kept: int) -> None:
+        self.device, self.groups, self.periods, self.kept = device, groups, periods, kept
         self._before: list[Standing] = []
 
-    def leave_out(self, index: int, streamed: Callable[[int], int]) -> tuple[int, float]:
+    def leave_out(self, index: int, streamed: Callable[[int], int] = lambda group: 0) -> tuple[int, float]:
         """Before group `index`, and called before each: how many are left out, and the seconds that these took, which are booked.
 
         streamed: of a group, the pieces that come through the two slots: as many must come through each.
         """
-        standing, times = self.device.standing(), self._periods_alike(index)
+        standing = self.device.standing()
         if standing is None:
             return 0, 0.0
         self._before.append(standing)
-        odd = sum(map(streamed, range(index - PERIOD, index))) % 2 if times else 0
-        if times < 1 or odd or len(self._before) <= 2 * PERIOD:
-            return 0, 0.0
-        first, second, now = self._before[-1 - 2 * PERIOD], self._before[-1 - PERIOD], self._before[-1]
-        change = now.since(second)
-        alike = first.state == second.state == now.state
-        if not (alike and all(map(_is_same, change, second.since(first)))):
-            return 0, 0.0
-        self._before.clear()
-        return times * PERIOD, self.device.stand_for(times, change)
+        for period in self.periods:
+            times = self._periods_alike(index, period)
+            if times < 1 or sum(map(streamed, range(index - period, index))) % 2:
+                continue
+            change = standing.since(self._before[-1 - period])
+            earlier = self._before[-2].since(self._before[-2 - period])
+            if standing.state == self._before[-1 - period].state and all(map(_is_same, change, earlier)):
+                self._before.clear()
+                return times * period, self.device.stand_for(times, change)
+        return 0, 0.0
 
-    def _periods_alike(self, index: int) -> int:
-        """Periods from here that are as the two before were, without those that are walked in any case."""
-        start = index - 2 * PERIOD
-        if start < 0:
+    def _periods_alike(self, index: int, period: int) -> int:
+        """Periods from here that are as the one before was, and as one that began a group earlier."""
+        if len(self._before) < period + 2 or self.groups[index - 1] != self.groups[index - 1 - period]:
             return 0
         end = index
-        while end < len(self.groups) and self.groups[end] == self.groups[start + (end - start) % PERIOD]:
+        while end < len(self.groups) and self.groups[end] == self.groups[end - period]:
             end += 1
-        past = all(self.groups[n] == self.groups[n - PERIOD] for n in range(start + PERIOD, index))
-        return (end - index - KEPT) // PERIOD if past else 0
+        return (end - index - self.kept) // period
 
 
 def _is_same(change: float, before: float) -> bool:

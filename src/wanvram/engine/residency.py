@@ -44,6 +44,10 @@ def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor | None]]) -
         owner._parameters[leaf] = None if view is None else nn.Parameter(view, requires_grad=False)
 
 
+LAST_GROUPS, LAST_PIECES = 2, 4
+LONGEST_PERIOD = 20  # groups: VACE's blocks of 14B come again after 14, some on the device every 4th or 5th block
+
+
 @dataclass(eq=False)
 class _Part:
     """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`.
@@ -407,7 +411,7 @@ class Component:
         streamed = [part for part in parts if part.flat is None]
         coming = self._ring.walk(streamed) if self._ring is not None else iter(())
         groups = [list(group) for _, group in groupby(parts, key=lambda part: part.group)]
-        repeats = Repeats(self.device, [[part.work for part in group] for group in groups]) if alike else None
+        repeats = self._repeats(groups) if alike else None
         skipped = 0
         try:
             for number, group in enumerate(groups):
@@ -431,6 +435,16 @@ class Component:
         finally:
             if isinstance(coming, Generator):
                 coming.close()
+
+    def _repeats(self, groups: Sequence[Sequence[_Part]]) -> Repeats:
+        """The last groups are walked: while their pieces are used, the slots are filled for the next pass."""
+        kept, pieces = 0, 0
+        for group in reversed(groups):
+            if kept >= LAST_GROUPS and (pieces >= LAST_PIECES or self._ring is None):
+                break
+            kept, pieces = kept + 1, pieces + sum(part.flat is None for part in group)
+        work = [[part.work for part in group] for group in groups]
+        return Repeats(self.device, work, range(1, LONGEST_PERIOD + 1), kept)
 
     def _skip(self, repeats: Repeats, groups: Sequence[Sequence[_Part]], number: int) -> int:
         """Groups from `number` on that are left out."""

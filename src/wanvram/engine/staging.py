@@ -70,6 +70,13 @@ class Ferry:
         buffer.mark = self.device.mark()
         return result
 
+    def skip(self, seconds: float) -> None:
+        """A simulation goes on so much later: marks that are waited for are as much later."""
+        for buffer in (*self._down, *self._up):
+            buffer.mark = buffer.mark and self.device.later(buffer.mark, seconds)
+        later = self.device.later
+        self._landing = deque((target, passage, later(mark, seconds)) for target, passage, mark in self._landing)
+
     @staticmethod
     def _turn(buffers: deque[_Buffer]) -> _Buffer:
         buffers.rotate(1)

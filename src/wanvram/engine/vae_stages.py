@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 
 from wanvram.engine.devices import Device
+from wanvram.engine.repeats import Repeats
 from wanvram.engine.residency import Component
 from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.stage_progress import Count
@@ -108,7 +109,31 @@ class _Tiles:
         self.size = latent.shape[2] * vae.scale, latent.shape[3] * vae.scale
         # two: fetching features must not wait for the pieces on their way
         features, self.ferry = Ferry(device), Ferry(device)
-        self.pieces = vae.decode_tiles(latent, (tile, tile), features.park, features.fetch, self.mine)
+        self.features, self.left_out, self.leaves_out = features, 0, False
+        self.pieces = vae.decode_tiles(latent, (tile, tile), features.park, features.fetch, self.mine, self.visit)
+
+    def visit(self, pictures: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The latent frames of a tile; a simulation leaves out those that would do what those before them did."""
+        alike = ["first", *["later"] * (len(pictures) - 1)] if self.leaves_out else []
+        repeats, index = Repeats(self.device, alike, periods=(1, 2, 3, 4), kept=1), 0
+        while index < len(pictures):
+            self.left_out, seconds = repeats.leave_out(index) if alike else (0, 0.0)
+            if self.left_out:
+                self.features.skip(seconds)
+                self.ferry.skip(seconds)
+            index += self.left_out
+            yield index, pictures[index]
+            index += 1
+
+    def groups_of_tile(
+        self, frames: torch.Tensor, corner: tuple[int, int], *, shown: bool = False
+    ) -> Iterator[torch.Tensor]:
+        """Places the pieces of the next tile one after another. shown: each of them is, so none is left out."""
+        self.leaves_out, done = self.device.repeats_itself and not shown, 0
+        while done < self.groups:
+            group = self.place(frames, corner)
+            done += 1 + self.left_out
+            yield group
 
     def place(self, frames: torch.Tensor, corner: tuple[int, int]) -> torch.Tensor:
         """Sends the next piece down to its place in frames [t,H,W,3] on the host, whose first pixel is `corner`; returns its frames."""
@@ -134,8 +159,8 @@ def _tiled(tiles: _Tiles, counter: Counter) -> Iterator[torch.Tensor]:
     for number in tiles.mine:
         with tiles.recorder.span(f"tile {number}", kind="step", component="vae"):
             finished: deque[torch.Tensor] = deque()
-            for _ in range(tiles.groups):
-                finished.append(tiles.place(video, (0, 0)))
+            for group in tiles.groups_of_tile(video, (0, 0), shown=number == total - 1):
+                finished.append(group)
                 if number == total - 1 and len(finished) > 1:
                     tiles.ferry.land(leave=1)
                     yield finished.popleft()
@@ -161,8 +186,8 @@ def _tiles_sent(tiles: _Tiles, counter: Counter) -> Iterator[torch.Tensor]:
         area = tiles.areas[number]
         with tiles.recorder.span(f"tile {number}", kind="step", component="vae"):
             frames = tiles.empty(area.size)
-            for _ in range(tiles.groups):
-                tiles.place(frames, (area.rows.start, area.columns.start))
+            for _ in tiles.groups_of_tile(frames, (area.rows.start, area.columns.start)):
+                """Placed, and shown by the rank that has all tiles."""
             tiles.ferry.land()
             if travelling is not None:
                 tiles.ranks.world.wait(travelling)

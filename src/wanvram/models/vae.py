@@ -36,6 +36,8 @@ from wanvram.specs import LATENT_MEAN, LATENT_STD, VAESpec
 
 __all__ = ["LATENT_MEAN", "LATENT_STD", "WanVAE"]
 
+Visit = Callable[[Sequence[Tensor]], Iterator[tuple[int, Tensor]]]  # in order, with their numbers
+
 
 def _one_ahead(chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     """Every frame [3,H,W] of the pieces [3,t,H,W], and whether another one follows."""
@@ -184,27 +186,31 @@ class WanVAE(nn.Module):
         park: Move = stay,
         fetch: Move = stay,
         of: Sequence[int] | None = None,
+        visit: Visit = enumerate,
     ) -> Iterator[TilePiece]:
         """What `decode` gives, in parts of at most tile = (rows, columns) latent pixels: every tile from first frame to last.
 
         Equal to `decode` but for the order of additions (1e-5); needs the temporal caches of one tile only. of: these tiles only.
+        visit: goes through the latent frames of a tile.
         """
         self._check_latents(z)
         kept = self._start_all(z, park)
         areas = list(grid(z.shape[2], z.shape[3], tile))
         for area in areas if of is None else [areas[number] for number in of]:
-            yield from self._decode_tile(kept, area.scaled(self.scale), fetch)
+            yield from self._decode_tile(visit(kept), len(kept) > 1, area.scaled(self.scale), fetch)
 
     def _start_all(self, z: Tensor, park: Move) -> list[Tensor]:
         stream = Stream(remember=z.shape[1] > 1)
         latents = (self._decoder_input(z[:, index]) for index in range(z.shape[1]))
         return [park(as_rows(self.decoder.start(latent, stream))) for latent in latents]
 
-    def _decode_tile(self, kept: list[Tensor], wanted: Area, fetch: Move) -> Iterator[TilePiece]:
+    def _decode_tile(
+        self, visited: Iterable[tuple[int, Tensor]], remember: bool, wanted: Area, fetch: Move
+    ) -> Iterator[TilePiece]:
         halos = Halos(wanted).back((*self.decoder.upsamples[self.decoder.lowest :], self.decoder.head))
         rows, columns = halos.area
-        stream = Stream(len(kept) > 1, halos.cuts)
-        for index, picture in enumerate(kept):
+        stream = Stream(remember, halos.cuts)
+        for index, picture in visited:
             part = picture[rows.start : rows.stop, columns.start : columns.stop]
             pixels = self.conv2.weight.new_empty((3, self.group if index else 1, *wanted.size))
             self._write(pixels, self.decoder.rise(as_frame(fetch(part).contiguous()), stream), stream)
