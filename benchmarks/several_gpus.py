@@ -196,7 +196,7 @@ def layouts(args: argparse.Namespace, folder: Path) -> None:
     alone: float | None = None
     with ThreadPoolExecutor(4) as pool:
         for name, flags in ways(args.gpus).items():
-            if args.only and name not in args.only.split(";") and name != "one":
+            if args.only and name not in args.only.split(";") and (name != "one" or args.skip_one):
                 continue
             if figures.left() < 45:
                 figures.left_out(name)
@@ -609,6 +609,7 @@ def main() -> int:
     parser.add_argument("file", nargs="?", type=Path, help="of judge")
     parser.add_argument("--case", choices=sorted(CASES), default="14B-720P")
     parser.add_argument("--only", help="ways of sharing, by semicolons; one GPU comes first in any case")
+    parser.add_argument("--skip_one", action="store_true", help="no figure of one GPU, and so no speedups")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--card", default="h200", help="as `wanvram estimate --gpu` knows it")
     parser.add_argument("--link", help="of `predict`: what joins the cards")
