@@ -20,6 +20,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "disk": {"weights_in": "disk", "weight_storage": "fp8"},
     "every second block on the device": {"resident_blocks": 15, "weights_in": "pageable"},
     "shares over a bus": {"ulysses_size": 2, "dit_fsdp": True},
+    # The computation waits for a block from disk, and a host that is slower than it comes up again 3 to 9 blocks later.
+    "a host that catches up": {"resident_blocks": 28, "weights_in": "disk", "cfg": "joint", "precision": "fp16"},
+    "rows in RAM beside whole weights": {"load_strategy": "full", "residual_in": "pinned"},
 }
 
 
@@ -65,7 +68,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def assert_same(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether something is left out or not."""
     short = dict(flat(said(run)))
-    monkeypatch.setattr(Repeats, "leave_out", lambda *_: (0, 0.0))
+    monkeypatch.setattr(Repeats, "leave_out", lambda *_, **__: (0, 0.0))
     whole = dict(flat(said(run)))
     assert short.keys() == whole.keys()
     for path, value in whole.items():
@@ -77,7 +80,10 @@ def assert_same(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_record_is_the_same_whether_blocks_are_left_out_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_same(config(link="pcie4" if "bus" in name else None, **STRATEGIES[name]), monkeypatch)
+    run = config(link="pcie4" if "bus" in name else None, **STRATEGIES[name])
+    if "host" in name:
+        run = replace(run, gpu="rtx4090", request=replace(run.request, frame_num=9, sample_guide_scale=1.0))
+    assert_same(run, monkeypatch)
 
 
 def test_a_record_with_blocks_of_two_kinds_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,18 +112,20 @@ def test_a_step_that_is_recorded_block_by_block_leaves_none_out() -> None:
 
 
 class Steady:
-    """A device that is as far on after every group, until it is asked for the `odd` one."""
+    """A device that is as far on after every group, until it is asked for the `odd` one; others: what its timelines take of a group."""
 
-    def __init__(self, odd: int | None = None) -> None:
+    def __init__(self, odd: int | None = None, others: Sequence[float] = (0.5, 1.0, 0.0)) -> None:
         self.asked, self.odd, self.booked = 0, odd, list[tuple[int, tuple[float, ...]]]()
+        self.others = others
 
     def standing(self) -> Standing:
         self.asked += 1
-        return Standing("odd" if self.asked == self.odd else "same", (float(self.asked), 5.0))
+        timelines = [float(self.asked), *(5.0 + self.asked * each for each in self.others)]
+        return Standing("odd" if self.asked == self.odd else "same", tuple(timelines), (5.0,))
 
-    def stand_for(self, times: int, change: Sequence[float]) -> float:
-        self.booked.append((times, tuple(change)))
-        return times * change[0]
+    def stand_for(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> float:
+        self.booked.append((times, (*timelines, *sums)))
+        return times * timelines[0]
 
 
 def left_out(device: Any, groups: Sequence[object], streamed: int = 3) -> tuple[int, int, float]:
@@ -133,7 +141,7 @@ def left_out(device: Any, groups: Sequence[object], streamed: int = 3) -> tuple[
 def test_what_a_period_did_twice_is_left_out_up_to_the_last_groups() -> None:
     device = Steady()
     assert left_out(device, ["block"] * 20, streamed=2) == (2, 16, 16.0)
-    assert device.booked == [(16, (1.0, 0.0))]
+    assert device.booked == [(16, (1.0, 0.5, 1.0, 0.0, 0.0))]
 
 
 def test_as_many_pieces_go_through_each_of_the_two_slots() -> None:
@@ -156,8 +164,19 @@ def test_a_state_that_comes_once_is_waited_out() -> None:
 class Accelerating(Steady):
     def standing(self) -> Standing:
         self.asked += 1
-        return Standing("same", (float(self.asked**2),))
+        return Standing("same", (float(self.asked**2), 0.0), ())
 
 
 def test_nothing_is_left_out_while_times_change() -> None:
     assert left_out(Accelerating(), ["block"] * 20) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize("others", [(1.1, 1.0), (0.5, 0.9), (0.5, 1.1)])
+def test_nothing_is_left_out_where_one_timeline_would_overtake_another(others: tuple[float, ...]) -> None:
+    assert left_out(Steady(others=others), ["block"] * 20) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize(("step", "first"), [(1.0, 2), (0.0, 2), (0.9, 0)])
+def test_what_a_slot_waits_for_moves_as_the_computation_does_or_not_at_all(step: float, first: int) -> None:
+    repeats = Repeats(Steady(), ["block"] * 20, periods=(1, 2, 3), kept=2)
+    assert next((n for n in range(20) if repeats.leave_out(n, lambda group: 2, (3.0 + step * n,))[0]), 0) == first

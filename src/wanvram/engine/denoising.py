@@ -86,7 +86,9 @@ def velocities_of(
     heads = max(1, dit.spec.num_heads // HEAD_GROUPS) if strategy.attention_slicing else None
     team = team_of(device, tokens, dit.spec.num_heads, travelling(device.place, tokens, chunk, dit.spec.dim))
     asked: dict[str, Any] = {"rows_per_chunk": rows, "attending": Attending(heads, asked_of(device), team)}
+    walk = component.walk_alike
     if RESIDUAL_IN.of(strategy) == "pinned":
+        walk = component.walk  # its rows come and go by marks of their own
         asked["stream"] = PinnedRows(device, tokens, dit.spec.dim, rows, component.between_rows)
 
     def velocities(latents: list[torch.Tensor], time: Time, conditions: list[Prepared]) -> list[torch.Tensor]:
@@ -96,7 +98,7 @@ def velocities_of(
         outputs: list[torch.Tensor] = []
         for group in ranks.my_guidance(groups):
             shared = latents * (len(group) // len(latents))
-            outputs += dit.velocity(shared, time, group, walk=component.walk_alike, **asked)
+            outputs += dit.velocity(shared, time, group, walk=walk, **asked)
         if negative is None:
             return outputs
         outputs = ranks.with_theirs(outputs)

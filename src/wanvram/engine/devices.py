@@ -130,8 +130,8 @@ class Measuring:
         """Where it stands, if what is done next follows from that: of no real device."""
         return None
 
-    def stand_for(self, times: int, change: Sequence[float]) -> float:
-        """Books `times` as much as changed the moments so; returns the seconds of computation."""
+    def stand_for(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> float:
+        """Books `times` as much as changed these so; returns the seconds of computation."""
         return 0.0
 
     def later(self, mark: Any, seconds: float) -> Any:
@@ -357,10 +357,10 @@ class SimulatedDevice(Device):
 
     def standing(self) -> Standing | None:
         state = self.memory.state()
-        return None if state is None else Standing(state, self.clock.moments())
+        return None if state is None else Standing(state, self.clock.timelines(), self.clock.sums())
 
-    def stand_for(self, times: int, change: Sequence[float]) -> float:
-        return times * self.clock.advance(times, change)
+    def stand_for(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> float:
+        return times * self.clock.advance(times, timelines, sums)
 
     def later(self, mark: Any, seconds: float) -> Any:
         return mark + seconds

@@ -1,14 +1,16 @@
 """Blocks that a simulation leaves out because those before them show what they would do: each left all as the one before it.
 
 A block's allocations follow from what it finds: free blocks of the allocator, live ones, and its sizes. Where these are the same
-after several blocks of the same sizes, and all timelines of the clock moved by as much for each, so they will be after the next.
+after several blocks of the same sizes, and every timeline of the clock moved by as much for each, so they will be after the next:
+if none overtakes another. A host that was behind the computation and comes nearer would be waited for only after some blocks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import sub
 from typing import Any, Protocol
 
 __all__ = ["Repeats", "Standing"]
@@ -18,18 +20,38 @@ _SAME_SECONDS = 1e-9  # of two periods, relative: sums of floats that were added
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a simulated device stands: what the next work depends on, and the moments and sums that grow with it."""
+    """Where a simulated device stands: what the next work depends on, and the moments and sums that grow with it.
+
+    timelines: the computation's first, then the host's. marks: moments that are waited for later.
+    """
 
     state: Hashable
-    moments: tuple[float, ...]
+    timelines: tuple[float, ...]
+    sums: tuple[float, ...]
+    marks: tuple[float, ...] = ()
 
-    def since(self, earlier: Standing) -> tuple[float, ...]:
-        return tuple(now - then for now, then in zip(self.moments, earlier.moments, strict=True))
+    def since(self, earlier: Standing) -> Standing:
+        """The differences."""
+        pairs = [(getattr(self, name), getattr(earlier, name)) for name in ("timelines", "sums", "marks")]
+        return Standing(self.state, *(tuple(map(sub, now, then)) for now, then in pairs))
+
+    def lasts(self, before: Standing) -> bool:
+        """Differences as those before them, and no timeline overtakes another: what is used moves as the computation does, or is the
+        host and falls behind it."""
+        mine, theirs = (
+            c.timelines + c.sums for c in (self, before)
+        )  # marks: one group on, the slots have changed places
+        computation, host, *others = self.timelines
+        return (
+            all(map(_is_same, mine, theirs))
+            and (host < computation or _is_same(host, computation))
+            and all(moved == 0 or _is_same(moved, computation) for moved in (*others, *self.marks))
+        )
 
 
 class _Standable(Protocol):
     def standing(self) -> Standing | None: ...
-    def stand_for(self, times: int, change: Sequence[float]) -> float: ...
+    def stand_for(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> float: ...
 
 
 class Repeats:
@@ -41,24 +63,27 @@ class Repeats:
         self.device, self.groups, self.periods, self.kept = device, groups, periods, kept
         self._before: list[Standing] = []
 
-    def leave_out(self, index: int, streamed: Callable[[int], int] = lambda group: 0) -> tuple[int, float]:
+    def leave_out(
+        self, index: int, streamed: Callable[[int], int] = lambda group: 0, marks: Sequence[float] = ()
+    ) -> tuple[int, float]:
         """Before group `index`, and called before each: how many are left out, and the seconds that these took, which are booked.
 
-        streamed: of a group, the pieces that come through the two slots: as many must come through each.
+        streamed: of a group, the pieces that come through the two slots: as many must come through each. marks: what is waited
+        for later, as many each time.
         """
         standing = self.device.standing()
         if standing is None:
             return 0, 0.0
-        self._before.append(standing)
+        self._before.append(replace(standing, marks=tuple(marks)))
         for period in self.periods:
             times = self._periods_alike(index, period)
             if times < 1 or sum(map(streamed, range(index - period, index))) % 2:
                 continue
-            change = standing.since(self._before[-1 - period])
+            change = self._before[-1].since(self._before[-1 - period])
             earlier = self._before[-2].since(self._before[-2 - period])
-            if standing.state == self._before[-1 - period].state and all(map(_is_same, change, earlier)):
+            if standing.state == self._before[-1 - period].state and change.lasts(earlier):
                 self._before.clear()
-                return times * period, self.device.stand_for(times, change)
+                return times * period, self.device.stand_for(times, change.timelines, change.sums)
         return 0, 0.0
 
     def _periods_alike(self, index: int, period: int) -> int:

@@ -402,8 +402,7 @@ class Component:
 
     def walk_alike(self, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """The same, but a simulation leaves out groups of units that would do what those before them did (repeats.Repeats)."""
-        can = self.device.repeats_itself and self._observe is None and (self._ring is None or self._ring.can_skip)
-        if not can:
+        if not self.device.repeats_itself or self._observe is not None:
             return self.walk(units)
         return self._visit([self._units[id(unit)] for unit in units], alike=True)
 
@@ -452,7 +451,8 @@ class Component:
         def streamed(group: int) -> list[_Part]:
             return [part for part in groups[group] if part.flat is None]
 
-        count, seconds = repeats.leave_out(number, lambda group: len(streamed(group)))
+        marks = [mark or 0.0 for mark in self._ring.marks()] if self._ring is not None else []
+        count, seconds = repeats.leave_out(number, lambda group: len(streamed(group)), marks)
         if count and self._ring is not None:
             left = [part for group in range(number, number + count) for part in streamed(group)]
             self._ring.skip(len(left), seconds)

@@ -64,6 +64,9 @@ class ShardHome:
     peers: Peers
     _last: Any = None
 
+    def __post_init__(self) -> None:
+        self.marks = self.home.marks
+
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         there = self.home.fetch(piece, self.shard.mine(slot), after)
         if isinstance(there, Future):
@@ -74,9 +77,6 @@ class ShardHome:
         """Starts once the mark `there` of the own run has passed; returns the mark of the whole."""
         self._last = self.device.gather_beside(self.peers, slot, there)
         return self._last
-
-    def skip(self, seconds: float) -> None:
-        self.home.skip(seconds)
 
     def close(self) -> None:
         self.device.reader_waits(self._last)  # in order: the last one's end is everyone's

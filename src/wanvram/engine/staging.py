@@ -70,6 +70,11 @@ class Ferry:
         buffer.mark = self.device.mark()
         return result
 
+    def marks(self) -> list[Any]:
+        """Those that are waited for later, as many each time."""
+        landing = [mark for _, _, mark in self._landing]
+        return [*(buffer.mark for buffer in (*self._down, *self._up)), *landing, *[None] * (2 - len(landing))]
+
     def skip(self, seconds: float) -> None:
         """A simulation goes on so much later: marks that are waited for are as much later."""
         for buffer in (*self._down, *self._up):

@@ -23,13 +23,12 @@ __all__ = ["Home", "Later", "PacedHome", "PinnedHome", "SlotRing", "StagedHome"]
 
 
 class Home(Protocol):
-    """Where weights wait."""
+    """Where weights wait. marks: those that are waited for before a later fetch."""
+
+    marks: list[Any]
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         """Starts filling `slot` [nbytes] once the mark `after` has passed; returns the mark of its completion."""
-
-    def skip(self, seconds: float) -> None:
-        """A simulation goes on so much later: marks that are waited for again are as much later."""
 
     def close(self) -> None:
         """Returns when no copy is under way any more."""
@@ -52,14 +51,12 @@ class PinnedHome:
 
     device: Device
     masters: dict[Any, torch.Tensor]
+    marks: list[Any] = field(default_factory=list)  # the last copy's is waited for at the end only
     _last: Any = None
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         self._last = self.device.prefetch(slot, self.masters[piece], after)
         return self._last
-
-    def skip(self, seconds: float) -> None:
-        """The last copy's is waited for at the end only."""
 
     def close(self) -> None:
         self.device.reader_waits(self._last)  # copies end in order; RAM must stay pinned until the last has
@@ -122,7 +119,7 @@ class StagedHome:
         self.device = device
         self.read = read
         self._buffers = [device.host_empty((largest,), torch.uint8, pinned=True) for _ in range(2)]
-        self._copied: list[Any] = [None, None]
+        self.marks: list[Any] = [None, None]
         self._turn = 0
         self._thread = ThreadPoolExecutor(1, "wanvram-weights") if device.copies_beside else None
 
@@ -135,22 +132,19 @@ class StagedHome:
 
     def _read_and_copy(self, piece: Any, slot: torch.Tensor, after: Any, turn: int) -> Any:
         buffer = self._buffers[turn].narrow(0, 0, slot.nbytes)
-        self.device.reader_waits(self._copied[turn])
+        self.device.reader_waits(self.marks[turn])
         try:
             self.read(piece, buffer)
         except (OSError, WanvramError) as error:
             # Not the user's input: the file was good when the run began.
             raise WanvramError(f"weights could not be read while they were streamed: {error}") from error
-        self._copied[turn] = self.device.prefetch(slot, buffer, after)
-        return self._copied[turn]
-
-    def skip(self, seconds: float) -> None:
-        self._copied = [mark and self.device.later(mark, seconds) for mark in self._copied]
+        self.marks[turn] = self.device.prefetch(slot, buffer, after)
+        return self.marks[turn]
 
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-        for mark in self._copied:
+        for mark in self.marks:
             self.device.reader_waits(mark)
         self._buffers.clear()
 
@@ -218,16 +212,22 @@ class SlotRing:
             index += 1
         self._walked += len(pieces)
 
-    @property
-    def can_skip(self) -> bool:
-        return not self._lanes
+    def marks(self) -> Sequence[Any]:
+        """Whatever is waited for before a piece is used, a slot filled or a buffer read into; None: nothing was there yet."""
+        coming = [self._coming[slot].mark if slot in self._coming else None for slot in range(2)]
+        return *coming, *self._free, *self.home.marks
 
     def skip(self, count: int, seconds: float) -> None:
-        """After the piece that is in use the walk goes on `count` pieces, an even number, and so many seconds later."""
+        """After the piece that is in use the walk goes on `count` pieces, an even number, and so many seconds later.
+
+        Where none is left out, what was started before is there when it would have been.
+        """
+        if not count:
+            return
         later, self._skipped = self.device.later, count
         self._coming = {slot: _Coming(c.piece, later(c.mark, seconds)) for slot, c in self._coming.items()}
         self._free = [mark and later(mark, seconds) for mark in self._free]
-        self.home.skip(seconds)
+        self.home.marks[:] = [mark and later(mark, seconds) for mark in self.home.marks]
 
     def _left_out(self, pieces: Sequence[Any], index: int) -> int:
         """What was coming behind the piece at `index` is what comes behind those that are left out."""

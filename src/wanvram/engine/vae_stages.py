@@ -117,7 +117,8 @@ class _Tiles:
         alike = ["first", *["later"] * (len(pictures) - 1)] if self.leaves_out else []
         repeats, index = Repeats(self.device, alike, periods=(1, 2, 3, 4), kept=1), 0
         while index < len(pictures):
-            self.left_out, seconds = repeats.leave_out(index) if alike else (0, 0.0)
+            marks = [mark or 0.0 for ferry in (self.features, self.ferry) for mark in ferry.marks()] if alike else []
+            self.left_out, seconds = repeats.leave_out(index, marks=marks) if alike else (0, 0.0)
             if self.left_out:
                 self.features.skip(seconds)
                 self.ferry.skip(seconds)

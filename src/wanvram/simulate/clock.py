@@ -219,21 +219,24 @@ class Clock:
         self._stall(copied - computed)
         self._host = max(computed, copied)
 
-    def moments(self) -> tuple[float, ...]:
-        """All timelines, computation first, and all sums."""
-        sums = (self.exchanged_bytes, self.exchange_stalls, *astuple(self.copied), *self.busy.values())
-        return (*(getattr(self, name) for name in _TIMELINES), *self._idle, *sums)
+    def timelines(self) -> tuple[float, ...]:
+        """All of them, the computation's first, then the host's."""
+        return (*(getattr(self, name) for name in _TIMELINES), *self._idle)
 
-    def advance(self, times: int, change: Sequence[float]) -> float:
-        """Adds `times` the change of the moments; returns that of the computation once."""
-        moved = [now + times * by for now, by in zip(self.moments(), change, strict=True)]
-        for name in _TIMELINES:
-            setattr(self, name, moved.pop(0))
-        self._idle = moved.pop(0), moved.pop(0)
+    def sums(self) -> tuple[float, ...]:
+        return (self.exchanged_bytes, self.exchange_stalls, *astuple(self.copied), *self.busy.values())
+
+    def advance(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> float:
+        """Adds `times` the change of the timelines and the sums; returns that of the computation once."""
+        *moved, idle, until = (now + times * by for now, by in zip(self.timelines(), timelines, strict=True))
+        for name, moment in zip(_TIMELINES, moved, strict=True):
+            setattr(self, name, moment)
+        self._idle = idle, until
+        moved = [now + times * by for now, by in zip(self.sums(), sums, strict=True)]
         self.exchanged_bytes, self.exchange_stalls = round(moved.pop(0)), moved.pop(0)
         self.copied = Copies(round(moved.pop(0)), moved.pop(0), moved.pop(0))
         self.busy = dict(zip(self.busy, moved, strict=True))
-        return change[0]
+        return timelines[0]
 
     # --- computation -----------------------------------------------------------------------------------------------------
 
