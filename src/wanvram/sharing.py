@@ -119,13 +119,14 @@ def travelling(place: Place, tokens: int, rows: int, width: int) -> int:
     As many chunks as one GPU makes of the whole sequence, so that as many queries attend at once as there: an attention works in
     waves of tiles, 14B at 720P in 10.0 of them on an H200 with half of the heads. Chunks of half the rank's rows at once would do
     it in 9.1 that take as long as 10 (measured: 12.41 s a step, predicted without waves 11.28), and chunks of all of them would
-    take more memory, as one travels while another attends. Few numbers are not worth the messages: 1.3B at 480P would wait for the
+    take more memory, as one travels while another attends. For that there are two at least: 14B at 480P and 25 frames, one chunk of
+    one GPU, would take 8 % longer on two RTX 4090 (predicted). Few numbers are not worth the messages: 1.3B at 480P would wait for the
     host, which takes 0.2 ms for each.
     """
     whole = rows_at_once(place, tokens, rows)
     if whole * width < FEW_ROWS * WIDE:
         return whole
-    share, chunks = -(-tokens // place.count(SEQUENCE)), -(-tokens // rows)
+    share, chunks = -(-tokens // place.count(SEQUENCE)), max(2, -(-tokens // rows))
     mine = -(-share // chunks)
     return mine if mine >= FEW_ROWS // 2 else -(-whole // 2)
 

@@ -9,7 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wanvram.errors import InputError
-from wanvram.sharing import ALONE, CFG, RING, SEQUENCE, ULYSSES, WORLD, Place, Sequence, meetings, parts, size
+from wanvram.sharing import (
+    ALONE,
+    CFG,
+    RING,
+    SEQUENCE,
+    ULYSSES,
+    WORLD,
+    Place,
+    Sequence,
+    meetings,
+    parts,
+    rows_at_once,
+    size,
+    travelling,
+)
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 2))
 
@@ -80,3 +94,16 @@ def test_each_set_of_ranks_that_exchange_has_one_buffer_for_each_use(place: Plac
     found = meetings(place, weights=weights)
     assert len(found) == buffers
     assert all(place.rank in members and place.members(axis) == members for (members, _), axis in found.items())
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize(("tokens", "rows"), [(75600, 8400), (32760, 8190), (32760, 32760), (10920, 10920)])
+def test_a_wide_share_travels_in_two_chunks_at_least_where_it_is_long(count: int, tokens: int, rows: int) -> None:
+    place = Place(0, ulysses=count)
+    whole, at_once = rows_at_once(place, tokens, rows), travelling(place, tokens, rows, 5120)
+    assert at_once == whole if whole < 4096 else 2048 <= at_once <= -(-tokens // count // 2) + 1
+
+
+def test_as_many_chunks_travel_as_one_gpu_makes_of_the_sequence() -> None:
+    assert travelling(Place(0, ulysses=2), 75600, 8400, 5120) == 4200
+    assert travelling(Place(0, ulysses=2), 32760, 8190, 1536) == 8190  # narrow: whole
