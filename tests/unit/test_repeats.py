@@ -130,9 +130,9 @@ class Steady:
 
 def left_out(device: Any, groups: Sequence[object], streamed: int = 3) -> tuple[int, int, float]:
     """The first group that is left out, how many are, and the seconds; (0, 0, 0.0): none is."""
-    repeats = Repeats(device, groups, periods=(1, 2, 3), kept=2)
+    repeats = Repeats(device, groups, (1, 2, 3), [streamed] * len(groups))
     for index in range(len(groups)):
-        count, seconds = repeats.leave_out(index, lambda group: streamed)
+        count, seconds = repeats.leave_out(index)
         if count:
             return index, count, seconds
     return 0, 0, 0.0
@@ -178,5 +178,5 @@ def test_nothing_is_left_out_where_one_timeline_would_overtake_another(others: t
 
 @pytest.mark.parametrize(("step", "first"), [(1.0, 2), (0.0, 2), (0.9, 0)])
 def test_what_a_slot_waits_for_moves_as_the_computation_does_or_not_at_all(step: float, first: int) -> None:
-    repeats = Repeats(Steady(), ["block"] * 20, periods=(1, 2, 3), kept=2)
-    assert next((n for n in range(20) if repeats.leave_out(n, lambda group: 2, (3.0 + step * n,))[0]), 0) == first
+    repeats = Repeats(Steady(), ["block"] * 20, (1, 2, 3), [2] * 20)
+    assert next((n for n in range(20) if repeats.leave_out(n, (3.0 + step * n,))[0]), 0) == first

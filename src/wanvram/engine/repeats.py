@@ -8,7 +8,7 @@ if none overtakes another. A host that was behind the computation and comes near
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from operator import sub
 from typing import Any, Protocol
@@ -56,20 +56,23 @@ class _Standable(Protocol):
 
 class Repeats:
     """Of one walk. groups: what each consists of, equal where they do the same. periods: after how many groups the device may stand
-    as before, shortest first. kept: so many are walked at the end in any case.
+    as before, shortest first. pieces: of each group, those that come through two slots, as many through each; while the last
+    pieces are used, the slots are filled for the next pass, so that these are walked.
     """
 
-    def __init__(self, device: _Standable, groups: Sequence[Any], periods: Sequence[int], kept: int) -> None:
-        self.device, self.groups, self.periods, self.kept = device, groups, periods, kept
+    def __init__(
+        self, device: _Standable, groups: Sequence[Any], periods: Sequence[int], pieces: Sequence[int] = ()
+    ) -> None:
+        self.device, self.groups, self.periods, self.pieces = device, groups, periods, pieces
+        self.kept = 1
+        while self.kept < len(pieces) and (self.kept < 2 or (any(pieces) and sum(pieces[-self.kept :]) < 4)):
+            self.kept += 1
         self._before: list[Standing] = []
 
-    def leave_out(
-        self, index: int, streamed: Callable[[int], int] = lambda group: 0, marks: Sequence[float] = ()
-    ) -> tuple[int, float]:
+    def leave_out(self, index: int, marks: Sequence[float] = ()) -> tuple[int, float]:
         """Before group `index`, and called before each: how many are left out, and the seconds that these took, which are booked.
 
-        streamed: of a group, the pieces that come through the two slots: as many must come through each. marks: what is waited
-        for later, as many each time.
+        marks: what is waited for later, as many each time.
         """
         standing = self.device.standing()
         if standing is None:
@@ -77,7 +80,7 @@ class Repeats:
         self._before.append(replace(standing, marks=tuple(marks)))
         for period in self.periods:
             times = self._periods_alike(index, period)
-            if times < 1 or sum(map(streamed, range(index - period, index))) % 2:
+            if times < 1 or sum(self.pieces[index - period : index]) % 2:
                 continue
             change = self._before[-1].since(self._before[-1 - period])
             earlier = self._before[-2].since(self._before[-2 - period])

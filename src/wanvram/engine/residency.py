@@ -44,7 +44,6 @@ def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor | None]]) -
         owner._parameters[leaf] = None if view is None else nn.Parameter(view, requires_grad=False)
 
 
-LAST_GROUPS, LAST_PIECES = 2, 4
 LONGEST_PERIOD = 20  # groups: VACE's blocks of 14B come again after 14, some on the device every 4th or 5th block
 
 
@@ -436,28 +435,18 @@ class Component:
                 coming.close()
 
     def _repeats(self, groups: Sequence[Sequence[_Part]]) -> Repeats:
-        """The last groups are walked: while their pieces are used, the slots are filled for the next pass."""
-        kept, pieces = 0, 0
-        for group in reversed(groups):
-            if kept >= LAST_GROUPS and (pieces >= LAST_PIECES or self._ring is None):
-                break
-            kept, pieces = kept + 1, pieces + sum(part.flat is None for part in group)
         work = [[part.work for part in group] for group in groups]
-        return Repeats(self.device, work, range(1, LONGEST_PERIOD + 1), kept)
+        return Repeats(self.device, work, range(1, LONGEST_PERIOD + 1), [len(_streamed(group)) for group in groups])
 
     def _skip(self, repeats: Repeats, groups: Sequence[Sequence[_Part]], number: int) -> int:
         """Groups from `number` on that are left out."""
-
-        def streamed(group: int) -> list[_Part]:
-            return [part for part in groups[group] if part.flat is None]
-
         marks = [mark or 0.0 for mark in self._ring.marks()] if self._ring is not None else []
-        count, seconds = repeats.leave_out(number, lambda group: len(streamed(group)), marks)
+        count, seconds = repeats.leave_out(number, marks)
         if count and self._ring is not None:
-            left = [part for group in range(number, number + count) for part in streamed(group)]
+            left = [part for group in groups[number : number + count] for part in _streamed(group)]
             self._ring.skip(len(left), seconds)
             # One piece more is on its way; those of the last groups are read when they come.
-            self._read |= {*left, *streamed(number + count)[:1]}
+            self._read |= {*left, *_streamed(groups[number + count])[:1]}
         return count
 
     def walk_embedders(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
@@ -494,6 +483,10 @@ class Component:
         if self._on_host:
             return sum(part.flat.nbytes for part in self._parts() if part.flat is not None)
         return sum(master.nbytes for master in self._masters.values()) if self._in_ram else 0
+
+
+def _streamed(group: Sequence[_Part]) -> list[_Part]:
+    return [part for part in group if part.flat is None]
 
 
 def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: Fp8 = NOWHERE) -> _Part:

@@ -115,10 +115,10 @@ class _Tiles:
     def visit(self, pictures: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """The latent frames of a tile; a simulation leaves out those that would do what those before them did."""
         alike = ["first", *["later"] * (len(pictures) - 1)] if self.leaves_out else []
-        repeats, index = Repeats(self.device, alike, periods=(1, 2, 3, 4), kept=1), 0
+        repeats, index = Repeats(self.device, alike, periods=(1, 2, 3, 4)), 0
         while index < len(pictures):
             marks = [mark or 0.0 for ferry in (self.features, self.ferry) for mark in ferry.marks()] if alike else []
-            self.left_out, seconds = repeats.leave_out(index, marks=marks) if alike else (0, 0.0)
+            self.left_out, seconds = repeats.leave_out(index, marks) if alike else (0, 0.0)
             if self.left_out:
                 self.features.skip(seconds)
                 self.ferry.skip(seconds)
