@@ -64,8 +64,9 @@ class ShardHome:
     peers: Peers
     _last: Any = None
 
-    def __post_init__(self) -> None:
-        self.marks = self.home.marks
+    @property
+    def marks(self) -> list[Any]:
+        return self.home.marks
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         there = self.home.fetch(piece, self.shard.mine(slot), after)

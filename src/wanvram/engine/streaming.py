@@ -25,7 +25,8 @@ __all__ = ["Home", "Later", "PacedHome", "PinnedHome", "SlotRing", "StagedHome"]
 class Home(Protocol):
     """Where weights wait. marks: those that are waited for before a later fetch."""
 
-    marks: list[Any]
+    @property
+    def marks(self) -> list[Any]: ...
 
     def fetch(self, piece: Any, slot: torch.Tensor, after: Any) -> Any:
         """Starts filling `slot` [nbytes] once the mark `after` has passed; returns the mark of its completion."""
