@@ -360,7 +360,8 @@ class SimulatedDevice(Device):
         return None if state is None else Standing(state, self.clock.timelines(), self.clock.sums())
 
     def stand_for(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> float:
-        return times * self.clock.advance(times, timelines, sums)
+        self.clock.advance(times, timelines, sums)
+        return times * timelines[0]
 
     def later(self, mark: Any, seconds: float) -> Any:
         return mark + seconds

@@ -15,6 +15,10 @@ from typing import Any, Protocol
 
 __all__ = ["Repeats", "Standing"]
 
+LAST_GROUPS, LAST_PIECES = (
+    2,
+    4,
+)  # walked at least, where pieces come through two slots: two are on their way, two follow them
 _SAME_SECONDS = 1e-9  # of two periods, relative: sums of floats that were added in another order
 
 
@@ -38,9 +42,8 @@ class Standing:
     def lasts(self, before: Standing) -> bool:
         """Differences as those before them, and no timeline overtakes another: what is used moves as the computation does, or is the
         host and falls behind it."""
-        mine, theirs = (
-            c.timelines + c.sums for c in (self, before)
-        )  # marks: one group on, the slots have changed places
+        # Marks are not compared with those before: one group on, the slots have changed places.
+        mine, theirs = (change.timelines + change.sums for change in (self, before))
         computation, host, *others = self.timelines
         return (
             all(map(_is_same, mine, theirs))
@@ -65,7 +68,9 @@ class Repeats:
     ) -> None:
         self.device, self.groups, self.periods, self.pieces = device, groups, periods, pieces
         self.kept = 1
-        while self.kept < len(pieces) and (self.kept < 2 or (any(pieces) and sum(pieces[-self.kept :]) < 4)):
+        while self.kept < len(pieces) and (
+            self.kept < LAST_GROUPS or (any(pieces) and sum(pieces[-self.kept :]) < LAST_PIECES)
+        ):
             self.kept += 1
         self._before: list[Standing] = []
 

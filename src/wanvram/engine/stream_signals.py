@@ -1,6 +1,6 @@
 """Counts in each other's memory, written and awaited by commands of a stream: no kernel, which would wait for a multiprocessor.
 
-cuStreamWriteValue32 and cuStreamWaitValue32 of CUDA's driver (version 2 of them, on by default since driver 530).
+cuStreamWriteValue32 and cuStreamWaitValue32 of CUDA's driver, version 2 of them (run with driver 580).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["COUNT_BYTES", "Kind", "StreamSignals", "commands_are_missing"]
 COUNT_BYTES = 4
 _WRITE, _WAIT = "cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"
 _DEFAULT = (
-    0  # of either: written after a fence, so that what was written before is seen; waited for as at least, cyclic
+    0  # flags: a count is written behind a fence, so that earlier writes are seen; waited for as at least, cyclic
 )
 
 
@@ -36,12 +36,8 @@ class Kind(IntEnum):
 @cache
 def _command_of(name: str) -> Any:
     command = getattr(ctypes.CDLL("libcuda.so.1"), name)
-    command.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_uint64,
-        ctypes.c_uint32,
-        ctypes.c_uint,
-    )  # stream, address, value, flags
+    stream, address, value, flags = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
+    command.argtypes = (stream, address, value, flags)
     return command
 
 

@@ -20,13 +20,14 @@ from torch import Tensor
 from wanvram.engine.peers import TorchPeers
 from wanvram.engine.stream_signals import COUNT_BYTES, Kind, StreamSignals, commands_are_missing
 from wanvram.errors import DeviceError
+from wanvram.knobs import MAX_GPUS
 from wanvram.sharing import BUFFER_BYTES, PASSING
 
 __all__ = ["Room", "SymmetricPeers", "what_is_missing"]
 
 MODULE = "torch.distributed._symmetric_memory"
 _ALIGNED = 256
-_PAGE = 2 * 128 * COUNT_BYTES  # counts of two kinds, of the most members there are
+_PAGE = len(Kind) * MAX_GPUS * COUNT_BYTES
 _HALF = (BUFFER_BYTES - _PAGE) // 2 // _ALIGNED * _ALIGNED
 
 

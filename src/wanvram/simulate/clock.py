@@ -226,8 +226,8 @@ class Clock:
     def sums(self) -> tuple[float, ...]:
         return (self.exchanged_bytes, self.exchange_stalls, *astuple(self.copied), *self.busy.values())
 
-    def advance(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> float:
-        """Adds `times` the change of the timelines and the sums; returns that of the computation once."""
+    def advance(self, times: int, timelines: Sequence[float], sums: Sequence[float]) -> None:
+        """Adds `times` the change of the timelines and the sums."""
         *moved, idle, until = (now + times * by for now, by in zip(self.timelines(), timelines, strict=True))
         for name, moment in zip(_TIMELINES, moved, strict=True):
             setattr(self, name, moment)
@@ -236,7 +236,6 @@ class Clock:
         self.exchanged_bytes, self.exchange_stalls = round(moved.pop(0)), moved.pop(0)
         self.copied = Copies(round(moved.pop(0)), moved.pop(0), moved.pop(0))
         self.busy = dict(zip(self.busy, moved, strict=True))
-        return timelines[0]
 
     # --- computation -----------------------------------------------------------------------------------------------------
 
