@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from beside_diffusers import SHAPES, fill
 from fit_card import MIB, Sampler
+from nvml_watch import gpu_of
 from provenance import conclude, header
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def device_name(device: str) -> str:
     import pynvml
 
     pynvml.nvmlInit()
-    name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+    name = pynvml.nvmlDeviceGetName(gpu_of(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES")))
     return name.decode() if isinstance(name, bytes) else str(name)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nvml_watch import gpu_of
 from provenance import conclude, header, unused
 
 GIB = 2**30
@@ -69,14 +71,14 @@ class Sampler:
         import pynvml
 
         pynvml.nvmlInit()
-        self._nvml = pynvml
+        self._nvml, self._handle = pynvml, gpu_of(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         self.idle = self.highest = self._read()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def _read(self) -> int:
-        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._nvml.nvmlDeviceGetHandleByIndex(0)).used)
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
 
     def _sample(self) -> None:
         while not self._stop.wait(0.01):

@@ -6,8 +6,9 @@
     make mutants ARGS="--wide --lanes 16"                           what lives is also tried on all of unit/ and parity/: minutes each
 
 A change is one flipped comparison, one arithmetic or logical operator, one number, one boolean, one inverted condition, or one
-statement that is left out, in a copy of the source. Killed: a test failed, or took longer than --seconds. Whether a survivor
-matters is for a person to say: many are equivalent, and the file has a `reason` for each to be filled in; --judge FILE counts.
+statement that is left out, in a copy of the source. First the tests run without a change: what fails then is left out. Killed: a test
+failed, or took longer than --seconds. Whether a survivor matters is for a person to say: many are equivalent, and the file has a `reason`
+for each to be filled in; --judge FILE counts.
 """
 
 from __future__ import annotations
@@ -300,40 +301,43 @@ class Bench:
             (lane / SOURCE / mutant.file).write_bytes((ROOT / SOURCE / mutant.file).read_bytes())
             self.free.put(lane)
 
+    def unchanged(self, file: str) -> str:
+        """What fails here without a change, if anything: nothing that these tests say of a mutant would count."""
+        lane = self.free.get()
+        try:
+            outcome, by = self._tested(file, lane)
+            return "" if outcome == "survived" else f"{file}: {by or outcome}"
+        finally:
+            self.free.put(lane)
+
     def _tried(self, mutant: Mutant, lane: Path) -> Outcome:
         path = lane / SOURCE / mutant.file
         path.write_bytes(mutant.applied(path.read_bytes()))
-        env = dict(os.environ) | {
-            "PYTHONPATH": str(lane / "src"),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--no-header",
-            "--tb=no",
-            "-rfE",
-        ]
-        command += [f"--basetemp={lane / 'tmp'}"]
         start = time.monotonic()
-        for tests in (tests_of(mutant.file), ["tests/unit", "tests/parity"])[: 1 + self.wide]:
+        outcome, by = self._tested(mutant.file, lane)
+        return Outcome(mutant, outcome, by, time.monotonic() - start)
+
+    def _tested(self, file: str, lane: Path) -> tuple[str, str]:
+        """survived, killed or late, and the first test that failed."""
+        own = {"PYTHONPATH": str(lane / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        command += ["--no-header", "--tb=no", "-rfE", f"--basetemp={lane / 'tmp'}"]
+        for tests in (tests_of(file), ["tests/unit", "tests/parity"])[: 1 + self.wide]:
             try:
                 done = subprocess.run(
-                    [*command, *tests], cwd=ROOT, env=env, capture_output=True, text=True, timeout=self.limit
+                    [*command, *tests],
+                    cwd=ROOT,
+                    env=os.environ | own,
+                    capture_output=True,
+                    text=True,
+                    timeout=self.limit,
                 )
             except subprocess.TimeoutExpired:
-                return Outcome(mutant, "late", "", time.monotonic() - start)
+                return "late", ""
             if done.returncode != 0:
                 break
         first = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-        outcome = "survived" if done.returncode == 0 else "killed"
-        return Outcome(mutant, outcome, first[:200] or done.stderr[-200:], time.monotonic() - start)
+        return ("survived" if done.returncode == 0 else "killed"), first[:200] or done.stderr[-200:]
 
 
 def judge(document: dict[str, Any]) -> int:
@@ -347,9 +351,11 @@ def judge(document: dict[str, Any]) -> int:
     )
     for row in lived:
         print(f"  {row['place']}: {row['old']!r} => {row['new']!r}  {row['reason'] or '(no reason given)'}")
+    for text in document.get("left_out", ()):
+        print(f"BROKEN without a change: {text}")
     if share < LEAST_KILLED:
         print(f"BROKEN {share:.1%} killed, {LEAST_KILLED:.0%} asked for")
-    return int(share < LEAST_KILLED)
+    return int(share < LEAST_KILLED or bool(document.get("left_out")))
 
 
 def rows_of(outcomes: list[Outcome]) -> Iterator[dict[str, Any]]:
@@ -359,12 +365,13 @@ def rows_of(outcomes: list[Outcome]) -> Iterator[dict[str, Any]]:
         yield row | {"seconds": round(o.seconds, 1)}
 
 
-def write(out: Path, args: argparse.Namespace, outcomes: list[Outcome]) -> dict[str, Any]:
+def write(out: Path, args: argparse.Namespace, outcomes: list[Outcome], broken: list[str]) -> dict[str, Any]:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     document = {
         "commit": commit.stdout.strip(),
         "seed": args.seed,
         "count": args.count,
+        "left_out": broken,
         "mutants": [*rows_of(outcomes)],
     }
     out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -396,11 +403,14 @@ def main(argv: list[str] | None = None) -> int:
     bench, outcomes = Bench(args.lanes, args.seconds, wide=args.wide), []
     try:
         with ThreadPoolExecutor(args.lanes) as pool:
-            for outcome in pool.map(bench.run, chosen):
+            broken = [text for text in pool.map(bench.unchanged, sorted({m.file for m in chosen})) if text]
+            print("\n".join(f"fails without a change, left out: {text}" for text in broken), flush=True)
+            sound = [m for m in chosen if not any(text.startswith(f"{m.file}: ") for text in broken)]
+            for outcome in pool.map(bench.run, sound):
                 outcomes.append(outcome)
                 m = outcome.mutant
                 print(f"{outcome.outcome:8} {outcome.seconds:5.0f} s  {m.place}: {m.old!r} => {m.new!r}", flush=True)
-                document = write(args.out, args, outcomes)
+                document = write(args.out, args, outcomes, broken)
     finally:
         shutil.rmtree(bench.folder, ignore_errors=True)
     return judge(document)
