@@ -35,13 +35,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def circumstances(*scripts: str) -> dict[str, Any]:
-    """Of a result file: the code (the package and these scripts), versions and the machine."""
+    """Of a result file: the code (the package and these scripts), versions and the machine, with the speed of its processor."""
+    from wanvram.machine.host import operation_us
+
     return {
         "commit": _commit(),
         "source_sha256": _source_sha256(scripts),
         "torch": importlib.metadata.version("torch"),
         "python": platform.python_version(),
         "cpu_count": os.cpu_count(),
+        "operation_us": operation_us(),
         "ram_bytes": psutil.virtual_memory().total,
         "ram_available_bytes": psutil.virtual_memory().available,
     }

@@ -1,6 +1,6 @@
 """Which changes of the code would no test notice? A seeded sample of single changes, each run against the tests closest to it.
 
-    make mutants ARGS="--count 20 --seed 1 --out mutants.json"      about half a minute a mutant on one core; outside CI
+    make mutants ARGS="--count 20 --seed 1 --out mutants.json"      about a quarter of a minute a mutant on one core; outside CI, needs fork
     make mutants ARGS="--list --seed 1 --count 200"                 the sample, without running anything
     make mutants ARGS="--only src/wanvram/record.py:213:18"         one again
     make mutants ARGS="--wide --lanes 16"                           what lives is also tried on all of unit/ and parity/: minutes each
@@ -19,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/wanvram")
@@ -281,24 +284,91 @@ class Outcome:
     seconds: float
 
 
+class Lane:
+    """A copy of the source, and a process that has PyTorch loaded and runs tests on the copy, each time in a fork of itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        own = {"PYTHONPATH": str(folder / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, __file__, "--lane", str(folder)]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, **pipes)
+
+    def tested(self, tests: list[str], limit: float) -> tuple[str, str]:
+        """survived, killed or late, and the first test that failed."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"tests": tests, "limit": limit}) + "\n")
+        self.process.stdin.flush()
+        outcome, by = json.loads(self.process.stdout.readline())
+        return outcome, by
+
+
+def serve(folder: Path) -> int:
+    """The process of a lane: a line of its input names tests, a line of its output says what came of them."""
+    import torch  # noqa: F401 - two of the three seconds that a run of pytest takes to start
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os._exit(_forked(folder, asked["tests"]))
+        code = _waited(child, asked["limit"])
+        said = (folder / "log").read_text(encoding="utf-8", errors="replace")
+        first = next((text for text in said.splitlines() if text.startswith(("FAILED", "ERROR"))), "")
+        outcome = "late" if code is None else "killed" if code else "survived"
+        print(json.dumps([outcome, first[:200] or (said[-200:] if code else "")]), flush=True)
+    return 0
+
+
+def _forked(folder: Path, tests: list[str]) -> int:
+    os.setsid()  # so that what tests start ends with them
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--no-header", "--tb=no", "-rfE"]
+    try:
+        return int(pytest.main([*options, f"--basetemp={folder / 'tmp'}", *tests]))
+    except BaseException as error:
+        os.write(2, repr(error).encode())
+        return 1
+
+
+def _waited(child: int, limit: float) -> int | None:
+    """Its exit code; None if it had to be ended after `limit` seconds."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
 class Bench:
-    """Copies of the source in which mutants are tried, one for each lane."""
+    """Lanes in which mutants are tried."""
 
     def __init__(self, lanes: int, limit: float, *, wide: bool = False) -> None:
         self.limit, self.wide = limit, wide
         self.folder = Path(tempfile.mkdtemp(prefix="wanvram-mutants-"))
-        self.free: SimpleQueue[Path] = SimpleQueue()
-        for lane in range(lanes):
-            copy = self.folder / str(lane)
-            shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__"))
-            self.free.put(copy)
+        self.lanes = [Lane(self.folder / str(number)) for number in range(lanes)]
+        self.free: SimpleQueue[Lane] = SimpleQueue()
+        for lane in self.lanes:
+            self.free.put(lane)
 
     def run(self, mutant: Mutant) -> Outcome:
         lane = self.free.get()
+        path, data = lane.folder / SOURCE / mutant.file, (ROOT / SOURCE / mutant.file).read_bytes()
+        start = time.monotonic()
         try:
-            return self._tried(mutant, lane)
+            path.write_bytes(mutant.applied(data))
+            outcome, by = self._tested(mutant.file, lane)
+            return Outcome(mutant, outcome, by, time.monotonic() - start)
         finally:
-            (lane / SOURCE / mutant.file).write_bytes((ROOT / SOURCE / mutant.file).read_bytes())
+            path.write_bytes(data)
             self.free.put(lane)
 
     def unchanged(self, file: str) -> str:
@@ -310,34 +380,19 @@ class Bench:
         finally:
             self.free.put(lane)
 
-    def _tried(self, mutant: Mutant, lane: Path) -> Outcome:
-        path = lane / SOURCE / mutant.file
-        path.write_bytes(mutant.applied(path.read_bytes()))
-        start = time.monotonic()
-        outcome, by = self._tested(mutant.file, lane)
-        return Outcome(mutant, outcome, by, time.monotonic() - start)
+    def _tested(self, file: str, lane: Lane) -> tuple[str, str]:
+        outcome, by = lane.tested(tests_of(file), self.limit)
+        return (
+            lane.tested(["tests/unit", "tests/parity"], self.limit)
+            if self.wide and outcome == "survived"
+            else (outcome, by)
+        )
 
-    def _tested(self, file: str, lane: Path) -> tuple[str, str]:
-        """survived, killed or late, and the first test that failed."""
-        own = {"PYTHONPATH": str(lane / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-        command += ["--no-header", "--tb=no", "-rfE", f"--basetemp={lane / 'tmp'}"]
-        for tests in (tests_of(file), ["tests/unit", "tests/parity"])[: 1 + self.wide]:
-            try:
-                done = subprocess.run(
-                    [*command, *tests],
-                    cwd=ROOT,
-                    env=os.environ | own,
-                    capture_output=True,
-                    text=True,
-                    timeout=self.limit,
-                )
-            except subprocess.TimeoutExpired:
-                return "late", ""
-            if done.returncode != 0:
-                break
-        first = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-        return ("survived" if done.returncode == 0 else "killed"), first[:200] or done.stderr[-200:]
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.process.kill()
+            lane.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def judge(document: dict[str, Any]) -> int:
@@ -389,7 +444,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="FILE:LINE:COLUMN")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="a result whose survivors have reasons")
+    parser.add_argument("--lane", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.lane:
+        return serve(args.lane)
     if args.judge:
         return judge(json.loads(args.judge.read_text(encoding="utf-8")))
     chosen = (
@@ -412,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{outcome.outcome:8} {outcome.seconds:5.0f} s  {m.place}: {m.old!r} => {m.new!r}", flush=True)
                 document = write(args.out, args, outcomes, broken)
     finally:
-        shutil.rmtree(bench.folder, ignore_errors=True)
+        bench.close()
     return judge(document)
 
 
