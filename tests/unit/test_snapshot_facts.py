@@ -203,6 +203,20 @@ def test_thirty_one_days_without_an_event_are_believed_and_more_are_a_clock_that
     assert last(31.001) == 5e-6
 
 
+def test_a_first_event_whose_clock_was_not_set_is_at_the_beginning_like_the_second() -> None:
+    replay = Replay(Rules())
+    replay.feed(("snapshot", 0, 0, 0, time_us, Stack()) for time_us in (3, 10**15, 10**15 + 5))
+    assert [point[0] for point in replay.points.result()] == [0.0, 0.0, 5e-6]
+
+
+def test_a_history_without_an_allocation_has_figures_of_nothing(read: Any) -> None:
+    found = read(held(20 * MIB)).main
+    assert (found.peak_allocated_bytes, found.peak_active_bytes, found.allocated_bytes) == (0, 0, 0)
+    assert (found.peak.seconds, found.peak.alive, found.complete) == (0.0, (), True)
+    empty = read(segments=[segment(0, [(MIB, "inactive")])]).main
+    assert (empty.points, empty.peak_active_bytes) == (((0.0, 0, MIB),), 0)
+
+
 # --- segments ----------------------------------------------------------------------------------------------------------------
 
 
