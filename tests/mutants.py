@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/wanvram")
 LEAST_KILLED = 0.85  # of those that matter
-REPORT = "test_html_report test_markdown_report test_terminal_report"
+REPORT = "test_answer_facts test_markdown_report test_html_report test_terminal_report"
 # The modules of which a user or a record sees the figures, and the test files closest to each, the quickest first.
 TESTS = {
     "analysis/compare.py": "test_compare test_reading_facts",
@@ -72,8 +72,8 @@ TESTS = {
     "recorder/meters.py": "test_recorder test_cuda_meter test_profiler",
     "recorder/recorder.py": "test_recorder test_record_facts test_interrupts",
     "report/findings.py": f"{REPORT} test_reading_facts",
-    "report/markdown.py": "test_markdown_report",
-    "report/terminal.py": "test_terminal_report test_reading_facts",
+    "report/markdown.py": "test_answer_facts test_markdown_report test_gpu_reports",
+    "report/terminal.py": "test_answer_facts test_gpu_reports test_terminal_report test_reading_facts",
     "request.py": "test_config test_machine_facts test_tasks",
     "run/execute.py": "test_record_facts integration/test_ended_early integration/test_refusals integration/test_observed_runs",
     "simulate/allocator.py": "test_allocator test_reading_facts",

@@ -254,6 +254,8 @@ def test_unmapping_the_middle_leaves_both_ends(read: Any) -> None:
     assert left(0, 60) == []
     assert left(40, 40) == [(0, 60)], "which was never mapped"
     assert left(80, 20) == [(0, 60)]
+    events = [mapped(0, 60), *(entry("segment_unmap", at * MIB, 10 * MIB) for at in (20, 50, 0))]
+    assert ranges(read, *events) == [(10, 10), (30, 20)], "what is left can be unmapped, too"
 
 
 def test_what_a_freed_segment_reserved_is_given_back_and_the_peak_keeps_it(read: Any) -> None:
