@@ -170,7 +170,7 @@ def change(*advice: Advice, made: Run | None = None) -> str:
         (0.0049, "at no cost in time"),
         (0.005, "for 0.01 s more per run"),
         (-0.0049, "at no cost in time"),
-        (-0.0051, "and takes 0.01 s less per run"),
+        (-0.005, "and takes 0.01 s less per run"),
         (None, "at an unknown cost in time"),
     ],
 )

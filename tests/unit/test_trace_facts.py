@@ -294,6 +294,25 @@ def test_a_begin_or_an_end_counts_as_four_events(read: Any, monkeypatch: pytest.
         read(half("B", "a", 1), half("E", "a", 5))
 
 
+def test_how_much_is_kept_of_the_largest_trace() -> None:
+    collector = module._Collector("t.json")
+    for number in range(50_001):
+        collector.take(op(f"{number}", 1, 1, "kernel"))
+    assert len(collector.kernels) == 50_000
+    for number in range(20_001):
+        assert collector.spans_full is (number >= 20_000)
+        collector.take(op("mine", 1, 1, "user_annotation"))
+    assert len(collector.spans) == 20_000
+    collector.hours = {hour: [1, 2, 3, 4] for hour in range(5, 10_004)}
+    collector.take(op("kept", 20_000 * HOUR, 1))
+    collector.take(op("lost", 30_000 * HOUR, 1))
+    assert [hour for hour in collector.hours if hour >= 10_004] == [20_000]
+    collector.records = 24_000_000 - 1
+    collector.take(op("last", 1, 1))
+    with pytest.raises(InputError, match="over 24,000,000 operators and memory events"):
+        collector.take(op("beyond", 1, 1))
+
+
 def test_as_many_annotations_as_there_may_be_are_all_kept_but_said_to_be_the_first(
     read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
