@@ -336,6 +336,15 @@ def test_errors_are_signed_and_a_figure_that_one_of_both_lacks_has_none() -> Non
         ], "and no stage that only one has"
 
 
+def test_a_prediction_or_a_measurement_of_nothing_has_no_errors() -> None:
+    full, empty = record(), record(simulated=True)
+    empty.stages = []
+    for p, m in ((empty, full), (replace(full, simulated=True), replace(empty, simulated=False))):
+        found = lines(run("p", p), run("m", m))
+        assert "## Predicted against measured: p, m" in found
+        assert not any(line.startswith("| whole run") for line in found)
+
+
 def test_the_table_of_advice_has_only_columns_that_are_known() -> None:
     plain = Advice("tile", 100 * MIB, None)
     found = lines(replace(run(), advice=(plain,)))

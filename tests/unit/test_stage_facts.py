@@ -113,6 +113,7 @@ def test_a_plan_names_the_halves_of_the_vae_apart(component: str | None, part: s
 
 def test_a_mean_of_folded_spans_is_unknown_if_one_of_them_is_and_weighs_each_by_how_many_it_stands_for() -> None:
     assert folded([stage("a", 3.0, repeats=3), stage("b", 7.0)])[0].seconds == 4.0
+    assert folded([stage("a", 2.0, repeats=3), stage("b", 7.0, repeats=2)])[0].seconds == 4.0
     assert folded([stage("a", 3.0), stage("b")])[0].seconds is None
     assert folded([stage("a"), stage("b", 3.0)])[0].seconds is None
     assert folded([stage("a", notes=["mine"]), stage("b"), stage("c")])[0].notes == [

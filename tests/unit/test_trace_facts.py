@@ -133,7 +133,9 @@ def test_of_a_single_memory_event_the_mean_is_what_it_says(read: Any) -> None:
 
 
 def test_one_byte_that_is_held_is_known_to_be_held(read: Any) -> None:
-    curve = main(read(memory(5, 1, 1, 1)))
+    trace = read(memory(5, 1, 1, 1), op("mine", 1, 9, "user_annotation"))
+    curve = main(trace)
+    assert trace.annotations[0].peak_reserved_bytes == 1
     assert (curve.peak_reserved_bytes, curve.reserved_at_peak_bytes, curve.fragmentation_at_peak) == (1, 1, 0.0)
 
 
@@ -179,12 +181,12 @@ def test_a_span_of_another_age_is_not_told(read: Any) -> None:
     assert [span.name for span in read(op("a", start, 5), inside, running).annotations] == ["mine", "never ended"]
 
 
-def test_spans_come_in_the_order_in_which_they_began(read: Any) -> None:
-    events = [
-        op(name, at, 5, "user_annotation") for name, at in (("c", 30), ("a", 10), ("ProfilerStep#1", 15), ("b", 20))
-    ]
-    trace = read(*events)
-    assert [span.name for span in trace.annotations] == ["a", "b", "c"]
+def test_spans_come_in_the_order_in_which_they_began_and_of_two_that_began_together_the_shorter_first(
+    read: Any,
+) -> None:
+    given = {"c": (30, 5), "a": (10, 90), "ProfilerStep#1": (15, 5), "b": (20, 9), "inside b": (20, 3)}
+    trace = read(*(op(name, *when, "user_annotation") for name, when in given.items()))
+    assert [span.name for span in trace.annotations] == ["a", "inside b", "b", "c"]
     assert [span.name for span in trace.steps] == ["ProfilerStep#1"]
 
 
