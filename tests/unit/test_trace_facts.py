@@ -99,8 +99,9 @@ def test_without_totals_what_is_allocated_first_counts_from_nothing(read: Any) -
 
 
 def test_a_missing_total_never_falls_below_nothing(read: Any) -> None:
-    trace = read(memory(1, 100, 100), without_totals(memory(2, -300, 0)), memory(3, 20, 20))
-    assert [point[1] for point in main(trace).points] == [100, 0, 20]
+    missing = [without_totals(memory(2, -300, 0)), without_totals(memory(3, 50, 0)), without_totals(memory(4, 180, 0))]
+    trace = read(memory(1, 100, 100), *missing, memory(5, 20, 20))
+    assert [point[1] for point in main(trace).points] == [100, 0, 0, 30, 20]
 
 
 def test_a_total_of_nothing_needs_no_bytes_beside_it(read: Any) -> None:
