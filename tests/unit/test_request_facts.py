@@ -203,6 +203,10 @@ def test_a_name_has_at_most_200_bytes() -> None:
     assert refusal(lambda: RunConfig("x" * 201, "", "auto", request())) == "name: is too long; at most 200 bytes"
 
 
+def test_weights_are_named() -> None:
+    assert refusal(lambda: config(weights="")) == "weights: is empty; choose random, tiny or a checkpoint directory"
+
+
 def test_a_cap_is_a_mebibyte_at_least() -> None:
     assert config(memory_limit_bytes=MIB).memory_limit_bytes == MIB
     assert refusal(lambda: config(memory_limit_bytes=MIB - 1)).startswith(
