@@ -66,7 +66,7 @@ TESTS = {
     "planner/transformer.py": "test_planner_choices test_planner test_planner_stream",
     "predict/advice.py": "test_advice",
     "predict/plan.py": "test_plan_facts test_plan_command",
-    "predict/stage.py": "test_stage_facts test_forecast",
+    "predict/stage.py": "test_component_forecasts test_forecast",
     "record.py": "test_record test_record_facts test_damaged_runs",
     "recorder/events.py": "test_event_log test_profiler test_record_facts test_recorder",
     "recorder/meters.py": "test_recorder test_cuda_meter test_profiler",
