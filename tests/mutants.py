@@ -33,16 +33,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/wanvram")
 LEAST_KILLED = 0.85  # of those that matter
-REPORT = "test_html_report test_markdown_report test_terminal_report"
+REPORT = "test_answer_facts test_markdown_report test_html_report test_terminal_report"
 # The modules of which a user or a record sees the figures, and the test files closest to each, the quickest first.
 TESTS = {
     "analysis/compare.py": "test_compare test_reading_facts",
-    "analysis/peak.py": "test_analysis test_reading_facts test_analyze_command",
-    "analysis/replay.py": "test_snapshot_reader test_memory_viz",
-    "analysis/snapshot.py": "test_snapshot_reader test_memory_viz test_field_files",
-    "analysis/stages.py": "test_analysis test_reading_facts test_analyze_command",
-    "analysis/trace.py": "test_trace_reader test_reading_facts test_field_files",
-    "analysis/trace_summary.py": "test_trace_reader test_reading_facts test_field_files",
+    "analysis/peak.py": "test_stage_facts test_analysis test_reading_facts test_analyze_command",
+    "analysis/replay.py": "test_snapshot_facts test_snapshot_reader test_memory_viz",
+    "analysis/snapshot.py": "test_snapshot_facts test_snapshot_reader test_memory_viz test_field_files",
+    "analysis/stages.py": "test_stage_facts test_analysis test_reading_facts test_analyze_command",
+    "analysis/trace.py": "test_trace_facts test_trace_reader test_reading_facts test_field_files",
+    "analysis/trace_summary.py": "test_trace_facts test_trace_reader test_reading_facts test_field_files",
     "cli/budget.py": "test_flag_facts test_budget_flags test_plan_command",
     "cli/flags.py": "test_flag_facts test_machine_facts test_knobs test_plan_command",
     "config.py": "test_request_facts test_config test_knobs",
@@ -67,13 +67,13 @@ TESTS = {
     "predict/advice.py": "test_advice",
     "predict/plan.py": "test_plan_facts test_plan_command",
     "predict/stage.py": "test_component_forecasts test_forecast",
-    "record.py": "test_record test_record_facts test_damaged_runs",
+    "record.py": "test_stage_facts test_record test_record_facts test_damaged_runs",
     "recorder/events.py": "test_event_log test_profiler test_record_facts test_recorder",
     "recorder/meters.py": "test_recorder test_cuda_meter test_profiler",
     "recorder/recorder.py": "test_recorder test_record_facts test_interrupts",
     "report/findings.py": f"{REPORT} test_reading_facts",
-    "report/markdown.py": "test_markdown_report",
-    "report/terminal.py": "test_terminal_report test_reading_facts",
+    "report/markdown.py": "test_answer_facts test_markdown_report test_gpu_reports",
+    "report/terminal.py": "test_answer_facts test_gpu_reports test_terminal_report test_reading_facts",
     "request.py": "test_request_facts test_config test_tasks",
     "run/execute.py": "test_record_facts integration/test_ended_early integration/test_refusals integration/test_observed_runs",
     "simulate/allocator.py": "test_allocator test_reading_facts",
@@ -81,7 +81,7 @@ TESTS = {
     "simulate/libraries.py": "test_libraries test_simulated_memory test_attention_choice integration/test_measured_on_a_gpu",
     "simulate/memory.py": "test_simulated_memory test_timeline test_libraries test_clock",
     "simulate/timeline.py": "test_timeline test_reading_facts",
-    "spans.py": "test_record test_record_facts test_analysis",
+    "spans.py": "test_stage_facts test_record test_record_facts test_analysis",
     "units.py": "test_units",
     "weights/convert.py": "test_convert test_weight_facts",
     "weights/diffusers.py": "test_checkpoint_layouts test_weight_facts test_recognise",
