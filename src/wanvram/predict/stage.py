@@ -32,8 +32,8 @@ def simulate_stage(config: RunConfig, component: str) -> StageForecast:
     """Peaks, base and host memory, and predicted seconds of `component` (planner.forecasts.components_of names it); of several GPUs
     those of the one that takes most of each, and all of the host memory.
 
-    Shortened where a run repeats itself: two denoising steps, and for the VAE three latent frames, whose time is scaled and
-    to whose memory the rest of the latent is added. What a plan settles on is simulated whole (predict.plan).
+    Shortened where a run repeats itself: two denoising steps, and for the VAE three latent frames, whose time is scaled and to
+    whose memory the rest of the latent is added. What a plan settles on is simulated whole (predict.plan).
     """
     strategy = OFFLOAD.set(config.strategy, True)
     request = replace(config.request, sample_steps=min(config.request.sample_steps, 2))
@@ -76,7 +76,9 @@ def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:
         base_bytes=record.base_bytes,
         host_bytes=memory.host_peak_bytes,
         seconds_per_step=steps[-1].seconds if steps else None,
-        seconds=_sum(stages, full / part),
+        seconds=_sum(
+            stages, inputs.frames / short.frames
+        ),  # of the video: the first latent frame is one, the others are several
         together=together,
     )
 
