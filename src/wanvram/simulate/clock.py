@@ -150,18 +150,24 @@ class Costs:
 
 
 def _traffic(operation: str) -> Callable[[Arguments, Any], Work]:
-    """Bytes read and written: arguments and result, with exceptions by name. An argument changed in place is both."""
+    """Bytes read and written, and no arithmetic that counts."""
+    moved = _moved(operation)
+    return lambda args, result: (0.0, 1.0, moved(args, result))
+
+
+def _moved(operation: str) -> Callable[[Arguments, Any], float]:
+    """Arguments and result, with exceptions by name. An argument changed in place is both."""
     if operation.startswith("aten.copy_."):
-        return lambda args, result: (0.0, 1.0, args[0].nbytes + args[1].nbytes)
+        return lambda args, result: args[0].nbytes + args[1].nbytes
     if operation.startswith("wanvram.fill_window"):  # reads and writes a window, and the newest of its frames once more
-        return lambda args, result: (0.0, 1.0, args[4].nbytes * (2 + 1 / args[4].shape[2]))
+        return lambda args, result: args[4].nbytes * (2 + 1 / args[4].shape[2])
     if operation.startswith(_WRITES_ONLY):
-        return lambda args, result: (0.0, 1.0, nbytes_of((result,)))
+        return lambda args, result: nbytes_of((result,))
     if operation.startswith(_LOOKUPS):
-        return lambda args, result: (0.0, 1.0, 2 * nbytes_of((result,)))
+        return lambda args, result: 2 * nbytes_of((result,))
     if operation.startswith("wanvram.") and operation.split(".")[1].endswith("_"):
-        return lambda args, result: (0.0, 1.0, args[0].nbytes + nbytes_of(args))
-    return lambda args, result: (0.0, 1.0, nbytes_of(args) + nbytes_of((result,)))
+        return lambda args, result: args[0].nbytes + nbytes_of(args)
+    return lambda args, result: nbytes_of(args) + nbytes_of((result,))
 
 
 def nbytes_of(values: Iterable[Any]) -> int:
