@@ -10,7 +10,7 @@ import pytest
 
 from unit.test_clock import BUS, CARD, MACHINE, NVLINK, PLAIN, Shaped, computing, seconds
 from wanvram.simulate.clock import Clock, Costs
-from wanvram.simulate.gpus import GPU
+from wanvram.simulate.gpus import GPU, GPUS
 from wanvram.simulate.host import HOST, FirstUse, Reading
 from wanvram.simulate.links import link_of
 from wanvram.spans import Copies
@@ -349,10 +349,11 @@ def test_over_a_bus_a_gather_follows_exchanges_and_holds_up_no_copy_that_ends_la
     assert clock.copies_done() == 9.0
 
 
-def test_cards_of_which_nothing_is_said_have_their_usual_link() -> None:
-    clock, usual = Clock(CARD, MACHINE), link_of(CARD, None, 2)
-    assert clock.start_exchange(SECOND, 0) == pytest.approx(usual.seconds(SECOND))
-    assert clock.link == usual
+def test_cards_of_which_nothing_is_said_have_the_link_that_two_of_them_usually_have() -> None:
+    for card in (CARD, GPUS["rtx3090"]):
+        clock, usual = Clock(card, MACHINE), link_of(card, None, 2)
+        assert clock.start_exchange(SECOND, 0) == pytest.approx(usual.seconds(SECOND))
+        assert clock.link == usual
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------------
