@@ -83,10 +83,10 @@ TESTS = {
     "simulate/timeline.py": "test_simulation_facts test_timeline test_reading_facts test_memory_viz",
     "spans.py": "test_record test_record_facts test_analysis",
     "units.py": "test_units test_machine_facts",
-    "weights/convert.py": "test_convert test_weight_facts",
-    "weights/diffusers.py": "test_checkpoint_layouts test_weight_facts test_recognise",
-    "weights/official.py": "test_checkpoint_layouts test_recognise test_weights",
-    "weights/sources.py": "test_weights test_hostile_weights test_weight_facts",
+    "weights/convert.py": "test_checkpoint_facts test_convert test_weight_facts",
+    "weights/diffusers.py": "test_checkpoint_facts test_checkpoint_layouts test_weight_facts test_recognise",
+    "weights/official.py": "test_checkpoint_facts test_checkpoint_layouts test_recognise test_weights",
+    "weights/sources.py": "test_checkpoint_facts test_weights test_hostile_weights test_weight_facts",
 }
 _COMPARED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is",
              "in": "not in", "not in": "in"}  # fmt: skip
