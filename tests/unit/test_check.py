@@ -6,17 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from wanvram.cli import check
 from wanvram.cli.main import main
 from wanvram.errors import InputError
 from wanvram.machine import checks as module
-from wanvram.machine.checks import own_gpu_process, run_checks
+from wanvram.machine.checks import own_gpu_process, run_checks, warm_up
 from wanvram.report.check import check_text
 from wanvram.units import GIB, MIB
 
@@ -168,6 +170,147 @@ def test_a_machine_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch
 def test_a_torch_that_cannot_use_the_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
     assert "cannot use the GPU" in found()["warnings"][0]
+
+
+# --- at the edges --------------------------------------------------------------------------------------------------------
+
+
+class Asked(FakeNvml):
+    """Remembers what was asked of the driver, with which sensor and clock."""
+
+    def __init__(self, *processes: tuple[int, int | None], graphics: Sequence[int] = (), **more: Any) -> None:
+        super().__init__(*processes, **more)
+        self.asked: list[tuple[str, int, int]] = []
+        self.graphics = graphics
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
+        self.asked.append(("temperature", handle, sensor))
+        return 41
+
+    def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
+        self.asked.append(("clock", handle, clock))
+        return 345
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: int, clock: int) -> int:
+        self.asked.append(("most", handle, clock))
+        return 1980
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=7) for pid in self.graphics]
+
+
+def test_the_driver_is_asked_for_the_gpus_own_temperature_and_the_clock_of_its_processors() -> None:
+    nvml = Asked(busy=12)
+    (gpu,) = run_checks(nvml=nvml)["gpus"]
+    assert nvml.asked == [
+        ("temperature", 0, pynvml.NVML_TEMPERATURE_GPU), ("clock", 0, pynvml.NVML_CLOCK_SM), ("most", 0, pynvml.NVML_CLOCK_SM),
+    ]  # fmt: skip
+    assert (gpu["index"], gpu["temperature_c"], gpu["sm_clock_mhz"], gpu["max_sm_clock_mhz"]) == (0, 41, 345, 1980)
+    assert (gpu["utilization_percent"], gpu["slowed_by"], gpu["total_bytes"]) == (12, [], 140 * GIB)
+
+
+def test_a_driver_that_does_not_tell_how_busy_a_gpu_is_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetUtilizationRates")
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetCurrentClocksThrottleReasons")
+    checks = found((1, GIB))
+    assert (checks["gpus"][0]["utilization_percent"], checks["gpus"][0]["slowed_by"]) == (None, [])
+    assert [text for text in checks["warnings"] if "busy" in text or "slowed" in text] == []
+
+
+def test_a_process_that_computes_and_draws_is_one_and_one_that_only_draws_counts_too() -> None:
+    (gpu,) = run_checks(nvml=Asked((1, GIB), (2**22 + 1, 0), graphics=(1, os.getpid())))["gpus"]
+    assert [(p["pid"], p["gpu"], p["used_bytes"]) for p in gpu["processes"]] == [
+        (1, 0, GIB), (2**22 + 1, 0, 0), (os.getpid(), 0, 7),
+    ]  # fmt: skip
+    unseen, own = gpu["processes"][1:]
+    assert (unseen["name"], unseen["user"], unseen["own"]) == ("(not visible from here)", None, False)
+    assert (own["user"], own["own"]) == (module.psutil.Process().username(), True)
+
+
+@pytest.mark.parametrize(("over", "said"), [(0, False), (MIB, True)])
+def test_two_per_cent_of_a_gpu_and_64_mib_are_the_drivers_own(over: int, said: bool) -> None:
+    used = int(140 * GIB * 0.02) + 64 * MIB + over
+    assert any("in use by processes that are not visible" in text for text in found(used=used)["warnings"]) is said
+
+
+HOST = {"ram_available_bytes": 50 * GIB, "ram_total_bytes": 100 * GIB, "disk_free_bytes": 50 * GIB, "disk": "/d"}
+HOST |= {"load_average": 1.0, "cpu_count": 4, "operation_us": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"disk_free_bytes": 5 * GIB}, ""),
+        ({"disk_free_bytes": 5 * GIB - 1}, "only 5,120.0 MiB are free on the disk of /d"),
+        ({"ram_available_bytes": 10 * GIB}, ""),
+        ({"ram_available_bytes": 9 * GIB}, "only 9.00 GiB of host RAM are free: weights may be swapped out"),
+        ({"load_average": 4.0}, ""),
+        (
+            {"load_average": 4.1},
+            "the host is busy (4.1 processes wait for 4 CPU cores): loading and launching kernels take longer",
+        ),
+        ({"load_average": 1.0, "cpu_count": None}, ""),
+        ({"load_average": 1.1, "cpu_count": None}, "the host is busy (1.1 processes wait for 1 CPU cores)"),
+        ({"operation_us": 4.0}, ""),
+        ({"operation_us": 4.1}, "the host issues work slowly (4.1 us an operation)"),
+    ],
+)
+def test_a_host_at_its_limit_is_fine_and_beyond_it_is_warned_of(
+    change: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the limits as they are
+    warnings = module._host_warnings(HOST | change)
+    assert len(warnings) == bool(says)
+    assert "".join(warnings).startswith(says)
+
+
+def test_the_load_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.psutil, "getloadavg", lambda: (0.5, 70.0, 80.0))
+    assert found()["host"]["load_average"] == 0.5
+
+
+def test_the_disk_of_a_folder_that_is_yet_to_be_made_is_that_of_the_nearest_there_is(tmp_path: Path) -> None:
+    checks = run_checks(tmp_path / "none" / "yet", nvml=FakeNvml())
+    assert checks["host"]["disk"] == str(tmp_path)
+    assert found()["host"]["disk"] == str(Path.cwd())
+
+
+@pytest.mark.parametrize(("value", "said"), [("", False), ("0", True), ("1", True)])
+def test_forbidding_tf32_is_a_setting_too(value: str, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
+    assert any("precision of matrix products" in text for text in found()["warnings"]) is said
+
+
+def test_an_option_of_the_allocator_in_another_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "max_split_size_mb")
+    assert found()["warnings"] == []
+
+
+def test_without_cuda_nothing_is_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    assert warm_up() is None
+
+
+def test_warming_up_multiplies_until_the_time_is_over_and_reads_the_clock_before_and_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, clocks, made = [100.0], [300, 1900], []
+
+    def product(*_: Any) -> None:
+        now[0] += 0.25
+        made.append(now[0])
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for name, value in {
+        "clock_rate": lambda: clocks.pop(0),
+        "synchronize": lambda: made.append(0),
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(module.torch.cuda, name, value)
+    monkeypatch.setattr(module.torch, "ones", lambda *shape, **_: shape)
+    monkeypatch.setattr(module.torch, "mm", product)
+    assert warm_up(1.0) == {"seconds": 1.0, "sm_clock_before_mhz": 300, "sm_clock_after_mhz": 1900}
+    assert made == [100.25, 0, 100.5, 0, 100.75, 0, 101.0, 0], "each is waited for"
 
 
 # --- ending a process ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from report_runs import Recipe, write_run
 from wanvram.analysis.compare import FailCondition, compare, judge, metrics, parse_condition
 from wanvram.cli.main import main
 from wanvram.errors import InputError
-from wanvram.record import Failure, RunRecord
+from wanvram.record import ComponentRecord, Failure, RankRecord, RunRecord
 from wanvram.report.compare import comparison_text, read_runs, runs_table
 from wanvram.spans import Memory, Span
 from wanvram.units import GIB, MIB
@@ -212,6 +213,151 @@ def test_a_condition_reads_its_parts() -> None:
         " stages.x.y.seconds <= -5% ", ("stages", "x.y", "seconds"), "<=", -0.05, True, True
     )
     assert parse_condition("peak.device_bytes > 8GB").amount == 8 * GIB
+
+
+# --- figures and conditions at their edges ----------------------------------------------------------------------------------
+
+
+def with_more(**more: Any) -> RunRecord:
+    """With a component, two GPUs that are alike, and what the host took."""
+    made = record(**more)
+    ranks = [RankRecord((0, 2), "cuda:x", made.stages, {"pinned_bytes": 7})]
+    components = [ComponentRecord("dit", 5, 100 * MIB, 3, 4, 6)]
+    return replace(made, ranks=ranks, components=components, host={"peak_rss_bytes": 9, "pinned_bytes": 8})
+
+
+def test_ranks_components_and_the_host_have_their_figures_too() -> None:
+    found = metrics(with_more())
+    assert {key[1] for key in found if key[0] == "ranks"} == {"0 load dit", "0 denoise", "2 load dit", "2 denoise"}
+    assert {key[2]: value for key, value in found.items() if key[:2] == ("ranks", "2 denoise")} == {
+        "peak_allocated_bytes": 300 * MIB, "peak_reserved_bytes": 400 * MIB, "peak_device_bytes": 1000 * MIB, "seconds": 2.0,
+    }  # fmt: skip
+    assert {key[2]: value for key, value in found.items() if key[0] == "components"} == {
+        "parameters": 5, "base_bytes": 100 * MIB, "host_bytes": 3, "activation_bytes": 4, "streamed_bytes": 6,
+    }  # fmt: skip
+    assert (found["host", "peak_rss_bytes"], found["host", "pinned_bytes"]) == (9, 8)
+
+
+def test_the_names_of_a_group_are_its_own_in_the_order_of_the_runs() -> None:
+    other = with_more()
+    other.components.append(ComponentRecord("vae", 1, 2, 3, 4))
+    comparison = compare(["a", "b"], [with_more(), other])
+    assert comparison.names("stages") == ["load dit", "denoise"]
+    assert comparison.names("components") == ["dit", "vae"]
+    assert comparison.names("peak") == []
+    assert comparison.difference(("components", "vae", "base_bytes"), 1) is None, "the first run has none"
+    assert comparison.figures["components", "vae", "base_bytes"] == (None, 2)
+
+
+def test_a_run_without_stages_has_no_peak_and_no_seconds() -> None:
+    assert metrics(replace(record(), stages=[])) == {("seconds",): None}
+
+
+def test_a_stage_whose_second_time_is_unknown_keeps_the_known_one() -> None:
+    twice = record()
+    twice.stages += [replace(twice.stages[1], seconds=None), replace(twice.stages[1], seconds=3.0)]
+    assert metrics(twice)["stages", "denoise", "seconds"] == 5.0
+    assert metrics(record(seconds=0.0))["seconds",] == 0.0
+
+
+def test_names_and_descriptions_and_what_is_only_written_otherwise_are_no_change() -> None:
+    first, second = record("a"), record("b")
+    second.config |= {"description": "d", "optimization": {"offload": False, "x": None}}
+    assert compare(["a", "b"], [first, second]).changed == {}
+    second.config["optimization"]["x"] = 0
+    assert compare(["a", "b"], [first, second]).changed == {"optimization.x": (None, 0)}
+
+
+def test_the_document_of_a_comparison_has_its_schema_its_runs_and_the_errors() -> None:
+    predicted, measured = record(seconds=1.0), failed_at_start(replace(record(), simulated=False, fits=False))
+    document = compare(["p", "m"], [predicted, measured], [(0, 1)]).to_json()
+    assert document["schema"] == 1
+    assert document["runs"][1] == {
+        "label": "m", "device": "simulated:h200", "simulated": False, "fits": False, "failure": "error",
+    }  # fmt: skip
+    assert document["runs"][0]["failure"] is None
+    errors = document["predictions"][0]["errors"]
+    assert errors["stages.load dit.peak_allocated_bytes"] == {"predicted": 100 * MIB, "measured": 0, "error": None}
+    assert errors["stages.denoise.seconds"]["error"] == -0.5
+    assert not any(name.endswith(("activation_bytes", "parameters")) for name in errors), "what is not predicted"
+
+
+def failed_at_start(made: RunRecord) -> RunRecord:
+    nothing = Memory(0, 0, None)
+    made.stages[0] = replace(made.stages[0], start=nothing, peak=nothing, end=nothing)
+    return replace(made, failure=Failure("error", "it broke"))
+
+
+def said(text: str, *records: RunRecord) -> list[str]:
+    comparison = compare([f"run{i}" for i in range(len(records))], records)
+    return [v.text for v in judge(comparison, [parse_condition(text)])]
+
+
+def test_a_violation_says_figure_and_limit_in_their_unit() -> None:
+    both = record("a"), record("b", factor=2, seconds=2500.0)
+    assert said("peak.reserved_bytes > +2%", *both) == [
+        f"800.0 MiB ({800 * MIB:,} bytes) > 408.0 MiB ({408 * MIB:,} bytes)"
+    ]
+    assert said("seconds >= +10", *both) == ["2,500 >= 12"]
+    assert said("fragmentation.at_peak <= 25%", *both) == ["0.25 <= 0.25"]
+    assert said("peak.device_bytes < 8GiB", both[0], failed_at_start(record())) == ["error: it broke"]
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [
+        ("peak.allocated_bytes >= 300MiB", True),
+        ("peak.allocated_bytes > 300MiB", False),
+        ("peak.allocated_bytes <= 300MiB", True),
+        ("peak.allocated_bytes < 300MiB", False),
+        ("seconds < -10%", False),
+        ("seconds <= -0%", True),
+        ("stages.load dit.start_allocated_bytes > +10%", False),
+        ("stages.load dit.start_allocated_bytes >= +10%", True),
+        ("stages.load dit.start_allocated_bytes > +0.5", False),
+    ],
+)
+def test_a_limit_that_is_reached_is_met_only_by_the_signs_that_say_so(text: str, met: bool) -> None:
+    assert bool(judged(text, record("a"), record("b"))) is met
+
+
+def test_a_condition_of_500_characters_is_read_and_one_of_501_is_not() -> None:
+    text = "seconds > 1" + " " * 489
+    assert parse_condition(text).amount == 1.0
+    with pytest.raises(InputError, match="is not understood") as caught:
+        parse_condition(text.replace(" > ", " ? ") + " ")
+    assert f"'{text[:80].replace(' > ', ' ? ')}' is" in str(caught.value)
+    with pytest.raises(InputError, match="is not understood"):
+        parse_condition(text + " ")
+
+
+def test_of_an_unknown_figure_the_three_closest_are_named_or_four_there_are() -> None:
+    def hint(text: str) -> str:
+        with pytest.raises(InputError) as caught:
+            judged(text, record(), record())
+        return str(caught.value).split("no run has a figure ")[1]
+
+    closest = "peak.allocated_bytes or peak.reserved_bytes or stages.denoise.peak_allocated_bytes"
+    assert hint("peak.alocated_bytes > 1") == f"peak.alocated_bytes; did you mean {closest}?"
+    first = "peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes, fragmentation.at_peak"
+    assert hint("zzz > 1") == f"zzz; there are for example {first}"
+    assert hint("peak.xyzuvwklmn > 1").startswith("peak.xyzuvwklmn; there are for example"), "less than half is alike"
+
+
+def test_the_first_run_of_a_figure_that_only_others_have_is_named() -> None:
+    with pytest.raises(InputError, match=r"run0 has no peak\.device_bytes"):
+        judged("peak.device_bytes > +1%", record("a", device=None), record("b"))
+    assert judged("peak.device_bytes > 1", record("a", device=None), record("b")) == ["run1"], (
+        "nothing asks for the first"
+    )
+
+
+def test_a_key_keeps_the_dots_of_a_stage_and_of_nothing_else() -> None:
+    keys = [
+        parse_condition(f"{name} > +1").key
+        for name in ("components.a.b.parameters", "ranks.0 x.seconds", "host.a.b", "stages.x")
+    ]
+    assert keys == [("components", "a.b", "parameters"), ("ranks", "0 x", "seconds"), ("host", "a.b"), ("stages", "x")]
 
 
 # --- the verb ------------------------------------------------------------------------------------------------------------

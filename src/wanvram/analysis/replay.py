@@ -46,7 +46,7 @@ class Frame:
         """`models/dit.py:120 forward`: the file with its folder; of a predicted run, whose frames have no lines, the name alone."""
         if not self.line and not self.name:
             return self.filename
-        parts = self.filename.replace("\\", "/").rsplit("/", 2)
+        parts = self.filename.replace("\\", "/").split("/")
         return f"{'/'.join(parts[-2:])}:{self.line} {self.name}"
 
 
@@ -120,13 +120,13 @@ class Rules:
 
     def rounded(self, size: int) -> int:
         """c10/cuda/CUDACachingAllocator.cpp, round_size."""
-        if self.divisions and size > MIN_BLOCK:
+        if self.divisions:
             index = min(max(size.bit_length() - SMALL_SIZE.bit_length(), 0), len(self.divisions) - 1)
             parts = self.divisions[index]
             if parts > 1 and size > MIN_BLOCK * parts:
-                step = max((1 << (size.bit_length() - 1)) // parts, 1)
+                step = (1 << (size.bit_length() - 1)) // parts
                 return -(-size // step) * step
-        return -(-max(size, 1) // MIN_BLOCK) * MIN_BLOCK
+        return max(-(-size // MIN_BLOCK), 1) * MIN_BLOCK
 
 
 Live = tuple[int, int, Stack, int, int]  # block bytes, requested bytes, stack, event of alloc, event of free_requested

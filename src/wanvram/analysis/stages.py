@@ -232,12 +232,12 @@ def _spec_moments(stages: Sequence[Span]) -> SpecMoments:
     """With several prompts: before the first forward of all, the highest of all blocks, after the last decode."""
     denoise, decode = ([s for s in stages if s.kind == "stage" and s.part == part] for part in ("denoise", "decode"))
     blocks = [(stage, s) for stage in denoise for s in stage.walk() if s.kind == "block"]
-    stage, block = max(blocks, key=lambda pair: pair[1].peak.allocated_bytes, default=(None, None))
+    highest = max(blocks, key=lambda pair: pair[1].peak.allocated_bytes, default=None)
     return SpecMoments(
         before_forward=denoise[0].start if denoise else None,
-        inside_blocks=block.peak if block else None,
-        highest_block=block.name if block else None,
-        block_activation_bytes=block.peak.allocated_bytes - stage.start.allocated_bytes if block and stage else None,
+        inside_blocks=highest[1].peak if highest else None,
+        highest_block=highest[1].name if highest else None,
+        block_activation_bytes=highest[1].peak.allocated_bytes - highest[0].start.allocated_bytes if highest else None,
         after_decode=decode[-1].end if decode else None,
     )
 

@@ -157,7 +157,8 @@ def _variable_warnings() -> list[str]:
     result = []
     for name, effect in _VARIABLES.items():
         value = os.environ.get(name, "")
-        if effect is not None and value not in ("", "0"):
+        off = "" if name == "NVIDIA_TF32_OVERRIDE" else "0"  # whose 0 forbids TF32
+        if effect is not None and value not in ("", off):
             result.append(f"{name}={value} {effect}")
         options = _ALLOCATOR_OPTIONS if "ALLOC_CONF" in name else ()
         effect = "reserved memory is not what is predicted for the default allocator"
@@ -184,8 +185,9 @@ def _host_warnings(host: dict[str, Any]) -> list[str]:
         result.append(f"only {human(host['ram_available_bytes'])} of host RAM are free: weights may be swapped out")
     if host["disk_free_bytes"] < LEAST_FREE_DISK:
         result.append(f"only {human(host['disk_free_bytes'])} are free on the disk of {host['disk']}")
-    if host["load_average"] > (host["cpu_count"] or 1):
-        load = f"{host['load_average']:.1f} processes wait for {host['cpu_count']} CPU cores"
+    cores = host["cpu_count"] or 1
+    if host["load_average"] > cores:
+        load = f"{host['load_average']:.1f} processes wait for {cores} CPU cores"
         result.append(f"the host is busy ({load}): loading and launching kernels take longer")
     if host["operation_us"] > SLOW_OPERATION_US:
         cost = f"{host['operation_us']:.1f} us an operation"
