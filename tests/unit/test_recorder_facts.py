@@ -197,12 +197,12 @@ def test_the_card_is_watched_by_one_thread_that_ends_with_its_meter_and_keeps_no
 
     before = watching()
     unwatched = CudaMeter(poll=False)
-    assert watching() == before
+    assert set(watching()) <= set(before)
     meter = CudaMeter()
     (thread,) = [t for t in watching() if t not in before]
     assert thread.daemon
     del meter, unwatched
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -90,7 +90,8 @@ class Costs:
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
             return Price("convolution", self._convolution, dispatch)
-        return Price("elementwise", _traffic(operation), dispatch)
+        moved = _traffic(operation)
+        return Price("elementwise", lambda args, out: (0.0, 1.0, moved(args, out)), dispatch)
 
     def _dispatch(self, name: str) -> float:
         own = name.startswith("wanvram.")
@@ -149,14 +150,8 @@ class Costs:
         return self._tf32 * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
 
 
-def _traffic(operation: str) -> Callable[[Arguments, Any], Work]:
-    """Bytes read and written, and no arithmetic that counts."""
-    moved = _moved(operation)
-    return lambda args, result: (0.0, 1.0, moved(args, result))
-
-
-def _moved(operation: str) -> Callable[[Arguments, Any], float]:
-    """Arguments and result, with exceptions by name. An argument changed in place is both."""
+def _traffic(operation: str) -> Callable[[Arguments, Any], float]:
+    """Bytes read and written: arguments and result, with exceptions by name. An argument changed in place is both."""
     if operation.startswith("aten.copy_."):
         return lambda args, result: args[0].nbytes + args[1].nbytes
     if operation.startswith("wanvram.fill_window"):  # reads and writes a window, and the newest of its frames once more
