@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wanvram.engine.components import model_specs
+from wanvram.config import Request, RunConfig, Strategy
+from wanvram.engine.components import Parts, model_specs
 from wanvram.engine.devices import CpuDevice
+from wanvram.engine.repeats import Repeats
 from wanvram.engine.residency import Component
 from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.stage_progress import Count, Done
@@ -22,7 +24,9 @@ from wanvram.models.precision import FP32
 from wanvram.models.rotary import rotary_tables
 from wanvram.models.vae import WanVAE
 from wanvram.models.vae_tiles import Area, Halos, Stretch, as_frame, as_rows, grid
+from wanvram.predict.simulate import simulated_device
 from wanvram.recorder.recorder import Recorder
+from wanvram.run.weights import NoWeights
 from wanvram.sharing import Place
 from wanvram.specs import DIT, VAE, WAN21_GEOMETRY
 
@@ -86,7 +90,9 @@ def test_only_the_first_block_of_the_branch_has_a_projection_before() -> None:
     assert (stream - wanted).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("heads", "rows", "most"), [(1, 3, 3 * SPEC.num_heads), (SPEC.num_heads, 3, 3), (1, None, 30)])
+@pytest.mark.parametrize(
+    ("heads", "rows", "most"), [(1, 3, 3 * SPEC.num_heads), (SPEC.num_heads, 3, 3), (1, None, 120)]
+)
 def test_queries_of_few_heads_attend_so_many_at_once_that_they_are_as_many_bytes(
     heads: int, rows: int | None, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,15 +104,16 @@ def test_queries_of_few_heads_attend_so_many_at_once_that_they_are_as_many_bytes
         return real(q, *others)
 
     monkeypatch.setattr(dit_blocks, "attention", seen)
-    cos, sin = rotary_tables((1, 5, 6), SPEC.dim // SPEC.num_heads, "cpu")
+    cos, sin = rotary_tables((4, 5, 6), SPEC.dim // SPEC.num_heads, "cpu")
     how = Attending(heads_per_group=heads)
     inputs = BlockInputs(torch.zeros(6, SPEC.dim), cos, sin, torch.zeros(1, SPEC.dim), None, how)
     layer = drawn(SelfAttention(SPEC, FP32))
-    x = noise(30, SPEC.dim)
+    x = noise(120, SPEC.dim)
     layer(x, [torch.zeros(SPEC.dim), torch.zeros(SPEC.dim), torch.ones(SPEC.dim)], inputs, rows)
     assert {count for _, count in attended} == {heads}
-    assert max(count for count, _ in attended) == min(most, 30)
-    assert sum(count * width for count, width in attended) == 30 * SPEC.num_heads
+    assert min(count for count, _ in attended) > 0
+    assert max(count for count, _ in attended) == most
+    assert sum(count * width for count, width in attended) == 120 * SPEC.num_heads
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------------------
@@ -302,6 +309,42 @@ def test_tiles_of_several_ranks_are_the_frames_of_one(world: int) -> None:
     assert torch.equal(torch.cat([group.clone() for group in frames]), alone)
     assert not any(post.of.values())
     assert [done.total for done in counted.told] == [len(range(0, 6, world))] * len(range(0, 6, world))
+
+
+def simulated_decode() -> tuple[int, float, list[Any], int]:
+    """Groups shown, seconds, spans, and pieces that were placed."""
+    request = Request.for_task("t2v-1.3B", size="832*480", frame_num=5)
+    run = RunConfig("x", "", "simulated", request, Strategy(), weights="tiny")
+    device = simulated_device(run)
+    recorder = Recorder(device.meter, None, None)
+    with device.session():
+        component = Parts(run, device, NoWeights(tiny=True)).load("vae_decoder")
+        latent = device.empty((16, 26, 4, 8), torch.float32)
+        frames = decode(component, SharedStages(device), recorder, latent, 4)
+        shown = sum(len(group) for group in frames)
+    placed = device.clock.copied.nbytes
+    return shown, device.clock.now(), [(span.peak, span.end) for span in recorder.spans], placed
+
+
+def test_a_simulation_leaves_out_frames_of_all_tiles_but_the_last_and_says_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left_out: list[int] = []
+    real = Repeats.leave_out
+
+    def seen(self: Repeats, *asked: Any) -> tuple[int, float]:
+        count, seconds = real(self, *asked)
+        left_out.append(count)
+        return count, seconds
+
+    monkeypatch.setattr(Repeats, "leave_out", seen)
+    shown, seconds, spans, placed = simulated_decode()
+    assert sum(left_out) > 10
+    monkeypatch.setattr(Repeats, "leave_out", lambda *_: (0, 0.0))
+    whole = simulated_decode()
+    assert shown == whole[0] == 4 * 25 + 1
+    assert seconds == pytest.approx(whole[1], rel=1e-9)
+    assert (spans, placed) == whole[2:]
 
 
 def test_a_video_encoded_in_tiles_is_that_of_whole_frames() -> None:

@@ -114,7 +114,7 @@ class _Tiles:
 
     def visit(self, pictures: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """The latent frames of a tile; a simulation leaves out those that would do what those before them did."""
-        repeats, index = Repeats(self.device, ["first", *["later"] * (len(pictures) - 1)], periods=(1, 2, 3, 4)), 0
+        repeats, index = Repeats(self.device, ["first", *["later"] * (len(pictures) - 1)], periods=range(1, 5)), 0
         while index < len(pictures):
             self.left_out = self.leave_out(repeats, index) if self.leaves_out else 0
             index += self.left_out
