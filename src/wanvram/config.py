@@ -191,7 +191,7 @@ class RunConfig:
     @property
     def gpus(self) -> int:
         """How many make the videos together."""
-        return self.place(0).world
+        return knobs.sizes_together(self.strategy)
 
     def place(self, rank: int) -> Place:
         """Of one of these GPUs among the others."""
@@ -241,7 +241,7 @@ class RunConfig:
         require(isinstance(data, Mapping), "the configuration is not a mapping of sections")
         sections = _checked(data, _TOP, "")
         model, optimization, logging, request = (
-            _checked(sections.get(name) or {}, keys, name) for name, keys in _sections().items()
+            _checked(sections.get(name, {}), keys, name) for name, keys in _sections().items()
         )
         require("name" in sections, "name: is missing; it names the run directory")
         device = model.pop("device", "auto")
@@ -299,10 +299,9 @@ def _owner(key: str) -> str | None:
     return next((section for section, keys in _sections().items() if key in keys), None)
 
 
-def _checked(data: Any, allowed: Mapping[str, tuple[type, ...]], section: str) -> dict[str, Any]:
+def _checked(data: Mapping[str, Any], allowed: Mapping[str, tuple[type, ...]], section: str) -> dict[str, Any]:
     """The mapping with every key known and every value of its type."""
     prefix = f"{section}." if section else ""
-    require(isinstance(data, Mapping), f"{section}: must be a section of keys, not {data!r}")
     for key, value in data.items():
         if key not in allowed:
             raise InputError(f"{prefix}{key}: unknown key; {_hint(str(key), allowed)}allowed: {', '.join(allowed)}")
@@ -323,7 +322,7 @@ def _tupled(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hint(key: str, allowed: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(key, list(allowed), n=1)
+    close = difflib.get_close_matches(key, list(allowed))  # the closest first
     if close:
         return f"did you mean {close[0]}? "
     owner = _owner(key)

@@ -16,8 +16,9 @@ from wanvram.engine.devices import CpuDevice
 from wanvram.engine.pipeline import Pipeline
 from wanvram.engine.stage_progress import Done
 from wanvram.errors import InputError
+from wanvram.kept_state import KEPT_NAME
 from wanvram.predict.simulate import simulated_device
-from wanvram.record import Failure, RunRecord
+from wanvram.record import ComponentRecord, Failure, RunRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.run import execute as module
 from wanvram.run.execute import Output, assembled, check_measurement, device_kind, make_device
@@ -145,6 +146,61 @@ def test_what_a_record_notes_of_weights_and_cards(
     notes = [note for note in module._notes(run, pipeline) if note not in run.notes()]
     assert len(notes) == len(said)
     assert all(text in note for text, note in zip(said, notes, strict=True))
+
+
+def stub(*spans: Span, extend: Any = None) -> Any:
+    """As much of a pipeline as a record is made of."""
+    components = [ComponentRecord("dit", 1, 2, 3, 4)]
+    recorder = SimpleNamespace(spans=list(spans))
+    return SimpleNamespace(device=CpuDevice(), recorder=recorder, extend=extend, records=lambda: components)
+
+
+def stage(
+    name: str, component: str, kind: str = "stage", *, peak: int = 1, rss: int | None = None, pinned: int = 0
+) -> Span:
+    at, high = Memory(1, 1, None), Memory(peak, peak, None)
+    return Span(name, kind, component, at, high, at, host_rss_bytes=rss, pinned_bytes=pinned)
+
+
+def test_a_record_has_the_highest_ram_of_any_span_at_any_depth() -> None:
+    inner = stage("step", "dit", "step", rss=9, pinned=7)
+    outer = replace(stage("denoise", "dit", rss=5), children=[inner, stage("step", "dit", "step")])
+    run = config("cpu", "tiny")
+    for spans, host in (((outer, stage("decode", "vae", pinned=2)), (9, 7)), ((), (0, 0))):
+        pipeline = stub(*spans)
+        record = module._record(run, pipeline.device, pipeline, None, {})
+        assert record.host == {"peak_rss_bytes": host[0], "pinned_bytes": host[1]}
+        assert (record.simulated, record.fits, record.failure, record.attention) == (False, None, None, None)
+        assert [c.name for c in record.components] == ["dit"]
+
+
+def test_the_prompt_extender_comes_first_with_the_highest_of_its_own_stages() -> None:
+    extender = ComponentRecord("prompt_extender", 5, 6, 7, 0)
+    extend = SimpleNamespace(record=extender)
+    spans = [
+        *(stage("a", "prompt_extender", peak=21), stage("b", "prompt_extender", peak=11)),
+        *(stage("load", "prompt_extender", "load", peak=99), stage("denoise", "dit", peak=99)),
+    ]
+    first, second = module._components(stub(*spans, extend=extend))
+    assert (first, second.name) == (replace(extender, activation_bytes=20), "dit")
+    assert module._components(stub(extend=extend))[0].activation_bytes == 0
+    for none in (None, SimpleNamespace(record=None)):
+        assert [c.name for c in module._components(stub(*spans, extend=none))] == ["dit"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "first", "kept"), [(None, True, False), ("error", True, True), (None, False, True)]
+)
+def test_what_was_kept_goes_when_the_first_process_has_ended_well(
+    failure: str | None, first: bool, kept: bool, tmp_path: Path
+) -> None:
+    (tmp_path / KEPT_NAME).write_text("kept")
+    world: Any = None if first else SimpleNamespace(me=SimpleNamespace(is_first=False), file=lambda name: name)
+    record = made(None, (5, 9), failure=failure)
+    module._write_results(tmp_path, record, Output(tmp_path, world=world), None)
+    assert (tmp_path / KEPT_NAME).exists() is kept
+    assert (tmp_path / "record.json").exists()
+    assert not (tmp_path / "timeline.json").exists()
 
 
 # --- the stages --------------------------------------------------------------------------------------------------------------

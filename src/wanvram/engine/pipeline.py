@@ -82,7 +82,6 @@ class Pipeline:
     extend: PromptExtension | None = None
     keeper: Keeper = field(default_factory=Keeper)
     whole: Collection[int] = ()
-    alone: bool = False  # one component's stages are simulated alone: what they leave in the allocator is not looked at
     prompts: list[str] = field(default_factory=list)
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _finished: list[ComponentRecord] = field(default_factory=list)
@@ -399,7 +398,7 @@ class Pipeline:
         steps, in_turn = self.config.request.sample_steps, len(self.config.request.facts.family.transformers) > 1
         if not self.device.repeats_itself or in_turn or steps <= SIMULATED_STEPS:
             return steps
-        return SIMULATED_STEPS + (0 if self.alone else (steps - SIMULATED_STEPS) % STEPS_PERIOD)
+        return SIMULATED_STEPS + (steps - SIMULATED_STEPS) % STEPS_PERIOD
 
     def _noise(self, seed: int) -> torch.Tensor:
         shape = self.inputs.noise_shape

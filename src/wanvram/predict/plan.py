@@ -102,21 +102,20 @@ def plan_run(
             show("simulating the whole run")
         forecast = result.peak_device_bytes
         record = _whole_run(config, result)
-        peak = record.peak()
-        whole = peak.device_bytes if peak is not None else None
-        excess = (whole or 0) - budget.device_limit
+        whole = _device_bytes(record)
+        excess = whole - budget.device_limit
         if excess <= 0:
             if offers:  # only now: nothing else is forecast again
                 result = search(config.request, tried, Options(base, offers=True), forecasts)
             assert isinstance(result, Plan)
             result = replace(result, budget=budget, whole_run_bytes=whole, attention=_attention(config, result))
-            if knobs.is_streamed(result.strategy) and knobs.WEIGHTS_IN.of(result.strategy) == "disk":
+            if knobs.WEIGHTS_IN.of(result.strategy) == "disk":
                 note = streaming_note(planned_config(config, result), budget.card)
                 result = replace(result, notes=(*result.notes, note))
             whole_seconds = record.times.in_all_seconds
             return replace(result, stages=_stages(result, record), whole_run_seconds=whole_seconds), record
-        # As much as the forecasts said too little, at least: else the same plan would be found again.
-        tried = replace(budget, margin_bytes=max(tried.margin + excess, budget.margin + (whole or 0) - forecast))
+        # What the forecasts said too little. They kept to the budget tried and the run did not, so that the next has a larger margin.
+        tried = replace(budget, margin_bytes=budget.margin + whole - forecast)
     made = "the only plan" if plans == 1 else f"{plans} plans"
     raise BudgetError(
         f"{made} for {human(budget.usable_bytes)} needed more when simulated whole, the last {human(excess)} "
@@ -150,6 +149,13 @@ def _whole_run(config: RunConfig, plan: Plan) -> RunRecord:
     if record.failure is not None:
         raise WanvramError(f"the plan could not be simulated to its end: {record.failure.message}")
     return record
+
+
+def _device_bytes(record: RunRecord) -> int:
+    peak = record.peak()
+    assert peak is not None
+    assert peak.device_bytes is not None
+    return peak.device_bytes
 
 
 # --- the whole run in the plan's terms ---------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:
     device = simulated_device(config, rank=rank, unlimited=True)
     memory = device.memory
     pipeline = assembled(device, config, Recorder(memory, None, None)).pipeline
-    pipeline.alone = True
     inputs = pipeline.inputs
     name = config.request.facts.family.component_of(component).name
     short = pipeline.inputs = _shortened(inputs) if name == "vae" else inputs
