@@ -200,6 +200,16 @@ def test_an_index_comes_before_a_whole_file_and_both_before_a_variant(tmp_path: 
         open_diffusers(tmp_path, "dit")
 
 
+def test_a_folder_without_weights_or_with_two_variants_says_what_it_has(tmp_path: Path) -> None:
+    touched(tmp_path, "transformer/config.json")
+    expected = r"expected diffusion_pytorch_model\.safetensors or diffusion_pytorch_model\.safetensors\.index\.json"
+    with pytest.raises(CheckpointError, match=f"transformer has no safetensors file; {expected}"):
+        open_diffusers(tmp_path, "dit")
+    touched(tmp_path, "transformer/b.safetensors", "transformer/a.safetensors")
+    with pytest.raises(CheckpointError, match=rf"transformer has a\.safetensors, b\.safetensors; {expected}"):
+        open_diffusers(tmp_path, "dit")
+
+
 def test_the_tokenizer_lies_where_the_layout_has_it(tmp_path: Path) -> None:
     for name, write in (("a", write_official), ("b", write_diffusers)):
         (tmp_path / name).mkdir()

@@ -386,6 +386,7 @@ def test_repeats_of_what_was_not_timed_take_no_time() -> None:
 def test_an_interrupt_ends_a_run_where_its_next_span_begins() -> None:
     recorder = Recorder(FakeMeter(), None, None)
     reached: list[str] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script ignores it
 
     def run() -> None:
         with deferred():
