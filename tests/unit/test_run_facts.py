@@ -215,14 +215,12 @@ def pipeline_of(run: RunConfig) -> Pipeline:
 
 
 def test_of_equal_steps_a_simulation_makes_those_that_leave_something_else_behind() -> None:
-    def run(steps: int, *, alone: bool = False) -> int:
+    def run(steps: int) -> int:
         pipeline = pipeline_of(config())
         pipeline.config = replace(pipeline.config, request=replace(pipeline.config.request, sample_steps=steps))
-        pipeline.alone = alone
         return pipeline._steps_to_run()
 
     assert [run(steps) for steps in (1, 3, 4, 5, 6, 7, 8, 9, 50)] == [1, 3, 4, 5, 6, 7, 4, 5, 6]
-    assert [run(steps, alone=True) for steps in (3, 4, 5, 50)] == [3, 4, 4, 4]
 
 
 def test_a_simulated_run_tells_its_last_step_by_its_number_and_the_last_but_one_stands_for_the_others() -> None:
