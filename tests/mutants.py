@@ -64,7 +64,7 @@ TESTS = {
     "planner/search.py": "test_planner_words test_planner test_plan_command",
     "planner/tiles.py": "test_planner_choices test_planner",
     "planner/transformer.py": "test_planner_choices test_planner test_planner_stream",
-    "predict/advice.py": "test_advice",
+    "predict/advice.py": "test_advice_facts test_advice",
     "predict/plan.py": "test_plan_facts test_plan_command",
     "predict/stage.py": "test_component_forecasts test_forecast",
     "record.py": "test_stage_facts test_record test_record_facts test_damaged_runs",

@@ -170,7 +170,7 @@ def change(*advice: Advice, made: Run | None = None) -> str:
         (0.0049, "at no cost in time"),
         (0.005, "for 0.01 s more per run"),
         (-0.0049, "at no cost in time"),
-        (-0.0051, "and takes 0.01 s less per run"),
+        (-0.005, "and takes 0.01 s less per run"),
         (None, "at an unknown cost in time"),
     ],
 )
@@ -334,6 +334,15 @@ def test_errors_are_signed_and_a_figure_that_one_of_both_lacks_has_none() -> Non
             "| denoise: peak reserved | 396.0 | 400.0 | -4.0 | -1.00% |",
             "| denoise: peak allocated | 303.0 | 0.0 | +303.0 |  |",
         ], "and no stage that only one has"
+
+
+def test_a_prediction_or_a_measurement_of_nothing_has_no_errors() -> None:
+    full, empty = record(), record(simulated=True)
+    empty.stages = []
+    for p, m in ((empty, full), (replace(full, simulated=True), replace(empty, simulated=False))):
+        found = lines(run("p", p), run("m", m))
+        assert "## Predicted against measured: p, m" in found
+        assert not any(line.startswith("| whole run") for line in found)
 
 
 def test_the_table_of_advice_has_only_columns_that_are_known() -> None:

@@ -304,13 +304,13 @@ def test_warming_up_multiplies_until_the_time_is_over_and_reads_the_clock_before
     for name, value in {
         "clock_rate": lambda: clocks.pop(0),
         "synchronize": lambda: made.append(0),
-        "empty_cache": lambda: None,
+        "empty_cache": lambda: made.append(-1),
     }.items():
         monkeypatch.setattr(module.torch.cuda, name, value)
     monkeypatch.setattr(module.torch, "ones", lambda *shape, **_: shape)
     monkeypatch.setattr(module.torch, "mm", product)
-    assert warm_up(1.0) == {"seconds": 1.0, "sm_clock_before_mhz": 300, "sm_clock_after_mhz": 1900}
-    assert made == [100.25, 0, 100.5, 0, 100.75, 0, 101.0, 0], "each is waited for"
+    assert warm_up() == {"seconds": 1.0, "sm_clock_before_mhz": 300, "sm_clock_after_mhz": 1900}
+    assert made == [100.25, 0, 100.5, 0, 100.75, 0, 101.0, 0, -1], "each is waited for, and what it took is given back"
 
 
 # --- ending a process ----------------------------------------------------------------------------------------------------

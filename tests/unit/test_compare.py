@@ -341,6 +341,7 @@ def test_of_an_unknown_figure_the_three_closest_are_named_or_four_there_are() ->
     assert hint("peak.alocated_bytes > 1") == f"peak.alocated_bytes; did you mean {closest}?"
     first = "peak.allocated_bytes, peak.reserved_bytes, peak.device_bytes, fragmentation.at_peak"
     assert hint("zzz > 1") == f"zzz; there are for example {first}"
+    assert hint("secxy > 1") == "secxy; did you mean seconds?", "half of it is alike"
     assert hint("peak.xyzuvwklmn > 1").startswith("peak.xyzuvwklmn; there are for example"), "less than half is alike"
 
 

@@ -84,7 +84,7 @@ def test_pages_are_mapped_for_a_block_to_the_last_512_bytes(read: Any) -> None:
         ({"roundup_power2_divisions": {str(1 << i): 1 for i in range(16)}}, 66 * MIB),
         ({"roundup_power2_divisions": {str(1 << i): 4 if i == 6 else 0 for i in range(16)}}, 80 * MIB),
         ({"roundup_power2_divisions": {str(1 << i): 4 if i == 5 else 0 for i in range(16)}}, 66 * MIB),
-        ({"roundup_power2_divisions": {"1": 1 << 32}}, 66 * MIB),
+        ({"roundup_power2_divisions": {"1": 1 << 40}}, 66 * MIB),
         ({"roundup_power2_divisions": {"1": 4, "2": -1}}, 66 * MIB),
         ({"roundup_power2_divisions": {"1": 4}}, 80 * MIB),
     ],
@@ -267,6 +267,15 @@ def test_what_a_freed_segment_reserved_is_given_back_and_the_peak_keeps_it(read:
 def test_segments_of_two_mebibytes_are_the_small_ones(read: Any) -> None:
     found = read(held(2 * MIB), block(0, 512 * KIB), held(4 * MIB, 1 << 30), block(1 << 30, 1100 * KIB)).main
     assert [segment.small for segment in found.peak.segments] == [True, False]
+
+
+def test_blocks_that_cannot_be_are_counted_and_one_is_shown(read: Any) -> None:
+    def note(*sizes: int) -> str:
+        given = segment(0, [(size, "active_allocated") for size in (MIB, *sizes)], total_size=20 * MIB)
+        return read(held(20 * MIB), block(0, MIB), segments=[given]).notes[0]
+
+    assert note(-5) == "1 block is left out, for instance one with size -5"
+    assert note(-5, -6) == "2 blocks are left out, for instance one with size -5"
 
 
 # --- holes -------------------------------------------------------------------------------------------------------------------

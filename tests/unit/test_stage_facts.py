@@ -113,6 +113,7 @@ def test_a_plan_names_the_halves_of_the_vae_apart(component: str | None, part: s
 
 def test_a_mean_of_folded_spans_is_unknown_if_one_of_them_is_and_weighs_each_by_how_many_it_stands_for() -> None:
     assert folded([stage("a", 3.0, repeats=3), stage("b", 7.0)])[0].seconds == 4.0
+    assert folded([stage("a", 2.0, repeats=3), stage("b", 7.0, repeats=2)])[0].seconds == 4.0
     assert folded([stage("a", 3.0), stage("b")])[0].seconds is None
     assert folded([stage("a"), stage("b", 3.0)])[0].seconds is None
     assert folded([stage("a", notes=["mine"]), stage("b"), stage("c")])[0].notes == [
@@ -315,9 +316,9 @@ def test_the_ten_largest_owners_of_each_kind_are_kept() -> None:
 
 
 def test_owners_of_nothing_have_no_share_and_equal_ones_come_by_name() -> None:
-    found = owners([blocks(0, "b"), blocks(0, "a", count=0)], component_of)
+    found = owners([blocks(0, "b"), blocks(0, "a", count=2)], component_of)
     assert [(o.name, o.bytes, o.count, o.share) for o in found] == [
-        ("activations of a", 0, 0, 0.0),
+        ("activations of a", 0, 2, 0.0),
         ("activations of b", 0, 1, 0.0),
     ]
     assert [o.share for o in owners([blocks(1, "a"), blocks(3, "b")], component_of)] == [0.75, 0.25]
@@ -339,10 +340,16 @@ def test_weights_are_on_the_device_from_their_start_until_just_before_their_end(
 
 
 def test_a_hole_as_large_as_the_largest_activation_is_not_too_small() -> None:
-    alive = [blocks(8 * MIB, count=2), blocks(90 * MIB, operation="weights")]
+    alive = [blocks(8 * MIB, count=2), blocks(2 * MIB), blocks(90 * MIB, operation="weights")]
     found = unusable(at([(5, "active"), (4, "inactive"), (3, "inactive")], alive=alive))
     assert found is not None
     assert (found.largest_allocation_bytes, found.too_small_bytes) == (4 * MIB, 3 * MIB)
+
+
+def test_where_everything_is_in_use_there_is_no_hole_of_any_size() -> None:
+    found = unusable(at([(4, "active")]))
+    assert found is not None
+    assert (found.holes, found.inactive_bytes, found.largest_hole_bytes, found.largest_allocation_bytes) == (0, 0, 0, 0)
 
 
 def test_one_piece_is_said_as_one_and_only_the_kind_of_hole_that_there_is() -> None:

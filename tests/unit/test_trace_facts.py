@@ -99,8 +99,9 @@ def test_without_totals_what_is_allocated_first_counts_from_nothing(read: Any) -
 
 
 def test_a_missing_total_never_falls_below_nothing(read: Any) -> None:
-    trace = read(memory(1, 100, 100), without_totals(memory(2, -300, 0)), memory(3, 20, 20))
-    assert [point[1] for point in main(trace).points] == [100, 0, 20]
+    missing = [without_totals(memory(2, -300, 0)), without_totals(memory(3, 50, 0)), without_totals(memory(4, 180, 0))]
+    trace = read(memory(1, 100, 100), *missing, memory(5, 20, 20))
+    assert [point[1] for point in main(trace).points] == [100, 0, 0, 30, 20]
 
 
 def test_a_total_of_nothing_needs_no_bytes_beside_it(read: Any) -> None:
@@ -133,7 +134,9 @@ def test_of_a_single_memory_event_the_mean_is_what_it_says(read: Any) -> None:
 
 
 def test_one_byte_that_is_held_is_known_to_be_held(read: Any) -> None:
-    curve = main(read(memory(5, 1, 1, 1)))
+    trace = read(memory(5, 1, 1, 1), op("mine", 1, 9, "user_annotation"))
+    curve = main(trace)
+    assert trace.annotations[0].peak_reserved_bytes == 1
     assert (curve.peak_reserved_bytes, curve.reserved_at_peak_bytes, curve.fragmentation_at_peak) == (1, 1, 0.0)
 
 
@@ -179,12 +182,12 @@ def test_a_span_of_another_age_is_not_told(read: Any) -> None:
     assert [span.name for span in read(op("a", start, 5), inside, running).annotations] == ["mine", "never ended"]
 
 
-def test_spans_come_in_the_order_in_which_they_began(read: Any) -> None:
-    events = [
-        op(name, at, 5, "user_annotation") for name, at in (("c", 30), ("a", 10), ("ProfilerStep#1", 15), ("b", 20))
-    ]
-    trace = read(*events)
-    assert [span.name for span in trace.annotations] == ["a", "b", "c"]
+def test_spans_come_in_the_order_in_which_they_began_and_of_two_that_began_together_the_shorter_first(
+    read: Any,
+) -> None:
+    given = {"c": (30, 5), "a": (10, 90), "ProfilerStep#1": (15, 5), "b": (20, 9), "inside b": (20, 3)}
+    trace = read(*(op(name, *when, "user_annotation") for name, when in given.items()))
+    assert [span.name for span in trace.annotations] == ["a", "inside b", "b", "c"]
     assert [span.name for span in trace.steps] == ["ProfilerStep#1"]
 
 
@@ -292,6 +295,25 @@ def test_a_begin_or_an_end_counts_as_four_events(read: Any, monkeypatch: pytest.
     monkeypatch.setattr(module, "MAX_RECORDS", 7)
     with pytest.raises(InputError, match="over 7 operators"):
         read(half("B", "a", 1), half("E", "a", 5))
+
+
+def test_how_much_is_kept_of_the_largest_trace() -> None:
+    collector = module._Collector("t.json")
+    for number in range(50_001):
+        collector.take(op(f"{number}", 1, 1, "kernel"))
+    assert len(collector.kernels) == 50_000
+    for number in range(20_001):
+        assert collector.spans_full is (number >= 20_000)
+        collector.take(op("mine", 1, 1, "user_annotation"))
+    assert len(collector.spans) == 20_000
+    collector.hours = {hour: [1, 2, 3, 4] for hour in range(5, 10_004)}
+    collector.take(op("kept", 20_000 * HOUR, 1))
+    collector.take(op("lost", 30_000 * HOUR, 1))
+    assert [hour for hour in collector.hours if hour >= 10_004] == [20_000]
+    collector.records = 24_000_000 - 1
+    collector.take(op("last", 1, 1))
+    with pytest.raises(InputError, match="over 24,000,000 operators and memory events"):
+        collector.take(op("beyond", 1, 1))
 
 
 def test_as_many_annotations_as_there_may_be_are_all_kept_but_said_to_be_the_first(

@@ -97,9 +97,9 @@ def owners(alive: Iterable[AliveBlocks], name: Callable[[AliveBlocks], str]) -> 
     for group in alive:
         nbytes, count = sums.get(name(group), (0, 0))
         sums[name(group)] = nbytes + group.bytes, count + group.count
-    total = sum(nbytes for nbytes, _ in sums.values()) or 1
+    total = sum(nbytes for nbytes, _ in sums.values())
     ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
-    return tuple(OwnerShare(key, nbytes, count, nbytes / total) for key, (nbytes, count) in ordered)
+    return tuple(OwnerShare(key, nbytes, count, nbytes / total if total else 0.0) for key, (nbytes, count) in ordered)
 
 
 def component_of(group: AliveBlocks) -> str:

@@ -222,7 +222,7 @@ def _rules(root: Any) -> Rules:
         return Rules()
     split, parts = settings.get("max_split_size"), settings.get("roundup_power2_divisions")
     divisions = tuple(parts.values()) if isinstance(parts, dict) else ()
-    usable = all(isinstance(n, int) and 0 <= n < 1 << 32 for n in divisions) and any(divisions)
+    usable = all(isinstance(n, int) and n >= 0 for n in divisions) and any(divisions)
     return Rules(split if isinstance(split, int) and 0 < split < 1 << 62 else None, divisions if usable else ())
 
 
@@ -306,7 +306,7 @@ def find_holes(segments: Sequence[Segment]) -> tuple[Hole, ...]:
     per_stream: Counter[int] = Counter()
     for segment in segments:
         per_stream[segment.stream] += segment.size
-    main = per_stream.most_common(1)[0][0] if per_stream else 0
+    main = max(per_stream, key=per_stream.__getitem__, default=None)
     holes = []
     for segment in segments:
         whole = all(block.state == INACTIVE for block in segment.blocks)

@@ -26,7 +26,7 @@ from wanvram.errors import DamagedError, InputError
 from wanvram.foreign_text import quoted, shown
 from wanvram.record import ComponentRecord, RunRecord
 from wanvram.spans import Memory, Span
-from wanvram.timeline_record import WEIGHTS, AliveBlocks, TimelineRecord
+from wanvram.timeline_record import WEIGHTS, AliveBlocks, TimelineMoment, TimelineRecord
 from wanvram.units import mib
 
 __all__ = ["Analysis", "SpecMoments", "Switch", "analyze_run", "steady_growth"]
@@ -165,7 +165,7 @@ def analyze_run(record: RunRecord, timeline: TimelineRecord | None) -> Analysis:
     index = next((i for i, span in enumerate(record.stages) if span is where), 0)
     return Analysis(
         peak=record.peak(),
-        bottleneck=_bottleneck(where, windows[index], timeline) if where else None,
+        bottleneck=_bottleneck(where, windows[index]) if where else None,
         components=tuple(record.components),
         stages=stages,
         moments=_spec_moments(record.stages),
@@ -185,7 +185,7 @@ class _Window:
 
     start: float
     points: list[Memory]
-    moment: Moment | None
+    moment: TimelineMoment | None
 
 
 def _windows(record: RunRecord, timeline: TimelineRecord) -> Iterator[_Window]:
@@ -199,7 +199,7 @@ def _windows(record: RunRecord, timeline: TimelineRecord) -> Iterator[_Window]:
             raise DamagedError(f"it has no point in stage {quoted(entry.name)}")
         moments = [m for m in timeline.moments if m.label == f"peak of {entry.name}"]
         own = [m for m in moments if entry.start <= m.x <= entry.end]
-        yield _Window(entry.start, [Memory(*p[1:]) for p in inside], describe_moment(own[0]) if own else None)
+        yield _Window(entry.start, [Memory(*p[1:]) for p in inside], own[0] if own else None)
 
 
 def _stage(span: Span, window: _Window | None, all_seconds: float) -> StageUse:
@@ -296,25 +296,24 @@ def steady_growth(ends: Sequence[int]) -> tuple[bool | None, int]:
     return True, round(linear_regression(range(len(steady)), steady).slope)
 
 
-def _bottleneck(span: Span, window: _Window | None, timeline: TimelineRecord | None) -> Bottleneck:
+def _bottleneck(span: Span, window: _Window | None) -> Bottleneck:
     where = f"{shown(span.name)} ({shown(span.component)})" if span.component else shown(span.name)
     peak = span.peak
     device = f", {mib(peak.device_bytes)} on the device" if peak.device_bytes is not None else ""
     sizes = f"{mib(peak.allocated_bytes)} allocated, {mib(peak.reserved_bytes)} reserved{device}"
     text = f"The peak is in {where}: {sizes}."
-    if window is None or window.moment is None or timeline is None:
+    if window is None or window.moment is None:
         there = f"{mib(span.start.allocated_bytes)} were there when it began"
         text += f" {there}, and {mib(span.activation_bytes)} came on top."
         return Bottleneck(span.name, span.component, peak, None, (), text)
-    moment = window.moment
-    groups = next(m.alive for m in timeline.moments if m.label == moment.label and m.x == moment.x)
+    groups, weights = window.moment.alive, describe_moment(window.moment).weights_bytes
     top = owners(groups, _group_name)[:5]
     rest = owners((g for g in groups if g.operation != WEIGHTS), _group_name)[:2]
-    if moment.weights_bytes:
-        text += f" {mib(moment.weights_bytes)} are weights ({_weights_listed(groups)})."
+    if weights:
+        text += f" {mib(weights)} are weights ({_weights_listed(groups)})."
     if rest:
         text += f" Largest of the rest: {'; '.join(map(_times, rest))}."
-    return Bottleneck(span.name, span.component, peak, moment.weights_bytes, top, text)
+    return Bottleneck(span.name, span.component, peak, weights, top, text)
 
 
 def _group_name(group: AliveBlocks) -> str:

@@ -167,9 +167,9 @@ def _share(record: RunRecord, advice: Advice) -> str:
 def _cost(added: float | None, texts: Texts) -> str:
     if added is None:
         return texts("cost_unknown")
-    if abs(added) < LEAST_SECONDS:
-        return texts("cost_none")
-    return texts("cost_slower" if added > 0 else "cost_faster", time=seconds(abs(added)))
+    if added >= LEAST_SECONDS:
+        return texts("cost_slower", time=seconds(added))
+    return texts("cost_faster", time=seconds(-added)) if added <= -LEAST_SECONDS else texts("cost_none")
 
 
 def alike(runs: Sequence[Run]) -> list[list[Run]]:
