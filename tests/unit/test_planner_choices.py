@@ -301,6 +301,10 @@ def shared(times: dict[tuple[str, int | None], float | None], plain: Strategy = 
         ),
         ({("joint", None): 3.0, ("sequential", 2): 2.5, ("sequential", 4): 2.021, ("joint", 4): 2.0}, ("joint", 4)),
         ({("sequential", 2): 2.5, ("sequential", 4): 2.0}, ("sequential", 4)),
+        (
+            {("sequential", 4): 2.0, ("joint", 2): 1.0},
+            ("sequential", 4),
+        ),  # only the fewest streams are joined, and the most
         ({("joint", None): None, ("sequential", 4): 2.0}, ("sequential", 4)),
         ({("joint", None): None}, None),
         ({}, None),

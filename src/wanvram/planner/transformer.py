@@ -147,7 +147,7 @@ def most_resident(trials: Trials, start: Strategy, limit: int) -> Strategy:
         whole_transformer(trials, start).peak_device_bytes
         - trials.of("dit", knobs.UNSLICED.on(start)).peak_device_bytes
     )
-    per_block = max(1.0, more / max(1, blocks - 2))
+    per_block = max(1.0, more / (blocks - 2))
     fitting, too_many = 0, blocks + 1
     for _ in range(VERIFICATIONS):
         count = min(int((limit - least) / per_block), too_many - 1)
