@@ -74,15 +74,15 @@ class Repeats:
             self.kept += 1
         self._before: list[Standing] = []
 
-    def leave_out(self, index: int, marks: Sequence[float] = ()) -> tuple[int, float]:
+    def leave_out(self, index: int, marks: Sequence[float | None] = ()) -> tuple[int, float]:
         """Before group `index`, and called before each: how many are left out, and the seconds that these took, which are booked.
 
-        marks: what is waited for later, as many each time.
+        marks: what is waited for later, as many each time; None: nothing was there yet.
         """
         standing = self.device.standing()
         if standing is None:
             return 0, 0.0
-        self._before.append(replace(standing, marks=tuple(marks)))
+        self._before.append(replace(standing, marks=tuple(mark or 0.0 for mark in marks)))
         for period in self.periods:
             times = self._periods_alike(index, period)
             if times < 1 or sum(self.pieces[index - period : index]) % 2:

@@ -440,8 +440,7 @@ class Component:
 
     def _skip(self, repeats: Repeats, groups: Sequence[Sequence[_Part]], number: int) -> int:
         """Groups from `number` on that are left out."""
-        marks = [mark or 0.0 for mark in self._ring.marks()] if self._ring is not None else []
-        count, seconds = repeats.leave_out(number, marks)
+        count, seconds = repeats.leave_out(number, self._ring.marks() if self._ring is not None else ())
         if count and self._ring is not None:
             left = [part for group in groups[number : number + count] for part in _streamed(group)]
             self._ring.skip(len(left), seconds)

@@ -114,17 +114,20 @@ class _Tiles:
 
     def visit(self, pictures: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """The latent frames of a tile; a simulation leaves out those that would do what those before them did."""
-        alike = ["first", *["later"] * (len(pictures) - 1)] if self.leaves_out else []
-        repeats, index = Repeats(self.device, alike, periods=(1, 2, 3, 4)), 0
+        repeats, index = Repeats(self.device, ["first", *["later"] * (len(pictures) - 1)], periods=range(1, 5)), 0
         while index < len(pictures):
-            marks = [mark or 0.0 for ferry in (self.features, self.ferry) for mark in ferry.marks()] if alike else []
-            self.left_out, seconds = repeats.leave_out(index, marks) if alike else (0, 0.0)
-            if self.left_out:
-                self.features.skip(seconds)
-                self.ferry.skip(seconds)
+            self.left_out = self.leave_out(repeats, index) if self.leaves_out else 0
             index += self.left_out
             yield index, pictures[index]
             index += 1
+
+    def leave_out(self, repeats: Repeats, index: int) -> int:
+        """Latent frames from `index` on that are left out."""
+        count, seconds = repeats.leave_out(index, [*self.features.marks(), *self.ferry.marks()])
+        if count:
+            self.features.skip(seconds)
+            self.ferry.skip(seconds)
+        return count
 
     def groups_of_tile(
         self, frames: torch.Tensor, corner: tuple[int, int], *, shown: bool = False

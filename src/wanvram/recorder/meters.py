@@ -72,29 +72,29 @@ class _Poll:
     """A thread that keeps the highest figure of the whole GPU: NVML's answer takes 0.1 ms and holds no lock of Python's."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
         self._highest = 0
         self._stop = threading.Event()
-        thread = threading.Thread(target=self._run, name="wanvram-nvml", daemon=True)
-        thread.start()
+        # Nothing of the thread's holds this object, so that it ends with it.
+        watched = gpu, self._stop, weakref.ref(self)
+        threading.Thread(target=_watch, args=watched, name="wanvram-nvml", daemon=True).start()
         weakref.finalize(self, self._stop.set)
-
-    def _run(self) -> None:
-        gpu, stop, me = self._gpu, self._stop, weakref.ref(self)
-        while not stop.wait(POLL_SECONDS):
-            poll = me()
-            if poll is None:
-                return
-            try:
-                poll._highest = max(poll._highest, gpu.used_bytes())
-            except Exception:  # the driver is going away: figures then come from the ends of spans alone
-                return
-            del poll
 
     def take(self) -> int:
         """Bytes, since the last time."""
         highest, self._highest = self._highest, 0
         return highest
+
+
+def _watch(gpu: Gpu, stop: threading.Event, of: weakref.ref[_Poll]) -> None:
+    while not stop.wait(POLL_SECONDS):
+        poll = of()
+        if poll is None:
+            return
+        try:
+            poll._highest = max(poll._highest, gpu.used_bytes())
+        except Exception:  # the driver is going away: figures then come from the ends of spans alone
+            return
+        del poll
 
 
 class CudaMeter:

@@ -90,7 +90,8 @@ class Costs:
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv3d", "aten.convolution"):
             return Price("convolution", self._convolution, dispatch)
-        return Price("elementwise", _traffic(operation), dispatch)
+        moved = _traffic(operation)
+        return Price("elementwise", lambda args, out: (0.0, 1.0, moved(args, out)), dispatch)
 
     def _dispatch(self, name: str) -> float:
         own = name.startswith("wanvram.")
@@ -149,19 +150,19 @@ class Costs:
         return self._tf32 * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
 
 
-def _traffic(operation: str) -> Callable[[Arguments, Any], Work]:
+def _traffic(operation: str) -> Callable[[Arguments, Any], float]:
     """Bytes read and written: arguments and result, with exceptions by name. An argument changed in place is both."""
     if operation.startswith("aten.copy_."):
-        return lambda args, result: (0.0, 1.0, args[0].nbytes + args[1].nbytes)
+        return lambda args, result: args[0].nbytes + args[1].nbytes
     if operation.startswith("wanvram.fill_window"):  # reads and writes a window, and the newest of its frames once more
-        return lambda args, result: (0.0, 1.0, args[4].nbytes * (2 + 1 / args[4].shape[2]))
+        return lambda args, result: args[4].nbytes * (2 + 1 / args[4].shape[2])
     if operation.startswith(_WRITES_ONLY):
-        return lambda args, result: (0.0, 1.0, nbytes_of((result,)))
+        return lambda args, result: nbytes_of((result,))
     if operation.startswith(_LOOKUPS):
-        return lambda args, result: (0.0, 1.0, 2 * nbytes_of((result,)))
+        return lambda args, result: 2 * nbytes_of((result,))
     if operation.startswith("wanvram.") and operation.split(".")[1].endswith("_"):
-        return lambda args, result: (0.0, 1.0, args[0].nbytes + nbytes_of(args))
-    return lambda args, result: (0.0, 1.0, nbytes_of(args) + nbytes_of((result,)))
+        return lambda args, result: args[0].nbytes + nbytes_of(args)
+    return lambda args, result: nbytes_of(args) + nbytes_of((result,))
 
 
 def nbytes_of(values: Iterable[Any]) -> int:

@@ -189,7 +189,7 @@ class SimulatedMemory(TorchDispatchMode):
             host = any(t.untyped_storage()._cdata in self._host for t in _meta_tensors((*args, *kwargs.values())))
         plan = None if host else self.libraries.plan(self._operation, args)
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
-        short = shortcut if args and getattr(args[0], "is_meta", False) else None
+        short = shortcut if args and getattr(args[0], "is_meta", None) else None
         result = short(args, kwargs) if short is not None else func(*args, **kwargs)
         for tensor in _meta_tensors((result,)):
             self._register(tensor.untyped_storage(), host, tensor)

@@ -133,8 +133,6 @@ class Timeline:
 
     def end(self) -> None:
         entry, self._where = self._open.pop()
-        if self._reserved and self._reserved[-1] != self.allocator.reserved_bytes:
-            self._log(_SEGMENT, 0, 0)  # pages mapped for a malloc that then failed
         if entry is not None:
             entry.end = len(self._kinds)
 
