@@ -100,6 +100,19 @@ def test_a_resident_transformer_beside_t5_on_the_host_is_a_way_of_its_own() -> N
     assert no_room.fastest == 105.0
 
 
+def test_the_disk_is_no_third_way_where_the_fastest_is_not_streamed() -> None:
+    def found(host_seconds: float) -> list[tuple[str, bool]]:
+        seconds = of({FULL: 90.0, DISK: 200.0, PINNED: 95.0})
+        table = Table(
+            peak=large(NO_T5),
+            seconds=lambda name, s: host_seconds if s.t5_cpu and name == "text_encoder" else seconds(name, s),
+        )
+        return ways(placed(table, disk_step=0.1))
+
+    assert found(0.0) == [(PINNED, False), (FULL, True)]
+    assert found(10.0) == [(PINNED, False), (FULL, True), (DISK, False)]
+
+
 def test_nothing_that_fits_is_none() -> None:
     table = Table(peak=lambda name, s: 101 if name == "dit" else 1)
     assert placed(table) is None

@@ -100,6 +100,22 @@ def test_what_another_component_needs_is_in_the_peak_and_in_the_way_of_an_altern
     assert refused(limit, forecast=Sized(rest=limit + 1)).alternatives == ()
 
 
+def test_of_an_alternative_the_component_that_did_not_fit_is_forecast_first_and_alone_where_it_does_not_again() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def forecast(config: RunConfig, name: str) -> StageForecast:
+        asked.append((config.request.size, name))
+        return Sized()(config, name)
+
+    refused(pixels("832*480", 80) // 80, forecast=forecast, request=replace(T2V, frame_num=5))
+    assert {name for size, name in asked if size == "832*480"} == {"dit", "text_encoder", "vae_decoder"}, (
+        "a frame of it fits"
+    )
+    asked.clear()
+    refused(1000, forecast=forecast)
+    assert {name for size, name in asked if size == "832*480"} == {"dit"}
+
+
 def test_smaller_sizes_are_of_the_same_orientation_the_largest_first() -> None:
     assert _smaller_sizes(T2V) == ["832*480"]
     assert _smaller_sizes(Request.for_task("t2v-14B", size="720*1280")) == ["480*832"]

@@ -357,5 +357,6 @@ def test_of_what_begins_twice_the_inner_one_ends_first_and_one_that_never_ends_i
     assert (found.calls, round(found.seconds * 1e6), round(found.self_seconds * 1e6)) == (2, 34, 30)
     assert trace.notes[0] == "1 event did not finish and is left out: event 5, 'b', begins without an end"
     trace = read(half("B", "a", 0), half("B", "lost", 10), half("E", "a", 30))
+    assert trace.seconds == pytest.approx(30e-6)
     assert [o.name for o in trace.operators_by_time] == ["a"]
     assert trace.notes[0].endswith("event 2, 'lost', begins without an end")

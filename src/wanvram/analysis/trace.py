@@ -144,7 +144,7 @@ class _Collector(Kept):
         """Begin and end of one thread, in order of their times: the innermost begin of the same name is the partner."""
         for thread, halves in self._halves.items():
             opened: list[tuple[float, int, bool, str, int]] = []
-            for half in sorted(halves, key=lambda h: h[:2]):
+            for half in sorted(halves):  # by time, then by number, which no other has
                 if half[2]:
                     opened.append(half)
                     continue
