@@ -60,6 +60,7 @@ def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:
     spans = pipeline.recorder.spans
     (record,) = [r for r in pipeline.records() if r.name == name]
     full, part = inputs.noise_shape[1], short.noise_shape[1]
+    longer = inputs.frames / short.frames  # of the video: the first latent frame is one, each other several
     together = BATCH_SIZE.of(config.strategy)
     channels, _, rows, columns = inputs.noise_shape
     missing = (full - part) * channels * rows * columns * torch.float32.itemsize
@@ -76,9 +77,7 @@ def _of_rank(config: RunConfig, component: str, rank: int) -> StageForecast:
         base_bytes=record.base_bytes,
         host_bytes=memory.host_peak_bytes,
         seconds_per_step=steps[-1].seconds if steps else None,
-        seconds=_sum(
-            stages, inputs.frames / short.frames
-        ),  # of the video: the first latent frame is one, the others are several
+        seconds=_sum(stages, longer),
         together=together,
     )
 
