@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from unit.test_clock import BUS, CARD, MACHINE, NVLINK, PLAIN, Shaped, computing, seconds
-from wanvram.simulate.clock import Clock, Costs
+from wanvram.simulate.clock import PLAN_SECONDS, Clock, Costs
 from wanvram.simulate.gpus import GPU, GPUS
 from wanvram.simulate.host import HOST, FirstUse, Reading
 from wanvram.simulate.links import link_of
@@ -141,6 +141,24 @@ def test_attention_moves_queries_keys_values_and_the_result() -> None:
 def test_a_convolution_moves_picture_weight_and_result() -> None:
     moved = 4 * (16 * 4 * 256 + 8 * 16 * 27 + 8 * 2 * 256)
     assert convolved(16, 8, SLOW) == pytest.approx(moved / 1e6)
+
+
+def test_the_first_convolution_of_each_shape_costs_the_host_a_plan_unless_all_are_known() -> None:
+    clock, weight = Clock(GPUS["h200"], replace(HOST, operation_us=2 * HOST.operation_us)), Shaped((8, 16, 3, 3, 3))
+    price = clock.costs.price("wanvram.conv3d.default")
+    small, large = Shaped((1, 16, 3, 8, 8)), Shaped((1, 16, 3, 9, 8))
+
+    def host_seconds(picture: Shaped) -> float:
+        before = clock.now()
+        clock.compute(price, (picture, weight), Shaped((1, 8, 1, 8, 8)))
+        return clock.now() - before
+
+    first, again, other = (host_seconds(picture) for picture in (small, small, large))
+    assert (first, other) == pytest.approx((again + 2 * PLAN_SECONDS,) * 2), "a host that is half as fast"
+    known = Clock(GPUS["h200"], clock.machine)
+    known.leave_out_plans()
+    clock = known
+    assert host_seconds(small) == pytest.approx(again)
 
 
 @pytest.mark.parametrize(

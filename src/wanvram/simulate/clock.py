@@ -29,6 +29,9 @@ CATEGORIES = ("attention", "product", "convolution", "elementwise")
 RAMP_KEYS = 256
 NARROW_CHANNELS = 128
 MESSAGE_SECONDS = 20e-6  # of the host, to issue a send and a receive (torch.distributed, 10 us each)
+# Of the host, for a convolution of a new shape, of which cuDNN makes a plan: 1.5 to 3.0 ms, what the first 9 frames took longer than
+# as many later ones in tiles of three sizes at two (benchmarks/2026-11-24_h200_tiled_vae.json), over their 28 to 203 shapes.
+PLAN_SECONDS = 2e-3
 # 3 output channels cost as much as 32: 0.88 ms for 96 -> 3 at 480x832 (benchmarks/*_probe_libraries.json).
 CHANNEL_TILE = 32
 
@@ -201,6 +204,7 @@ class Clock:
     _gathered: float = 0.0
     _encoder: float = 0.0
     _used: set[str] = field(default_factory=set)
+    _planned: set[tuple[Any, Any]] | None = field(default_factory=set)  # shapes; None: all of them
     _read: float = 0.0  # when the piece that was read last lay in its pinned buffer
 
     def __post_init__(self) -> None:
@@ -244,6 +248,8 @@ class Clock:
         """One operation on the device, queued behind all earlier ones."""
         seconds, busy = self.costs.seconds(price.work(args, result)), self.busy
         self._host += price.dispatch
+        if price.category == "convolution":
+            self._plan(args[0].shape, args[1].shape)
         self._compute = max(self._compute, self._host) + self._launch + seconds
         busy[price.category] += seconds
         busy["launch"] += self._launch
@@ -364,6 +370,15 @@ class Clock:
         self._used.add(library)
         if cost is not None:
             self._host += cost.cold if library in self.cold else cost.warm
+
+    def _plan(self, picture: Any, weight: Any) -> None:
+        if self._planned is not None and (picture, weight) not in self._planned:
+            self._planned.add((picture, weight))
+            self._host += PLAN_SECONDS * self.costs.slowness
+
+    def leave_out_plans(self) -> None:
+        """As if every shape of a convolution had been seen before."""
+        self._planned = None
 
     def cold_seconds(self) -> float:
         """What compiling costs this run and no later one."""

@@ -157,6 +157,7 @@ class SimulatedMemory(TorchDispatchMode):
 
     def load_everything(self) -> None:
         """Every library as if used before, with its buffers: where a run stands in its later stages."""
+        self.clock.leave_out_plans()
         for name in ("kernels", *self.gpu.module_bytes):
             self.load_library(name)
             for nbytes in self.libraries.persistent_buffers(name):
