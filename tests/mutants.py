@@ -309,6 +309,7 @@ def serve(folder: Path) -> int:
     """The process of a lane: a line of its input names tests, a line of its output says what came of them."""
     import torch  # noqa: F401 - two of the three seconds that a run of pytest takes to start
 
+    sys.path.insert(0, str(ROOT))  # as `python -m pytest` there has it
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
@@ -324,6 +325,7 @@ def serve(folder: Path) -> int:
 
 def _forked(folder: Path, tests: list[str]) -> int:
     os.setsid()  # so that what tests start ends with them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &, and tests send it
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -50,6 +50,7 @@ def test_the_weights_and_tensors_of_a_component_are_those_of_the_whole_run(task:
         peak = max(span.peak.allocated_bytes for span in record.stages if span.planned == component)
         assert found.base_bytes == bases[component]
         assert abs(found.peak_allocated_bytes - peak) < MIB
+        assert found.peak_allocated_bytes < found.peak_reserved_bytes < found.peak_device_bytes
         assert found.component == component
 
 

@@ -21,7 +21,7 @@ from wanvram.predict.simulate import simulated_device
 from wanvram.record import ComponentRecord, Failure, RunRecord
 from wanvram.recorder.recorder import Recorder
 from wanvram.run import execute as module
-from wanvram.run.execute import Output, assembled, check_measurement, device_kind, make_device
+from wanvram.run.execute import Output, assembled, check_measurement, device_kind, execute, make_device
 from wanvram.spans import Memory, Span
 from wanvram.specs import DIT, T5
 
@@ -124,6 +124,12 @@ def test_a_file_for_a_video_that_is_only_simulated_is_refused(tmp_path: Path) ->
     assert module._outputs(run, device, Output(tmp_path, video=True)) is None
     with pytest.raises(InputError, match="nothing is generated on the simulated device"):
         module._outputs(run, device, Output(tmp_path, video=True, save_file=tmp_path / "x.mp4"))
+
+
+def test_what_stands_in_for_a_picture_that_nobody_gave_is_in_the_record() -> None:
+    request = Request.for_task("i2v-14B", size="64*48", frame_num=5, sample_steps=1)
+    record = execute(config("cpu", "tiny", request=request, strategy=Strategy(precision="fp32")), Output(None))
+    assert any("a grey one of" in note for note in record.notes)
 
 
 @pytest.mark.parametrize(
