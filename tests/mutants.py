@@ -331,7 +331,9 @@ def _forked(folder: Path, tests: list[str]) -> int:
     os.dup2(log, 2)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--no-header", "--tb=no", "-rfE"]
     try:
-        return int(pytest.main([*options, f"--basetemp={folder / 'tmp'}", *tests]))
+        code = int(pytest.main([*options, f"--basetemp={folder / 'tmp'}", *tests]))
+        sys.stdout.flush()  # os._exit does not
+        return code
     except BaseException as error:
         os.write(2, repr(error).encode())
         return 1

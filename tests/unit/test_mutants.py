@@ -52,11 +52,14 @@ def test_every_module_and_test_file_that_is_named_is_there() -> None:
 def test_a_change_of_a_unit_is_killed_and_the_source_is_whole_again() -> None:
     bench = mutants.Bench(1, 120)
     (mutant,) = [m for m in mutants.mutants_of("units.py") if m.old == "1024" and m.line == 9]
-    outcome = bench.run(mutant)
+    try:
+        outcome = bench.run(mutant)
+        copy = (bench.folder / "0" / mutants.SOURCE / "units.py").read_bytes()
+    finally:
+        bench.close()
     assert outcome.outcome == "killed"
     assert "test_units.py" in outcome.by or "test_machine_facts.py" in outcome.by
-    copy = bench.folder / "0" / mutants.SOURCE / "units.py"
-    assert copy.read_bytes() == (ROOT / mutants.SOURCE / "units.py").read_bytes()
+    assert copy == (ROOT / mutants.SOURCE / "units.py").read_bytes()
 
 
 def test_a_sample_is_judged_by_what_matters() -> None:
