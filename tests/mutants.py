@@ -394,8 +394,8 @@ class Bench:
 
     def close(self) -> None:
         for lane in self.lanes:
-            lane.process.kill()
-            lane.process.wait()
+            with lane.process:  # closes its pipes and waits for it
+                lane.process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
