@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# One convolution: dtype, input [C,T,H,W], weight [O,I,kT,kH,kW], stride, padding.
+# One convolution: dtype, input [C,T,H,W], weight [O,I,kT,kH,kW], stride, padding; of a picture without T.
 Shape = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 OFFICIAL = ((480, 832), (832, 480), (720, 1280), (1280, 720))
@@ -70,9 +70,8 @@ class Collector(TorchDispatchMode):
         self.shapes: dict[Shape, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.wanvram.conv3d.default:
-            x, weight, bias, stride, padding = args
-            assert bias is not None
+        if func in (torch.ops.wanvram.conv2d.default, torch.ops.wanvram.conv3d.default):
+            x, weight, _, stride, padding = args
             name = str(x.dtype).removeprefix("torch.")
             self.shapes.setdefault((name, tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding)))
         return func(*args, **(kwargs or {}))
@@ -146,6 +145,15 @@ def write(file: Path, content: object) -> None:
     file.write_bytes(gzip.compress(json.dumps(content, indent=0).encode(), mtime=0))
 
 
+def layout_of(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shape: Shape) -> torch.Tensor:
+    convolution = F.conv2d if x.dim() == 4 else F.conv3d
+    return convolution(x, weight, bias, stride=shape[3], padding=shape[4])
+
+
 class Bench:
     """Runs convolutions on one buffer of zeros: what cuDNN chooses depends on no value."""
 
@@ -154,26 +162,25 @@ class Bench:
         self.weights: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def arguments(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Input and weight in channels_last_3d, and bias."""
-        name, (channels, frames, height, width), weight_shape, _, _ = shape
+        """Input and weight, channels last, and bias."""
+        name, (channels, *sizes), weight_shape, _, _ = shape
         dtype = getattr(torch, name)
-        count = channels * frames * height * width
-        flat = self.buffer[: count * dtype.itemsize].view(dtype)
-        x = flat.view(1, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+        flat = self.buffer[: channels * math.prod(sizes) * dtype.itemsize].view(dtype)
+        x = flat.view(1, *sizes, channels).movedim(-1, 1)
         if (name, weight_shape) not in self.weights:
             weight = torch.zeros(weight_shape, dtype=dtype, device="cuda")
             bias = torch.zeros(weight_shape[0], dtype=dtype, device="cuda")
-            self.weights[name, weight_shape] = weight.contiguous(memory_format=torch.channels_last_3d), bias
+            self.weights[name, weight_shape] = weight.contiguous(memory_format=layout_of(weight)), bias
         return x, *self.weights[name, weight_shape]
 
     def workspace(self, shape: Shape) -> int:
         """Bytes, as requested from the allocator."""
         x, weight, bias = self.arguments(shape)
         torch._C._cuda_resetPeakMemoryStats(0)
-        y = F.conv3d(x, weight, bias, stride=shape[3], padding=shape[4])
+        y = convolved(x, weight, bias, shape)
         requested = torch._C._cuda_memoryStats(0)["requested_bytes"]["all"]
-        if not y.is_contiguous(memory_format=torch.channels_last_3d):
-            raise RuntimeError(f"{key_of(shape)}: cuDNN left channels_last_3d")
+        if not y.is_contiguous(memory_format=layout_of(y)):
+            raise RuntimeError(f"{key_of(shape)}: cuDNN left channels last")
         return int(requested["peak"] - requested["current"])
 
     def kernels(self, shapes: list[Shape]) -> dict[str, list[list[Any]]]:
@@ -183,7 +190,7 @@ class Bench:
         with torch.profiler.profile(activities=activities) as profiler:
             for shape in shapes:
                 marker.fill_(7)
-                F.conv3d(*self.arguments(shape), stride=shape[3], padding=shape[4])
+                convolved(*self.arguments(shape), shape)
             torch.cuda.synchronize()
         with TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"

@@ -178,9 +178,19 @@ def test_what_an_operation_moves_is_known_by_its_name(operation: str, args: tupl
 
 
 def test_a_window_is_read_and_written_and_its_newest_frame_once_more() -> None:
-    window = Shaped((1, 16, 4, 10, 10), 2)
-    args = (None, None, None, None, window)
-    assert seconds("wanvram.fill_window.default", args, None, SLOW) == pytest.approx(window.nbytes * 2.25 / 1e6)
+    frame = Shaped((1, 16, 1, 40, 10), 2)
+    for window in (Shaped((1, 16, 3, 10, 10), 2), Shaped((1, 48, 10, 10), 2)):
+        args = (frame, None, None, None, window)
+        moved = window.nbytes * (2 + 1 / 3)
+        assert seconds("wanvram.fill_window.default", args, None, SLOW) == pytest.approx(moved / 1e6)
+
+
+@pytest.mark.parametrize(("add", "passes"), [(False, 2), (True, 3)])
+def test_a_placed_frame_is_read_and_written_and_what_it_is_added_to_read_too(add: bool, passes: int) -> None:
+    frame = Shaped((1, 16, 1, 10, 10), 4)
+    args = (frame, None, Shaped(frame.shape, 4), add)
+    moved = passes * frame.nbytes / 1e6
+    assert seconds("wanvram.place_frame.default", args, None, SLOW) == pytest.approx(moved)
 
 
 def test_allocations_have_no_price() -> None:

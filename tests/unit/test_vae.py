@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from wanvram.errors import InputError
 from wanvram.kernels.channel_norm import fill_window, rms_norm_silu
-from wanvram.kernels.conv import conv3d, frame_attention
+from wanvram.kernels.conv import conv2d, conv3d, frame_attention, place_frame
 from wanvram.kernels.operation import Operation
 from wanvram.models import vae_blocks
 from wanvram.models.vae import WanVAE
@@ -151,7 +151,9 @@ def test_wrong_sizes_are_refused() -> None:
 
 def test_copying_weights_keeps_the_channels_last_strides() -> None:
     for name, p in random_vae().named_parameters():
-        if p.dim() == 5:
+        if p.dim() == 5 and p.shape[4] > 1 and p.shape[1] % 4 == 0:  # the inputs of three frames beside each other
+            assert p.permute(0, 3, 4, 2, 1).is_contiguous(), name
+        elif p.dim() == 5:
             assert p.is_contiguous(memory_format=torch.channels_last_3d), name
         elif p.dim() == 4 and name.endswith("weight"):
             assert p.is_contiguous(memory_format=torch.channels_last), name
@@ -238,6 +240,11 @@ def test_the_convolution_states_its_real_shape_and_layout_on_meta(stride: tuple[
     fake = conv3d(x.to("meta"), weight.to("meta"), None, stride, (0, 1, 1))
     assert (real.shape, real.stride()) == (fake.shape, fake.stride())
     torch.testing.assert_close(real, F.conv3d(x, weight, None, stride, (0, 1, 1)))
+    picture, flat = x[:, :, 0].contiguous(memory_format=torch.channels_last), weight[:, :, 0].contiguous()
+    real = conv2d(picture, flat, None, stride[1:], (1, 1))
+    fake = conv2d(picture.to("meta"), flat.to("meta"), None, stride[1:], (1, 1))
+    assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+    torch.testing.assert_close(real, F.conv2d(picture, flat, None, stride[1:], (1, 1)))
 
 
 @pytest.mark.gpu
@@ -264,8 +271,9 @@ def frames_of(count: int, channels: int, device: str) -> list[Tensor]:
 @pytest.mark.parametrize("channels", [6, 96, 384])
 @pytest.mark.parametrize("past", [0, 2])
 @pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("flat", [True, False])
 def test_a_window_holds_rows_of_the_history_and_the_newest_frame_which_becomes_history(
-    device: str, channels: int, past: int, normed: bool
+    device: str, channels: int, past: int, normed: bool, flat: bool
 ) -> None:
     x, *history = frames_of(1 + past, channels, device)
     before = [old.clone() for old in history]
@@ -274,8 +282,13 @@ def test_a_window_holds_rows_of_the_history_and_the_newest_frame_which_becomes_h
     if gamma is not None:
         newest = F.silu(F.normalize(newest, dim=-1) * channels**0.5 * gamma.view(-1))
     newest = newest.movedim(-1, 1)
-    window = vae_blocks.new_frames(x, channels, past + 1, 3, 7)
-    fill_window(x, history, gamma, window, 2 * 7, 2 * 7)
+    if flat:  # the frames' channels beside each other
+        picture = vae_blocks.new_picture(x, (past + 1) * channels, 3, 7)
+        fill_window(x, history, gamma, picture, 2 * 7, 2 * 7)
+        window = picture.unflatten(1, (past + 1, channels)).transpose(1, 2)
+    else:
+        window = vae_blocks.new_frames(x, channels, past + 1, 3, 7)
+        fill_window(x, history, gamma, window, 2 * 7, 2 * 7)
     expected = torch.cat([*(old[..., 2:5, :] for old in before), newest[..., 2:5, :]], dim=2)
     torch.testing.assert_close(window, expected, atol=1e-5, rtol=1e-5)
     for old, was in zip(history, before, strict=True):
@@ -285,6 +298,44 @@ def test_a_window_holds_rows_of_the_history_and_the_newest_frame_which_becomes_h
             assert torch.equal(old[..., 4:, :], was[..., 4:, :])
         else:
             assert torch.equal(old, was)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("channels", [6, 96, 384])
+@pytest.mark.parametrize("add", [True, False])
+def test_a_part_of_a_frame_is_placed_with_its_bias_or_added(device: str, channels: int, add: bool) -> None:
+    frame, out = frames_of(2, channels, device)
+    bias, before = randn(channels, seed=9).to(device), out.clone()
+    part = frame[..., 1:4, 2:6]
+    expected = part + bias.view(-1, 1, 1, 1) + (before[..., 2:5, 1:5] if add else 0)
+    place_frame(part, bias, out[..., 2:5, 1:5], add)
+    torch.testing.assert_close(out[..., 2:5, 1:5], expected, atol=1e-6, rtol=1e-6)
+    out[..., 2:5, 1:5] = before[..., 2:5, 1:5]
+    assert torch.equal(out, before), "nothing beside the part changes"
+
+
+@pytest.mark.parametrize("past", [0, 2])
+def test_three_frames_as_one_picture_give_what_the_convolution_of_frames_gives(past: int) -> None:
+    conv = vae_blocks.Conv(8, 12, (3, 3, 3), torch.float32)
+    assert conv.flat
+    conv.weight.copy_(randn(12, 8, 3, 3, 3, seed=3))
+    conv.bias.copy_(randn(12, seed=4))
+    stream = vae_blocks.Stream(remember=past > 0)
+    frames = frames_of(3, 8, "cpu") if past else frames_of(1, 8, "cpu")
+    for frame in frames:
+        out = conv.causal(frame.clone(memory_format=torch.channels_last_3d), stream)
+    padded = torch.cat([frames[0].new_zeros(1, 8, 3 - len(frames), 6, 7), *frames], dim=2)
+    torch.testing.assert_close(out, F.conv3d(padded, conv.weight, conv.bias, padding=(0, 1, 1)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kernel", "dtype"),
+    [(3, (3, 3, 3), torch.float32), (8, (3, 1, 1), torch.float32), (8, (3, 3, 3), torch.bfloat16)],
+)
+def test_few_channels_frames_without_extent_and_sixteen_bits_stay_frames(
+    inputs: int, kernel: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    assert not vae_blocks.Conv(inputs, 8, kernel, dtype).flat
 
 
 @pytest.mark.gpu

@@ -26,9 +26,10 @@ def fill_window(
 ) -> None:
     """A temporal convolution's input, from frames [1,C,1,H,W]: history and SiLU(norm(x)), or x itself without gamma.
 
-    window [1,C,t,h,W], t = 1 + len(history), gets as many positions of each frame, from `start` on. The oldest frame of
-    the history gets the newest one's first `committed` positions. All tensors lie in memory as channels_last_3d. One kernel
-    and no view: in tiles, Python's time is what counts.
+    window [1,C,t,h,W] in channels_last_3d, or [1,t*C,h,W] in channels_last, t = 1 + len(history), gets as many positions of
+    each frame, from `start` on: one frame after another, or the frames' channels beside each other. The oldest frame of the history
+    gets the newest one's first `committed` positions. Frames lie in memory as channels_last_3d. One kernel and no view: in tiles,
+    Python's time is what counts.
     """
     oldest, newer = history if history else (None, None)
     _fill_window(x, oldest, newer, gamma, window, start, committed)
@@ -47,8 +48,11 @@ def _fill_window(
     start: int,
     committed: int,
 ) -> None:
-    count = window.shape[3] * window.shape[4]
-    planes = _positions(window).split(count)
+    count = window.shape[-2] * window.shape[-1]
+    if window.dim() == 4:
+        planes = window.permute(0, 2, 3, 1).view(count, -1).split(x.shape[1], dim=1)
+    else:
+        planes = _positions(window).split(count)
     if oldest is not None and newer is not None:
         planes[0].copy_(_positions(oldest)[start : start + count])
         planes[1].copy_(_positions(newer)[start : start + count])

@@ -40,9 +40,10 @@ class Operation(Generic[_P, _R]):
             self.on_meta(lambda *_: None)
         self._dispatched: Callable[_P, _R] = getattr(torch.ops.wanvram, self.name).default
 
-    def on_meta(self, fake: Callable[..., Any]) -> None:
-        """Registers what the operation's result is like, from meta tensors."""
+    def on_meta(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers what the operation's result is like, from meta tensors. Gives the function back, for another's."""
         _LIBRARY.impl(self.name, fake, "Meta")
+        return fake
 
     def compute(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         x: Any = args[0]

@@ -64,6 +64,7 @@ def _fill_window_kernel(
     width,
     root,
     HISTORY: tl.constexpr,
+    BESIDE: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,8 +72,13 @@ def _fill_window_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < count)[:, None] & (column < width)[None, :]
-    target = row[:, None] * width + column[None, :]
-    source = target + start.to(tl.int64) * width
+    source = (row[:, None] + start.to(tl.int64)) * width + column[None, :]
+    if BESIDE:  # the frames' channels beside each other, else a plane for each frame
+        plane = width
+        target = row[:, None] * (3 * width) + column[None, :]
+    else:
+        plane = count.to(tl.int64) * width
+        target = row[:, None] * width + column[None, :]
     newest = tl.load(x_ptr + source, mask=inside, other=0.0)
     if NORM:
         x = newest.to(tl.float32)
@@ -81,7 +87,6 @@ def _fill_window_kernel(
         result = x / length[:, None] * root * gamma[None, :]
         newest = (result / (1.0 + tl.exp(-result))).to(window_ptr.dtype.element_ty)
     if HISTORY:
-        plane = count.to(tl.int64) * width
         tl.store(window_ptr + target, tl.load(oldest_ptr + source, mask=inside), mask=inside)
         tl.store(window_ptr + plane + target, tl.load(newer_ptr + source, mask=inside), mask=inside)
         tl.store(window_ptr + 2 * plane + target, newest, mask=inside)
@@ -101,11 +106,12 @@ def fill_window(
     committed: int,
 ) -> None:
     width = x.shape[1]
-    count = window.shape[3] * window.shape[4]
+    count = window.shape[-2] * window.shape[-1]
     block = triton.next_power_of_2(width)
     rows = max(_TILE // block, 1)
     history, norm = oldest is not None, gamma is not None
-    sizes = {"HISTORY": history, "NORM": norm, "ROWS": rows, "BLOCK": block, "num_warps": 4}
+    beside = history and window.dim() == 4
+    sizes = {"HISTORY": history, "BESIDE": beside, "NORM": norm, "ROWS": rows, "BLOCK": block, "num_warps": 4}
     given = (oldest if history else x, newer if history else x, gamma if norm else x)
     _fill_window_kernel[(triton.cdiv(count, rows),)](
         x, *given, window, start, count, committed, width, width**0.5, **sizes

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -91,8 +92,8 @@ class Costs:
             return Price("product", self._scaled_product, dispatch)
         if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
-        if name in ("wanvram.conv3d", "aten.convolution"):
-            return Price("convolution", self._convolution, dispatch)
+        if name in ("wanvram.conv2d", "wanvram.conv3d", "aten.convolution"):
+            return Price("convolution", partial(self._convolution, name == "wanvram.conv2d"), dispatch)
         moved = _traffic(operation)
         return Price("elementwise", lambda args, out: (0.0, 1.0, moved(args, out)), dispatch)
 
@@ -135,21 +136,23 @@ class Costs:
         rate = self._half * pace if q.itemsize == 2 else self._fp32
         return flops, rate * share, 2 * q.nbytes + 2 * k.nbytes
 
-    def _convolution(self, args: Arguments, result: Any) -> Work:
+    def _convolution(self, picture: bool, args: Arguments, result: Any) -> Work:
         """x [N,I,...], weight [O,I,kernel...], result [N,O,...]. cuDNN may use TF32 for float32: PyTorch's default."""
         x, weight = args[0], args[1]
         narrow = min(weight.shape[:2])
         padding = -(-narrow // CHANNEL_TILE) * CHANNEL_TILE / narrow
         flops = 2 * padding * prod(weight.shape[1:]) * prod(result.shape)
-        rate = self._conv_rate(x.itemsize, narrow < NARROW_CHANNELS)
+        rate = self._conv_rate(x.itemsize, narrow < NARROW_CHANNELS, picture)
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
 
-    def _conv_rate(self, itemsize: int, narrow: bool) -> float:
+    def _conv_rate(self, itemsize: int, narrow: bool, picture: bool) -> float:
         reached = self.gpu.efficiency
         if itemsize == 2:
             return self._half * (reached.conv_half_narrow if narrow else reached.conv_half)
         if self.gpu.compute_capability < (8, 0):
             return self._fp32 * reached.product_fp32
+        if picture:
+            return self._tf32 * (reached.conv2d_tf32_narrow if narrow else reached.conv2d_tf32)
         return self._tf32 * (reached.conv_tf32_narrow if narrow else reached.conv_tf32)
 
 
@@ -158,7 +161,9 @@ def _traffic(operation: str) -> Callable[[Arguments, Any], float]:
     if operation.startswith("aten.copy_."):
         return lambda args, result: args[0].nbytes + args[1].nbytes
     if operation.startswith("wanvram.fill_window"):  # reads and writes a window, and the newest of its frames once more
-        return lambda args, result: args[4].nbytes * (2 + 1 / args[4].shape[2])
+        return lambda args, result: args[4].nbytes * 2 + args[0].nbytes * args[4].shape[-2] / args[0].shape[-2]
+    if operation.startswith("wanvram.place_frame"):
+        return lambda args, result: args[0].nbytes + args[2].nbytes * (1 + args[3])
     if operation.startswith(_WRITES_ONLY):
         return lambda args, result: nbytes_of((result,))
     if operation.startswith(_LOOKUPS):

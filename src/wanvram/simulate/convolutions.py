@@ -1,4 +1,4 @@
-"""cuDNN's workspace for one convolution in channels_last_3d: rules of its kernels on sm_90, and where each is taken. No torch.
+"""cuDNN's workspace for one convolution of frames or of a picture, channels last: rules of its kernels on sm_90, and where each is taken. No torch.
 
 Found from measured workspaces (benchmarks/harvest_conv_workspaces.py, H200, cuDNN 9.19), which the rules give to the byte.
 cuDNN's choice of kernel hangs on the weight's shape and the area H x W of the input, for most weights on nothing else:
@@ -41,7 +41,7 @@ Regimes = list[list[Any]]  # [first area, last area, kernel, other kernels...]
 
 
 class Convolution(NamedTuple):
-    """dtype as torch names it; x [C,T,H,W]; weight [O,I,kT,kH,kW]; stride and padding [T,H,W]."""
+    """dtype as torch names it; x [C,T,H,W]; weight [O,I,kT,kH,kW]; stride and padding [T,H,W]. Of a picture without T."""
 
     dtype: str
     x: tuple[int, ...]
@@ -51,7 +51,7 @@ class Convolution(NamedTuple):
 
     @classmethod
     def of(cls, x: Any, weight: Any, _bias: Any, stride: Sequence[int], padding: Sequence[int]) -> Convolution:
-        """Of tensors x [1,C,T,H,W] and weight."""
+        """Of tensors x [1,C,T,H,W] or [1,C,H,W], and weight."""
         name = str(x.dtype).removeprefix("torch.")
         return cls(name, tuple(x.shape[1:]), tuple(weight.shape), tuple(stride), tuple(padding))
 
@@ -63,8 +63,8 @@ class Convolution(NamedTuple):
     def key(self) -> str:
         """In float32 the same for a picture and its transpose: they took the same at each of 16,915 measured pairs."""
         x, padding = self.x, self.padding
-        if self.dtype == "float32" and (x[3], padding[2]) < (x[2], padding[1]):
-            x, padding = (x[0], x[1], x[3], x[2]), (padding[0], padding[2], padding[1])
+        if self.dtype == "float32" and (x[-1], padding[-1]) < (x[-2], padding[-2]):
+            x, padding = (*x[:-2], x[-1], x[-2]), (*padding[:-2], padding[-1], padding[-2])
         return f"{self.dtype} {_text(x)} {_text(self.weight)} {_text(self.stride)} {_text(padding)}"
 
     @property
@@ -76,7 +76,7 @@ class Convolution(NamedTuple):
     @property
     def area(self) -> int:
         """Rows x columns of the input, without padding."""
-        return self.x[2] * self.x[3]
+        return self.x[-2] * self.x[-1]
 
     def copies(self, *parts: str, channels: int = 1) -> int:
         """Bytes of copies of x, weight or out, their channels rounded up to a multiple, and 16 for their alignment."""

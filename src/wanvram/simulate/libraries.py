@@ -57,6 +57,7 @@ class Libraries:
             "aten.pow.Scalar": lambda args: _SCALAR,
             "wanvram.attention.default": self._attention,
             "wanvram.attention_lse.default": self._attention_with_sums,
+            "wanvram.conv2d.default": self._convolution,
             "wanvram.conv3d.default": self._convolution,
         }
 
