@@ -9,7 +9,8 @@ Parts: `kernels` times every backend that is usable here at the shapes of Wan2.1
 beside its output, its error against float64 on a slice, and with the SM clock and power of that time; `numerics` takes a forward of
 1.3B with each against float32. `1.3B-480P`, `14B-480P` and `14B-720P` are whole runs of `wanvram profile` in fresh processes, streamed,
 under the caps of the headline table (docs/evidence.md), random weights, 4 steps, cudnn and fa4 in turns (ABBA), --rounds pairs each;
-the prediction of each is made and printed before; --backends takes others, which are judged by their predictions. In the same call the products and the attention of one step are timed alone: what a
+the prediction of each is made and printed before; --backends takes others, which are judged by their predictions.
+In the same call the products and the attention of one step are timed alone: what a
 step cannot be faster than at the clock of that time. `warm` takes 1.3B in a fresh process with empty caches of compiled kernels and
 again with those that the first one filled.
 Needs flash-attn-4 for fa4. Exit code 1 when a bound is missed.
@@ -521,9 +522,7 @@ def run_beside(config: Mapping[str, Any], predicted: Mapping[str, Any], scratch:
     }
 
 
-def predictions(
-    case: Case, gpu: str, scratch: Path, backends: Sequence[str] = BACKENDS
-) -> dict[str, dict[str, Any]]:
+def predictions(case: Case, gpu: str, scratch: Path, backends: Sequence[str] = BACKENDS) -> dict[str, dict[str, Any]]:
     """By backend; made side by side, on a core each."""
     with ThreadPoolExecutor() as pool:
         asked = {name: pool.submit(profile, case.config(name), scratch, "simulated", "--gpu", gpu) for name in backends}

@@ -2,12 +2,14 @@
 
     python benchmarks/beside_diffusers.py --task 1.3B            832x480, 81 frames
     python benchmarks/beside_diffusers.py --task 14B             1280x720, 81 frames
+    python benchmarks/beside_diffusers.py --only dit             some parts
 
 Each (library, part) runs in a fresh process, with everything resident. "act" is the peak of allocated bytes minus what was allocated when
-the step began; a step is both guidance forwards, ours without the embeddings, which a run makes once; `seconds` is the median of at
-least three. The VAE is float32 for both; diffusers'
-transformer runs eager and with its blocks compiled. Exit code 1 where a part fails, or ours is slower or takes more activations than
-the faster of diffusers' forms.
+the step began; a step is both guidance forwards, ours without the embeddings, which a run makes once; `first` is the first of the
+process, compiling and library loading in it, `seconds` the median of the next, at least three. The VAE is float32 for both, its first
+call decodes three latent frames; diffusers' transformer runs eager and with its blocks compiled. "device" is NVML's peak of the whole
+GPU less what it was before the part, read every 10 ms by the parent process. Exit code 1 where a part fails, or ours is slower or
+takes more activations than the faster of diffusers' forms.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fit_card import Sampler
 from provenance import conclude, header, unused
 
 if TYPE_CHECKING:
@@ -36,11 +39,14 @@ REPEATS = {"1.3B": 5, "14B": 3}
 
 
 def timed(call: Any, repeats: int) -> dict[str, Any]:
-    """Warm-up, then the median wall time and the peak over what was there before."""
+    """The first call, then the median wall time of the next and their peak over what was there before."""
     import torch
 
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     call(warm=True)
     torch.cuda.synchronize()
+    first = time.perf_counter() - start
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -52,6 +58,7 @@ def timed(call: Any, repeats: int) -> dict[str, Any]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return {
+        "first_seconds": first,
         "seconds": median(times),
         "all_seconds": times,
         "base_mib": before / 2**20,
@@ -94,7 +101,8 @@ def diffusers_dit(task: str, *, compiled: bool = False) -> dict[str, Any]:
     t = torch.tensor([500], device="cuda")
 
     def step(warm: bool) -> None:
-        for _ in range(1 if warm else 2):
+        del warm
+        for _ in range(2):
             model(hidden_states=latent, timestep=t, encoder_hidden_states=text, return_dict=False)
 
     return timed(step, REPEATS[task])
@@ -153,10 +161,30 @@ def breaches_of(rows: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
+def fused_attention_version() -> str | None:
+    """Ours takes it where it is installed."""
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def row_of(part: str, task: str) -> dict[str, Any]:
+    """A part in a fresh process, with what the card lost meanwhile."""
+    sampler = Sampler()
+    command = [sys.executable, __file__, "--task", task, "--part", part]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    device_mib = sampler.close() / 2**20
+    if result.returncode:
+        return {"error": result.stderr[-1500:]}
+    return dict(json.loads(result.stdout.splitlines()[-1])) | {"device_mib": device_mib}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(SHAPES), default="1.3B")
-    parser.add_argument("--part", choices=sorted(PARTS))
+    parser.add_argument("--part", choices=sorted(PARTS), help="one of them, in this process")
+    parser.add_argument("--only", default="", help="parts whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
     if args.part:
@@ -168,16 +196,13 @@ def main() -> int:
         return 0
     rows: dict[str, dict[str, Any]] = {}
     about = header("beside_diffusers.py", "own_parts.py") | {"diffusers": importlib.metadata.version("diffusers")}
-    for part in PARTS:
-        command = [sys.executable, __file__, "--task", args.task, "--part", part]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows[part] = (
-            json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else {"error": result.stderr[-1500:]}
-        )
-        print(part, rows[part], flush=True)
+    about["flash-attn-4"] = fused_attention_version()
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"{datetime.date.today().isoformat()}_beside_diffusers_{args.task}.json"
-    unused(args.out / name).write_text(json.dumps(about | rows | {"breaches": breaches_of(rows)}, indent=1) + "\n")
+    target = unused(args.out / f"{datetime.date.today().isoformat()}_beside_diffusers_{args.task}.json")
+    for part in (part for part in PARTS if args.only in part):
+        rows[part] = row_of(part, args.task)
+        print(part, rows[part], flush=True)
+        target.write_text(json.dumps(about | rows | {"breaches": breaches_of(rows)}, indent=1) + "\n")
     return conclude({"parts": len(rows), "breaches": breaches_of(rows)})
 
 

@@ -10,7 +10,8 @@
 The card is the one that a file's name says. Times marked * include what happens once in a process (loading libraries, compiling,
 tuning) or is not on the clock (encoding the video): they are shown, neither fitted nor judged. Steps are means without the first. The
 fit minimises relative errors with every rate held near its present value (one weight of `STIFFNESS` against one measurement), so a
-rate that no measurement asks about stays.
+rate that no measurement asks about stays. Decodes before 2026-11-30 are of other convolutions, and are left out; what cuDNN takes at its
+first use is not in a warm one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from provenance import conclude
 from wanvram.config import RunConfig
 from wanvram.predict.simulate import simulate
 from wanvram.simulate.gpus import GPUS, Efficiency
+from wanvram.simulate.host import HOST
 
 HERE = Path(__file__).parent
 SIZES = {"1.3B": "832*480", "14B": "1280*720"}  # of beside_diffusers.py: 81 frames, bf16 resident, VAE in float32
@@ -42,7 +44,14 @@ STEP = "step"  # in place of a stage's name: a steady denoising step
 BOUNDS = {STEP: 0.07, "decode": 0.10}
 # What EFFICIENCY was fitted on (simulate/card.py), and what it is judged on: other runs, sizes, ways to hold the weights, another card.
 FITTED = ("2026-11-24_beside_diffusers_*.json",)
-JUDGED = ("*_fit_card.json", "*_h100_beside_diffusers_*B.json", "*_attention_pairs*.json", "*_generate_720P_fa4.json")
+JUDGED = (
+    "*_fit_card.json",
+    "*_h100_beside_diffusers_*B.json",
+    "2026-11-30_beside_diffusers_1.3B.json",
+    "*_attention_pairs*.json",
+    "*_generate_720P_fa4.json",
+)
+PICTURES_SINCE = "2026-11-30"  # the VAE's convolutions in float32
 STIFFNESS = 0.2
 NUDGE = 0.05
 
@@ -59,6 +68,13 @@ class Measured:
     warm: bool
 
 
+def attended(config: dict[str, Any], backend: str | None) -> dict[str, Any]:
+    """With the backend of attention that a run took; None: what PyTorch chooses."""
+    if backend is None:
+        return config
+    return config | {"optimization": config.get("optimization", {}) | {"attention_backend": backend}}
+
+
 def plain(config: dict[str, Any]) -> dict[str, Any]:
     """The resident run that fit_card.py makes after the capped one."""
     model = config["model_config"] | {"load_strategy": "full"}
@@ -69,16 +85,18 @@ def of_fit_card(card: str, document: dict[str, Any]) -> Iterator[Measured]:
     for case in document["cases"]:
         if "error" in case:
             continue
-        label, config = case["name"], case["config"]
+        label, backend = case["name"], case.get("attention")
+        config = attended(case["config"], backend)
         if case["step_seconds"]:
             yield Measured(card, label, config, STEP, case["step_seconds"], True)
         for row in case["stages"]:
             yield Measured(card, label, config, row["stage"], row["seconds"], False)
         if case["resident_step_seconds"]:
-            resident = plain(config)
+            resident = attended(plain(config), backend)
             yield Measured(card, label + " resident", resident, STEP, case["resident_step_seconds"], True)
+            of_today = document.get("date", "") >= PICTURES_SINCE
             for stage, seconds in case["resident_stages"].items():
-                yield Measured(card, label + " resident", resident, stage, seconds, stage == "decode")
+                yield Measured(card, label + " resident", resident, stage, seconds, stage == "decode" and of_today)
 
 
 def of_predict_vs_measure(card: str, document: list[dict[str, Any]]) -> Iterator[Measured]:
@@ -93,8 +111,11 @@ def of_beside_diffusers(card: str, name: str, document: dict[str, Any]) -> Itera
     model = next(model for model in SIZES if model in name)
     request = {"task": f"t2v-{model}", "size": SIZES[model], "sample_steps": 3, "weights": "random"}
     config = {"name": "beside", "model_config": {"precision": "bf16", "offload": True}, "request": request}
+    config = attended(config, "fa4" if document.get("flash-attn-4") else None)
     yield Measured(card, name, config, STEP, document["our_dit"]["seconds"], True)
-    yield Measured(card, name, config, "decode", document["our_vae"]["seconds"], True)
+    yield Measured(
+        card, name, config, "decode", document["our_vae"]["seconds"], document.get("date", "") >= PICTURES_SINCE
+    )
 
 
 def of_attention(card: str, document: dict[str, Any]) -> Iterator[Measured]:
@@ -155,7 +176,9 @@ class Predictions:
             record = simulate(config)[0].to_json()
             stages = {s["name"]: s["seconds"] for s in record["stages"]}
             self._known[key] = stages | {STEP: steady_step(record)}
-        return self._known[key].get(measured.stage)
+        seconds = self._known[key].get(measured.stage)
+        once = HOST.first_use["cudnn"].warm if measured.stage == "decode" and measured.warm else 0.0
+        return None if seconds is None else seconds - once
 
     def with_efficiency(self, efficiency: Efficiency) -> Predictions:
         """A fresh set, for another efficiency of the cards here."""

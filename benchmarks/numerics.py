@@ -141,7 +141,12 @@ def main() -> int:
             figures = (f"{k} max {row[k]['max']:.2e} rms {row[k]['rms']:.2e}" for k in ("ours", "sliced", "diffusers"))
             print(f"{model:5s} {precision}: {'; '.join(figures)}", flush=True)
     breaches = [breach for row in rows for breach in breaches_of(row)]
-    document = header("numerics.py") | {"device": name, "shape": args.shape, "breaches": breaches, "rows": rows}
+    document = header("numerics.py") | {
+        "device": name,
+        "shapes": {model: args.shape or SHAPES[model] for model in args.model},
+        "breaches": breaches,
+        "rows": rows,
+    }
     key = "cpu" if args.device == "cpu" else name.split()[-1].lower()
     unused(args.out / f"{datetime.date.today()}_{key}_numerics.json").write_text(json.dumps(document, indent=1) + "\n")
     return conclude({"rows": len(rows), "breaches": breaches})

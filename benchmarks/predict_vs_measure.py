@@ -117,6 +117,7 @@ def result_of(record: dict[str, Any]) -> dict[str, Any]:
         ],
         "seconds": {stage["name"]: stage["seconds"] for stage in record["stages"]},
         "environment": record.get("environment"),
+        "attention": record.get("attention"),
         "failure": record.get("failure"),
     }
 

@@ -4,7 +4,9 @@
     python benchmarks/tiled_vae.py --profile                    and how long the GPU was busy in 17 frames of each
 
 Every form is run once on 9 frames before it is timed, so that loading libraries, compiling and cuDNN's choices are not counted;
-what they take is in `first_seconds`. Frames come from random latents through the engine, download included; `different` is the
+what they take is in `first_seconds`. `device_bytes` is NVML's peak of the whole GPU less what it was before this process, the
+weights of one half of the VAE (0.3 GiB) and the CUDA context (0.6) in it.
+Frames come from random latents through the engine, download included; `different` is the
 largest difference of a frame's value (of 255) from the whole decode's. The project's bound is 1.15 times the whole
 picture's time: exit code 1 where a tile takes longer. Writes <out>/<date>_<gpu>_tiled_vae.json.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fit_card import Sampler
 from own_parts import Unrecorded
 from provenance import conclude, header, unused
 
@@ -92,7 +95,11 @@ def material(way: str, size: str, frames: int) -> torch.Tensor:
 def measure(bench: Bench, way: str, size: str, tile: int | None, args: argparse.Namespace) -> dict[str, Any]:
     work = {frames: partial(getattr(bench, way), material(way, size, frames), tile) for frames in (9, 17, args.frames)}
     row: dict[str, Any] = {"way": way, "size": size, "tile": tile, "first_seconds": timed(work[9])[0]}
+    torch.cuda.empty_cache()
+    watch = Sampler() if args.idle_bytes is not None else None
     row["seconds"], row["peak_bytes"], row["result"] = timed(work[args.frames])
+    if watch:
+        row["device_bytes"] = watch.close() + watch.idle - args.idle_bytes
     if args.profile:
         row["profile"] = busy_seconds(work[17])
     return row
@@ -128,6 +135,9 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
+    watch = Sampler()
+    watch.close()
+    args.idle_bytes = watch.idle  # before this process has touched the card
     device = torch.cuda.get_device_name()
     target = unused(args.out / f"{datetime.date.today()}_{device.split()[1].lower()}_tiled_vae.json")
     about = header("tiled_vae.py", "own_parts.py") | {"device": device, "frames": args.frames}
@@ -137,7 +147,8 @@ def main() -> int:
             done.append(row)
             print(
                 f"{row['way']} {row['size']:9s} tile {row['tile']!s:5s} {row['seconds']:7.2f} s = {row['ratio']:.2f} x, peak "
-                f"{row['peak_bytes'] / MIB:7.0f} MiB, first {row['first_seconds']:.2f} s, different {row['different']:.3g} "
+                f"{row['peak_bytes'] / MIB:7.0f} MiB, device "
+                f"{row['device_bytes'] / MIB:7.0f}, first {row['first_seconds']:.2f} s, different {row['different']:.3g} "
                 f"{row.get('profile', '')}",
                 flush=True,
             )

@@ -466,14 +466,14 @@ def step_seconds(record: RunRecord) -> float:
 
 @pytest.mark.parametrize(
     ("task", "size", "step", "decode"),
-    [("t2v-1.3B", "832*480", 1.036, 2.134), ("t2v-14B", "1280*720", 22.09, 5.007)],
+    [("t2v-1.3B", "832*480", 1.036, 1.480), ("t2v-14B", "1280*720", 22.09, 3.685)],
 )
 def test_resident_runs_take_the_time_an_h200_took(task: str, size: str, step: float, decode: float) -> None:
-    """benchmarks/2026-11-24_beside_diffusers_*.json."""
+    """benchmarks/2026-11-24_beside_diffusers_*.json, the decodes 2026-11-30_beside_diffusers_1.3B.json and ..._h200_tiled_vae.json."""
     record = run(task, size)
     assert step_seconds(record) == pytest.approx(step, rel=0.05)
     once = HOST.first_use["cudnn"].warm
-    assert (stage(record, "decode").seconds or 0.0) - once == pytest.approx(decode, rel=0.05)
+    assert (stage(record, "decode").seconds or 0.0) - once == pytest.approx(decode, rel=0.1)
 
 
 SMALL = {"task": "t2v-1.3B", "size": "832*480", "frames": 5, "t5_cpu": True}

@@ -131,10 +131,11 @@ def test_a_new_miss_a_grown_one_and_one_that_is_no_more_are_each_said() -> None:
 def test_a_real_measurement_is_predicted_anew_and_a_changed_digit_of_it_is_a_miss(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = "2026-11-24_h200_predict_vs_measure.json"
+    name = "2026-11-30_h200_predict_vs_measure.json"
     document = json.loads((BENCHMARKS / name).read_text())
-    runs = [run for run in document if run["config"] == "t2v-1.3B-480x832-17f-bf16-full-offload-t5_cpu"]
+    runs = [run for run in document if run["config"] == "t2v-1.3B-832x480-81f-bf16-full-offload"]
     assert len(runs) == 1
+    runs[0]["configuration"]["optimization"]["attention_backend"] = "fa4"  # what `auto` took there
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # which main sets, too, and which is taken back here
     monkeypatch.setattr(evidence, "HERE", tmp_path)
     monkeypatch.setattr(evidence, "KNOWN", tmp_path / "known_misses.json")
@@ -154,4 +155,4 @@ def test_every_kind_of_measurement_with_a_prediction_has_its_cases() -> None:
     found = {case.file for case in evidence.cases()}
     for pattern in evidence.KINDS:
         assert [name for name in found if Path(name).match(pattern)], pattern
-    assert len(evidence.quick(evidence.cases())) < 30
+    assert len(evidence.quick(evidence.cases())) < 40

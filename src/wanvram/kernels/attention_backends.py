@@ -99,9 +99,10 @@ _FA4_PAPER = "the paper of FlashAttention-4 (2026): up to 1.3 times cuDNN on a B
 # PyTorch's in the order in which scaled_dot_product_attention looks for one (sdp_utils.cpp). Bytes: cudnn two 8-byte seeds and 256
 # bytes (measured); flash fp32 log-sum-exp and two seeds, and partial sums that are not counted where heads x rows / 64 are fewer than
 # 1.6 x multiprocessors (4 heads of 2048 rows on an H200: 8 MiB), which no step of Wan2.1 has; efficient and fa4 nothing (measured).
-# Paces on the H200 from 40 heads x 75600 x 75600: 561, 356 and 669 TFLOP/s. fa4 takes 2.1 ms where cudnn takes 1.5 for the 512 keys
-# of a prompt. Its kernels: own ones for sm_90 and sm_100; sm_8x and sm_120 share one of the same instructions as FlashAttention-2,
-# which its authors have yet to tune, so `auto` leaves it alone there until `wanvram check --attention` has found it faster.
+# Paces on the H200 from 40 heads x 75600 x 75600: 561, 356 and 669 TFLOP/s; efficient 178 for 8192 queries. fa4 takes 2.1 ms where cudnn
+# takes 1.5 for the 512 keys of a prompt. Its kernels: own ones for sm_90 and sm_100; sm_8x and sm_120 share one of the same instructions
+# as FlashAttention-2, which its authors have yet to tune, so `auto` leaves it alone there until `wanvram check --attention` has found it
+# faster.
 BACKENDS = (
     Backend(
         "cudnn",
@@ -127,7 +128,11 @@ BACKENDS = (
     ),
     Backend(
         "efficient",
-        (Rate(((0, 0), SM_80), 1.0, "assumption: the share of newer cards"), Rate(EVERY, 0.4, _FA2_PAPER)),
+        (
+            Rate(((0, 0), SM_80), 1.0, "assumption: the share of newer cards"),
+            Rate((SM_90, SM_100), 0.32, _H200),
+            Rate(EVERY, 0.4, _FA2_PAPER),
+        ),
         reached={1: "attention_fp32", 2: "attention", 4: "attention_fp32", 8: "attention_fp32"},
         sdp_choice=2,
     ),

@@ -49,10 +49,9 @@ def _fill_window(
     committed: int,
 ) -> None:
     count = window.shape[-2] * window.shape[-1]
-    if window.dim() == 4:
-        planes = window.permute(0, 2, 3, 1).view(count, -1).split(x.shape[1], dim=1)
-    else:
-        planes = _positions(window).split(count)
+    beside = window.dim() == 4
+    rows = window.movedim(1, -1)
+    planes = rows.view(count, -1).split(x.shape[1], dim=1) if beside else rows.view(-1, x.shape[1]).split(count)
     if oldest is not None and newer is not None:
         planes[0].copy_(_positions(oldest)[start : start + count])
         planes[1].copy_(_positions(newer)[start : start + count])

@@ -49,9 +49,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-@operation(
-    "(Tensor(a!) frame, Tensor bias, Tensor(b!) out, bool add) -> ()", triton="wanvram.kernels.triton_conv"
-)
+@operation("(Tensor(a!) frame, Tensor bias, Tensor(b!) out, bool add) -> ()", triton="wanvram.kernels.triton_conv")
 def place_frame(frame: Tensor, bias: Tensor, out: Tensor, add: bool) -> None:
     """out = frame + bias, or out += frame + bias: frames, or parts of some, [1,C,1,H,W] in channels_last_3d, bias [C].
 

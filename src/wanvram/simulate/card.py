@@ -42,8 +42,8 @@ class Efficiency:
     attention_fp32: float = 0.62
     conv_tf32: float = 0.41
     conv_tf32_narrow: float = 0.275  # fewer than 128 channels on one side: the matrix units' tiles are partly empty
-    conv2d_tf32: float = 0.62  # of pictures: `kernels.conv.conv2d`
-    conv2d_tf32_narrow: float = 0.57
+    conv2d_tf32: float = 0.57  # of pictures, `kernels.conv.conv2d`: a decode of 2026-11-30 at 1280x720
+    conv2d_tf32_narrow: float = 0.53
     conv_half: float = 0.63
     conv_half_narrow: float = 0.30
     memory: float = 0.77  # of the bandwidth, in elementwise kernels and copies within the device

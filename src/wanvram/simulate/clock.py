@@ -93,7 +93,7 @@ class Costs:
         if name in ("wanvram.attention", "wanvram.attention_lse"):
             return Price("attention", self._attention, dispatch)
         if name in ("wanvram.conv2d", "wanvram.conv3d", "aten.convolution"):
-            return Price("convolution", partial(self._convolution, name == "wanvram.conv2d"), dispatch)
+            return Price("convolution", partial(self._convolution, picture=name == "wanvram.conv2d"), dispatch)
         moved = _traffic(operation)
         return Price("elementwise", lambda args, out: (0.0, 1.0, moved(args, out)), dispatch)
 
@@ -136,7 +136,7 @@ class Costs:
         rate = self._half * pace if q.itemsize == 2 else self._fp32
         return flops, rate * share, 2 * q.nbytes + 2 * k.nbytes
 
-    def _convolution(self, picture: bool, args: Arguments, result: Any) -> Work:
+    def _convolution(self, args: Arguments, result: Any, *, picture: bool = False) -> Work:
         """x [N,I,...], weight [O,I,kernel...], result [N,O,...]. cuDNN may use TF32 for float32: PyTorch's default."""
         x, weight = args[0], args[1]
         narrow = min(weight.shape[:2])
@@ -145,7 +145,7 @@ class Costs:
         rate = self._conv_rate(x.itemsize, narrow < NARROW_CHANNELS, picture)
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
 
-    def _conv_rate(self, itemsize: int, narrow: bool, picture: bool) -> float:
+    def _conv_rate(self, itemsize: int, narrow: bool, picture: bool = False) -> float:
         reached = self.gpu.efficiency
         if itemsize == 2:
             return self._half * (reached.conv_half_narrow if narrow else reached.conv_half)

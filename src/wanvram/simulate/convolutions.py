@@ -1,4 +1,5 @@
-"""cuDNN's workspace for one convolution of frames or of a picture, channels last: rules of its kernels on sm_90, and where each is taken. No torch.
+"""cuDNN's workspace for one convolution of frames or of a picture, channels last: rules of its kernels on sm_90, and where
+each is taken. No torch.
 
 Found from measured workspaces (benchmarks/harvest_conv_workspaces.py, H200, cuDNN 9.19), which the rules give to the byte.
 cuDNN's choice of kernel hangs on the weight's shape and the area H x W of the input, for most weights on nothing else:
@@ -61,10 +62,10 @@ class Convolution(NamedTuple):
 
     @property
     def key(self) -> str:
-        """In float32 the same for a picture and its transpose: they took the same at each of 16,915 measured pairs."""
+        """In float32 the same for frames and their transpose: they took the same at each of 16,915 measured pairs. Pictures may not."""
         x, padding = self.x, self.padding
-        if self.dtype == "float32" and (x[-1], padding[-1]) < (x[-2], padding[-2]):
-            x, padding = (*x[:-2], x[-1], x[-2]), (*padding[:-2], padding[-1], padding[-2])
+        if self.dtype == "float32" and len(x) == 4 and (x[3], padding[2]) < (x[2], padding[1]):
+            x, padding = (x[0], x[1], x[3], x[2]), (padding[0], padding[2], padding[1])
         return f"{self.dtype} {_text(x)} {_text(self.weight)} {_text(self.stride)} {_text(padding)}"
 
     @property
