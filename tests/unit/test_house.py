@@ -28,7 +28,7 @@ BUDGETS = {
     "machine": 1140,
     "matrix": 640,
     "media": 615,
-    "models": 2540,
+    "models": 2550,
     "planner": 1680,
     "predict": 1130,
     "prompt": 990,

@@ -193,7 +193,7 @@ class Conv(nn.Module):
         commit False: x does not become history yet (the same x comes again).
         """
         history = stream.history(self, x)
-        weight, bias = self._taps(len(history), outputs)
+        weight, bias = self._taps(len(history), outputs, stream)
         halo, channels, height = self.weight.shape[3] // 2, x.shape[1], x.shape[3]
         cut = stream.cut(self)
         start, stop = cut.top, height - cut.bottom
@@ -229,14 +229,22 @@ class Conv(nn.Module):
             history.reverse()
         return out
 
-    def _taps(self, past: int, outputs: slice) -> tuple[Tensor, Tensor]:
+    def _taps(self, past: int, outputs: slice, stream: Stream) -> tuple[Tensor, Tensor]:
         """Weight and bias for a frame with `past` frames before it, of some outputs."""
+        if (
+            past == 2 and outputs == EVERYTHING
+        ):  # a view, which the stream keeps: in tiles, Python's time is what counts
+            if self not in stream.weights:
+                stream.weights[self] = (self._laid_out(self.weight), self.bias)
+            return stream.weights[self]
         # The last tap alone is the one case that copies: 5 MiB for 384 channels, and it has a third of the arithmetic.
-        weight = self.weight[outputs, :, 2 - past :]
-        if self.flat:  # [O,I,t,kH,kW] as [O,t*I,kH,kW]
-            beside = weight.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
-            return beside, self.bias[outputs]
-        return weight.contiguous(memory_format=torch.channels_last_3d), self.bias[outputs]
+        return self._laid_out(self.weight[outputs, :, 2 - past :]), self.bias[outputs]
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        """Taps [O,I,t,kH,kW] as the convolution takes them: if flat [O,t*I,kH,kW]. A copy where some are left out."""
+        if self.flat:
+            return weight.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
+        return weight.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _conv(module: nn.Module) -> Conv:
