@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from attention_backends import CASES as ATTENTION_CASES
 from predict_vs_measure import BUILT_IN
-from provenance import conclude
+from provenance import attended, conclude
 
 from wanvram.config import RunConfig
 from wanvram.predict.simulate import simulate
@@ -66,13 +66,6 @@ class Measured:
     stage: str
     seconds: float
     warm: bool
-
-
-def attended(config: dict[str, Any], backend: str | None) -> dict[str, Any]:
-    """With the backend of attention that a run took; None: what PyTorch chooses."""
-    if backend is None:
-        return config
-    return config | {"optimization": config.get("optimization", {}) | {"attention_backend": backend}}
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:

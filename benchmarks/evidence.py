@@ -35,6 +35,7 @@ import sealed
 import several_gpus
 from attention_backends import CASES as ATTENTION_CASES
 from PIL import Image
+from provenance import attended
 
 from wanvram.cli.flags import config_from_flags
 from wanvram.cli.main import build_parser
@@ -167,7 +168,8 @@ def of_peaks(file: str, document: list[dict[str, Any]], card: str) -> Iterator[C
     """predict_vs_measure.py. What was called device then is the process's own figure."""
     for run in document:
         if run["rows"]:
-            yield Case(file, run["config"], stages_of(run["rows"]), partial(of_config, run["configuration"], card))
+            config = attended(run["configuration"], run.get("attention"))  # recorded since 2026-11-30
+            yield Case(file, run["config"], stages_of(run["rows"]), partial(of_config, config, card))
 
 
 def of_fit_card(file: str, document: dict[str, Any], card: str) -> Iterator[Case]:
@@ -183,7 +185,7 @@ def of_fit_card(file: str, document: dict[str, Any], card: str) -> Iterator[Case
             limit = case["limit_bytes"]
             decode = sum(stage["seconds"] for stage in case["stages"] if stage["stage"] == "decode")
             measured |= {"decode_seconds": decode} if number and decode else {}
-            config = config | {"optimization": config["optimization"] | {"attention_backend": case["attention"]}}
+            config = attended(config, case["attention"])
         yield Case(file, case["name"], measured, partial(of_config, config, card, limit_bytes=limit))
 
 

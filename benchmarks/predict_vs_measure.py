@@ -117,7 +117,7 @@ def result_of(record: dict[str, Any]) -> dict[str, Any]:
         ],
         "seconds": {stage["name"]: stage["seconds"] for stage in record["stages"]},
         "environment": record.get("environment"),
-        "attention": record.get("attention"),
+        "attention": (record.get("attention") or {}).get("taken"),
         "failure": record.get("failure"),
     }
 

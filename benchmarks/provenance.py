@@ -20,6 +20,7 @@ import psutil
 __all__ = [
     "ROOT",
     "ResultFile",
+    "attended",
     "circumstances",
     "conclude",
     "environment_of_a_person",
@@ -61,6 +62,13 @@ def header(*scripts: str) -> dict[str, Any]:
     except (pynvml.NVMLError, ValueError):  # none here, or none that this process may see
         gpu = None
     return {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(), "gpu": gpu, **circumstances(*scripts)}
+
+
+def attended(config: dict[str, Any], backend: str | None) -> dict[str, Any]:
+    """A configuration with the backend of attention that a run took; None: what PyTorch chooses."""
+    if backend is None:
+        return config
+    return config | {"optimization": config.get("optimization", {}) | {"attention_backend": backend}}
 
 
 def unused(path: Path) -> Path:

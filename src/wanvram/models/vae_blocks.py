@@ -153,9 +153,9 @@ class Gamma(nn.Module):
 class Conv(nn.Module):
     """Parameters of a convolution, stored channels last: copying weights into them keeps the strides.
 
-    flat: its window is one picture, and the inputs of all frames lie beside each other in the weight: in float32, where cuDNN
-    takes 1.1 to 2 times as long for frames (H200; in 16 bits 0.8 to 1.5), and where it stays in channels_last, which it leaves
-    for the 9 channels of three RGB frames.
+    flat: the inputs of all frames lie beside each other in the weight, and in `causal` and an upsampling the window is one
+    picture: in float32, where cuDNN takes 1.1 to 2 times as long for frames (H200; in 16 bits 0.8 to 1.5), and where it stays in
+    channels_last, which it leaves for the 9 channels of three RGB frames.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -231,9 +231,8 @@ class Conv(nn.Module):
 
     def _taps(self, past: int, outputs: slice, stream: Stream) -> tuple[Tensor, Tensor]:
         """Weight and bias for a frame with `past` frames before it, of some outputs."""
-        if (
-            past == 2 and outputs == EVERYTHING
-        ):  # a view, which the stream keeps: in tiles, Python's time is what counts
+        if past == 2 and outputs == EVERYTHING:
+            # A view, which the stream keeps: in tiles, Python's time is what counts.
             if self not in stream.weights:
                 stream.weights[self] = (self._laid_out(self.weight), self.bias)
             return stream.weights[self]
@@ -347,9 +346,9 @@ class Upsample(nn.Module):
             grid.copy_(rows[:, None, :, None, :])
             above, below = max(2 * top, start), min(2 * bottom, stop)
             sides = cut._replace(top=above - 2 * first, bottom=2 * last - below)
-            flat = (doubled.squeeze(2), conv.weight) if conv.flat else (doubled, conv.weight.unsqueeze(2))
-            band = stream.convolve(*flat, conv.bias if whole else None, sides)
-            del doubled, grid, flat
+            operands = (doubled.squeeze(2), conv.weight) if conv.flat else (doubled, conv.weight.unsqueeze(2))
+            band = stream.convolve(*operands, conv.bias if whole else None, sides)
+            del doubled, grid, operands
             if whole:
                 out.copy_(band)
             else:

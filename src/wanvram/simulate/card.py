@@ -30,7 +30,8 @@ class Efficiency:
     """The share of a card's peak rates that long kernels reach, and what every operation costs besides.
 
     Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
-    attention of 1.3B at 832x480 and 14B at 1280x720, the VAE in float32 at both. 16-bit convolutions and float32 attention are from
+    attention of 1.3B at 832x480 and 14B at 1280x720, the VAE's frames in float32 at both, its pictures at 1280x720 (2026-11-30).
+    16-bit convolutions and float32 attention are from
     single kernels (h200.md, *_probe_libraries.json). 8-bit products alone reached 0.63 and 0.65 (h200.md); what they reach in a step
     is an assumption. The host's times per operation are estimates.
     """
