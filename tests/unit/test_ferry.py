@@ -111,3 +111,18 @@ def _parked(log: list[tuple[str, int | None]], event: tuple[str, int | None]) ->
     """The features between the two phases: all of them are waited for before the first tile."""
     first = next((i for i, what in enumerate(log) if what[0] == "send"), 0)
     return log.index(event) < first
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+def test_a_small_copy_between_host_tensors_changes_its_place_alone_and_wakes_no_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, part = torch.zeros(5, 12, 16, 3, dtype=dtype), torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3).to(dtype)
+    wanted = video.clone()
+    wanted[1:3, 4:8, 2:8] = part
+    monkeypatch.setattr(Tensor, "copy_", lambda *_: pytest.fail("PyTorch's copies are spread over its threads"))
+    CpuDevice().copy_on_host(video[1:3, 4:8, 2:8], part)
+    assert torch.equal(video, wanted)
+    back = torch.empty_like(part)
+    CpuDevice().copy_on_host(back, video[1:3, 4:8, 2:8])
+    assert torch.equal(back, part)

@@ -212,10 +212,17 @@ def test_on_a_gpu_with_triton_the_kernel_is_called(monkeypatch: pytest.MonkeyPat
     kernel = SimpleNamespace(rms_norm_=fills)
     monkeypatch.setattr(f"{ours}.uses_triton", lambda x: True)
     monkeypatch.setattr(f"{ours}.import_module", {"wanvram.kernels.triton_elementwise": kernel}.get)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    x = torch.zeros(2, 3)
+    x, launched_on = torch.zeros(2, 3), []
+    current = [x.get_device()]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(launched_on.append(device)))
     rms_norm_(x, torch.ones(3), 0.5)
     assert x.eq(0.5).all()
+    assert launched_on == []
+    current[0] += 1
+    rms_norm_(x, torch.ones(3), 0.25)
+    assert x.eq(0.25).all()
+    assert launched_on == [x.device], "a tensor of another GPU than the current one"
 
 
 def test_in_place_operations_run_on_meta_tensors() -> None:

@@ -266,7 +266,8 @@ class CudaDevice(Device):
             mark.synchronize()
 
     def send(self, host: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-        return passage.copy_(host).to(self.torch_device, non_blocking=True)
+        self.copy_on_host(passage, host)
+        return passage.to(self.torch_device, non_blocking=True)
 
     def receive(self, passage: torch.Tensor, tensor: torch.Tensor) -> Any:
         passage.copy_(tensor, non_blocking=True)

@@ -47,11 +47,13 @@ class Operation(Generic[_P, _R]):
 
     def compute(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         x: Any = args[0]
-        if self.triton is not None and uses_triton(x):
-            kernel: Callable[_P, _R] = getattr(import_module(self.triton), self.name)
-            with torch.cuda.device(x.device):  # Triton launches on the current one
-                return kernel(*args, **kwargs)
-        return self._reference(*args, **kwargs)
+        if self.triton is None or not uses_triton(x):
+            return self._reference(*args, **kwargs)
+        kernel: Callable[_P, _R] = getattr(import_module(self.triton), self.name)
+        if x.get_device() == torch.cuda.current_device():  # Triton launches on it; naming it again costs 5 us a call
+            return kernel(*args, **kwargs)
+        with torch.cuda.device(x.device):
+            return kernel(*args, **kwargs)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         x: Any = args[0]
