@@ -402,6 +402,7 @@ def test_auto_means_the_same_to_an_estimate_and_to_a_run() -> None:
         from wanvram.run.attention import attention_of, card_here
 
         patched.setattr("wanvram.run.attention._refused", lambda *_: frozenset())
+        patched.setattr("wanvram.run.attention.why_broken", lambda _: None)
         asked = config("h100", frame_num=17)
         assert attention_of(asked, card_here(asked, device)) == simulated
 
@@ -481,6 +482,21 @@ def test_pytorch_is_asked_whether_a_backend_is_usable() -> None:
     """The CPU has PyTorch's flash attention and no other."""
     like = torch.empty((64, 1, 128), dtype=torch.bfloat16)
     assert [name for name, backend in BY_NAME.items() if usable(backend, like)] == ["flash"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_package_that_cannot_be_imported_here_is_passed_over_by_auto_and_the_record_says_why() -> None:
+    """flash-attn-4 is said to be installed, as after pip left out the kernels for this CUDA, and cannot be imported."""
+    from wanvram.run.attention import attention_of, card_like
+
+    taken = {
+        here: attention_of(config("h200", frame_num=81), card_like(GPUS["h200"], here=here)) for here in (True, False)
+    }
+    assert taken[True].taken == "cudnn"
+    assert taken[True].note.startswith("fa4 was passed over: flash-attn-4 cannot be imported (")
+    assert (taken[False].taken, taken[False].note) == ("fa4", ""), "another machine's card"
+    named = attention_of(config("h200", "fa4", frame_num=81), card_like(GPUS["h200"], here=True))
+    assert named.taken == "fa4", "asked for by name it ends with a sentence at the first call, as the next test says"
 
 
 @pytest.mark.usefixtures("absent")

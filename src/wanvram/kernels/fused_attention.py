@@ -21,7 +21,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanvram.errors import InputError
 from wanvram.kernels.attention_backends import FA4, Backend
 
-__all__ = ["Attended", "cudnn", "efficient", "fa4", "flash", "heads_first", "reference", "rows_first", "usable"]
+__all__ = [
+    "Attended",
+    "cudnn",
+    "efficient",
+    "fa4",
+    "flash",
+    "heads_first",
+    "reference",
+    "rows_first",
+    "usable",
+    "why_broken",
+]
 
 Attended = tuple[Tensor, Tensor | None]
 
@@ -76,6 +87,15 @@ def usable(backend: Backend, like: Tensor) -> bool:
             return int(choose(heads, heads, heads)) == backend.sdp_choice
     except RuntimeError:  # no backend is left
         return False
+
+
+def why_broken(backend: Backend) -> str | None:
+    """Why its package, which is installed, cannot be imported; None where it can."""
+    try:
+        usable(backend, torch.empty(0))
+    except InputError as error:
+        return f"{backend.package} cannot be imported ({error.__cause__})"
+    return None
 
 
 @cache

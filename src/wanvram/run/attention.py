@@ -11,7 +11,7 @@ from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import InputError
 from wanvram.kernels.attention_backends import BACKENDS, Backend
-from wanvram.kernels.fused_attention import usable
+from wanvram.kernels.fused_attention import usable, why_broken
 from wanvram.knobs import ATTENTION, PRECISION
 from wanvram.machine.attention_choice import Card, Heads, choose
 from wanvram.machine.attention_speed import checked_here
@@ -33,9 +33,18 @@ def attention_of(config: RunConfig, card: Card) -> AttentionChoice:
 
 
 def card_like(gpu: GPU, *, here: bool) -> Card:
-    """A card that is simulated. here: it is the one in this machine, so what was measured here counts."""
+    """A card that is simulated. here: it is the one in this machine, so what was measured and can be imported here counts."""
     checked, note = checked_here() if here and not gpu.measured else (None, "")
-    return Card(gpu.name, gpu.compute_capability, gpu.measured, checked, note)
+    card = Card(gpu.name, gpu.compute_capability, gpu.measured, checked, note)
+    return _without_broken(card) if here else card
+
+
+def _without_broken(card: Card) -> Card:
+    """Leaves out what `auto` would take if its package, which is installed, could be imported (1.5 s, which a run needs, too)."""
+    said = {b.name: why_broken(b) for b in BACKENDS if b.is_taken_on(card.capability) and b.version() is not None}
+    broken = {name: reason for name, reason in said.items() if reason is not None}
+    notes = [card.note, *(f"{name} was passed over: {reason}" for name, reason in broken.items())]
+    return replace(card, refused=card.refused | set(broken), note="; ".join(filter(None, notes)))
 
 
 def card_here(config: RunConfig, device: CudaDevice) -> Card:
@@ -45,8 +54,9 @@ def card_here(config: RunConfig, device: CudaDevice) -> Card:
         card = card_like(find_gpu(name, total), here=True)
     except InputError:
         checked, note = checked_here()
-        card = Card(name, torch.cuda.get_device_capability(device.torch_device), False, checked, note)
-    return replace(card, refused=_refused(config, device))
+        capability = torch.cuda.get_device_capability(device.torch_device)
+        card = _without_broken(Card(name, capability, False, checked, note))
+    return replace(card, refused=card.refused | _refused(config, device))
 
 
 def _refused(config: RunConfig, device: CudaDevice) -> frozenset[str]:
