@@ -58,6 +58,12 @@ def positions(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).view(-1, x.shape[1])
 
 
+def with_bias(band: Tensor, bias: Tensor) -> Tensor:
+    """band [1,C,1,H,W] + bias [C] in channels_last_3d: in place, or where the band is a part of a frame a new one."""
+    column = bias.view(-1, 1, 1, 1)
+    return band.add_(column) if band.is_contiguous(memory_format=torch.channels_last_3d) else band + column
+
+
 def frame_bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
@@ -113,8 +119,8 @@ class Stream:
         for top in range(start, stop, rows):
             yield top, min(top + rows, stop)
 
-    def convolve(self, window: Tensor, weight: Tensor, bias: Tensor | None, sides: Cut) -> Tensor:
-        """A convolution padded to the window's size, without `sides` of its output: a view or a new tensor, one frame.
+    def convolve(self, window: Tensor, weight: Tensor, sides: Cut) -> Tensor:
+        """A convolution padded to the window's size, without `sides` of its output and without bias: a view or a new tensor, one frame.
 
         window and weight: frames, or one picture (Conv.flat). In a tile, where both sides of a direction go, they are not
         computed, which also spares a copy.
@@ -123,9 +129,9 @@ class Stream:
         rows = 0 if self.tiled and min(sides.top, sides.bottom) >= halo else halo
         columns = 0 if self.tiled and min(sides.left, sides.right) >= halo else halo
         if weight.dim() == 4:
-            out = conv2d(window, weight, bias, UNIT[1:], (rows, columns)).unsqueeze(2)
+            out = conv2d(window, weight, None, UNIT[1:], (rows, columns)).unsqueeze(2)
         else:
-            out = conv3d(window, weight, bias, UNIT, (0, rows, columns))
+            out = conv3d(window, weight, None, UNIT, (0, rows, columns))
         known, ahead = halo - rows, halo - columns
         return Cut(sides.top - known, sides.bottom - known, sides.left - ahead, sides.right - ahead).of(out)
 
@@ -189,7 +195,8 @@ class Conv(nn.Module):
     ) -> Tensor:
         """The output frame at the time of x, of SiLU(norm(x)) where norm is given.
 
-        add_to: the result is added to this frame, which is returned. outputs: compute these channels only.
+        add_to: the result is added to this frame, or part of one, which is returned; where a tile has one band, the sum is a frame of its
+        own, which spares the caller a copy. outputs: compute these channels only.
         commit False: x does not become history yet (the same x comes again).
         """
         history = stream.history(self, x)
@@ -216,14 +223,16 @@ class Conv(nn.Module):
                 x, history, None if norm is None else norm.gamma, window, first * x.shape[4], committed * x.shape[4]
             )
             sides = cut._replace(top=top - first, bottom=last - bottom)
-            band = stream.convolve(window, weight, bias if whole else None, sides)
+            band = stream.convolve(window, weight, sides)
             del window
             if not whole:
                 place_frame(band, bias, out[..., top - start : bottom - start, :], add_to is not None)
-            elif add_to is not None:
-                out.add_(band)
+            elif add_to is None:
+                out = with_bias(band, bias)
+            elif cut == NO_CUT:
+                out.add_(with_bias(band, bias))
             else:
-                out = band.contiguous(memory_format=torch.channels_last_3d)
+                out = with_bias(band, bias).add_(out)
             del band
         if commit:
             history.reverse()
@@ -277,12 +286,12 @@ class ResidualBlock(nn.Module):
         inner = _conv(self.residual["2"]).causal(x, stream, norm=_gamma(self.residual["0"]))
         if self.shortcut is not None:
             x = self.shortcut.pointwise(x)
-        cut = stream.cut(self)
-        _conv(self.residual["6"]).causal(inner, stream, norm=_gamma(self.residual["3"]), add_to=cut.of(x))
-        if cut == NO_CUT:
-            return x
+        kept = stream.cut(self).of(x)
+        out = _conv(self.residual["6"]).causal(inner, stream, norm=_gamma(self.residual["3"]), add_to=kept)
+        if out is x or out is not kept:
+            return out
         del inner
-        return cut.of(x).clone(memory_format=torch.channels_last_3d)
+        return out.clone(memory_format=torch.channels_last_3d)
 
 
 class AttentionBlock(nn.Module):
@@ -347,10 +356,10 @@ class Upsample(nn.Module):
             above, below = max(2 * top, start), min(2 * bottom, stop)
             sides = cut._replace(top=above - 2 * first, bottom=2 * last - below)
             operands = (doubled.squeeze(2), conv.weight) if conv.flat else (doubled, conv.weight.unsqueeze(2))
-            band = stream.convolve(*operands, conv.bias if whole else None, sides)
+            band = stream.convolve(*operands, sides)
             del doubled, grid, operands
             if whole:
-                out.copy_(band)
+                torch.add(band, conv.bias.view(-1, 1, 1, 1), out=out)
             else:
                 place_frame(band, conv.bias, out[..., above - start : below - start, :], False)
             del band
@@ -458,8 +467,8 @@ class LastConv(nn.Module):
             activated = new_frames(x, x.shape[1], 1, last - first, x.shape[4])
             _gamma(self.get_submodule("0")).write(x[..., first:last, :], activated, silu=True)
             sides = cut._replace(top=top - first, bottom=last - bottom)
-            band = stream.convolve(activated, weight, bias, sides)
+            band = stream.convolve(activated, weight, sides)
             del activated
-            out[..., top - start : bottom - start, :].copy_(band)
+            torch.add(band, bias.view(-1, 1, 1, 1), out=out[..., top - start : bottom - start, :])
             del band
         return out
