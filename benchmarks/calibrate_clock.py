@@ -50,6 +50,7 @@ JUDGED = (
     "2026-11-30_beside_diffusers_1.3B.json",
     "*_attention_pairs*.json",
     "*_generate_720P_fa4.json",
+    "2026-11-30_h200_tiled_vae_2.json",
 )
 PICTURES_SINCE = "2026-11-30"  # the VAE's convolutions in float32
 STIFFNESS = 0.2
@@ -111,6 +112,17 @@ def of_beside_diffusers(card: str, name: str, document: dict[str, Any]) -> Itera
     )
 
 
+def of_tiled_vae(card: str, document: dict[str, Any]) -> Iterator[Measured]:
+    for row in document["rows"]:
+        task = next(f"t2v-{model}" for model, size in SIZES.items() if size == row["size"])
+        request = {"task": task, "size": row["size"], "sample_steps": 1, "weights": "random"}
+        how = {"expandable_segments": True} | ({"vae_tile": row["tile"]} if row["tile"] else {})
+        model = {"precision": "bf16", "offload": True}
+        config = {"name": "tiles", "model_config": model, "optimization": how, "request": request}
+        if row["way"] == "decode" and document["frames"] == 81:
+            yield Measured(card, f"decode {row['size']} tile {row['tile']}", config, "decode", row["seconds"], True)
+
+
 def of_attention(card: str, document: dict[str, Any]) -> Iterator[Measured]:
     configs = {case.name: case for case in ATTENTION_CASES}
     for row in document["rows"]:
@@ -140,6 +152,8 @@ def read(path: Path, card: str | None = None) -> list[Measured]:
         found = of_beside_diffusers(card, path.stem, document)
     elif "stages" in document:
         found = of_record(card, str(path), document)
+    elif any("tile" in row for row in document.get("rows", ())):
+        found = of_tiled_vae(card, document)
     elif any(row.get("kind") == "run" for row in document.get("rows", ())):
         found = of_attention(card, document)
     else:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,16 @@ def attended(config: dict[str, Any], backend: str | None) -> dict[str, Any]:
 
 
 def unused(path: Path) -> Path:
-    """The path, or with _2, _3 and so on behind its name where a result of the same day is already there."""
+    """The path, or with _2, _3 and so on behind its name where a result of the same day is already there. The file is made at once,
+    empty: of two scripts side by side, which write at the end, one lost a row.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(2, 1000))
-    return path if not path.exists() else next(other for other in numbered if not other.exists())
+    for number in count(1):
+        free = path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+        with suppress(FileExistsError):
+            free.touch(exist_ok=False)
+            return free
+    raise AssertionError("there is always a number")
 
 
 def _commit() -> str | None:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -97,7 +98,9 @@ def measure(bench: Bench, way: str, size: str, tile: int | None, args: argparse.
     row: dict[str, Any] = {"way": way, "size": size, "tile": tile, "first_seconds": timed(work[9])[0]}
     torch.cuda.empty_cache()
     watch = Sampler() if args.idle_bytes is not None else None
-    row["seconds"], row["peak_bytes"], row["result"] = timed(work[args.frames])
+    runs = [timed(work[args.frames]) for _ in range(args.repeats)]
+    row |= {"seconds": median(run[0] for run in runs), "all_seconds": [run[0] for run in runs]}
+    row |= {"peak_bytes": runs[0][1], "result": runs[0][2]}
     if watch:
         row["device_bytes"] = watch.close() + watch.idle - args.idle_bytes
     if args.profile:
@@ -132,6 +135,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tiles", nargs="+", type=int, default=list(TILES), help="edges in latent pixels")
     parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--repeats", type=int, default=3, help="`seconds` is their median")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import provenance
 import pytest
 import same_video
 import tiled_vae
+
+from wanvram.simulate.gpus import GPUS
 
 BENCHMARKS = Path(provenance.__file__).parent
 # Tools that feed the simulator or others, and judge nothing.
@@ -165,13 +168,23 @@ def test_the_clock_is_judged_on_files_that_it_was_not_fitted_on() -> None:
     assert found["worst step"] == "+8.0% of 3"
 
 
+def test_a_fit_predicts_with_the_efficiency_that_it_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = GPUS["h200"]
+    monkeypatch.setitem(GPUS, "h200", h200)  # put back at the end
+    config = copy.deepcopy(fit_card.CASES[0]["config"]) | {"optimization": {}}
+    config["request"] |= {"weights": "tiny", "frame_num": 5, "sample_steps": 2}
+    decode = calibrate_clock.Measured("h200", "tiny", config, "decode", 1.0, True)
+    slow = replace(h200.efficiency, own_seconds=1.0, dispatch_seconds=1.0)
+    assert (calibrate_clock.Predictions().seconds(decode) or 0) < 1
+    assert (calibrate_clock.Predictions().with_efficiency(slow).seconds(decode) or 0) > 10
+
+
 def test_a_second_result_of_a_day_is_written_beside_the_first(tmp_path: Path) -> None:
     path = tmp_path / "2026-11-29_h200_x.json"
-    assert provenance.unused(path) == path
     path.write_text("{}")
-    assert provenance.unused(path).name == "2026-11-29_h200_x_2.json"
-    provenance.unused(path).write_text("{}")
-    assert provenance.unused(path).name == "2026-11-29_h200_x_3.json"
+    taken = [provenance.unused(path).name for _ in range(2)]  # neither has written when the other asks
+    assert taken == ["2026-11-29_h200_x_2.json", "2026-11-29_h200_x_3.json"]
+    assert path.read_text() == "{}"
 
 
 @pytest.mark.parametrize(("us", "ram", "code"), [(60.0, 3 * 2**29, 0), (60.1, 3 * 2**29, 1), (60.0, 3 * 2**29 + 1, 1)])

@@ -86,11 +86,11 @@ def _fitting(text: str) -> list[GPU]:
     """Cards of exactly this name; else those whose name it is but for the memory's size, then but for the board's form."""
     whole = _words(text)
     for words in (whole, [word for word in whole if word not in _FORM]):
-        if fits := [card for card in CARDS if _spellings(words) & _names(card)]:
+        if fits := [card for card in GPUS.values() if _spellings(words) & _names(card)]:
             return fits
         sizes = {int(found[1]) for word in words if (found := _SIZE.fullmatch(word))}
         plain = _spellings(_without_size(words))
-        fits = [card for card in CARDS if plain & _names(card, sized=False)]
+        fits = [card for card in GPUS.values() if plain & _names(card, sized=False)]
         if fits := [card for card in fits if not sizes or round(card.memory_bytes / GIB) in sizes]:
             return fits
     return []
