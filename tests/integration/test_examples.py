@@ -58,7 +58,7 @@ SMALLER: list[tuple[str, str]] = [
     (r"wanvram estimate .*--diffusers", "--height 64 --width 64"),
     (r"wanvram estimate --task t2i", "--sample_steps 2"),
     (r"wanvram estimate", "--frame_num 5 --sample_steps 2"),
-    (r"wanvram plan --longest", "--size 96*64 --sample_steps 2 --gpu h200 --vram 900MiB"),
+    (r"wanvram plan --longest", "--size 96*64 --sample_steps 2 --gpu h200 --vram 880MiB"),
     (r"wanvram plan", "--size 96*64 --frame_num 5 --sample_steps 2 --gpu h200"),
     (r"wanvram profile", "--device simulated"),
 ]

@@ -64,10 +64,6 @@ def with_bias(band: Tensor, bias: Tensor) -> Tensor:
     return band.add_(column) if band.is_contiguous(memory_format=torch.channels_last_3d) else band + column
 
 
-def frame_bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
 class Cut(NamedTuple):
     """Rows and columns an operation leaves out of its output."""
 
@@ -204,7 +200,7 @@ class Conv(nn.Module):
         halo, channels, height = self.weight.shape[3] // 2, x.shape[1], x.shape[3]
         cut = stream.cut(self)
         start, stop = cut.top, height - cut.bottom
-        ranges = list(stream.bands(start, stop, (len(history) + 1) * frame_bytes(x)))
+        ranges = list(stream.bands(start, stop, (len(history) + 1) * x.nbytes))
         whole = len(ranges) == 1
         width = x.shape[4] - cut.left - cut.right
         if add_to is not None:
@@ -345,7 +341,7 @@ class Upsample(nn.Module):
         cut = stream.cut(conv)
         start, stop = cut.top, 2 * height - cut.bottom
         out = new_frames(x, conv.weight.shape[0], 1, stop - start, 2 * width - cut.left - cut.right)
-        ranges = list(stream.bands(0, height, 4 * frame_bytes(x)))
+        ranges = list(stream.bands(0, height, 4 * x.nbytes))
         whole = len(ranges) == 1
         for top, bottom in ranges:
             first, last = max(top - 1, 0), min(bottom + 1, height)
@@ -401,7 +397,7 @@ class Downsample(nn.Module):
         conv = _conv(self.resample["1"])
         _, channels, _, height, width = x.shape
         out = new_frames(x, channels, 1, height // 2, width // 2)
-        for top, bottom in stream.bands(0, height // 2, frame_bytes(x)):
+        for top, bottom in stream.bands(0, height // 2, x.nbytes):
             first, last = 2 * top, min(2 * bottom + 1, height)
             padded = new_frames(x, channels, 1, 2 * (bottom - top) + 1, 2 * (width // 2) + 1)
             padded[..., : last - first, :width].copy_(x[..., first:last, :])
@@ -462,7 +458,7 @@ class LastConv(nn.Module):
         height, cut = x.shape[3], stream.cut(self)
         start, stop = cut.top, height - cut.bottom
         out = new_frames(x, weight.shape[0], 1, stop - start, x.shape[4] - cut.left - cut.right)
-        for top, bottom in stream.bands(start, stop, frame_bytes(x)):
+        for top, bottom in stream.bands(start, stop, x.nbytes):
             first, last = max(top - 1, 0), min(bottom + 1, height)
             activated = new_frames(x, x.shape[1], 1, last - first, x.shape[4])
             _gamma(self.get_submodule("0")).write(x[..., first:last, :], activated, silu=True)

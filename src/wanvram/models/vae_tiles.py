@@ -22,8 +22,8 @@ there; on the device they come on top):
 
 On an H200 the result is the same to the bit without TF32; with it, which is PyTorch's choice for convolutions, cuDNN takes
 other kernels for other shapes: up to 1e-3 of the largest value. Time of a decode of 81 frames, warm, against the whole
-picture's (benchmarks/2026-11-24_h200_tiled_vae.json): 1.10 in 2 tiles, 1.15 in 4, 1.30 in 8 at 832x480; 1.09 in 4, 1.17 in 8,
-1.25 in 18 at 1280x720.
+picture's (benchmarks/2026-11-30_h200_tiled_vae_2.json): 1.16 in 2 tiles, 1.13 in 4, 1.75 in 8 at 832x480; 1.13 in 4, 1.31 in 8,
+1.51 in 18 at 1280x720.
 """
 
 from __future__ import annotations
