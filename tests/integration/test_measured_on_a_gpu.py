@@ -66,9 +66,9 @@ def promised() -> dict[str, Any]:
     return dict(json.loads(max(BENCHMARKS.glob("*_h200_keep_promise.json")).read_text()))
 
 
-@pytest.mark.parametrize("index", [1, 20, 31])
+@pytest.mark.parametrize("index", [7, 11, 22])
 def test_what_the_card_lost_under_a_budget_is_predicted(index: int, tmp_path: Path) -> None:
-    """Whole commands judged by NVML; in case 1 the allocator gave its cache back under the cap, in 20 the error is the largest."""
+    """Whole commands judged by NVML; in case 7 decoding in tiles owns the peak, in 11 denoising, in 22 the error is the largest."""
     document = promised()
     row = next(row for row in document["rows"] if row["index"] == index)
     found = predict_promise_again.predict(row, document, tmp_path)

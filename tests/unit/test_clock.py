@@ -476,6 +476,31 @@ def test_resident_runs_take_the_time_an_h200_took(task: str, size: str, step: fl
     assert (stage(record, "decode").seconds or 0.0) - once == pytest.approx(decode, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "count"),
+    [("h200", 132), ("b200", 148), ("a100-80gb", 108), ("rtx4090", 128), ("rtx3090", 82), ("rtx4060", 24), ("t4", 40)],
+)
+def test_multiprocessors_follow_from_published_rates(gpu: str, count: int) -> None:
+    assert GPUS[gpu].multiprocessors == count
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows", "columns", "times"),
+    [(384, 60, 104, 132 / 98), (384, 120, 208, 396 / 390), (96, 120, 480, 528 / 450), (96, 8, 8, 2.0)],
+)
+def test_a_convolution_of_a_picture_takes_whole_rounds_of_the_multiprocessors(
+    channels: int, rows: int, columns: int, times: float
+) -> None:
+    """384 channels at 60x104 reach 304 TFLOP/s where they reach 404 at 120x208 (2026-11-30_h200_convolution_kernels.json)."""
+    work = Costs(GPUS["h200"]).price("wanvram.conv2d.default")
+    assert work is not None
+    x, weight = (torch.empty(1, 3 * channels, rows, columns), torch.empty(channels, 3 * channels, 3, 3))
+    out = torch.empty(1, channels, rows, columns)
+    flops = work.work((x, weight, None, (1, 1), (1, 1)), out)[0]
+    padding = -(-channels // 32) * 32 / channels
+    assert flops == pytest.approx(2 * padding * 27 * channels * out.numel() * times)
+
+
 SMALL = {"task": "t2v-1.3B", "size": "832*480", "frames": 5, "t5_cpu": True}
 
 

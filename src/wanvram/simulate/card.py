@@ -55,6 +55,7 @@ class Efficiency:
 
 
 EFFICIENCY = Efficiency()
+_HALF_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}  # of data centre chips
 
 # Device memory taken at a library's first use, and by the CUDA context: measured on the H200, taken for every card.
 MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 2 * MIB}
@@ -96,6 +97,14 @@ class GPU:
     def tf32_flops(self) -> float:
         """float32 products with TF32, which cuDNN uses unless told not to: half of bf16 since Ampere (NVIDIA's data sheets)."""
         return self.bf16_flops / 2 if self.compute_capability >= (8, 0) else self.fp32_flops
+
+    @property
+    def multiprocessors(self) -> int:
+        """From the published rates and what one does per clock (NVIDIA's whitepapers): in 16 bits, or without matrix units."""
+        if self.compute_capability in _HALF_PER_CLOCK:
+            return round(self.bf16_flops / (_HALF_PER_CLOCK[self.compute_capability] * self.boost_mhz * 1e6))
+        per_clock = 256 if self.compute_capability >= (8, 6) else 128
+        return max(round(self.fp32_flops / (per_clock * self.boost_mhz * 1e6)), 1)
 
     @property
     def half(self) -> str:

@@ -29,6 +29,8 @@ CATEGORIES = ("attention", "product", "convolution", "elementwise")
 # Attention over few keys: filling and draining the pipeline costs a query as much as this many more keys.
 RAMP_KEYS = 256
 NARROW_CHANNELS = 128
+TILE_POSITIONS = 128
+MOST_IDLE = 2.0  # times as long: with less to do cuDNN takes smaller tiles
 MESSAGE_SECONDS = 20e-6  # of the host, to issue a send and a receive (torch.distributed, 10 us each)
 # Of the host, for a convolution of a new shape, of which cuDNN makes a plan: 1.5 to 3.0 ms, what the first 9 frames took longer than
 # as many later ones in tiles of three sizes at two (benchmarks/2026-11-24_h200_tiled_vae.json), over their 28 to 203 shapes.
@@ -142,8 +144,19 @@ class Costs:
         narrow = min(weight.shape[:2])
         padding = -(-narrow // CHANNEL_TILE) * CHANNEL_TILE / narrow
         flops = 2 * padding * prod(weight.shape[1:]) * prod(result.shape)
+        if picture:
+            flops *= self._whole_rounds(result.numel() // result.shape[1], result.shape[1])
         rate = self._conv_rate(x.itemsize, narrow < NARROW_CHANNELS, picture)
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
+
+    def _whole_rounds(self, positions: int, outputs: int) -> float:
+        """Rounds of all multiprocessors, a tile of the output each, that a kernel takes, to those it would fill: 1 or more.
+
+        Tiles of cuDNN's kernels for pictures on an H200 (benchmarks/2026-11-30_h200_convolution_kernels.json).
+        """
+        tiles = -(-positions // TILE_POSITIONS) * -(-outputs // (192 if outputs >= 384 else 128))
+        sms = self.gpu.multiprocessors
+        return min(-(-tiles // sms) * sms / tiles, MOST_IDLE)
 
     def _conv_rate(self, itemsize: int, narrow: bool, picture: bool = False) -> float:
         reached = self.gpu.efficiency
