@@ -245,7 +245,8 @@ def suggest(measurements: Sequence[Measured], predictions: Predictions, rates: S
 
 
 def files(patterns: Sequence[str]) -> list[Path]:
-    return [path for pattern in patterns for path in sorted(HERE.glob(pattern)) if "_offload" not in path.name]
+    found = (path for pattern in patterns for path in sorted(HERE.glob(pattern)) if "_offload" not in path.name)
+    return [path for path in found if path.stat().st_size]
 
 
 def main() -> int:

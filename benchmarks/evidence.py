@@ -353,6 +353,8 @@ def cases(only: str = "") -> list[Case]:
     for pattern, kind in KINDS.items():
         for path in sorted(HERE.glob(pattern)):
             if only in path.name and path.name not in found:
+                if not path.stat().st_size:
+                    raise SystemExit(f"{path} is empty: its benchmark still runs, or was killed; then delete it")
                 document = json.loads(path.read_text(encoding="utf-8"))
                 if isinstance(document, dict) and document.get("benchmark") == "predict_promise_again":
                     continue

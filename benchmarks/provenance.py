@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import hashlib
 import importlib.metadata
@@ -75,15 +76,21 @@ def attended(config: dict[str, Any], backend: str | None) -> dict[str, Any]:
 
 def unused(path: Path) -> Path:
     """The path, or with _2, _3 and so on behind its name where a result of the same day is already there. The file is made at once,
-    empty: of two scripts side by side, which write at the end, one lost a row.
+    empty: of two scripts side by side, which write at the end, one lost a row. One that is still empty at the end goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         free = path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
         with suppress(FileExistsError):
             free.touch(exist_ok=False)
+            atexit.register(_drop_if_empty, free)
             return free
     raise AssertionError("there is always a number")
+
+
+def _drop_if_empty(path: Path) -> None:
+    if path.exists() and path.stat().st_size == 0:
+        path.unlink()
 
 
 def _commit() -> str | None:

@@ -28,7 +28,9 @@ def _seals(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _results(folder: Path) -> dict[str, Path]:
-    return {path.name: path for path in sorted(folder.glob("*.json")) if path.name != SEALS}
+    """Without files that are empty still: a benchmark runs, or was killed."""
+    found = (path for path in sorted(folder.glob("*.json")) if path.name != SEALS)
+    return {path.name: path for path in found if path.stat().st_size}
 
 
 def broken(folder: Path) -> list[str]:

@@ -98,9 +98,9 @@ def measure(bench: Bench, way: str, size: str, tile: int | None, args: argparse.
     row: dict[str, Any] = {"way": way, "size": size, "tile": tile, "first_seconds": timed(work[9])[0]}
     torch.cuda.empty_cache()
     watch = Sampler() if args.idle_bytes is not None else None
-    runs = [timed(work[args.frames]) for _ in range(args.repeats)]
-    row |= {"seconds": median(run[0] for run in runs), "all_seconds": [run[0] for run in runs]}
-    row |= {"peak_bytes": runs[0][1], "result": runs[0][2]}
+    seconds, row["peak_bytes"], row["result"] = timed(work[args.frames])
+    row["all_seconds"] = [seconds, *(timed(work[args.frames])[0] for _ in range(args.repeats - 1))]
+    row["seconds"] = median(row["all_seconds"])
     if watch:
         row["device_bytes"] = watch.close() + watch.idle - args.idle_bytes
     if args.profile:

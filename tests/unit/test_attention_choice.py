@@ -20,7 +20,7 @@ from wanvram.kernels.attention_backends import BACKENDS, LONG_KEYS, Backend, cho
 from wanvram.kernels.fused_attention import reference, usable
 from wanvram.kernels.scaled_attention import attention, attention_with_sums
 from wanvram.machine import attention_cache
-from wanvram.machine.attention_cache import Conditions, Measured, ShapeTimes, cache_file, found, keep, read
+from wanvram.machine.attention_cache import CROSS, SELF, Conditions, Measured, ShapeTimes, cache_file, found, keep, read
 from wanvram.machine.attention_choice import Card, Heads, choose, fastest, require_package
 from wanvram.machine.attention_speed import checked_here
 from wanvram.predict.plan import planned_config
@@ -489,14 +489,23 @@ def test_a_package_that_cannot_be_imported_here_is_passed_over_by_auto_and_the_r
     """flash-attn-4 is said to be installed, as after pip left out the kernels for this CUDA, and cannot be imported."""
     from wanvram.run.attention import attention_of, card_like
 
-    taken = {
-        here: attention_of(config("h200", frame_num=81), card_like(GPUS["h200"], here=here)) for here in (True, False)
-    }
-    assert taken[True].taken == "cudnn"
-    assert taken[True].note.startswith("fa4 was passed over: flash-attn-4 cannot be imported (")
-    assert (taken[False].taken, taken[False].note) == ("fa4", ""), "another machine's card"
-    named = attention_of(config("h200", "fa4", frame_num=81), card_like(GPUS["h200"], here=True))
-    assert named.taken == "fa4", "asked for by name it ends with a sentence at the first call, as the next test says"
+    def taken(gpu: str, asked: str = "auto", *, here: bool = True, **more: Any) -> tuple[str, str]:
+        found = attention_of(config(gpu, asked, frame_num=81), replace(card_like(GPUS[gpu], here=here), **more))
+        return found.taken, found.note
+
+    name, note = taken("h200")
+    assert name == "cudnn"
+    assert note.startswith("fa4 was passed over: flash-attn-4 cannot be imported (")
+    assert taken("h200", here=False) == ("fa4", ""), "another machine's card"
+    assert taken("h200", "fa4") == ("fa4", ""), (
+        "by its name it ends with a sentence at the first call, as the next test says"
+    )
+    assert taken("h200", "cudnn") == ("cudnn", "")
+    times = {"fa4": 0.1, "flash": 1.0}
+    checked = Measured(
+        HERE, tuple(ShapeTimes(use, 12, 8190, keys, times) for use, keys in ((SELF, 32760), (CROSS, 512)))
+    )
+    assert taken("rtx4090", checked=checked)[0] == "flash", "where a check had found it fastest"
 
 
 @pytest.mark.usefixtures("absent")

@@ -170,7 +170,8 @@ def test_the_clock_is_judged_on_files_that_it_was_not_fitted_on() -> None:
 
 def test_a_fit_predicts_with_the_efficiency_that_it_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     h200 = GPUS["h200"]
-    monkeypatch.setitem(GPUS, "h200", h200)  # put back at the end
+    for key in ("h100", "h200"):
+        monkeypatch.setitem(GPUS, key, GPUS[key])  # put back at the end
     config = copy.deepcopy(fit_card.CASES[0]["config"]) | {"optimization": {}}
     config["request"] |= {"weights": "tiny", "frame_num": 5, "sample_steps": 2}
     decode = calibrate_clock.Measured("h200", "tiny", config, "decode", 1.0, True)
@@ -185,6 +186,10 @@ def test_a_second_result_of_a_day_is_written_beside_the_first(tmp_path: Path) ->
     taken = [provenance.unused(path).name for _ in range(2)]  # neither has written when the other asks
     assert taken == ["2026-11-29_h200_x_2.json", "2026-11-29_h200_x_3.json"]
     assert path.read_text() == "{}"
+    for name in taken:
+        provenance._drop_if_empty(path.with_name(name))
+    provenance._drop_if_empty(path)
+    assert [other.name for other in tmp_path.iterdir()] == [path.name], "what a script that died had reserved is gone"
 
 
 @pytest.mark.parametrize(("us", "ram", "code"), [(60.0, 3 * 2**29, 0), (60.1, 3 * 2**29, 1), (60.0, 3 * 2**29 + 1, 1)])

@@ -478,7 +478,16 @@ def test_resident_runs_take_the_time_an_h200_took(task: str, size: str, step: fl
 
 @pytest.mark.parametrize(
     ("gpu", "count"),
-    [("h200", 132), ("b200", 148), ("a100-80gb", 108), ("rtx4090", 128), ("rtx3090", 82), ("rtx4060", 24), ("t4", 40)],
+    [
+        ("h200", 132),
+        ("b200", 148),
+        ("a100-80gb", 108),
+        ("rtx4090", 128),
+        ("rtx3090", 82),
+        ("rtx4060", 24),
+        ("t4", 40),
+        ("h20", 87),
+    ],
 )
 def test_multiprocessors_follow_from_published_rates(gpu: str, count: int) -> None:
     assert GPUS[gpu].multiprocessors == count

@@ -120,8 +120,8 @@ class Copying:
         return None
 
     def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Copies between host tensors of one type and size, of which the last dimension is dense."""
-        if source.nbytes > COPIED_ALONE_BYTES:
+        """Copies between host tensors, of which the last dimension is dense."""
+        if source.nbytes > COPIED_ALONE_BYTES or (source.dtype, source.shape) != (destination.dtype, destination.shape):
             destination.copy_(source)
         else:
             np.copyto(destination.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())

@@ -15,7 +15,7 @@ from wanvram.knobs import ATTENTION
 from wanvram.machine.attention_cache import CROSS, SELF, Measured
 from wanvram.record import BASES, AttentionChoice, AttentionUse
 
-__all__ = ["Card", "Heads", "choose", "fastest", "require_package"]
+__all__ = ["BY_NAME", "Card", "Heads", "choose", "fastest", "require_package"]
 
 ASKED, TABLE, CHECK = BASES
 BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -26,7 +26,7 @@ PROMPT_KEYS = 512
 class Card:
     """measured: the registry's figures are its own. checked: what was measured with it on this machine. note: see AttentionChoice.
 
-    refused: backends that PyTorch does not have here; `auto` leaves them out.
+    refused: backends that this machine does not have; `auto` leaves them out. here: in this machine.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Card:
     checked: Measured | None = None
     note: str = ""
     refused: frozenset[str] = frozenset()
+    here: bool = False
 
 
 @dataclass(frozen=True)

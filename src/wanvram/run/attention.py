@@ -10,10 +10,10 @@ import torch
 from wanvram.config import RunConfig
 from wanvram.engine.cuda import CudaDevice
 from wanvram.errors import InputError
-from wanvram.kernels.attention_backends import BACKENDS, Backend
+from wanvram.kernels.attention_backends import AUTO, BACKENDS, Backend
 from wanvram.kernels.fused_attention import usable, why_broken
 from wanvram.knobs import ATTENTION, PRECISION
-from wanvram.machine.attention_choice import Card, Heads, choose
+from wanvram.machine.attention_choice import BY_NAME, Card, Heads, choose
 from wanvram.machine.attention_speed import checked_here
 from wanvram.models.precision import PRECISIONS
 from wanvram.record import AttentionChoice
@@ -24,27 +24,23 @@ __all__ = ["attention_of", "card_here", "card_like", "usable_here"]
 
 
 def attention_of(config: RunConfig, card: Card) -> AttentionChoice:
-    """Raises InputError where the card cannot compute what was asked for."""
+    """Raises InputError where the card cannot compute what was asked for. `auto` passes over what cannot be imported here."""
     request = config.request
     shape = request.geometry.latent_shape(request.frame_num, request.height, request.width)
     itemsize = PRECISIONS[PRECISION.of(config.strategy)].matmul.itemsize
     heads = Heads(itemsize, DIT[request.facts.dit].head_dim, request.geometry.tokens(shape))
-    return choose(ATTENTION.of(config.strategy), card, heads)
+    asked = ATTENTION.of(config.strategy)
+    choice = choose(asked, card, heads)
+    if asked != AUTO or not card.here or (reason := why_broken(BY_NAME[choice.taken])) is None:
+        return choice
+    note = "; ".join(filter(None, [card.note, f"{choice.taken} was passed over: {reason}"]))
+    return choose(asked, replace(card, refused=card.refused | {choice.taken}, note=note), heads)
 
 
 def card_like(gpu: GPU, *, here: bool) -> Card:
-    """A card that is simulated. here: it is the one in this machine, so what was measured and can be imported here counts."""
+    """A card that is simulated. here: it is the one in this machine, so what was measured here counts."""
     checked, note = checked_here() if here and not gpu.measured else (None, "")
-    card = Card(gpu.name, gpu.compute_capability, gpu.measured, checked, note)
-    return _without_broken(card) if here else card
-
-
-def _without_broken(card: Card) -> Card:
-    """Leaves out what `auto` would take if its package, which is installed, could be imported (1.5 s, which a run needs, too)."""
-    said = {b.name: why_broken(b) for b in BACKENDS if b.is_taken_on(card.capability) and b.version() is not None}
-    broken = {name: reason for name, reason in said.items() if reason is not None}
-    notes = [card.note, *(f"{name} was passed over: {reason}" for name, reason in broken.items())]
-    return replace(card, refused=card.refused | set(broken), note="; ".join(filter(None, notes)))
+    return Card(gpu.name, gpu.compute_capability, gpu.measured, checked, note, here=here)
 
 
 def card_here(config: RunConfig, device: CudaDevice) -> Card:
@@ -55,8 +51,8 @@ def card_here(config: RunConfig, device: CudaDevice) -> Card:
     except InputError:
         checked, note = checked_here()
         capability = torch.cuda.get_device_capability(device.torch_device)
-        card = _without_broken(Card(name, capability, False, checked, note))
-    return replace(card, refused=card.refused | _refused(config, device))
+        card = Card(name, capability, False, checked, note, here=True)
+    return replace(card, refused=_refused(config, device))
 
 
 def _refused(config: RunConfig, device: CudaDevice) -> frozenset[str]:

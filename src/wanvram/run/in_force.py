@@ -103,7 +103,7 @@ def _check_attention(config: RunConfig, card: GPU, device: CudaDevice) -> None:
         assumed.taken == device.attention.taken,
         f"attention: the plan for {card.name} assumed {assumed.taken}, but {device.attention.taken} is taken here "
         f"({device.attention.basis}): memory and time are not those of this run; plan again here, or add "
-        f"{ATTENTION.asked(assumed.taken)}",
+        f"{ATTENTION.asked(assumed.taken)}" + (f" ({device.attention.note})" if device.attention.note else ""),
     )
 
 

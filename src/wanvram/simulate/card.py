@@ -55,7 +55,7 @@ class Efficiency:
 
 
 EFFICIENCY = Efficiency()
-_HALF_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}  # of data centre chips
+_HALF_PER_CLOCK = {(8, 0): 2048.0, (9, 0): 4096.0, (10, 0): 8192.0, (10, 3): 8192.0}  # of data centre chips
 
 # Device memory taken at a library's first use, and by the CUDA context: measured on the H200, taken for every card.
 MODULES = {"kernels": 92 * MIB, "cublas": 66 * MIB, "attention": 8 * MIB, "cudnn": 2 * MIB, "triton": 2 * MIB}
@@ -101,10 +101,10 @@ class GPU:
     @property
     def multiprocessors(self) -> int:
         """From the published rates and what one does per clock (NVIDIA's whitepapers): in 16 bits, or without matrix units."""
-        if self.compute_capability in _HALF_PER_CLOCK:
-            return round(self.bf16_flops / (_HALF_PER_CLOCK[self.compute_capability] * self.boost_mhz * 1e6))
         per_clock = 256 if self.compute_capability >= (8, 6) else 128
-        return max(round(self.fp32_flops / (per_clock * self.boost_mhz * 1e6)), 1)
+        plain = self.fp32_flops / (per_clock * self.boost_mhz * 1e6)
+        half = self.bf16_flops / (_HALF_PER_CLOCK.get(self.compute_capability, math.inf) * self.boost_mhz * 1e6)
+        return max(round(half if half > plain / 2 else plain), 1)  # an H20's products are held back
 
     @property
     def half(self) -> str:
@@ -193,6 +193,8 @@ def _card(data: Any, path: str) -> GPU:
             rates.get(name, LEAST_RATE) >= LEAST_RATE,
             f"{name}: {data[name]!r} is too small; it is in {what} per second, so 100 T are 1.0e+14 and 100 G 1.0e+11",
         )
+    for name in _CLOCKS:
+        require(10 <= rates[name] <= 10_000, f"{name}: {data[name]!r} is no clock in MHz; cards run at 500 to 3500")
     texts = {name: data[name] for name in (*_TEXTS, *_BYTES)}
     return GPU(
         **texts | {"fp8_flops": None} | rates,
