@@ -75,16 +75,16 @@ def test_libraries_that_any_stage_loads_are_there_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("component", ["vae_decoder", "vae_encoder"])
-def test_of_four_latent_frames_three_are_simulated_the_fourth_is_added_and_their_time_scaled(component: str) -> None:
+def test_of_five_latent_frames_four_are_simulated_the_fifth_is_added_and_their_time_scaled(component: str) -> None:
     task = "t2v-1.3B" if component == "vae_decoder" else "vace-1.3B"
-    three, four = forecast(component, task), forecast(component, task, frame_num=13)
+    four, five = (forecast(component, task, frame_num=frames) for frames in (13, 17))
     frame = 16 * (48 // 8) * (64 // 8) * 4
     for name in ("peak_device_bytes", "peak_reserved_bytes", "peak_allocated_bytes"):
-        assert getattr(four, name) == getattr(three, name) + frame, name
-    assert (four.base_bytes, four.host_bytes) == (three.base_bytes, three.host_bytes)
-    assert three.seconds is not None
+        assert getattr(five, name) == getattr(four, name) + frame, name
+    assert (five.base_bytes, five.host_bytes) == (four.base_bytes, four.host_bytes)
     assert four.seconds is not None
-    load = (13 * three.seconds - 9 * four.seconds) / 4  # frames of the video: 1 + 4 + 4, and 4 more
+    assert five.seconds is not None
+    load = (17 * four.seconds - 13 * five.seconds) / 4  # frames of the video: 1 + 4 + 4 + 4, and 4 more
     assert 0 < load < 0.003, "loading is not scaled"
 
 
@@ -158,20 +158,20 @@ def test_of_several_gpus_the_most_of_each_figure_counts_and_all_of_the_hosts_mem
 # --- the pieces --------------------------------------------------------------------------------------------------------------
 
 
-def test_videos_are_shortened_to_nine_frames_with_their_source_and_mask() -> None:
+def test_videos_are_shortened_to_thirteen_frames_with_their_source_and_mask() -> None:
     def pieces(channels: int) -> Any:
         return lambda: (torch.empty(channels, 1 if n == 0 else 4, 48, 64, device="meta") for n in range(6))
 
     given = Inputs(21, 48, 64, source=pieces(3), mask=pieces(1))
     short = _shortened(given)
-    assert short.frames == 9
+    assert short.frames == 13
     assert short.source is not None
     assert short.mask is not None
-    assert ([len(p[0]) for p in short.source()], [len(p[0]) for p in short.mask()]) == ([1, 4, 4], [1, 4, 4])
-    bare = _shortened(Inputs(13, 48, 64))
-    assert (bare.frames, bare.source, bare.mask) == (9, None, None)
-    nine = Inputs(9, 48, 64, source=pieces(3))
-    assert _shortened(nine) is nine
+    assert ([len(p[0]) for p in short.source()], [len(p[0]) for p in short.mask()]) == ([1, 4, 4, 4], [1, 4, 4, 4])
+    bare = _shortened(Inputs(17, 48, 64))
+    assert (bare.frames, bare.source, bare.mask) == (13, None, None)
+    thirteen = Inputs(13, 48, 64, source=pieces(3))
+    assert _shortened(thirteen) is thirteen
 
 
 def span(kind: str, seconds: float | None) -> Span:
