@@ -303,9 +303,12 @@ def test_a_window_holds_rows_of_the_history_and_the_newest_frame_which_becomes_h
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 @pytest.mark.parametrize("channels", [6, 96, 384])
 @pytest.mark.parametrize("add", [True, False])
-def test_a_part_of_a_frame_is_placed_with_its_bias_or_added(device: str, channels: int, add: bool) -> None:
-    frame, out = frames_of(2, channels, device)
-    bias, before = randn(channels, seed=9).to(device), out.clone()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_part_of_a_frame_is_placed_with_its_bias_or_added(
+    device: str, channels: int, add: bool, dtype: torch.dtype
+) -> None:
+    frame, out = (x.to(dtype) for x in frames_of(2, channels, device))
+    bias, before = randn(channels, seed=9).to(device, dtype), out.clone()
     part = frame[..., 1:4, 2:6]
     expected = part + bias.view(-1, 1, 1, 1) + (before[..., 2:5, 1:5] if add else 0)
     place_frame(part, bias, out[..., 2:5, 1:5], add)
