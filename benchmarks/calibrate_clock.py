@@ -117,7 +117,8 @@ def of_tiled_vae(card: str, document: dict[str, Any]) -> Iterator[Measured]:
     for row in document["rows"]:
         task = next(f"t2v-{model}" for model, size in SIZES.items() if size == row["size"])
         request = {"task": task, "size": row["size"], "sample_steps": 1, "weights": "random"}
-        how = {"expandable_segments": True} | ({"vae_tile": row["tile"]} if row["tile"] else {})
+        how = {"expandable_segments": True, "vae_precision": document.get("precision", "fp32")}
+        how |= {"vae_tile": row["tile"]} if row["tile"] else {}
         model = {"precision": "bf16", "offload": True}
         config = {"name": "tiles", "model_config": model, "optimization": how, "request": request}
         if row["way"] == "decode" and document["frames"] == 81:

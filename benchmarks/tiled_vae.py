@@ -2,6 +2,7 @@
 
     python benchmarks/tiled_vae.py                              81 frames at 832*480 and 1280*720, float32
     python benchmarks/tiled_vae.py --profile                    and how long the GPU was busy in 17 frames of each
+    python benchmarks/tiled_vae.py --precision bf16             the VAE in 16 bits, which is lossy
 
 Every form is run once on 9 frames before it is timed, so that loading libraries, compiling and cuDNN's choices are not counted;
 what they take is in `first_seconds`. `device_bytes` is NVML's peak of the whole GPU less what it was before this process, the
@@ -47,9 +48,10 @@ MOST_RATIO = 1.15  # of a tile's time to the whole frames'
 class Bench:
     """One half of the VAE on the GPU, resident."""
 
-    def __init__(self, which: str) -> None:
+    def __init__(self, which: str, precision: str) -> None:
         request = Request.for_task("t2v-1.3B", size="832*480", frame_num=81, sample_steps=1, base_seed=1)
-        config = RunConfig("tiled_vae", "", "cuda", request, Strategy(expandable_segments=True), weights="random")
+        strategy = Strategy(expandable_segments=True, vae_precision=precision)
+        config = RunConfig("tiled_vae", "", "cuda", request, strategy, weights="random")
         self.device = CudaDevice()
         self.component: Component = Parts(config, self.device, GeneratedWeights(1, tiny=False)).load(which)
 
@@ -110,7 +112,7 @@ def measure(bench: Bench, way: str, size: str, tile: int | None, args: argparse.
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for way in args.ways:
-        bench = Bench(f"vae_{way}r")
+        bench = Bench(f"vae_{way}r", args.precision)
         for size in args.sizes:
             whole: dict[str, Any] = {}
             for tile in (None, *args.tiles):
@@ -136,6 +138,7 @@ def main() -> int:
     parser.add_argument("--tiles", nargs="+", type=int, default=list(TILES), help="edges in latent pixels")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--repeats", type=int, default=3, help="`seconds` is their median")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the VAE")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
@@ -144,7 +147,11 @@ def main() -> int:
     args.idle_bytes = watch.idle  # before this process has touched the card
     device = torch.cuda.get_device_name()
     target = unused(args.out / f"{datetime.date.today()}_{device.split()[1].lower()}_tiled_vae.json")
-    about = header("tiled_vae.py", "own_parts.py") | {"device": device, "frames": args.frames}
+    about = header("tiled_vae.py", "own_parts.py") | {
+        "device": device,
+        "frames": args.frames,
+        "precision": args.precision,
+    }
     done: list[dict[str, Any]] = []
     with torch.no_grad():
         for row in rows(args):

@@ -71,7 +71,7 @@ def test_tiles_of_the_vae_are_timed_on_a_simulated_gpu(monkeypatch: pytest.Monke
     monkeypatch.setenv("WANVRAM_KERNELS", "reference")
     monkeypatch.setattr(tiled_vae, "SIZES", {"96*64": (8, 12)})
     given = {"ways": ["decode"], "sizes": ["96*64"], "tiles": [8], "frames": 5, "repeats": 3}
-    args = argparse.Namespace(**given, profile=False, idle_bytes=None)
+    args = argparse.Namespace(**given, precision="fp32", profile=False, idle_bytes=None)
     with simulated_gpu("h200"), torch.no_grad():
         rows = list(tiled_vae.rows(args))
     assert [(row["way"], row["tile"], row["peak_bytes"] > 2**20) for row in rows] == [

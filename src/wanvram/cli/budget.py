@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 
-from wanvram.cli.common import stated
+from wanvram.cli.common import progress_printer, stated
 from wanvram.command_line import generate_command
 from wanvram.config import RunConfig
 from wanvram.errors import BudgetError, DeviceError, InputError
@@ -128,7 +128,7 @@ def planned(config: RunConfig, args: argparse.Namespace) -> tuple[RunConfig, Pre
     from wanvram.machine.host import since_process_start
     from wanvram.predict.plan import plan_run, planned_config
 
-    result, record = plan_run(config, budget, offers=False)
+    result, record = plan_run(config, budget, offers=False, show=progress_printer(args))
     if isinstance(result, Refusal):
         raise BudgetError(result.message, result.commands)
     ready = planned_config(config, result)

@@ -181,7 +181,7 @@ class SimulatedMemory(TorchDispatchMode):
             known = self._operations[func] = (name, price, is_view, shortcut_of(func))
         self._operation, price, is_view, shortcut = known
         if self._ignoring:
-            return self._ignore(func(*args, **kwargs))
+            return self._ignore(_result(func, shortcut, args, kwargs))
         if is_view and not self._placing_host:  # half of all operations; the storage is known already
             self.clock.view()
             return func(*args, **kwargs)
@@ -190,8 +190,7 @@ class SimulatedMemory(TorchDispatchMode):
             host = any(t.untyped_storage()._cdata in self._host for t in _meta_tensors((*args, *kwargs.values())))
         plan = None if host else self.libraries.plan(self._operation, args)
         before = [self._malloc(n, "before " + self._operation) for n in plan.before] if plan else []
-        short = shortcut if args and getattr(args[0], "is_meta", None) else None
-        result = short(args, kwargs) if short is not None else func(*args, **kwargs)
+        result = _result(func, shortcut, args, kwargs)
         for tensor in _meta_tensors((result,)):
             self._register(tensor.untyped_storage(), host, tensor)
         if plan:
@@ -290,6 +289,11 @@ class SimulatedMemory(TorchDispatchMode):
             self.observer.free(handle)
         if self.events is not None:
             self.events.append(AllocationEvent(-nbytes, operation, handle))
+
+
+def _result(func: Any, shortcut: Shortcut | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = NotImplemented if shortcut is None else shortcut(args, kwargs)
+    return func(*args, **kwargs) if result is NotImplemented else result
 
 
 def _meta_tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
