@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -44,8 +45,9 @@ def run(*flags: str, device: str = "auto", gpu: str | None = None) -> tuple[RunC
     config = config_from_flags(args, device=device, weights="random", gpu=gpu, memory_limit_bytes=None)
     budgets: list[Budget] = []
 
-    def plan_run(config: RunConfig, budget: Budget, *, offers: bool) -> tuple[Plan, None]:
+    def plan_run(config: RunConfig, budget: Budget, *, offers: bool, show: Callable[[str], None]) -> tuple[Plan, None]:
         assert not offers
+        show("forecast 1")
         budgets.append(budget)
         result = predict_plan.search(
             config.request, budget, predict_plan.Options(config.strategy, offers=False), Card()
@@ -85,6 +87,11 @@ def test_ram_that_is_stated_counts_and_not_this_machines() -> None:
 def test_the_card_here_is_planned_for() -> None:
     _, budget, ready = run("--vram_budget", "8GiB")
     assert (budget.card.key, budget.vram_bytes, ready.gpu) == ("rtx4090", 8 * GIB, budget.gpu)
+
+
+def test_a_plan_before_a_run_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--vram_budget", "8GiB")
+    assert "forecast 1" in capsys.readouterr().err
 
 
 def test_auto_is_what_is_free_on_the_card_here_and_says_so() -> None:

@@ -299,7 +299,7 @@ def under_budget(
     """What `planned` gives where the search ends with `result`, and what the search was given."""
     asked: list[Any] = []
 
-    def plan_run(config: RunConfig, budget: Budget, *, offers: bool) -> tuple[Any, Any]:
+    def plan_run(config: RunConfig, budget: Budget, *, offers: bool, show: Any) -> tuple[Any, Any]:
         asked.extend((config, budget, offers))
         return result, record
 
