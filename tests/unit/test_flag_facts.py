@@ -300,6 +300,7 @@ def under_budget(
     asked: list[Any] = []
 
     def plan_run(config: RunConfig, budget: Budget, *, offers: bool, show: Any) -> tuple[Any, Any]:
+        assert callable(show)
         asked.extend((config, budget, offers))
         return result, record
 

@@ -24,7 +24,7 @@ BUDGETS = {
     "cli": 2310,
     "engine": 4140,
     "foreign": 3510,
-    "kernels": 1475,
+    "kernels": 1490,
     "machine": 1140,
     "matrix": 640,
     "media": 615,

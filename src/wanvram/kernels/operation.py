@@ -33,6 +33,7 @@ class Operation(Generic[_P, _R]):
         self.name = reference.__name__.removeprefix("_")
         self._reference = reference
         self.triton = triton
+        self._kernel: Callable[_P, _R] | None = None
         _LIBRARY.define(self.name + schema)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, self.compute, key)
@@ -49,8 +50,11 @@ class Operation(Generic[_P, _R]):
         x: Any = args[0]
         if self.triton is None or not uses_triton(x):
             return self._reference(*args, **kwargs)
-        kernel: Callable[_P, _R] = getattr(import_module(self.triton), self.name)
-        if x.get_device() == torch.cuda.current_device():  # Triton launches on it; naming it again costs 5 us a call
+        kernel = self._kernel
+        if kernel is None:
+            kernel = self._kernel = getattr(import_module(self.triton), self.name)
+        # Triton launches on the current device; asking which that is, and naming it again, costs 2 and 5 us a call.
+        if _one_gpu() or x.get_device() == torch.cuda.current_device():
             return kernel(*args, **kwargs)
         with torch.cuda.device(x.device):
             return kernel(*args, **kwargs)
@@ -78,3 +82,8 @@ def uses_triton(x: Any) -> bool:
 @cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _one_gpu() -> bool:
+    return torch.cuda.device_count() == 1

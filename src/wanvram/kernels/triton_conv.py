@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["place_frame"]
+from wanvram.kernels.triton_channel_norm import tile_of
 
-_TILE = 4096  # elements per program, as in triton_channel_norm
+__all__ = ["place_frame"]
 
 
 @triton.jit(do_not_specialize=["count", "columns"])
@@ -46,9 +46,8 @@ def _place_frame_kernel(
 def place_frame(frame: Tensor, bias: Tensor, out: Tensor, add: bool) -> None:
     width, columns = frame.shape[1], frame.shape[4]
     count = frame.shape[3] * columns
-    block = triton.next_power_of_2(width)
-    rows = max(_TILE // block, 1)
+    rows, block = tile_of(width)
     sizes = {"ADD": add, "ROWS": rows, "BLOCK": block, "num_warps": 4}
-    _place_frame_kernel[(triton.cdiv(count, rows),)](
+    _place_frame_kernel[(-(-count // rows),)](
         frame, bias, out, frame.stride(3), out.stride(3), count, columns, width, **sizes
     )

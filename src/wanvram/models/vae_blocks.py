@@ -12,7 +12,7 @@ Blocks own the frame they are given: a residual block overwrites it. A frame may
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -109,11 +109,12 @@ class Stream:
     def cut(self, module: nn.Module) -> Cut:
         return self.cuts.get(module, NO_CUT)
 
-    def bands(self, start: int, stop: int, window_bytes: int) -> Iterator[tuple[int, int]]:
+    def bands(self, start: int, stop: int, window_bytes: int) -> list[tuple[int, int]]:
         """Row ranges from start to stop that cut a window of `window_bytes` into parts of about a band's bytes."""
-        rows = -(-(stop - start) // max(-(-window_bytes // BAND_BYTES), 1))
-        for top in range(start, stop, rows):
-            yield top, min(top + rows, stop)
+        if window_bytes <= BAND_BYTES:
+            return [(start, stop)]
+        rows = -(-(stop - start) // -(-window_bytes // BAND_BYTES))
+        return [(top, min(top + rows, stop)) for top in range(start, stop, rows)]
 
     def convolve(self, window: Tensor, weight: Tensor, sides: Cut) -> Tensor:
         """A convolution padded to the window's size, without `sides` of its output and without bias: a view or a new tensor, one frame.
@@ -163,6 +164,7 @@ class Conv(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
         self.flat = dtype == torch.float32 and kernel[-1] > 1 and inputs % 4 == 0
+        self.halo = kernel[-1] // 2
         if self.flat and len(kernel) == 3:
             frames, height, width = kernel
             weight = torch.empty((outputs, height, width, frames, inputs), dtype=dtype).permute(0, 4, 3, 1, 2)
@@ -197,12 +199,12 @@ class Conv(nn.Module):
         """
         history = stream.history(self, x)
         weight, bias = self._taps(len(history), outputs, stream)
-        halo, channels, height = self.weight.shape[3] // 2, x.shape[1], x.shape[3]
+        halo, (_, channels, _, height, columns) = self.halo, x.shape
         cut = stream.cut(self)
         start, stop = cut.top, height - cut.bottom
-        ranges = list(stream.bands(start, stop, (len(history) + 1) * x.nbytes))
+        ranges = stream.bands(start, stop, (len(history) + 1) * x.nbytes)
         whole = len(ranges) == 1
-        width = x.shape[4] - cut.left - cut.right
+        width = columns - cut.left - cut.right
         if add_to is not None:
             out = add_to
         elif not whole:
@@ -210,15 +212,13 @@ class Conv(nn.Module):
         for top, bottom in ranges:
             first, last = max(top - halo, 0), min(bottom + halo, height)
             if self.flat:
-                window = new_picture(x, (len(history) + 1) * channels, last - first, x.shape[4])
+                window = new_picture(x, (len(history) + 1) * channels, last - first, columns)
             else:
-                window = new_frames(x, channels, len(history) + 1, last - first, x.shape[4])
+                window = new_frames(x, channels, len(history) + 1, last - first, columns)
             # Rows above the next window are needed from the oldest frame no more: the newest takes their place.
             committed = (height if bottom == stop else bottom - halo) - first if commit else 0
-            fill_window(
-                x, history, None if norm is None else norm.gamma, window, first * x.shape[4], committed * x.shape[4]
-            )
-            sides = cut._replace(top=top - first, bottom=last - bottom)
+            fill_window(x, history, norm.gamma if norm else None, window, first * columns, committed * columns)
+            sides = Cut(top - first, last - bottom, cut.left, cut.right)
             band = stream.convolve(window, weight, sides)
             del window
             if not whole:
@@ -268,22 +268,19 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.residual = nn.ModuleDict(
-            {
-                "0": Gamma(inputs, 3, dtype),
-                "2": Conv(inputs, outputs, (3, 3, 3), dtype),
-                "3": Gamma(outputs, 3, dtype),
-                "6": Conv(outputs, outputs, (3, 3, 3), dtype),
-            }
-        )
+        first, last = Conv(inputs, outputs, (3, 3, 3), dtype), Conv(outputs, outputs, (3, 3, 3), dtype)
+        norms = Gamma(inputs, 3, dtype), Gamma(outputs, 3, dtype)
+        self.residual = nn.ModuleDict({"0": norms[0], "2": first, "3": norms[1], "6": last})
+        self._parts = first, last, norms  # a module asks for its parts by name, 1 us each
         self.shortcut = Conv(inputs, outputs, (1, 1, 1), dtype) if inputs != outputs else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        inner = _conv(self.residual["2"]).causal(x, stream, norm=_gamma(self.residual["0"]))
+        first, last, norms = self._parts
+        inner = first.causal(x, stream, norm=norms[0])
         if self.shortcut is not None:
             x = self.shortcut.pointwise(x)
         kept = stream.cut(self).of(x)
-        out = _conv(self.residual["6"]).causal(inner, stream, norm=_gamma(self.residual["3"]), add_to=kept)
+        out = last.causal(inner, stream, norm=norms[1], add_to=kept)
         if out is x or out is not kept:
             return out
         del inner
@@ -341,7 +338,7 @@ class Upsample(nn.Module):
         cut = stream.cut(conv)
         start, stop = cut.top, 2 * height - cut.bottom
         out = new_frames(x, conv.weight.shape[0], 1, stop - start, 2 * width - cut.left - cut.right)
-        ranges = list(stream.bands(0, height, 4 * x.nbytes))
+        ranges = stream.bands(0, height, 4 * x.nbytes)
         whole = len(ranges) == 1
         for top, bottom in ranges:
             first, last = max(top - 1, 0), min(bottom + 1, height)
