@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
-from warnings import catch_warnings, simplefilter
+from warnings import catch_warnings, filterwarnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -112,9 +112,12 @@ def _imported() -> Callable[..., Any] | Exception:
     # Read when the package is imported: compiled kernels are then kept on disk, 3 s of every later process.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     try:
-        found: Callable[..., Any] = import_module("flash_attn.cute").flash_attn_func
+        with catch_warnings():  # of what its compiler will no longer have: nothing that a user of ours could mend
+            simplefilter("ignore")
+            found: Callable[..., Any] = import_module("flash_attn.cute").flash_attn_func
     except Exception as error:  # of its compiler, too
         return error
+    filterwarnings("ignore", module=r"cutlass\.")  # when it compiles a kernel
     return found
 
 
