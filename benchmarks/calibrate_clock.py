@@ -50,7 +50,7 @@ JUDGED = (
     "2026-11-30_beside_diffusers_1.3B.json",
     "*_attention_pairs*.json",
     "*_generate_720P_fa4.json",
-    "2026-11-30_h200_tiled_vae_2.json",
+    "2026-11-30_h200_tiled_vae_4.json",
 )
 PICTURES_SINCE = "2026-11-30"  # the VAE's convolutions in float32
 STIFFNESS = 0.2

@@ -15,6 +15,7 @@ from wanvram.kernels.fused_attention import usable, why_broken
 from wanvram.knobs import ATTENTION, PRECISION
 from wanvram.machine.attention_choice import BY_NAME, Card, Heads, choose
 from wanvram.machine.attention_speed import checked_here
+from wanvram.machine.imports import imported_before, keep_imported
 from wanvram.models.precision import PRECISIONS
 from wanvram.record import AttentionChoice
 from wanvram.simulate.gpus import GPU, find_gpu
@@ -31,10 +32,19 @@ def attention_of(config: RunConfig, card: Card) -> AttentionChoice:
     heads = Heads(itemsize, DIT[request.facts.dit].head_dim, request.geometry.tokens(shape))
     asked = ATTENTION.of(config.strategy)
     choice = choose(asked, card, heads)
-    if asked != AUTO or not card.here or (reason := why_broken(BY_NAME[choice.taken])) is None:
+    if asked != AUTO or not card.here or (reason := _why_broken(BY_NAME[choice.taken])) is None:
         return choice
     note = "; ".join(filter(None, [card.note, f"{choice.taken} was passed over: {reason}"]))
     return choose(asked, replace(card, refused=card.refused | {choice.taken}, note=note), heads)
+
+
+def _why_broken(backend: Backend) -> str | None:
+    if backend.package is None or imported_before(backend.package):
+        return None
+    reason = why_broken(backend)
+    if reason is None and backend.version() is not None:
+        keep_imported(backend.package)
+    return reason
 
 
 def card_like(gpu: GPU, *, here: bool) -> Card:
