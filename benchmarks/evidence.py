@@ -1,7 +1,7 @@
 """Is what was measured still predicted? Every committed measurement that has a prediction, predicted anew with today's code.
 
     make evidence                              all of them, on all cores, 20 minutes of one core, no GPU; beside known_misses.json
-    make evidence ARGS=--quick                 the seals, and one case of each of the newest files: what CI runs
+    make evidence ARGS=--quick                 the seals, and one case of each of a kind's newest files: what CI runs
     make evidence ARGS="--only keep_promise"   files whose name contains this
     make evidence ARGS=--record                known_misses.json becomes what missed today, of the runs that --only or --quick leave
     python benchmarks/evidence.py --seal       adds new result files to seals.json; see sealed.py for files that changed
@@ -51,7 +51,7 @@ BOUNDS = {"allocated_bytes": 0.0, "reserved_bytes": 0.0, "device_bytes": 0.03, "
           "decode_seconds": 0.10, "command_seconds": 0.15}  # fmt: skip
 WATCHED, MOST_UNDER_BYTES = 0.005, 8 * MIB  # of NVML's figure, from another process
 GROWN = 1.05  # times its recorded error: then a known miss is a new one
-QUICK_FILES = 39  # a case of each, a minute on two cores: CI has 25 minutes for everything
+QUICK_EACH = 5  # files of a kind: a minute on two cores, and CI has 25 minutes for everything
 # Of pictures that were not kept; only their proportions matter to memory and time.
 PROPORTIONS = {"tall.png": (720, 1280), "first.png": (768, 1024), "last.png": (768, 1024)}
 Figures = dict[str, float]
@@ -365,9 +365,10 @@ def cases(only: str = "") -> list[Case]:
 
 
 def quick(all_cases: list[Case]) -> list[Case]:
-    """The first of each of the newest files that are no process of their own."""
+    """The first of each of the newest files of each kind that are no process of their own."""
     first = {case.file: case for case in reversed(all_cases) if "_foreign_" not in case.file}
-    return [first[name] for name in sorted(first)[-QUICK_FILES:]]
+    newest = {name for pattern in KINDS for name in sorted(n for n in first if Path(n).match(pattern))[-QUICK_EACH:]}
+    return [first[name] for name in sorted(newest)]
 
 
 # --- judgement --------------------------------------------------------------------------------------------------------------

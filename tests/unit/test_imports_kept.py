@@ -27,14 +27,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     imports._fingerprint.cache_clear()
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> tuple[str, int]:
-    """What auto takes on an H200 that is here, and how often the package was imported for it."""
+def asked(monkeypatch: pytest.MonkeyPatch, reason: str | None, *, running: bool = False) -> tuple[str, int]:
+    """What auto takes on an H200 that is here, and how often the package was imported for it. running: by the process that computes."""
     imported: list[Backend] = []
     monkeypatch.setattr(Backend, "version", lambda self: "4.0.0b36" if self.package else None)
     monkeypatch.setattr("wanvram.run.attention.why_broken", lambda backend: imported.append(backend) or reason)
     request = Request.for_task("t2v-1.3B", size="832*480", frame_num=81)
     config = RunConfig("attention", "", "cuda", request)
-    return attention_of(config, card_like(GPUS["h200"], here=True)).taken, len(imported)
+    return attention_of(config, card_like(GPUS["h200"], here=True), running=running).taken, len(imported)
 
 
 def test_a_package_that_could_be_imported_is_not_imported_for_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +48,17 @@ def test_one_that_could_not_is_tried_each_time(monkeypatch: pytest.MonkeyPatch, 
     assert asked(monkeypatch, "no kernels") == ("cudnn", 1)
     assert asked(monkeypatch, "no kernels") == ("cudnn", 1)
     assert not cache.exists()
+
+
+def test_the_process_that_computes_imports_it_and_what_it_finds_broken_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a change of the driver, which no package shows."""
+    assert asked(monkeypatch, None) == ("fa4", 1)
+    assert asked(monkeypatch, None, running=True) == ("fa4", 1)
+    assert asked(monkeypatch, "no driver", running=True) == ("cudnn", 1)
+    assert not imports.imported_before(PACKAGE)
+    assert asked(monkeypatch, "no driver") == ("cudnn", 1)
 
 
 def test_an_installation_makes_it_ask_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -77,6 +88,15 @@ def test_a_damaged_file_is_no_answer_and_is_replaced(text: str, cache: Path) -> 
     assert not imports.imported_before(PACKAGE)
     imports.keep_imported(PACKAGE)
     assert imports.imported_before(PACKAGE)
+
+
+def test_without_a_home_it_is_asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(imports, "cache_file", nobody)
+    assert asked(monkeypatch, None) == ("fa4", 1)
+    assert asked(monkeypatch, None) == ("fa4", 1)
 
 
 def test_where_nothing_can_be_kept_it_is_asked_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             yield operation.Tensor, (x, y), {}
         if x.is_floating_point():
             yield aten.div.Tensor, (x, y), {}
+    for x, y in (
+        (meta(4, 8, dtype=F16), meta(4, 8, dtype=torch.float8_e4m3fn)),
+        (meta(4, 8, dtype=F16), meta(8)),
+        (meta(4, 8, dtype=I64), meta(4, 1, dtype=torch.bool)),
+        (part(), part()),
+    ):
+        yield aten.copy_.default, (x, y), {}
+        if y.dtype != torch.float8_e4m3fn:
+            yield from ((operation, (x, y), {}) for operation in (aten.add_.Tensor, aten.mul_.Tensor))
+            yield aten.add_.Tensor, (x, 2), {}
+        if x.is_floating_point() and y.dtype != torch.float8_e4m3fn:
+            yield from ((operation, (x, y), {}) for operation in (aten.sub_.Tensor, aten.div_.Tensor))
     yield aten.add.Tensor, (meta(2, 3), meta(2, 3)), {"alpha": 2}
     yield aten.add.out, (part(), meta(4, 1, 1, 1)), {"out": frame(4, 7, 4)}
     for x in (meta(4, 4, dtype=I64), meta(1, 1, dtype=I64)):
@@ -178,6 +190,21 @@ def test_what_a_run_is_made_of_takes_the_short_way() -> None:
         (aten._softmax.default, (meta(2, dtype=F16), 0, True), {}),
         (aten.index.Tensor, (meta(4, 6), [None, meta(9, dtype=I64)]), {}),
         (aten.where.self, (meta(2, dtype=torch.bool), meta(2), meta(2, dtype=F16)), {}),
+        (aten.add.Tensor, (meta(3), meta(4)), {}),
+        (aten.add_.Tensor, (meta(3), meta(2, 3)), {}),
+        (aten.add.Tensor, (meta(3, dtype=torch.bool), 1), {}),
+        (aten.abs.default, (meta(3, dtype=torch.complex64),), {}),
+        (aten.clone.default, (meta(2, 1).expand(2, 5),), {}),
+        (aten.mm.default, (meta(2, 3), meta(4, 2)), {}),
+        (aten.addmm.default, (meta(3), meta(2, 3), meta(3, 4)), {}),
+        (aten.mm.out, (meta(2, 3), meta(3, 4)), {"out": meta(4, 2)}),
+        (aten.cat.default, ([meta(2, 3), meta(2, 4)], 0), {}),
+        (aten.sum.dim_IntList, (meta(2, 3), [2]), {}),
+        (aten.amax.default, (meta(), [0]), {}),
+        (aten.div_.Tensor, (meta(2, dtype=I64), 2), {}),
+        (aten.native_layer_norm.default, (meta(2, 8), [4], None, None, 1e-5), {}),
+        (aten.arange.start, (5, 2), {"device": torch.device("meta")}),
+        (aten.ones.default, ([2],), {"device": torch.device("meta"), "layout": torch.sparse_coo}),
     ],
     ids=str,
 )

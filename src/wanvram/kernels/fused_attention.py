@@ -117,7 +117,7 @@ def _imported() -> Callable[..., Any] | Exception:
             found: Callable[..., Any] = import_module("flash_attn.cute").flash_attn_func
     except Exception as error:  # of its compiler, too
         return error
-    filterwarnings("ignore", module=r"cutlass\.")  # when it compiles a kernel
+    filterwarnings("ignore", module=r"cutlass(\.|$)")  # when it compiles a kernel
     return found
 
 

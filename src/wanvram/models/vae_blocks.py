@@ -271,7 +271,7 @@ class ResidualBlock(nn.Module):
         first, last = Conv(inputs, outputs, (3, 3, 3), dtype), Conv(outputs, outputs, (3, 3, 3), dtype)
         norms = Gamma(inputs, 3, dtype), Gamma(outputs, 3, dtype)
         self.residual = nn.ModuleDict({"0": norms[0], "2": first, "3": norms[1], "6": last})
-        self._parts = first, last, norms  # a module asks for its parts by name, 1 us each
+        self._parts = first, last, norms  # the same modules: asking for them by name takes 1 us each
         self.shortcut = Conv(inputs, outputs, (1, 1, 1), dtype) if inputs != outputs else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:

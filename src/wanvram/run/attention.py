@@ -15,7 +15,7 @@ from wanvram.kernels.fused_attention import usable, why_broken
 from wanvram.knobs import ATTENTION, PRECISION
 from wanvram.machine.attention_choice import BY_NAME, Card, Heads, choose
 from wanvram.machine.attention_speed import checked_here
-from wanvram.machine.imports import imported_before, keep_imported
+from wanvram.machine.imports import forget_imported, imported_before, keep_imported
 from wanvram.models.precision import PRECISIONS
 from wanvram.record import AttentionChoice
 from wanvram.simulate.gpus import GPU, find_gpu
@@ -24,25 +24,33 @@ from wanvram.specs import DIT
 __all__ = ["attention_of", "card_here", "card_like", "usable_here"]
 
 
-def attention_of(config: RunConfig, card: Card) -> AttentionChoice:
-    """Raises InputError where the card cannot compute what was asked for. `auto` passes over what cannot be imported here."""
+def attention_of(config: RunConfig, card: Card, *, running: bool = False) -> AttentionChoice:
+    """Raises InputError where the card cannot compute what was asked for. `auto` passes over what cannot be imported here.
+
+    running: this process is the one that computes, so that nothing is taken on trust.
+    """
     request = config.request
     shape = request.geometry.latent_shape(request.frame_num, request.height, request.width)
     itemsize = PRECISIONS[PRECISION.of(config.strategy)].matmul.itemsize
     heads = Heads(itemsize, DIT[request.facts.dit].head_dim, request.geometry.tokens(shape))
     asked = ATTENTION.of(config.strategy)
     choice = choose(asked, card, heads)
-    if asked != AUTO or not card.here or (reason := _why_broken(BY_NAME[choice.taken])) is None:
+    if not card.here or not (running or asked == AUTO):
+        return choice
+    reason = _why_broken(BY_NAME[choice.taken], anew=running)
+    if reason is None or asked != AUTO:  # by its name it ends the run at its first call
         return choice
     note = "; ".join(filter(None, [card.note, f"{choice.taken} was passed over: {reason}"]))
     return choose(asked, replace(card, refused=card.refused | {choice.taken}, note=note), heads)
 
 
-def _why_broken(backend: Backend) -> str | None:
-    if backend.package is None or imported_before(backend.package):
+def _why_broken(backend: Backend, *, anew: bool) -> str | None:
+    if backend.package is None or (not anew and imported_before(backend.package)):
         return None
     reason = why_broken(backend)
-    if reason is None and backend.version() is not None:
+    if reason is not None:
+        forget_imported(backend.package)
+    elif backend.version() is not None:
         keep_imported(backend.package)
     return reason
 

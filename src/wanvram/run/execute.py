@@ -331,7 +331,7 @@ def make_device(config: RunConfig) -> Device:
         device = CudaDevice(launched().local_rank, limit_bytes=config.memory_limit_bytes)
         card = card_here(config, device)
         check_products(config, card.name, card.capability)
-        device.attention = attention_of(config, card)
+        device.attention = attention_of(config, card, running=True)
         require_package(device.attention)
         return device
     if kind == "cpu":
