@@ -10,8 +10,8 @@
 The card is the one that a file's name says. Times marked * include what happens once in a process (loading libraries, compiling,
 tuning) or is not on the clock (encoding the video): they are shown, neither fitted nor judged. Steps are means without the first. The
 fit minimises relative errors with every rate held near its present value (one weight of `STIFFNESS` against one measurement), so a
-rate that no measurement asks about stays. Decodes before 2026-11-30 are of other convolutions, and are left out; what cuDNN takes at its
-first use is not in a warm one.
+rate that no measurement asks about stays. Decodes before 2026-11-30 are of other convolutions, and are left out. A warm time is
+predicted for a process that has loaded every library and made every plan of cuDNN before.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from attention_backends import CASES as ATTENTION_CASES
@@ -33,9 +34,10 @@ from predict_vs_measure import BUILT_IN
 from provenance import attended, conclude
 
 from wanvram.config import RunConfig
+from wanvram.predict.host import clock_of
 from wanvram.predict.simulate import simulate
-from wanvram.simulate.gpus import GPUS, Efficiency
-from wanvram.simulate.host import HOST
+from wanvram.simulate.clock import Clock
+from wanvram.simulate.gpus import GPU, GPUS, Efficiency
 
 HERE = Path(__file__).parent
 SIZES = {"1.3B": "832*480", "14B": "1280*720"}  # of beside_diffusers.py: 81 frames, bf16 resident, VAE in float32
@@ -171,6 +173,14 @@ def steady_step(record: dict[str, Any]) -> float | None:
     return sum(s * n for s, n in timed) / sum(n for _, n in timed) if timed else None
 
 
+def warm_clock(config: RunConfig, gpu: GPU) -> Clock:
+    """Of a process that has done all of it before: libraries are loaded, and cuDNN has its plans."""
+    clock = clock_of(config, gpu)
+    clock.machine = replace(clock.machine, first_use={})
+    clock.leave_out_plans()
+    return clock
+
+
 class Predictions:
     """Predicted seconds by card and configuration, each simulated once for the cards' present efficiency."""
 
@@ -178,16 +188,15 @@ class Predictions:
         self._known: dict[str, dict[str, float | None]] = {}
 
     def seconds(self, measured: Measured) -> float | None:
-        key = measured.card + json.dumps(measured.config, sort_keys=True)
+        key = f"{measured.card} {measured.warm} {json.dumps(measured.config, sort_keys=True)}"
         if key not in self._known:
             config = RunConfig.from_dict(json.loads(json.dumps(measured.config)))
             config = replace(config, device="simulated", gpu=measured.card, memory_limit_bytes=None)
-            record = simulate(config)[0].to_json()
+            with mock.patch("wanvram.predict.simulate.clock_of", warm_clock if measured.warm else clock_of):
+                record = simulate(config)[0].to_json()
             stages = {s["name"]: s["seconds"] for s in record["stages"]}
             self._known[key] = stages | {STEP: steady_step(record)}
-        seconds = self._known[key].get(measured.stage)
-        once = HOST.first_use["cudnn"].warm if measured.stage == "decode" and measured.warm else 0.0
-        return None if seconds is None else seconds - once
+        return self._known[key].get(measured.stage)
 
     def with_efficiency(self, efficiency: Efficiency) -> Predictions:
         """A fresh set, for another efficiency of the cards here."""

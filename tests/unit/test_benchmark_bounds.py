@@ -24,7 +24,9 @@ import pytest
 import same_video
 import tiled_vae
 
+from wanvram.simulate.clock import PLAN_SECONDS
 from wanvram.simulate.gpus import GPUS
+from wanvram.simulate.host import HOST
 
 BENCHMARKS = Path(provenance.__file__).parent
 # Tools that feed the simulator or others, and judge nothing.
@@ -178,6 +180,15 @@ def test_a_fit_predicts_with_the_efficiency_that_it_tries(monkeypatch: pytest.Mo
     slow = replace(h200.efficiency, own_seconds=1.0, dispatch_seconds=1.0)
     assert (calibrate_clock.Predictions().seconds(decode) or 0) < 1
     assert (calibrate_clock.Predictions().with_efficiency(slow).seconds(decode) or 0) > 10
+
+
+def test_a_warm_decode_loads_no_library_and_makes_no_plan() -> None:
+    config = copy.deepcopy(fit_card.CASES[0]["config"]) | {"optimization": {}}
+    config["request"] |= {"weights": "tiny", "frame_num": 5, "sample_steps": 2}
+    cold, warm = (calibrate_clock.Measured("h200", "tiny", config, "decode", 1.0, warm) for warm in (False, True))
+    predictions = calibrate_clock.Predictions()
+    spared = (predictions.seconds(cold) or 0) - (predictions.seconds(warm) or 0)
+    assert spared > HOST.first_use["cudnn"].warm + 10 * PLAN_SECONDS
 
 
 def test_a_second_result_of_a_day_is_written_beside_the_first(tmp_path: Path) -> None:
