@@ -22,7 +22,7 @@ help:
 	@echo "make demo     profile tests/configs/baseline.yaml on whatever this machine has"
 	@echo "make check    formatting, lint, types, layers"
 	@echo "make test     the tests; those marked gpu only where CUDA is, those in a browser only where Chromium is"
-	@echo "make evidence every measurement that was committed, predicted anew without a GPU (20 minutes of one core; ARGS=--quick)"
+	@echo "make evidence every measurement that was committed, predicted anew without a GPU (11 minutes of one core; ARGS=--quick)"
 	@echo "make mutants  changes of the code that no test notices: a seeded sample (half a minute each; ARGS=\"--count 20 --seed 1\")"
 	@echo "make chromium for the tests in a browser, where root may install it (Debian); make test does so first"
 	@echo "make format   let ruff rewrite the code"

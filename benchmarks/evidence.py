@@ -1,6 +1,6 @@
 """Is what was measured still predicted? Every committed measurement that has a prediction, predicted anew with today's code.
 
-    make evidence                              all of them, on all cores, 20 minutes of one core, no GPU; beside known_misses.json
+    make evidence                              all of them, on all cores, 11 minutes of one core, no GPU; beside known_misses.json
     make evidence ARGS=--quick                 the seals, and one case of each of a kind's newest files: what CI runs
     make evidence ARGS="--only keep_promise"   files whose name contains this
     make evidence ARGS=--record                known_misses.json becomes what missed today, of the runs that --only or --quick leave

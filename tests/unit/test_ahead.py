@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from wanvram.config import Request, RunConfig, Strategy
+from wanvram.errors import InputError
 from wanvram.planner import Budget, Plan
 from wanvram.predict import ahead, plan
+from wanvram.predict.ahead import forecasts_ahead
 from wanvram.predict.plan import Forecasts, plan_run
 from wanvram.units import GIB
 
@@ -26,6 +28,22 @@ def test_a_plan_with_forecasts_made_ahead_is_the_plan_without(monkeypatch: pytes
     assert isinstance(alone, Plan)
     assert together == alone
     assert "text_encoder" not in asked  # it was there already
+
+
+def test_the_machine_is_looked_at_once_before_processes_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would import flash-attn-4 with its compiler to know whether it can be; what fails is left to the search."""
+    looked_at: list[RunConfig] = []
+
+    def looking(config: RunConfig, **_: object) -> None:
+        looked_at.append(config)
+        raise InputError("no such card")
+
+    monkeypatch.setattr(ahead, "simulated_device", looking)
+    found = list(forecasts_ahead(REQUEST, Budget(3 * GIB, ram_bytes=64 * GIB), Strategy(), 1))
+    assert len(looked_at) == 1
+    assert {component for (_, component), _ in found} == {"text_encoder", "dit", "vae_decoder"}
+    assert not list(forecasts_ahead(REQUEST, Budget(3 * GIB), Strategy(), 0))
+    assert len(looked_at) == 1
 
 
 def test_no_process_is_forked_once_cuda_has_started_or_where_cores_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ BUDGETS = {
     "media": 615,
     "models": 2550,
     "planner": 1680,
-    "predict": 1130,
+    "predict": 1140,
     "prompt": 990,
     "recorder": 1735,
     "report": 2790,

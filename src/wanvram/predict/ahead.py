@@ -6,17 +6,20 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 
 import torch
 
 from wanvram import knobs
 from wanvram.config import Request, RunConfig, Strategy
+from wanvram.errors import WanvramError
 from wanvram.planner import Budget, StageForecast
 from wanvram.planner.forecasts import Trials
 from wanvram.planner.search import cleared
 from wanvram.planner.sizes import sizes_for
 from wanvram.planner.tiles import tiles_for
 from wanvram.planner.transformer import variants
+from wanvram.predict.simulate import simulated_device
 from wanvram.predict.stage import simulate_stage
 
 __all__ = ["forecasts_ahead", "processes_here"]
@@ -41,9 +44,14 @@ def forecasts_ahead(
     """As they are finished. base: what the user fixed. What fails is left to the search, which then says why."""
     if processes < 1:
         return
+    questions = _likely(request, budget, base)
+    with suppress(
+        WanvramError
+    ):  # what this machine is, and whether flash-attn-4 can be imported (6 s): once, not in each process
+        simulated_device(questions[0][0], unlimited=True)
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        asked = {pool.submit(simulate_stage, *question): question for question in _likely(request, budget, base)}
+        asked = {pool.submit(simulate_stage, *question): question for question in questions}
         try:
             for done in as_completed(asked):
                 if done.exception() is None:
