@@ -1,8 +1,8 @@
 """Which optional packages could be imported here before: a plan that asks for nothing else need not do it again. No torch.
 
 flash-attn-4 with its compiler takes 1.5 to 6 s. That it could be imported is kept with a fingerprint of everything installed, which
-changes with each installation; that it could not is asked again each time, and the process that computes
-imports it in any case. A file that cannot be read or written is no loss.
+changes with each installation; that it could not is asked again each time, and the process that computes imports it in any case. A file
+that cannot be read or written is no loss.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _fingerprint() -> str:
     """Of the machine, the interpreter and its packages: their versions are in the names, when they were installed in the times."""
     about = [platform.node(), sys.version, sys.prefix, os.environ.get("LD_LIBRARY_PATH", ""), *sys.path]
     with suppress(OSError):
-        about.append(DRIVER.read_text(encoding="utf-8"))
+        about.append(DRIVER.read_text(encoding="utf-8", errors="replace"))
     return hashlib.sha256("\n".join([*about, *sorted(_installed())]).encode()).hexdigest()
 
 
