@@ -30,8 +30,8 @@ from unittest import mock
 
 import torch
 from attention_backends import CASES as ATTENTION_CASES
-from predict_vs_measure import BUILT_IN
-from provenance import attended, conclude
+from predict_vs_measure import BUILT_IN, SHORT
+from provenance import attended, conclude, steady_step
 
 from wanvram.config import RunConfig
 from wanvram.predict.host import clock_of
@@ -97,11 +97,15 @@ def of_fit_card(card: str, document: dict[str, Any]) -> Iterator[Measured]:
 
 
 def of_predict_vs_measure(card: str, document: list[dict[str, Any]]) -> Iterator[Measured]:
-    configs = {case["name"]: case for case in BUILT_IN}
+    configs = {case["name"]: case for case in BUILT_IN + SHORT}
     for run in document:
+        config = attended(configs[run["config"]], run.get("attention")) if run["config"] in configs else None
+        if config is None:
+            continue
+        if run.get("step_seconds"):
+            yield Measured(card, run["config"], config, STEP, run["step_seconds"], True)
         for stage, seconds in run.get("seconds", {}).items():
-            if run["config"] in configs:
-                yield Measured(card, run["config"], configs[run["config"]], stage, seconds, False)
+            yield Measured(card, run["config"], config, stage, seconds, False)
 
 
 def of_beside_diffusers(card: str, name: str, document: dict[str, Any]) -> Iterator[Measured]:
@@ -163,14 +167,6 @@ def read(path: Path, card: str | None = None) -> list[Measured]:
     else:
         raise SystemExit(f"{path}: neither a record nor a benchmark with seconds")
     return [m for m in found if m.seconds]
-
-
-def steady_step(record: dict[str, Any]) -> float | None:
-    """Mean seconds of a denoising step without the first (unless it is alone)."""
-    steps: list[Any] = next((s["children"] for s in record["stages"] if s["name"] == "denoise"), [])
-    timed = [(s["seconds"], s["repeats"]) for s in steps if s["kind"] == "step" and s["seconds"] is not None]
-    timed = timed[1:] or timed
-    return sum(s * n for s, n in timed) / sum(n for _, n in timed) if timed else None
 
 
 def warm_clock(config: RunConfig, gpu: GPU) -> Clock:

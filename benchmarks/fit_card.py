@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nvml_watch import gpu_of
-from provenance import conclude, header, unused
+from provenance import conclude, header, steady_step, unused
 
 GIB = 2**30
 MIB = 2**20
@@ -147,16 +147,6 @@ def predict(case: dict[str, Any], gpu: str) -> dict[str, Any]:
 
     config = replace(RunConfig.from_dict(case["config"]), device="simulated", gpu=gpu)
     return simulate(replace(config, memory_limit_bytes=case["limit_bytes"]))[0].to_json()
-
-
-def steady_step(record: dict[str, Any]) -> float | None:
-    """Mean seconds of a denoising step without the first, which compiles and warms up."""
-    steps: list[Any] = next((s["children"] for s in record["stages"] if s["name"] == "denoise"), [])
-    seconds, count = 0.0, 0
-    for step in steps[1:]:
-        if step["seconds"] is not None:
-            seconds, count = seconds + step["seconds"] * step["repeats"], count + step["repeats"]
-    return seconds / count if count else None
 
 
 def row(case: dict[str, Any], records: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Predicted against measured memory, stage by stage: does the simulator tell the truth?
 
     python benchmarks/predict_vs_measure.py                       the built-in list
+    python benchmarks/predict_vs_measure.py --short               steps of well under a second, for calibrate_clock.py
     python benchmarks/predict_vs_measure.py a.yaml b.yaml         your configurations
     python benchmarks/predict_vs_measure.py --only 1.3B --out DIR
     python benchmarks/predict_vs_measure.py --again benchmarks/2026-11-24_h200_predict_vs_measure.json     no GPU: is it still true?
@@ -27,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from provenance import circumstances, conclude, unused
+from provenance import circumstances, conclude, steady_step, unused
 
 BOUNDS = {"allocated": 0.005, "reserved": 0.01, "device": 0.03}
 
@@ -82,6 +83,24 @@ BUILT_IN = [
 ]
 
 
+# Steps that the host, the link or a small chunk may set the pace of: 8, the first in blocks, the others folded.
+SHORT = [
+    case(task, size, frames, "bf16", load, steps=8, offload=True, expandable_segments=True)
+    | {"logging": {"log_interval": 8}}
+    for task, size, frames, load in (
+        ("t2v-1.3B", "832*480", 5, "full"),
+        ("t2v-1.3B", "832*480", 5, "block"),
+        ("t2v-1.3B", "832*480", 17, "full"),
+        ("t2v-1.3B", "832*480", 17, "block"),
+        ("vace-1.3B", "480*832", 17, "full"),
+        ("t2v-14B", "832*480", 5, "full"),
+        ("t2v-14B", "832*480", 5, "block"),
+        ("t2v-14B", "832*480", 17, "full"),
+        ("t2i-14B", "832*480", 1, "full"),
+    )
+]
+
+
 def profile(config: Path, directory: Path, *device: str) -> dict[str, Any]:
     """The record of a run in a fresh process."""
     command = [sys.executable, "-m", "wanvram", "profile", str(config), "-o", str(directory), "--json", "--device"]
@@ -116,6 +135,7 @@ def result_of(record: dict[str, Any]) -> dict[str, Any]:
             for stage in record["stages"]
         ],
         "seconds": {stage["name"]: stage["seconds"] for stage in record["stages"]},
+        "step_seconds": steady_step(record),
         "environment": record.get("environment"),
         "attention": (record.get("attention") or {}).get("taken"),
         "failure": record.get("failure"),
@@ -172,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", type=Path)
     parser.add_argument("--only", default="", help="only built-in cases whose name contains this")
+    parser.add_argument("--short", action="store_true", help="the list of short steps in place of the built-in one")
     parser.add_argument("--gpu", default="h200")
     parser.add_argument(
         "--out", type=Path, help="folder for the result (default: benchmarks; with --again of a file: none)"
@@ -195,7 +216,7 @@ def work(args: argparse.Namespace, scratch: Path) -> list[tuple[str, Callable[[]
         return [(result["config"], partial(predict_again, result, scratch, args.gpu)) for result in earlier]
     configs = list(args.configs)
     if not configs:
-        for built_in in BUILT_IN:
+        for built_in in SHORT if args.short else BUILT_IN:
             if args.only in built_in["name"]:
                 path = scratch / f"{built_in['name']}.yaml"
                 path.write_text(json.dumps(built_in))

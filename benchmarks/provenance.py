@@ -32,6 +32,7 @@ __all__ = [
     "read_record",
     "rows_of_a_process",
     "say_row",
+    "steady_step",
     "unused",
 ]
 
@@ -134,6 +135,14 @@ def prediction_of(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(record.get(name), dict):
             return dict(record[name])
     return {}
+
+
+def steady_step(record: dict[str, Any]) -> float | None:
+    """Mean seconds of a denoising step without the first, which compiles and warms up; None where no other was timed."""
+    children: list[Any] = next((s["children"] for s in record["stages"] if s["name"] == "denoise"), [])
+    steps = [s for s in children if s["kind"] == "step"]
+    timed = [(s["seconds"], s["repeats"]) for s in steps[1:] if s["seconds"] is not None]
+    return sum(s * n for s, n in timed) / sum(n for _, n in timed) if timed else None
 
 
 class ResultFile:

@@ -1,0 +1,170 @@
+"""What the host takes to issue work: single operations, and whole passes whose tensors are so small that the GPU waits for the host.
+
+    python benchmarks/issue_speed.py --out benchmarks                    on a GPU, half a minute
+    python benchmarks/issue_speed.py --predict                           no GPU: what the clock says of the same passes, for an H200
+
+Single operations: the fastest of many short rounds, as `operation_us` is. Passes: the median of REPEATS, behind one that loads and
+plans: a denoising step of 1.3B for one picture of 832x480, and a decode of 21 latent frames of 8x8, float32 and bf16. Exit code 1
+where a pass was predicted more than 15 % off, for a processor as fast as this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from own_parts import OwnParts, Unrecorded
+from provenance import conclude, header, unused
+
+from wanvram.config import RunConfig, Strategy
+from wanvram.engine.components import Parts
+from wanvram.engine.devices import SimulatedDevice
+from wanvram.engine.shared_stages import SharedStages
+from wanvram.engine.vae_stages import decode
+from wanvram.machine.host import operation_us
+from wanvram.predict.simulate import simulated_device
+from wanvram.run.weights import NoWeights
+
+ROUND = 100  # operations: far fewer than the driver's queue holds (1024), so that none waits for the GPU
+ROUNDS = 50
+REPEATS = 5
+MOST_ERROR = 0.15
+EDGE = 8  # of the latent
+FRAMES = 21
+TASK = "t2v-1.3B"
+PASSES = ("step", "decode fp32", "decode bf16")
+
+
+def single() -> dict[str, float]:
+    """Microseconds of host time per operation."""
+    from wanvram.kernels.conv import conv2d, conv3d
+
+    place = torch.device("cuda")
+    x, half = torch.zeros(64, 64, device=place), torch.zeros(64, 64, device=place, dtype=torch.bfloat16)
+    picture = torch.zeros(1, 96, 8, 8, device=place).contiguous(memory_format=torch.channels_last)
+    frames = torch.zeros(1, 96, 3, 8, 8, device=place).contiguous(memory_format=torch.channels_last_3d)
+    flat = torch.zeros(96, 96, 3, 3, device=place).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(96, 96, 3, 3, 3, device=place).contiguous(memory_format=torch.channels_last_3d)
+    calls: dict[str, Callable[[], Any]] = {
+        "view": lambda: x.view(4096),
+        "slice": lambda: x[1:],
+        "empty": lambda: torch.empty((64, 64), device=place),
+        "add_": lambda: x.add_(1.0),
+        "copy_": lambda: half.copy_(x),
+        "mm": lambda: torch.mm(half, half),
+        "conv2d": lambda: conv2d(picture, flat, None, [1, 1], [1, 1]),
+        "conv3d": lambda: conv3d(frames, weight, None, [1, 1, 1], [0, 1, 1]),
+    }
+    return {name: fastest(call) for name, call in calls.items()}
+
+
+def fastest(call: Callable[[], Any]) -> float:
+    found = float("inf")
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(ROUND):
+            call()
+        found = min(found, time.perf_counter() - start)
+    return round(found / ROUND * 1e6, 2)
+
+
+def parts(name: str, where: str) -> OwnParts:
+    how = {"precision": "bf16", "expandable_segments": True, "vae_precision": name.removeprefix("decode ")}
+    if name == "step":
+        how["vae_precision"] = "fp32"
+    return OwnParts(TASK, (FRAMES, 60, 104), Strategy(**how), where)
+
+
+def call_of(own: OwnParts, name: str) -> Callable[[], object]:
+    if name == "step":
+        return partial(own.denoiser(500), 1)
+    decoder, device = own.parts.load("vae_decoder"), own.device
+    latent = torch.randn(16, FRAMES, EDGE, EDGE, device=device.torch_device)
+    recorder = Unrecorded(device.meter, None, None)
+    return lambda: list(decode(decoder, SharedStages(device), recorder, latent, None))
+
+
+def measured() -> Iterator[dict[str, Any]]:
+    for name in PASSES:
+        own = parts(name, "cuda")
+        with torch.no_grad(), own.device.session():
+            work, seconds = call_of(own, name), []
+            for _ in range(1 + REPEATS):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                work()
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+        yield {"pass": name, "seconds": median(seconds[1:]), "all_seconds": seconds[1:], "first_seconds": seconds[0]}
+
+
+def predicted(name: str, speed_us: float | None = None) -> float:
+    """Seconds of a warm pass on a simulated H200. speed_us: of this host's processor."""
+    device: SimulatedDevice | None = None
+
+    def make(config: RunConfig) -> SimulatedDevice:
+        nonlocal device
+        device = simulated_device(replace(config, gpu="h200"))
+        return device
+
+    with mock.patch("own_parts.make_device", make):
+        own = parts(name, "simulated")
+    assert device is not None
+    own.parts = Parts(own.config, own.device, NoWeights(tiny=False))
+    clock = device.clock
+    clock.machine = replace(clock.machine, first_use={}, operation_us=speed_us or clock.machine.operation_us)
+    clock.__post_init__()
+    clock.leave_out_plans()
+    with own.device.session():
+        work = call_of(own, name)
+        work()
+        clock.synchronize()
+        start = clock.now()
+        work()
+        clock.synchronize()
+    return clock.now() - start
+
+
+def breaches_of(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{row['pass']}: {row['predicted_seconds']:.4f} s predicted, {row['seconds']:.4f} measured, at most {MOST_ERROR:.0%} off"
+        for row in rows
+        if abs(row["predicted_seconds"] / row["seconds"] - 1) > MOST_ERROR
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--predict", action="store_true", help="print what the clock says; needs no GPU")
+    args = parser.parse_args()
+    if args.predict:
+        for name in PASSES:
+            print(f"{name:12s} {predicted(name):.4f} s")
+        return 0
+    card = torch.cuda.get_device_name().split()[1].lower()
+    target = unused(args.out / f"{datetime.date.today()}_{card}_issue_speed.json")
+    document = header("issue_speed.py", "own_parts.py") | {"microseconds": single(), "rows": []}
+    for row in measured():
+        row["predicted_seconds"] = predicted(row["pass"], operation_us())
+        document["rows"].append(row)
+        print(f"{row['pass']:12s} {row['seconds']:.4f} s, predicted {row['predicted_seconds']:.4f}", flush=True)
+    breaches = breaches_of(document["rows"])
+    target.write_text(json.dumps(document | {"breaches": breaches}, indent=1) + "\n")
+    return conclude({"microseconds": document["microseconds"], "breaches": breaches})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
