@@ -32,6 +32,7 @@ from wanvram.engine.components import Parts
 from wanvram.engine.devices import SimulatedDevice
 from wanvram.engine.shared_stages import SharedStages
 from wanvram.engine.vae_stages import decode
+from wanvram.errors import DeviceError, InputError
 from wanvram.machine.host import operation_us
 from wanvram.predict.simulate import simulated_device
 from wanvram.run.weights import NoWeights
@@ -48,25 +49,47 @@ PASSES = ("step", "decode fp32", "decode bf16")
 
 def single() -> dict[str, float]:
     """Microseconds of host time per operation."""
-    from wanvram.kernels.conv import conv2d, conv3d
+    from wanvram.kernels.channel_norm import fill_window
+    from wanvram.kernels.conv import conv2d, conv3d, place_frame
+    from wanvram.kernels.elementwise import gated_add_, layer_norm_modulate, linear_gelu, rms_norm_rope_
+    from wanvram.kernels.scaled_attention import attention
 
-    place = torch.device("cuda")
-    x, half = torch.zeros(64, 64, device=place), torch.zeros(64, 64, device=place, dtype=torch.bfloat16)
-    picture = torch.zeros(1, 96, 8, 8, device=place).contiguous(memory_format=torch.channels_last)
-    frames = torch.zeros(1, 96, 3, 8, 8, device=place).contiguous(memory_format=torch.channels_last_3d)
-    flat = torch.zeros(96, 96, 3, 3, device=place).contiguous(memory_format=torch.channels_last)
-    weight = torch.zeros(96, 96, 3, 3, 3, device=place).contiguous(memory_format=torch.channels_last_3d)
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, device="cuda", dtype=dtype)
+
+    x, half, row = new(64, 1536, dtype=torch.float32), new(64, 1536), new(1536)
+    wide, cos = new(1, 1536, dtype=torch.float32), new(64, 64, dtype=torch.float32)
+    q, long = new(64, 12, 128), new(4352, 12, 128)
+    picture = new(1, 96, 8, 8).contiguous(memory_format=torch.channels_last)
+    frame, window = (new(1, 96, n, 8, 8).contiguous(memory_format=torch.channels_last_3d) for n in (1, 3))
+    flat = new(96, 96, 3, 3).contiguous(memory_format=torch.channels_last)
+    weight = new(96, 96, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
+    square, gamma = new(1536, 1536), new(96)
     calls: dict[str, Callable[[], Any]] = {
-        "view": lambda: x.view(4096),
-        "slice": lambda: x[1:],
-        "empty": lambda: torch.empty((64, 64), device=place),
-        "add_": lambda: x.add_(1.0),
+        "view": lambda: half.view(-1),
+        "slice": lambda: half[1:],
+        "empty": lambda: torch.empty_like(half),
+        "add_": lambda: half.add_(1.0),
         "copy_": lambda: half.copy_(x),
-        "mm": lambda: torch.mm(half, half),
+        "addmm": lambda: torch.addmm(row, half, square),
+        "linear_gelu": lambda: linear_gelu(half, square, row),
+        "layer_norm_modulate": lambda: layer_norm_modulate(x, wide, wide, 1e-6, 1.0, torch.bfloat16),
+        "rms_norm_rope_": lambda: rms_norm_rope_(half, row, cos, cos, 12, 1e-6),
+        "gated_add_": lambda: gated_add_(x, half, wide),
+        "attention cudnn": lambda: attention(q, q, q, "cudnn"),
+        "attention fa4": lambda: attention(q, long, long, "fa4"),
         "conv2d": lambda: conv2d(picture, flat, None, [1, 1], [1, 1]),
-        "conv3d": lambda: conv3d(frames, weight, None, [1, 1, 1], [0, 1, 1]),
+        "conv3d": lambda: conv3d(window, weight, None, [1, 1, 1], [0, 1, 1]),
+        "fill_window": lambda: fill_window(frame, [frame, frame], gamma, window, 0, 0),
+        "place_frame": lambda: place_frame(frame, gamma, frame, True),
     }
-    return {name: fastest(call) for name, call in calls.items()}
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = fastest(call)
+        except (DeviceError, InputError, ImportError) as error:  # fa4 is not installed, or not for this card
+            print(f"{name}: {error}", file=sys.stderr)
+    return found
 
 
 def fastest(call: Callable[[], Any]) -> float:
@@ -81,10 +104,9 @@ def fastest(call: Callable[[], Any]) -> float:
 
 
 def parts(name: str, where: str) -> OwnParts:
-    how = {"precision": "bf16", "expandable_segments": True, "vae_precision": name.removeprefix("decode ")}
-    if name == "step":
-        how["vae_precision"] = "fp32"
-    return OwnParts(TASK, (FRAMES, 60, 104), Strategy(**how), where)
+    vae = name.removeprefix("decode ") if name.startswith("decode") else "fp32"
+    strategy = Strategy(precision="bf16", expandable_segments=True, vae_precision=vae)
+    return OwnParts(TASK, (FRAMES, 60, 104), strategy, where)
 
 
 def call_of(own: OwnParts, name: str) -> Callable[[], object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,11 @@ class Layout:
             places.append(TensorPlace(name, offset, dtype, shape, stride))
             offset += -(-places[-1].nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return cls(tuple(places), offset)
+
+    @property
+    def geometry(self) -> Hashable:
+        """The same for layouts whose tensors differ in their names only."""
+        return tuple((place.offset, place.dtype, place.shape, place.stride) for place in self.places)
 
     def views(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """(parameter name, view into `flat` [nbytes] uint8) for every parameter."""

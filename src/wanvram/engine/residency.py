@@ -6,10 +6,8 @@ per embedder. A flat buffer is one allocation, one copy and one free.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
 from itertools import groupby, islice
 
 import torch
@@ -17,13 +15,13 @@ from torch import nn
 
 from wanvram.engine.devices import Device
 from wanvram.engine.layout import Layout
-from wanvram.engine.packing import NOWHERE, Fp8, Packing
+from wanvram.engine.packing import NOWHERE, Fp8
 from wanvram.engine.peers import Peers
+from wanvram.engine.pieces import Piece, parameter_of, piece_of
 from wanvram.engine.repeats import Repeats
 from wanvram.engine.shards import WHOLE, Shard, ShardHome, fill_run, touched
 from wanvram.engine.streaming import Home, PacedHome, PinnedHome, SlotRing, StagedHome
 from wanvram.errors import DeviceError
-from wanvram.kernels.scaled_products import SCALE_SUFFIX
 from wanvram.knobs import DIT_FSDP, WEIGHT_STORAGE, WEIGHTS_IN
 from wanvram.recorder.interrupts import check
 from wanvram.sharing import WORLD
@@ -34,94 +32,7 @@ from wanvram.weights.sources import TensorSource
 __all__ = ["Component"]
 
 
-_SCALE = ".weight" + SCALE_SUFFIX  # how a layout ends the name of what the module calls its scale
-
-
-def _bind(module: nn.Module, views: Iterator[tuple[str, torch.Tensor | None]]) -> None:
-    for name, view in views:
-        path, _, leaf = name.replace(_SCALE, SCALE_SUFFIX).rpartition(".")
-        owner = module.get_submodule(path) if path else module
-        owner._parameters[leaf] = None if view is None else nn.Parameter(view, requires_grad=False)
-
-
 LONGEST_PERIOD = 20  # groups: VACE's blocks of 14B come again after 14, some on the device every 4th or 5th block
-
-
-@dataclass(eq=False)
-class _Part:
-    """One separately placed piece: the shell, one unit or one embedder, whose parameters are named as in the `root`.
-
-    packing: how it is in fp8, where `fp8` is for anything. meta: what its parameters are without weights. stays: on the device.
-    """
-
-    module: nn.Module
-    root: nn.Module
-    layout: Layout
-    meta: tuple[tuple[str, nn.Parameter | None], ...]
-    packing: Packing | None = None
-    fp8: Fp8 = NOWHERE
-    stays: bool = False
-    flat: torch.Tensor | None = None
-
-    @property
-    def packed(self) -> Packing | None:
-        """How it is stored. What stays on the device and is multiplied in fp8 is quantised once."""
-        return self.packing if self.fp8.stored or (self.fp8.multiplied and self.stays) else None
-
-    @property
-    def nbytes(self) -> int:
-        """As stored, on the device or at its home."""
-        return self.layout.nbytes if self.packed is None else self.packed.stored.nbytes
-
-    @property
-    def is_bound(self) -> bool:
-        """For good: it stays, and is stored as it is used."""
-        return self.stays and (self.packed is None or self.fp8.multiplied)
-
-    @property
-    def room_bytes(self) -> int:
-        """Of the buffer that it is unpacked or quantised into."""
-        if self.packing is None or self.is_bound:
-            return 0
-        if self.fp8.multiplied:
-            return 0 if self.packed else self.packing.matrices.nbytes
-        return self.layout.nbytes
-
-    @property
-    def group(self) -> str:
-        """`blocks.3.self_attn.q.bias` -> `blocks.3`: what belongs together in a record, and becomes resident together."""
-        name = self.meta[0][0]
-        found = re.match(r"(.*?\.\d+)\.", name)
-        return found.group(1) if found else name.rpartition(".")[0]
-
-    @property
-    def work(self) -> tuple[object, ...]:
-        """The same for parts that do the same: which one of a block, of what sizes, from where."""
-        kind = self.group.rpartition(".")[0] if self.group[-1].isdigit() else self.group
-        return kind, type(self.module), self.nbytes, self.room_bytes, self.flat is None
-
-    def bind(self, flat: torch.Tensor, room: torch.Tensor | None = None) -> None:
-        """flat [nbytes], as it is stored. room: see `room_bytes`."""
-        _bind(self.root, self._views(flat, room))
-
-    def _views(self, flat: torch.Tensor, room: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.packing is None:
-            return self.layout.views(flat)
-        if self.packed and self.fp8.multiplied:
-            return self.packed.stored.views(flat)
-        assert room is not None
-        room = room.narrow(0, 0, self.room_bytes)
-        if self.packed is None:
-            return self.packing.quantise(flat, room)
-        self.packed.unpack(flat, room)
-        return self.layout.views(room)
-
-    def unbind(self) -> None:
-        _bind(self.root, iter(self.meta))
-
-    def clear(self) -> None:
-        self.unbind()
-        self.flat, self.stays = None, False
 
 
 class Component:
@@ -149,15 +60,18 @@ class Component:
         self._generated = generated  # where there is no source: what it would do
         self.parameters = sum(p.numel() for p in module.parameters())
         names = {id(p): name for name, p in module.named_parameters()}
-        self._units = {id(u): _part(u, module, names, fp8) for u in units}
-        self._embedders = {id(e): _part(e, module, names) for e in embedders}
+        self._units = {id(u): piece_of(u, module, names, fp8) for u in units}
+        self._embedders = {id(e): piece_of(e, module, names) for e in embedders}
         placed = {id(p) for m in (*units, *embedders) for p in m.parameters()}
         shell = [(n, p) for n, p in module.named_parameters() if id(p) not in placed]
-        self._shell = _Part(module, module, Layout.of(shell), tuple(shell))
+        self._shell = Piece(module, module, Layout.of(shell), tuple(shell))
+        alike: dict[Hashable, Piece] = {}
+        self._alike = {part: alike.setdefault(part.layout.geometry, part) for part in self._units.values()}
+        self._bound: dict[tuple[Piece, int], list[nn.Parameter]] = {}  # by kind of unit and identity of a slot's bytes
         self._ring: SlotRing | None = None
         self._paced: PacedHome | None = None
-        self._masters: dict[_Part, torch.Tensor] = {}
-        self._read: set[_Part] = set()  # from disk, at least once
+        self._masters: dict[Piece, torch.Tensor] = {}
+        self._read: set[Piece] = set()  # from disk, at least once
         self._source: TensorSource | None = None
         self._on_host = False
         self._in_ram = True  # the masters
@@ -229,6 +143,7 @@ class Component:
             if ring is not None:
                 ring.close()
         finally:
+            self._bound.clear()
             for part in self._parts():
                 part.clear()
             self._masters.clear()
@@ -237,14 +152,14 @@ class Component:
             self._on_host = False
             self._shard, self._peers = WHOLE, None
 
-    def _place(self, part: _Part) -> None:
+    def _place(self, part: Piece) -> None:
         part.stays = True
         part.flat = self.device.empty((self._slot_bytes(part),), torch.uint8)
         self._fill_together(part, part.flat)
         if part.is_bound:
             part.bind(part.flat)
 
-    def _slot_bytes(self, part: _Part) -> int:
+    def _slot_bytes(self, part: Piece) -> int:
         """On the device, all of it."""
         return self._shard.whole_bytes(part.nbytes)
 
@@ -264,10 +179,10 @@ class Component:
             own = StagedHome(self.device, self._shard.run_bytes(largest), read)
         return own if self._peers is None else ShardHome(self.device, own, self._shard, self._peers)
 
-    def _read_from_ram(self, part: _Part, buffer: torch.Tensor) -> None:
+    def _read_from_ram(self, part: Piece, buffer: torch.Tensor) -> None:
         self.device.copy_on_host(buffer, self._masters[part])
 
-    def _read_from_disk(self, part: _Part, buffer: torch.Tensor) -> None:
+    def _read_from_disk(self, part: Piece, buffer: torch.Tensor) -> None:
         if self._source is not None:
             self._fill_run(part, buffer)
         else:
@@ -275,7 +190,7 @@ class Component:
             self.device.read_from_disk(buffer.nbytes, self.name, kept, readers=self._shard.count)
             self._read.add(part)
 
-    def _fill_masters(self, parts: Sequence[_Part], home: str) -> dict[_Part, torch.Tensor]:
+    def _fill_masters(self, parts: Sequence[Piece], home: str) -> dict[Piece, torch.Tensor]:
         """Generated weights are made on the device, which is ten times as fast, one part at a time.
 
         Raises DeviceError if RAM cannot hold them all: the system would kill the process half-way.
@@ -320,7 +235,7 @@ class Component:
         """Whether weights are made on the device, where each of their tensors is made whole."""
         return self._generated if self._source is None else isinstance(self._source, RandomSource)
 
-    def _fill_together(self, part: _Part, flat: torch.Tensor) -> None:
+    def _fill_together(self, part: Piece, flat: torch.Tensor) -> None:
         """All of the part into `flat` [_slot_bytes] on the device: every rank reads its run, and gets the others'."""
         if self._peers is None or self._makes:
             self._fill(part, flat)
@@ -333,7 +248,7 @@ class Component:
         if self._peers is not None:
             self.device.wait(self.device.gather_beside(self._peers, flat, self.device.mark()))
 
-    def _fill_run(self, part: _Part, run: torch.Tensor) -> None:
+    def _fill_run(self, part: Piece, run: torch.Tensor) -> None:
         """This rank's run of the part, as it is stored."""
         if self._peers is None:
             self._fill(part, run)
@@ -347,7 +262,7 @@ class Component:
             check()
             fill_run(part.layout, run, self._shard.start(part.nbytes), self._source)
 
-    def _fill(self, part: _Part, flat: torch.Tensor, only: Container[str] | None = None) -> None:
+    def _fill(self, part: Piece, flat: torch.Tensor, only: Container[str] | None = None) -> None:
         """The part's tensors from the source into `flat` [part.nbytes], packed if the part is. only: the names wanted."""
         check()
         plain = flat
@@ -364,11 +279,11 @@ class Component:
         if part.packed is not None:
             part.packed.pack(plain, flat, only)
 
-    def _parts(self) -> list[_Part]:
+    def _parts(self) -> list[Piece]:
         shell = [self._shell] if self._shell.nbytes else []
         return [*shell, *self._embedders.values(), *self._units.values()]
 
-    def _resident_units(self, count: int) -> list[_Part]:
+    def _resident_units(self, count: int) -> list[Piece]:
         groups = list(dict.fromkeys(part.group for part in self._units.values()))
         count = min(count, len(groups))
         chosen = {g for i, g in enumerate(groups) if (i + 1) * count // len(groups) > i * count // len(groups)}
@@ -405,7 +320,7 @@ class Component:
             return self.walk(units)
         return self._visit([self._units[id(unit)] for unit in units], alike=True)
 
-    def _visit(self, parts: Sequence[_Part], *, alike: bool = False) -> Generator[nn.Module, None, None]:
+    def _visit(self, parts: Sequence[Piece], *, alike: bool = False) -> Generator[nn.Module, None, None]:
         streamed = [part for part in parts if part.flat is None]
         coming = self._ring.walk(streamed) if self._ring is not None else iter(())
         groups = [list(group) for _, group in groupby(parts, key=lambda part: part.group)]
@@ -424,7 +339,7 @@ class Component:
                         yield part.module
                         continue
                     # Only the module holds the bytes, no local: release in the middle of a walk must free them.
-                    part.bind(next(coming) if part.flat is None else part.flat, self._room)
+                    self._bind(part, next(coming) if part.flat is None else part.flat)
                     try:
                         yield part.module
                     finally:
@@ -434,11 +349,21 @@ class Component:
             if isinstance(coming, Generator):
                 coming.close()
 
-    def _repeats(self, groups: Sequence[Sequence[_Part]]) -> Repeats:
+    def _bind(self, part: Piece, flat: torch.Tensor) -> None:
+        """What passes through a slot finds it as units of its kind before it did: 30 views and parameters of a block are 0.7 ms."""
+        if part.packing is not None:
+            part.bind(flat, self._room)
+            return
+        key = self._alike[part], id(flat)
+        if key not in self._bound:
+            self._bound[key] = [parameter_of(view) for _, view in part.layout.views(flat)]
+        part.bind_all(self._bound[key])
+
+    def _repeats(self, groups: Sequence[Sequence[Piece]]) -> Repeats:
         work = [[part.work for part in group] for group in groups]
         return Repeats(self.device, work, range(1, LONGEST_PERIOD + 1), [len(_streamed(group)) for group in groups])
 
-    def _skip(self, repeats: Repeats, groups: Sequence[Sequence[_Part]], number: int) -> int:
+    def _skip(self, repeats: Repeats, groups: Sequence[Sequence[Piece]], number: int) -> int:
         """Groups from `number` on that are left out."""
         count, seconds = repeats.leave_out(number, self._ring.marks() if self._ring is not None else ())
         if count and self._ring is not None:
@@ -461,7 +386,7 @@ class Component:
             finally:
                 part.clear()
 
-    def _bring(self, part: _Part, flat: torch.Tensor) -> None:
+    def _bring(self, part: Piece, flat: torch.Tensor) -> None:
         """An embedder from its home, which then has it no more."""
         if part not in self._masters:
             self._fill_together(part, flat)
@@ -484,16 +409,5 @@ class Component:
         return sum(master.nbytes for master in self._masters.values()) if self._in_ram else 0
 
 
-def _streamed(group: Sequence[_Part]) -> list[_Part]:
+def _streamed(group: Sequence[Piece]) -> list[Piece]:
     return [part for part in group if part.flat is None]
-
-
-def _part(module: nn.Module, root: nn.Module, names: Mapping[int, str], fp8: Fp8 = NOWHERE) -> _Part:
-    """names: of the root's parameters, by identity; a unit may gather modules from several places of it."""
-    named = [(names[id(p)], p) for p in module.parameters()]
-    layout = Layout.of(named)
-    if not (fp8.stored or fp8.multiplied):
-        return _Part(module, root, layout, tuple(named))
-    packing = Packing.of(layout)
-    scales = [(place.name, None) for place in packing.matrices.places if place.name.endswith(SCALE_SUFFIX)]
-    return _Part(module, root, layout, (*named, *scales), packing, fp8)

@@ -181,13 +181,17 @@ class SlotRing:
         self._lanes = lanes or {}
         own = [[nbytes(piece) for piece, lane in self._lanes.items() if lane == slot] for slot in range(2)]
         self.slots = [device.empty((max(sizes, default=largest),), torch.uint8) for sizes in own]
+        self._spans: dict[
+            tuple[int, int], torch.Tensor
+        ] = {}  # by slot and bytes: the same tensor for pieces of one size
         self._free: list[Any] = [None, None]  # marks after which a slot may be overwritten
         self._coming: dict[int, _Coming] = {}  # by slot
         self._walked = 0  # pieces of whole passes: whose turn the first of the next is
         self._skipped = 0  # pieces that a simulation leaves out next
 
     def walk(self, pieces: Sequence[Any]) -> Generator[torch.Tensor, None, None]:
-        """Yields each piece's bytes on the device, [nbytes]; valid until the next is asked for."""
+        """Yields each piece's bytes on the device, [nbytes]; valid until the next is asked for. What has the same place and size
+        is the same tensor, until `close`."""
         if not pieces:
             return
         first = {slot: index for slot in range(2) if (index := self._following(pieces, -1, slot)) is not None}
@@ -203,7 +207,7 @@ class SlotRing:
             coming = self._coming.pop(slot)
             self.device.wait(coming.mark.result() if isinstance(coming.mark, PENDING) else coming.mark)
             try:
-                yield self.slots[slot].narrow(0, 0, self.nbytes(coming.piece))
+                yield self._span(coming.piece, slot)
             finally:
                 self._free[slot] = self.device.mark()
             index += self._left_out(pieces, index)
@@ -257,8 +261,13 @@ class SlotRing:
         self._coming.clear()
 
     def _start(self, piece: Any, slot: int) -> None:
-        target = self.slots[slot].narrow(0, 0, self.nbytes(piece))
-        self._coming[slot] = _Coming(piece, self.home.fetch(piece, target, self._free[slot]))
+        self._coming[slot] = _Coming(piece, self.home.fetch(piece, self._span(piece, slot), self._free[slot]))
+
+    def _span(self, piece: Any, slot: int) -> torch.Tensor:
+        key = slot, self.nbytes(piece)
+        if key not in self._spans:
+            self._spans[key] = self.slots[slot].narrow(0, 0, key[1])
+        return self._spans[key]
 
     def close(self) -> None:
         """Copies under way end before the slots' memory is given back."""
@@ -266,4 +275,5 @@ class SlotRing:
         try:
             self.home.close()
         finally:
+            self._spans.clear()
             self.slots.clear()
