@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,7 +62,9 @@ NUDGE = 0.05
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a stage or a steady step. warm: nothing in it happened for the first time. card: that it ran on."""
+    """Seconds of a stage or a steady step. warm: nothing in it happened for the first time. card: that it ran on. operation_us: of its
+    processor, where the file says it.
+    """
 
     card: str
     label: str
@@ -69,6 +72,7 @@ class Measured:
     stage: str
     seconds: float
     warm: bool
+    operation_us: float | None = None
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +106,9 @@ def of_predict_vs_measure(card: str, document: list[dict[str, Any]]) -> Iterator
         config = attended(configs[run["config"]], run.get("attention")) if run["config"] in configs else None
         if config is None:
             continue
+        speed = run.get("predicted_by", {}).get("operation_us")
         if run.get("step_seconds"):
-            yield Measured(card, run["config"], config, STEP, run["step_seconds"], True)
+            yield Measured(card, run["config"], config, STEP, run["step_seconds"], True, speed)
         for stage, seconds in run.get("seconds", {}).items():
             yield Measured(card, run["config"], config, stage, seconds, False)
 
@@ -166,14 +171,19 @@ def read(path: Path, card: str | None = None) -> list[Measured]:
         found = of_attention(card, document)
     else:
         raise SystemExit(f"{path}: neither a record nor a benchmark with seconds")
-    return [m for m in found if m.seconds]
+    speed = None if isinstance(document, list) else document.get("operation_us")
+    return [replace(m, operation_us=m.operation_us or speed) for m in found if m.seconds]
 
 
-def warm_clock(config: RunConfig, gpu: GPU) -> Clock:
-    """Of a process that has done all of it before: libraries are loaded, and cuDNN has its plans."""
+def clock_on(operation_us: float | None, config: RunConfig, gpu: GPU, *, warm: bool = False) -> Clock:
+    """On a machine whose processor is that fast, as a plan there would take it. warm: of a process that has done all of it before:
+    libraries are loaded, and cuDNN has its plans.
+    """
     clock = clock_of(config, gpu)
-    clock.machine = replace(clock.machine, first_use={})
-    clock.leave_out_plans()
+    machine = replace(clock.machine, operation_us=operation_us or clock.machine.operation_us)
+    clock = replace(clock, machine=replace(machine, first_use={}) if warm else machine)
+    if warm:
+        clock.leave_out_plans()
     return clock
 
 
@@ -184,11 +194,12 @@ class Predictions:
         self._known: dict[str, dict[str, float | None]] = {}
 
     def seconds(self, measured: Measured) -> float | None:
-        key = f"{measured.card} {measured.warm} {json.dumps(measured.config, sort_keys=True)}"
+        speed = measured.operation_us
+        key = f"{measured.card} {measured.warm} {speed} {json.dumps(measured.config, sort_keys=True)}"
         if key not in self._known:
             config = RunConfig.from_dict(json.loads(json.dumps(measured.config)))
             config = replace(config, device="simulated", gpu=measured.card, memory_limit_bytes=None)
-            with mock.patch("wanvram.predict.simulate.clock_of", warm_clock if measured.warm else clock_of):
+            with mock.patch("wanvram.predict.simulate.clock_of", partial(clock_on, speed, warm=measured.warm)):
                 record = simulate(config)[0].to_json()
             stages = {s["name"]: s["seconds"] for s in record["stages"]}
             self._known[key] = stages | {STEP: steady_step(record)}

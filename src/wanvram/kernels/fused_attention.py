@@ -8,9 +8,12 @@ attention over parts of the keys.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
+from functools import cache, partial
+from importlib import import_module, metadata
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Any
 from warnings import catch_warnings, filterwarnings, simplefilter
 
@@ -37,6 +40,7 @@ __all__ = [
 
 Attended = tuple[Tensor, Tensor | None]
 
+_QUACK, _QUACK_KNOWN = "quack", "0.6."
 _CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -114,11 +118,51 @@ def _imported() -> Callable[..., Any] | Exception:
     try:
         with catch_warnings():  # of what its compiler will no longer have: nothing that a user of ours could mend
             simplefilter("ignore")
-            found: Callable[..., Any] = import_module("flash_attn.cute").flash_attn_func
+            found: Callable[..., Any] = _without_other_kernels() or import_module("flash_attn.cute").flash_attn_func
     except Exception as error:  # of its compiler, too
         return error
     filterwarnings("ignore", module=r"cutlass(\.|$)")  # when it compiles a kernel
     return found
+
+
+def _without_other_kernels() -> Callable[..., Any] | None:
+    """flash-attn-4's function; None where it has to be imported as usual.
+
+    It takes a few modules of quack, whose own `__init__` imports its norms besides and with them PyTorch's compiler: 3.4 of 4.0 s
+    (H200's machine). Of what that `__init__` does only `quack.dsl` matters to attention (0.6.5); the rest follows when it is asked for.
+    """
+    spec = find_spec(_QUACK)
+    known = any(found.version.startswith(_QUACK_KNOWN) for found in metadata.distributions(name="quack-kernels"))
+    if spec is None or not known or _QUACK in sys.modules or "CUTE_DSL_PTXAS_PATH" in os.environ:  # which it heeds, too
+        return None
+    front = module_from_spec(spec)
+    try:
+        sys.modules[_QUACK] = front
+        import_module(f"{_QUACK}.dsl")
+        found: Callable[..., Any] = import_module("flash_attn.cute").flash_attn_func
+    except Exception:  # whatever it is, importing as usual says it
+        _complete(front)
+        return None
+    front.__dict__["__getattr__"] = partial(_of_the_whole, front)
+    return found
+
+
+def _of_the_whole(front: ModuleType, name: str) -> Any:
+    """`__getattr__` of a module that was not executed: it is at the first name that it lacks."""
+    if name.startswith("__") and name not in ("__all__", "__version__"):
+        raise AttributeError(name)
+    del front.__dict__["__getattr__"]
+    _complete(front)
+    return getattr(front, name)
+
+
+def _complete(front: ModuleType) -> None:
+    try:
+        loader = getattr(front.__spec__, "loader", None)
+        assert loader is not None
+        loader.exec_module(front)
+    except Exception:
+        sys.modules.pop(front.__name__, None)
 
 
 def heads_first(x: Tensor) -> Tensor:

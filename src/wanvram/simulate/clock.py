@@ -75,6 +75,7 @@ class Costs:
         self.gpu = gpu
         self.bandwidth = gpu.bandwidth_bytes * gpu.efficiency.memory
         self.slowness = host.operation_us / HOST.operation_us  # times per operation were fitted on that machine
+        self._own = self.slowness * self.gpu.efficiency.own_seconds  # a product comes with the Python of a layer
         # Published rates at the clock under load. Without matrix units a card draws less: none is faster there for holding more.
         self._half = gpu.bf16_flops * gpu.clock_ratio
         self._fp8 = (gpu.fp8_flops or gpu.bf16_flops) * gpu.clock_ratio
@@ -89,7 +90,7 @@ class Costs:
         dispatch = self._dispatch(name)
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
-            return Price("product", lambda args, out: self._product(args[first], args[first + 1]), dispatch)
+            return Price("product", lambda args, out: self._product(args[first], args[first + 1]), self._own)
         if name == "wanvram.scaled_product":
             return Price("product", self._scaled_product, dispatch)
         if name in ("wanvram.attention", "wanvram.attention_lse"):
@@ -100,8 +101,7 @@ class Costs:
         return Price("elementwise", lambda args, out: (0.0, 1.0, moved(args, out)), dispatch)
 
     def _dispatch(self, name: str) -> float:
-        own = name.startswith("wanvram.")
-        return self.slowness * (self.gpu.efficiency.own_seconds if own else self.gpu.efficiency.dispatch_seconds)
+        return self._own if name.startswith("wanvram.") else self.slowness * self.gpu.efficiency.dispatch_seconds
 
     def seconds(self, work: Work) -> float:
         """The larger of arithmetic and memory traffic: they overlap."""
@@ -144,7 +144,7 @@ class Costs:
         narrow = min(weight.shape[:2])
         padding = -(-narrow // CHANNEL_TILE) * CHANNEL_TILE / narrow
         flops = 2 * padding * prod(weight.shape[1:]) * prod(result.shape)
-        if picture:
+        if picture or x.itemsize == 2:
             flops *= self._whole_rounds(result.numel() // result.shape[1], result.shape[1])
         rate = self._conv_rate(x.itemsize, narrow < NARROW_CHANNELS, picture)
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
