@@ -51,7 +51,7 @@ BOUNDS = {"allocated_bytes": 0.0, "reserved_bytes": 0.0, "device_bytes": 0.03, "
           "decode_seconds": 0.10, "command_seconds": 0.15}  # fmt: skip
 WATCHED, MOST_UNDER_BYTES = 0.005, 8 * MIB  # of NVML's figure, from another process
 GROWN = 1.05  # times its recorded error: then a known miss is a new one
-QUICK_EACH = 5  # files of a kind: a minute on two cores, and CI has 25 minutes for everything
+QUICK_EACH = 4  # files of a kind: a minute on two cores, and CI has 25 minutes for everything
 # Of pictures that were not kept; only their proportions matter to memory and time.
 PROPORTIONS = {"tall.png": (720, 1280), "first.png": (768, 1024), "last.png": (768, 1024)}
 Figures = dict[str, float]

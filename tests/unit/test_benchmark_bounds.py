@@ -167,7 +167,7 @@ def test_the_clock_is_judged_on_files_that_it_was_not_fitted_on() -> None:
 
     found = calibrate_clock.judged(measured, Known())
     assert found["breaches"] == ["h200 run 2: step +8.0%, at most 7%"]
-    assert found["worst step"] == "+8.0% of 3"
+    assert found["worst step"] == "+8.0% of 3, 2 within"
 
 
 def test_a_fit_predicts_with_the_efficiency_that_it_tries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapping_source import MappingSource
 from toy_component import (
@@ -107,6 +110,43 @@ def test_a_single_streamed_unit_is_there_in_every_pass(
     for _ in range(4):
         (weight,) = [unit.weight.clone() for unit in component.walk([model.blocks[2].up])]
         assert torch.equal(weight, plain.blocks[2].up.weight)
+
+
+class _Views(TorchDispatchMode):
+    """Counts operations that make another tensor of the same bytes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name in ("view", "as_strided", "slice", "detach", "alias")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [8, 7])
+def test_once_each_slot_has_had_every_kind_of_unit_no_view_is_made(
+    count: int, source: MappingSource, device: CpuDevice
+) -> None:
+    """30 views of a block are 0.7 ms of the host's time, as long as an H200 computes on one of 1.3B with 5 frames."""
+    model, component = on_meta(device)
+    component.load_streamed(source, home="pinned")
+    made = []
+    for _ in range(4):
+        with _Views() as views:
+            for unit in component.walk(model.units()[:count]):
+                assert not unit.weight.is_meta
+        made.append(views.count)
+    assert made[0] > 0
+    assert made[2:] == [0, 0]
+
+
+def test_what_a_walk_kept_of_the_slots_goes_with_them(source: MappingSource, device: CpuDevice) -> None:
+    model, component = on_meta(device)
+    component.load_streamed(source, home="pinned")
+    weights = [weakref.ref(unit.weight) for unit in component.walk(model.units())]
+    assert any(weight() is not None for weight in weights)
+    component.release()
+    assert [weight() for weight in weights] == [None] * len(weights)
 
 
 def test_weights_that_are_not_in_the_source_are_a_checkpoint_error(device: CpuDevice) -> None:

@@ -95,7 +95,7 @@ def usable(backend: Backend, like: Tensor) -> bool:
 
 
 def why_broken(backend: Backend) -> str | None:
-    """Why its package, which is installed, cannot be imported (1.5 s where it can); None where it can, or none is needed."""
+    """Why its package, which is installed, cannot be imported (1 s where it can); None where it can, or none is needed."""
     found = _imported() if backend.package is not None and backend.version() is not None else None
     return f"{backend.package} cannot be imported ({shown(found, 200)})" if isinstance(found, Exception) else None
 

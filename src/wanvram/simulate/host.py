@@ -34,7 +34,7 @@ _FIRST_USE = {
     "kernels": FirstUse(0.1, 0.1),
     "cublas": FirstUse(0.2, 0.2),
     "attention": FirstUse(2.2, 0.25),
-    "fa4": FirstUse(2.9, 0.1),  # compiling one kernel (h200.md), reading it again; that the package is imported is in start_seconds
+    "fa4": FirstUse(2.9, 0.1),  # compiling one kernel (h200.md), reading it; start_seconds holds the import
     "cudnn": FirstUse(0.25, 0.25),
     "triton": FirstUse(6.9, 0.95),
 }
