@@ -46,7 +46,11 @@ RATES = tuple(f.name for f in fields(Efficiency))
 STEP = "step"  # in place of a stage's name: a steady denoising step
 BOUNDS = {STEP: 0.07, "decode": 0.10}
 # What EFFICIENCY was fitted on (simulate/card.py), and what it is judged on: other runs, sizes, ways to hold the weights, another card.
-FITTED = ("2026-11-24_beside_diffusers_*.json", "2026-11-30_h200_bf16_busy_tiled_vae.json")
+FITTED = (
+    "2026-11-24_beside_diffusers_*.json",
+    "2026-11-30_h200_bf16_busy_tiled_vae.json",  # the kernels' time of 16-bit convolutions
+    "2026-11-30_h200_short_2_predict_vs_measure.json",  # what issuing a product costs
+)
 JUDGED = (
     "*_fit_card.json",
     "*_h100_beside_diffusers_*B.json",
@@ -55,7 +59,7 @@ JUDGED = (
     "*_generate_720P_fa4.json",
     "2026-11-30_h200_tiled_vae_[45].json",
     "2026-11-30_h200_tiled_vae_bf16_2.json",
-    "2026-11-30_h200_short_[2-4]_predict_vs_measure.json",  # before them, a streamed block was bound anew in every pass
+    "2026-11-30_h200_short_[34]_predict_vs_measure.json",  # before them, a streamed block was bound anew in every pass
 )
 PICTURES_SINCE = "2026-11-30"  # the VAE's convolutions in float32
 STIFFNESS = 0.2

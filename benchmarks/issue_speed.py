@@ -36,6 +36,7 @@ from wanvram.errors import DeviceError, InputError
 from wanvram.machine.host import operation_us
 from wanvram.predict.simulate import simulated_device
 from wanvram.run.weights import NoWeights
+from wanvram.simulate.gpus import find_gpu
 
 ROUND = 100  # operations: far fewer than the driver's queue holds (1024), so that none waits for the GPU
 ROUNDS = 50
@@ -132,13 +133,13 @@ def measured() -> Iterator[dict[str, Any]]:
         yield {"pass": name, "seconds": median(seconds[1:]), "all_seconds": seconds[1:], "first_seconds": seconds[0]}
 
 
-def predicted(name: str, speed_us: float | None = None) -> float:
-    """Seconds of a warm pass on a simulated H200. speed_us: of this host's processor."""
+def predicted(name: str, card: str, speed_us: float | None = None) -> float:
+    """Seconds of a warm pass on a simulated card. speed_us: of this host's processor."""
     device: SimulatedDevice | None = None
 
     def make(config: RunConfig) -> SimulatedDevice:
         nonlocal device
-        device = simulated_device(replace(config, gpu="h200"))
+        device = simulated_device(replace(config, gpu=card))
         return device
 
     with mock.patch("own_parts.make_device", make):
@@ -174,13 +175,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.predict:
         for name in PASSES:
-            print(f"{name:12s} {predicted(name):.4f} s")
+            print(f"{name:12s} {predicted(name, 'h200'):.4f} s")
         return 0
-    card = torch.cuda.get_device_name().split()[1].lower()
-    target = unused(args.out / f"{datetime.date.today()}_{card}_issue_speed.json")
+    gpu = find_gpu(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
+    target = unused(args.out / f"{datetime.date.today()}_{gpu.key}_issue_speed.json")
     document = header("issue_speed.py", "own_parts.py") | {"microseconds": single(), "rows": []}
     for row in measured():
-        row["predicted_seconds"] = predicted(row["pass"], operation_us())
+        row["predicted_seconds"] = predicted(row["pass"], gpu.key, operation_us())
         document["rows"].append(row)
         print(f"{row['pass']:12s} {row['seconds']:.4f} s, predicted {row['predicted_seconds']:.4f}", flush=True)
     breaches = breaches_of(document["rows"])

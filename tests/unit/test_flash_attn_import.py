@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 FILES = {
-    "quack/__init__.py": "import quack.dsl\nimport quack.rmsnorm\nnorm = quack.rmsnorm.norm\n",
+    "quack/__init__.py": "import quack.dsl as _dsl\nfrom quack.rmsnorm import norm\n",
     "quack/dsl.py": "ready = True\n",
-    "quack/rmsnorm.py": "norm = 'a norm'\n",
+    "quack/rounding.py": "import quack.dsl\n",
+    "quack/cache/__init__.py": "from quack.cache.jit import jit\n",
+    "quack/cache/jit.py": "import quack.cache as _state\njit = 1\n",
+    "quack/rmsnorm.py": "from quack.cache import jit\nnorm = 'a norm'\n",
     "flash_attn/__init__.py": "",
 }
 FUNCTION = "import quack.dsl\ndef flash_attn_func(): return 'attends'\n"
@@ -21,9 +24,10 @@ import sys
 from wanvram.kernels import fused_attention
 found = fused_attention._imported()
 print(found() if callable(found) else f"{type(found).__name__}: {found}", "quack.rmsnorm" in sys.modules)
-from quack import norm
+from quack.rmsnorm import norm
+from quack import dsl
 import quack
-print(norm, quack.norm, quack.dsl.ready)
+print(norm, quack.norm, dsl.ready)
 """
 
 
@@ -60,7 +64,7 @@ def test_otherwise_it_is_imported_as_usual(version: str, before: str, tmp_path: 
     ("text", "expected"),
     [
         ("import quack\ndef flash_attn_func(): return quack.norm\nflash_attn_func()\n", "a norm True"),
-        ("raise RuntimeError('no driver')\n", "RuntimeError: no driver True"),
+        ("raise RuntimeError('no driver')\n", "RuntimeError: no driver False"),
     ],
     ids=["it needs more of the dependency", "it is broken"],
 )

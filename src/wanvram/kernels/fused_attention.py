@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec, module_from_spec
-from types import ModuleType
 from typing import Any
 from warnings import catch_warnings, filterwarnings, simplefilter
 
@@ -129,40 +128,24 @@ def _without_other_kernels() -> Callable[..., Any] | None:
     """flash-attn-4's function; None where it has to be imported as usual.
 
     It takes a few modules of quack, whose own `__init__` imports its norms besides and with them PyTorch's compiler: 3.4 of 4.0 s
-    (H200's machine). Of what that `__init__` does only `quack.dsl` matters to attention (0.6.5); the rest follows when it is asked for.
+    (H200's machine). Of what that `__init__` does only `quack.dsl` matters to attention, which asks for `quack.rounding` when it
+    compiles (0.6.5). A later `import quack` executes it.
     """
-    spec = find_spec(_QUACK)
-    known = any(found.version.startswith(_QUACK_KNOWN) for found in metadata.distributions(name="quack-kernels"))
-    if spec is None or not known or _QUACK in sys.modules or "CUTE_DSL_PTXAS_PATH" in os.environ:  # which it heeds, too
+    if _QUACK in sys.modules or "CUTE_DSL_PTXAS_PATH" in os.environ:  # which it heeds, too
         return None
-    front = module_from_spec(spec)
     try:
-        sys.modules[_QUACK] = front
-        import_module(f"{_QUACK}.dsl")
+        spec, version = find_spec(_QUACK), metadata.version("quack-kernels")
+        if spec is None or not (version or "").startswith(_QUACK_KNOWN):
+            return None
+        sys.modules[_QUACK] = module_from_spec(spec)
+        for part in ("dsl", "rounding"):
+            import_module(f"{_QUACK}.{part}")
         found: Callable[..., Any] = import_module("flash_attn.cute").flash_attn_func
+        return found
     except Exception:  # whatever it is, importing as usual says it
-        _complete(front)
         return None
-    front.__dict__["__getattr__"] = partial(_of_the_whole, front)
-    return found
-
-
-def _of_the_whole(front: ModuleType, name: str) -> Any:
-    """`__getattr__` of a module that was not executed: it is at the first name that it lacks."""
-    if name.startswith("__") and name not in ("__all__", "__version__"):
-        raise AttributeError(name)
-    del front.__dict__["__getattr__"]
-    _complete(front)
-    return getattr(front, name)
-
-
-def _complete(front: ModuleType) -> None:
-    try:
-        loader = getattr(front.__spec__, "loader", None)
-        assert loader is not None
-        loader.exec_module(front)
-    except Exception:
-        sys.modules.pop(front.__name__, None)
+    finally:
+        sys.modules.pop(_QUACK, None)
 
 
 def heads_first(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Which optional packages could be imported here before: a plan that asks for nothing else need not do it again. No torch.
 
-flash-attn-4 with its compiler takes 1.5 to 6 s. That it could be imported is kept with a fingerprint of everything installed, which
-changes with each installation; that it could not is asked again each time, and the process that computes imports it in any case. A file
-that cannot be read or written is no loss.
+flash-attn-4 with its compiler takes 1 s, or 4 with all of its dependency. That it could be imported is kept with a fingerprint of
+everything installed, which changes with each installation; that it could not is asked again each time, and the process that computes
+imports it in any case. A file that cannot be read or written is no loss.
 """
 
 from __future__ import annotations

@@ -31,10 +31,9 @@ class Efficiency:
 
     Fitted on an H200, 2026-11-24, torch 2.11.0+cu130, against whole steps and decodes (benchmarks/calibrate_clock.py): products and
     attention of 1.3B at 832x480 and 14B at 1280x720, the VAE's frames in float32 at both, its pictures at 1280x720 (2026-11-30).
-    16-bit convolutions are from the kernels' time in eight decodes of 17 frames (2026-11-30_h200_bf16_busy_tiled_vae.json), float32
-    attention from single kernels (h200.md, *_probe_libraries.json). 8-bit products alone reached 0.63 and 0.65 (h200.md); what they
-    reach in a step is an assumption. The host's times hold the Python around an operation; passes of small tensors take 0.85 to 1.2
-    times as long (*_issue_speed.json).
+    16-bit convolutions: kernels' time in eight decodes (2026-11-30_h200_bf16_busy_tiled_vae.json). float32 attention: single kernels
+    (h200.md, *_probe_libraries.json). 8-bit products alone reached 0.63 and 0.65 (h200.md); in a step they are an assumption. The
+    host's times, Python included, are estimates: small tensors take 0.7 to 1.25 times as long (*_issue_speed.json, *_short_2_*).
     """
 
     product: float = 0.715  # 16-bit matrix products
@@ -52,9 +51,7 @@ class Efficiency:
     launch_seconds: float = 3e-6  # from one kernel's end to the next one's start
     view_seconds: float = 5e-6  # host time of a view or an allocation; the device does nothing
     dispatch_seconds: float = 18e-6  # host time of one operation with its share of Python
-    own_seconds: float = (
-        50e-6  # the same for `wanvram::*` (Triton's launcher, attention, convolutions) and products (a layer's Python)
-    )
+    own_seconds: float = 50e-6  # for `wanvram::*` (Triton's launcher, attention, convolutions) and products
 
 
 EFFICIENCY = Efficiency()

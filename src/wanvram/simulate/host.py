@@ -67,7 +67,7 @@ class Host:
     # H.264 of noise, which random weights make; what people film is two to three times as fast.
     encode_pixels: float = 11.5e6
     operation_us: float = 3.6  # one smallest operation of PyTorch: how fast Python and the processor issue work
-    start_seconds: float = 5.3  # from the command to the first stage: Python, PyTorch, the CUDA context
+    start_seconds: float = 5.3  # from the command to the first stage: Python, PyTorch, flash-attn-4, the CUDA context
     context_seconds: float = 0.9  # of these, looking at the machine and making the CUDA context, which follow a plan
     end_seconds: float = 0.6  # from the last stage to the end of the process
     first_use: Mapping[str, FirstUse] = field(default_factory=lambda: _FIRST_USE)
