@@ -510,6 +510,16 @@ def test_a_convolution_of_a_picture_takes_whole_rounds_of_the_multiprocessors(
     assert flops == pytest.approx(2 * padding * 27 * channels * out.numel() * times)
 
 
+@pytest.mark.parametrize(("dtype", "times"), [(torch.bfloat16, 132 / 98), (torch.float32, 1.0)])
+def test_frames_in_16_bits_take_whole_rounds_as_pictures_do(dtype: torch.dtype, times: float) -> None:
+    work = Costs(GPUS["h200"]).price("wanvram.conv3d.default")
+    assert work is not None
+    x, weight = torch.empty(1, 384, 3, 60, 104, dtype=dtype), torch.empty(384, 384, 3, 3, 3, dtype=dtype)
+    out = torch.empty(1, 384, 1, 60, 104, dtype=dtype)
+    flops = work.work((x, weight, None, (1, 1, 1), (0, 1, 1)), out)[0]
+    assert flops == pytest.approx(2 * 27 * 384 * out.numel() * times)
+
+
 SMALL = {"task": "t2v-1.3B", "size": "832*480", "frames": 5, "t5_cpu": True}
 
 

@@ -62,7 +62,7 @@ def test_a_step_takes_as_long_as_in_the_whole_run_and_is_not_in_the_rest() -> No
     assert dit.seconds < dit.seconds_per_step, "loading and preparing alone; first uses of libraries are left out"
     text = forecast("text_encoder")
     assert text.seconds_per_step is None
-    assert text.seconds == pytest.approx(0.0048, abs=0.0005)
+    assert text.seconds == pytest.approx(0.0059, abs=0.0005)
 
 
 def test_libraries_that_any_stage_loads_are_there_from_the_start() -> None:

@@ -145,7 +145,7 @@ class Costs:
         padding = -(-narrow // CHANNEL_TILE) * CHANNEL_TILE / narrow
         flops = 2 * padding * prod(weight.shape[1:]) * prod(result.shape)
         if picture or x.itemsize == 2:
-            flops *= self._whole_rounds(result.numel() // result.shape[1], result.shape[1])
+            flops *= self._whole_rounds(prod(result.shape) // result.shape[1], result.shape[1])
         rate = self._conv_rate(x.itemsize, narrow < NARROW_CHANNELS, picture)
         return flops, rate, x.nbytes + weight.nbytes + result.nbytes
 
