@@ -181,9 +181,7 @@ class SlotRing:
         self._lanes = lanes or {}
         own = [[nbytes(piece) for piece, lane in self._lanes.items() if lane == slot] for slot in range(2)]
         self.slots = [device.empty((max(sizes, default=largest),), torch.uint8) for sizes in own]
-        self._spans: dict[
-            tuple[int, int], torch.Tensor
-        ] = {}  # by slot and bytes: the same tensor for pieces of one size
+        self._spans: dict[tuple[int, int], torch.Tensor] = {}  # by slot and bytes, for pieces of one size
         self._free: list[Any] = [None, None]  # marks after which a slot may be overwritten
         self._coming: dict[int, _Coming] = {}  # by slot
         self._walked = 0  # pieces of whole passes: whose turn the first of the next is

@@ -45,7 +45,7 @@ def forecasts_ahead(
     if processes < 1:
         return
     questions = _likely(request, budget, base)
-    # What this machine is, and whether flash-attn-4 can be imported (6 s), is found out once and not in each process.
+    # What this machine is, and whether flash-attn-4 can be imported (1 to 4 s), is found out once and not in each process.
     with suppress(WanvramError):
         simulated_device(questions[0][0], unlimited=True)
     context = multiprocessing.get_context("fork")
